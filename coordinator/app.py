@@ -1,0 +1,248 @@
+"""`coordinator run`: the composition root. Who gets which object, what runs, and how it ends.
+
+Owns: the services' order of birth and death, the tick, and deciding that the run is over. Must not know: how
+any service works. Everything here may be killed at any moment: what a peer was told is in SQLite before.
+
+    node (p2pd, DHT)  <- calls: Register, Beat, Leave, StatusRequest;  blobs: tokens, checkpoints
+    registry -> ledger, placement        every beat
+    charters -> founding                 every tick
+    collector -> offers, fetching        beside
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from coordinator import listening, status
+from coordinator.charters import CharterOffice
+from coordinator.checkpointfiles import Checkpoint
+from coordinator.checkpoints import Collector, versions
+from coordinator.clock import Clock
+from coordinator.finish import Finish
+from coordinator.journal import Journal
+from coordinator.ledger import Ledger
+from coordinator.process import directory_lock, interruptible, unwrapped
+from coordinator.registry import Registry
+from coordinator.rundir import KEY, RunDir
+from coordinator.serving import Shelf
+from coordinator.settings import CoordinatorSettings
+from coordinator.store import peers
+from coordinator.store.database import DATABASE_FILE, Database
+from protocol.control import Beat, Leave, Register, StatusAnswer, StatusRequest
+from protocol.errors import FinishedError, StorageError
+from protocol.ids import PeerId
+from protocol.invite import Invite
+from protocol.transport.blobs import Blobs
+from protocol.transport.calls import Calls
+from protocol.transport.node import Node
+from protocol.transport.streams import Streams
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True, kw_only=True)
+class Services:
+    """Everything of a coordinator that needs no network."""
+
+    run: RunDir
+    settings: CoordinatorSettings
+    clock: Clock
+    database: Database
+    journal: Journal
+    ledger: Ledger
+    registry: Registry
+    charters: CharterOffice
+    finish: Finish
+
+    async def load(self) -> None:
+        """Take over what the database knows, in the order in which one builds on the other."""
+        await self.charters.load()
+        await self.ledger.load()
+        await self.registry.load()
+
+    async def tick(self, newest: Checkpoint | None) -> None:
+        """Do what is due. Once per `tick_s`."""
+        await self.registry.sweep()
+        if not self.finish.is_reached:
+            await self.charters.tick()
+        await self.finish.tick(newest)
+        await self._save_notes()
+
+    async def status(self) -> StatusAnswer:
+        """Answer a `StatusRequest`."""
+        now_s = self.clock.wall()
+        return status.answer(await self.database.run(status.document, self.run.manifest, now_s=now_s))
+
+    async def _save_notes(self) -> None:
+        text = json.dumps(self.journal.notes, sort_keys=True)
+        try:
+            if text != await self.database.run(peers.get_setting, status.NOTES):
+                await self.database.run(peers.put_setting, status.NOTES, text)
+        except StorageError as error:  # then they are shown to nobody but the log
+            log.warning("notes.unsaved", error=error.one_line())
+
+
+def make_services(run: RunDir, settings: CoordinatorSettings, *, database: Database, clock: Clock) -> Services:
+    """Build the services and tie them together."""
+    manifest = run.manifest
+    journal = Journal(database, clock)
+    ledger = Ledger(manifest, database=database, clock=clock)
+    registry = Registry(
+        run.signed,
+        manifest,
+        key=run.key,
+        settings=settings,
+        database=database,
+        ledger=ledger,
+        journal=journal,
+        clock=clock,
+    )
+    charters = CharterOffice(
+        manifest,
+        key=run.key,
+        settings=settings,
+        registry=registry,
+        ledger=ledger,
+        database=database,
+        journal=journal,
+        clock=clock,
+    )
+    finish = Finish(manifest, registry=registry, database=database, journal=journal, clock=clock)
+    return Services(
+        run=run,
+        settings=settings,
+        clock=clock,
+        database=database,
+        journal=journal,
+        ledger=ledger,
+        registry=registry,
+        charters=charters,
+        finish=finish,
+    )
+
+
+async def run_coordinator(
+    directory: Path,
+    settings: CoordinatorSettings,
+    *,
+    on_invite: Callable[[Invite], None],
+    until_finished: bool = False,
+    clock: Clock | None = None,
+) -> None:
+    """Serve the run in `directory` until SIGINT or SIGTERM, or with `until_finished` until it is over.
+
+    Raises an error of the tree if that is not possible: no run there, finished, port in use, disk, ...
+    """
+    run = RunDir.open(directory)
+    with directory_lock(directory):
+        async with interruptible() as stop:
+            database = await Database.open(directory / DATABASE_FILE)
+            try:
+                if await database.run(peers.get_setting, status.FINISHED) is not None:
+                    hint = f"Export it: coordinator export {directory} --to HF_DIR"
+                    raise FinishedError(f"the run in {directory} has ended.", hint=hint)
+                services = make_services(run, settings, database=database, clock=clock or Clock())
+                await services.load()
+                await unwrapped(_serve(services, stop, on_invite=on_invite, until_finished=until_finished))
+            finally:
+                await database.close()
+
+
+async def _serve(
+    services: Services, stop: asyncio.Event, *, on_invite: Callable[[Invite], None], until_finished: bool
+) -> None:
+    """Go on the network, and stay there until it is time to go."""
+    node, invite = await _start_node(services)
+    streams = Streams(node.p2p)
+    try:
+        blobs = Blobs(streams, run=services.run.manifest.run_id)
+        collector = _make_collector(services, blobs)
+        await collector.load()
+        await _answer_calls(services, Calls(streams, run=services.run.manifest.run_id))
+        await blobs.serve(Shelf(services.run, newest=lambda: collector.newest).resolve)
+        on_invite(invite)
+        async with asyncio.TaskGroup() as tasks:
+            beside = [
+                tasks.create_task(_keep_ticking(services, collector), name="tick"),
+                tasks.create_task(collector.run(), name="collector"),
+                tasks.create_task(node.wait_failed(), name="node"),
+            ]
+            if until_finished:
+                beside.append(tasks.create_task(_stop_when_over(services.finish, stop), name="finish"))
+            try:
+                await stop.wait()
+            finally:
+                for task in beside:
+                    task.cancel()
+    finally:
+        await streams.stop()
+        await asyncio.shield(node.stop())
+        await services.registry.save()
+        log.info("coordinator.stopped")
+
+
+async def _start_node(services: Services) -> tuple[Node, Invite]:
+    run, settings, database = services.run, services.settings, services.database
+    kept = await database.run(peers.get_setting, listening.LISTEN)
+    listen = listening.where_to_listen(kept, settings)
+    node = await Node.start(
+        run.path / KEY,
+        run=run.manifest.run_id,
+        coordinator=run.manifest.coordinator,
+        host_maddrs=listen,
+        announce_maddrs=settings.announce_maddrs,
+    )
+    try:
+        addresses = await node.addresses()
+        invite = listening.make_invite(run.manifest, addresses, token=settings.token)
+        await database.run(listening.keep, listen=listening.with_port(listen, addresses), invite=invite)
+    except BaseException:
+        await node.stop()
+        raise
+    return node, invite
+
+
+async def _answer_calls(services: Services, calls: Calls) -> None:
+    async def on_status(caller: PeerId, request: StatusRequest) -> StatusAnswer:
+        return await services.status()
+
+    calls.on(Register, services.registry.register)
+    calls.on(Beat, services.registry.beat)
+    calls.on(Leave, services.registry.leave)
+    calls.on(StatusRequest, on_status)
+    await calls.serve()
+
+
+def _make_collector(services: Services, blobs: Blobs) -> Collector:
+    async def fetch_range(peer: PeerId, name: str, offset: int, length: int) -> tuple[bytes, int]:
+        return await blobs.fetch_range(peer, name, offset=offset, length=length)
+
+    def on_checkpoint(checkpoint: Checkpoint) -> None:
+        services.charters.floor = versions(checkpoint)
+
+    return Collector(
+        services.run,
+        registry=services.registry,
+        database=services.database,
+        journal=services.journal,
+        clock=services.clock,
+        fetch_range=fetch_range,
+        on_checkpoint=on_checkpoint,
+    )
+
+
+async def _keep_ticking(services: Services, collector: Collector) -> None:
+    while True:
+        await services.tick(collector.newest)
+        await asyncio.sleep(services.settings.tick_s)
+
+
+async def _stop_when_over(finish: Finish, stop: asyncio.Event) -> None:
+    await finish.wait_over()
+    stop.set()

@@ -1,0 +1,343 @@
+"""The `coordinator` command. Parses and prints; what happens is in the modules that the commands import.
+
+Heavy libraries are imported inside the commands that need them, so that `coordinator --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from protocol.console import run_command, set_up_logging
+from protocol.errors import ConfigError
+
+LEVELS = click.Choice(["debug", "info", "warning", "error"])
+DIRECTORY = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False)
+ANY = click.Path(path_type=Path)
+SETTING = "SECTION.FIELD=VALUE"
+
+Command = Callable[..., None]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="handcar")
+def coordinator() -> None:
+    """Organise a Handcar run: make it, serve it, take its model home."""
+
+
+def _debug(command: Command) -> Command:
+    return click.option("--debug", is_flag=True, help="Show a traceback if something unexpected happens.")(command)
+
+
+def _json(command: Command) -> Command:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)
+
+
+def _logging(command: Command) -> Command:
+    with_level = click.option("--log-level", type=LEVELS, default="warning", show_default=True)(command)
+    return click.option("--log-file", type=FILE, default=None, help="JSON lines go here.")(with_level)
+
+
+def _making(command: Command) -> Command:
+    """Options of a run that is about to be made."""
+    for option in reversed(
+        (
+            click.option("--corpus", type=ANY, multiple=True, help="File or folder of text; repeatable."),
+            click.option("--preset", default=None, help="tiny, demo, bench, 1b. [default: demo]"),
+            click.option("--stages", type=click.IntRange(min=1), default=None, help="Cut the model into so many."),
+            click.option("--rounds", type=click.IntRange(min=1), default=None, help="Train for so many rounds."),
+            click.option("--seed", type=int, default=0, show_default=True),
+            click.option("--set", "settings", multiple=True, metavar=SETTING, help="Change a field of the preset."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@coordinator.command()
+@click.argument("directory", type=DIRECTORY)
+@_making
+@click.option("--model", type=ANY, default=None, help="Folder with a Hugging Face config.json.")
+@click.option("--tokenizer", default=None, help="bytes, train:N, or a folder.")
+@click.option("--name", default=None, help="The run's name. [default: the directory's]")
+@_json
+@_debug
+def init(
+    directory: Path,
+    corpus: tuple[Path, ...],
+    preset: str | None,
+    stages: int | None,
+    rounds: int | None,
+    seed: int,
+    settings: tuple[str, ...],
+    model: Path | None,
+    tokenizer: str | None,
+    name: str | None,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Make a run in DIRECTORY: tokenizer, token files, signed manifest, keys.
+
+    Example: coordinator init my-run --corpus ~/texts --stages 4
+    """
+
+    def command() -> None:
+        from coordinator.init import init_run
+        from coordinator.presets import DEFAULT_PRESET
+
+        if not corpus:
+            raise ConfigError("there is no text to train on.", hint="Give some with --corpus PATH.")
+        manifest = init_run(
+            directory,
+            corpus=corpus,
+            preset=preset or DEFAULT_PRESET,
+            model=model,
+            tokenizer=tokenizer,
+            stages=stages,
+            rounds=rounds,
+            name=name,
+            seed=seed,
+            overrides=parse_settings(settings),
+            note=lambda line: click.echo(f"note: {line}", err=True),
+        )
+        data = manifest.data
+        click.echo(
+            f"run {manifest.run_id} in {directory}: {manifest.model.num_stages} stages, {data.train.num_tokens} "
+            f"training tokens, {manifest.batch.num_rounds} rounds. Start it: coordinator run {directory}",
+            err=True,
+        )
+        if as_json:
+            _print("coordinator.init/1", {"run": manifest.run_id, "directory": str(directory.resolve())})
+
+    _finish(command, "init", debug)
+
+
+@coordinator.command()
+@click.argument("directory", type=DIRECTORY)
+@click.option("--host-maddr", "host_maddrs", multiple=True, help="Multiaddr to listen on; repeatable.")
+@click.option("--announce", "announce_maddrs", multiple=True, help="Multiaddr that peers should dial; repeatable.")
+@click.option("--token", default=None, help="A word that peers must bring; it becomes part of the invite.")
+@click.option("--start-peers", type=int, default=None, help="Begin when so many peers are ready. [default: 1]")
+@click.option("--stages-per-peer", type=int, default=None, help="Stages that a joiner is given. [default: 1]")
+@click.option("--lost-after", "lost_after_s", type=float, default=None, help="Seconds of silence. [default: 10]")
+@click.option("--until-finished", is_flag=True, help="Exit when the run is over.")
+@_logging
+@_debug
+def run(
+    directory: Path,
+    host_maddrs: tuple[str, ...],
+    announce_maddrs: tuple[str, ...],
+    token: str | None,
+    start_peers: int | None,
+    stages_per_peer: int | None,
+    lost_after_s: float | None,
+    until_finished: bool,
+    log_file: Path | None,
+    log_level: str,
+    debug: bool,
+) -> None:
+    """Serve the run in DIRECTORY and print its invite. Ctrl-C stops; run it again to go on.
+
+    Example: coordinator run my-run --host-maddr /ip4/0.0.0.0/tcp/4001
+    """
+
+    def command() -> None:
+        from coordinator.settings import read_settings
+
+        settings = read_settings(
+            host_maddrs=host_maddrs,
+            announce_maddrs=announce_maddrs,
+            token=token,
+            start_peers=start_peers,
+            stages_per_peer=stages_per_peer,
+            lost_after_s=lost_after_s,
+        )
+        set_up_logging(level=log_level, file=log_file)
+        from coordinator.app import run_coordinator  # imports hivemind
+        from coordinator.process import run_loop
+
+        def on_invite(invite: Any) -> None:
+            click.echo(invite.to_text())
+            click.echo("Serving. Give that line to volunteers: peer join INVITE. Ctrl-C stops.", err=True)
+
+        run_loop(run_coordinator(directory, settings, on_invite=on_invite, until_finished=until_finished))
+
+    _finish(command, "run", debug)
+
+
+@coordinator.command()
+@click.argument("directory", type=DIRECTORY)
+@_json
+@_debug
+def invite(directory: Path, as_json: bool, debug: bool) -> None:
+    """Print the invite that `coordinator run` last served.
+
+    Example: coordinator invite my-run
+    """
+
+    def command() -> None:
+        from contextlib import closing
+
+        from coordinator.listening import kept_invite
+        from coordinator.store.database import DATABASE_FILE, open_readonly
+
+        with closing(open_readonly(directory / DATABASE_FILE)) as db:
+            text = kept_invite(db)
+        if text is None:
+            raise ConfigError(f"{directory} was never served.", hint=f"Start it: coordinator run {directory}")
+        if as_json:
+            _print("coordinator.invite/1", {"invite": text})
+        else:
+            click.echo(text)
+
+    _finish(command, "invite", debug)
+
+
+@coordinator.command()
+@click.argument("directory", type=DIRECTORY)
+@_json
+@_debug
+def checkpoints(directory: Path, as_json: bool, debug: bool) -> None:
+    """List the checkpoints in DIRECTORY, newest first, each with its files checked.
+
+    Example: coordinator checkpoints my-run
+    """
+
+    def command() -> None:
+        from coordinator.checkpointlist import list_checkpoints
+        from coordinator.rundir import RunDir
+
+        rows = list_checkpoints(RunDir.open(directory))
+        if as_json:
+            _print("coordinator.checkpoints/1", {"checkpoints": rows})
+            return
+        if not rows:
+            click.echo("no checkpoints yet", err=True)
+        for row in rows:
+            size = "?" if row["bytes"] is None else f"{row['bytes']:,}"
+            click.echo(f"round {row['round']:>6}  {size:>16} bytes  {row['problem'] or 'sound'}")
+
+    _finish(command, "checkpoints", debug)
+
+
+@coordinator.command()
+@click.argument("directory", type=DIRECTORY)
+@click.option("--to", "target", type=DIRECTORY, required=True, help="New folder for the model.")
+@_json
+@_debug
+def export(directory: Path, target: Path, as_json: bool, debug: bool) -> None:
+    """Turn the newest checkpoint into a Hugging Face model folder.
+
+    Example: coordinator export my-run --to my-model
+    """
+
+    def command() -> None:
+        from coordinator.export import export as export_run
+        from coordinator.rundir import RunDir
+
+        exported = export_run(RunDir.open(directory), target)
+        click.echo(f"{exported.num_parameters:,} parameters of round {exported.round} in {exported.path}", err=True)
+        if as_json:
+            data = {"path": str(exported.path.resolve()), "round": exported.round}
+            _print("coordinator.export/1", {**data, "num_parameters": exported.num_parameters})
+
+    _finish(command, "export", debug)
+
+
+@coordinator.command()
+@_making
+@click.option("--peers", type=click.IntRange(1, 256), default=4, show_default=True, help="Peers to start.")
+@click.option("--dir", "directory", type=DIRECTORY, default=None, help="Work here. [default: a new temporary folder]")
+@click.option(
+    "--kill-one-peer-every",
+    "kill_every_s",
+    type=click.FloatRange(min=1.0),
+    default=None,
+    metavar="SECONDS",
+    help="Kill a random peer with SIGKILL, start another, again and again.",
+)
+@click.option("--threads-per-peer", type=click.IntRange(1, 1024), default=None, help="[default: cores / peers]")
+@_json
+@_debug
+def demo(
+    corpus: tuple[Path, ...],
+    preset: str | None,
+    stages: int | None,
+    rounds: int | None,
+    seed: int,
+    settings: tuple[str, ...],
+    peers: int,
+    directory: Path | None,
+    kill_every_s: float | None,
+    threads_per_peer: int | None,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Train a small model with a whole swarm on this machine.
+
+    It starts a coordinator and real peers on loopback, trains on the source text of Python's standard library
+    (or on --corpus), exports the model and lets it write a little. An interrupted demo goes on if --dir is given.
+
+    Example: coordinator demo --peers 6 --stages 3 --kill-one-peer-every 20
+    """
+
+    def command() -> None:
+        from coordinator.demo import DemoPlan, run_demo
+        from coordinator.demo_report import SCHEMA, show_summary
+        from coordinator.process import run_loop
+
+        plan = DemoPlan(
+            corpus=corpus,
+            preset=preset,
+            stages=stages,
+            rounds=rounds,
+            seed=seed,
+            overrides=parse_settings(settings),
+            num_peers=peers,
+            directory=directory,
+            kill_every_s=kill_every_s,
+            threads_per_peer=threads_per_peer,
+        )
+        summary = run_loop(run_demo(plan, say=lambda line: click.echo(line, err=True)))
+        show_summary(summary, say=lambda line: click.echo(line, err=True))
+        if as_json:
+            _print(SCHEMA, summary.data)
+
+    _finish(command, "demo", debug)
+
+
+def main() -> None:
+    """Entry point of the `coordinator` script."""
+    coordinator(prog_name="coordinator")
+
+
+def parse_settings(words: tuple[str, ...]) -> dict[str, Any]:
+    """Parse `SECTION.FIELD=VALUE` words; values are JSON, or text where they are not."""
+    parsed: dict[str, Any] = {}
+    for word in words:
+        key, separator, value = word.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"'{word}' is not a setting.", hint=f"Write it like --set {SETTING}.")
+        try:
+            parsed[key] = json.loads(value)
+        except ValueError:
+            parsed[key] = value
+    return parsed
+
+
+def _finish(command: Callable[[], None], name: str, debug: bool) -> None:
+    sys.exit(run_command(command, program=f"coordinator {name}", debug=debug))
+
+
+def _print(schema: str, data: dict[str, Any]) -> None:
+    click.echo(json.dumps({"schema": schema, "ok": True, "data": data}, allow_nan=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""What is believed of what peers report, and what it adds up to.
+
+Owns: checking reports (signatures, bounds, plausibility) before they become rows, idempotence, and the seats
+that commits and charters name. Must not know: who is live, how numbers are shown. `registry.py` hands in the
+reports of every beat; `status.py` and the demo read `store/tallies.py`, where the counters are defined.
+
+A report that cannot be believed is acknowledged all the same, or its peer would repeat it for ever: it is
+kept as one refused line, and counts for nothing.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import structlog
+
+from coordinator.clock import Clock
+from coordinator.store import history
+from coordinator.store.database import Database
+from protocol.batches import has_evaluation
+from protocol.control import AveragingReport, ClosingReport, CommitReport, NumberedReport, Report, WorkReport
+from protocol.errors import PeerFault
+from protocol.ids import Lineage, PeerId, RoundId, StageId, digest
+from protocol.manifest import Manifest
+from protocol.rounds.lineage import next_lineage
+from protocol.rounds.messages import CHARTER_CONTEXT, CLOSING_CONTEXT, COMMIT_CONTEXT, Charter, Closing, Commit, Seats
+from protocol.signing import Signed, unseal
+
+log = structlog.get_logger()
+
+MAX_NUMBER = 1 << 53  # far above any honest count, exact as a float, and SQLite adds 1,024 of them without overflow
+MAX_LINEAGES = 4096  # whose seats are remembered: the newest of every stage are all that is asked for
+
+Seating = frozenset[tuple[PeerId, int]]
+
+
+class Ledger:
+    """Stores reports, and knows who sits where in the lineages that it has seen."""
+
+    def __init__(self, manifest: Manifest, *, database: Database, clock: Clock) -> None:
+        self._manifest = manifest
+        self._database = database
+        self._clock = clock
+        self._seats: OrderedDict[Lineage, Seating] = OrderedDict()
+        self._generations: dict[StageId, int] = {}
+
+    async def load(self) -> None:
+        """Remember the seats of the newest commits. Call once, before serving."""
+        for signed in await self._database.run(history.newest_commits):
+            commit = unseal(Signed.from_bytes(signed), COMMIT_CONTEXT, Commit)
+            self._remember(next_lineage(commit.parent, Signed.from_bytes(signed).payload), commit.seats)
+
+    async def record(self, peer: PeerId, reports: Sequence[NumberedReport]) -> int:
+        """Store what is new among a peer's reports; return up to which number they are safe on disk.
+
+        Raises `StorageError` if they could not be stored: none of them was, then.
+        """
+        if any(numbered.sequence >= MAX_NUMBER for numbered in reports):
+            raise PeerFault(f"{peer} numbers its reports beyond reason")
+        entries = [self._entry(peer, numbered) for numbered in reports]
+        acknowledged = await self._database.run(
+            history.add_reports, peer, entries, received_s=self._clock.wall()
+        )
+        for numbered, entry in zip(reports, entries, strict=True):
+            if isinstance(numbered.report, CommitReport) and entry.said is not None:
+                commit = Commit.from_bytes(numbered.report.commit.payload)
+                self._remember(next_lineage(commit.parent, numbered.report.commit.payload), commit.seats)
+        return acknowledged
+
+    def learn_charter(self, signed: Signed, charter: Charter) -> None:
+        """Remember whom a charter that we issued seats."""
+        self._generations[charter.stage] = max(charter.generation, self._generations.get(charter.stage, 0))
+        self._remember(Lineage(digest(CHARTER_CONTEXT.encode(), signed.payload)), charter.seats)
+
+    def is_seated(self, peer: PeerId, session: int, lineage: Lineage) -> bool | None:
+        """Tell whether a life of a peer is a member in a lineage; None if we have not seen that lineage."""
+        seating = self._seats.get(lineage)
+        return None if seating is None else (peer, session) in seating
+
+    def _remember(self, lineage: Lineage, seats: Seats) -> None:
+        self._seats[lineage] = frozenset((seat.peer, seat.session) for seat in seats)
+        self._seats.move_to_end(lineage)
+        while len(self._seats) > MAX_LINEAGES:
+            self._seats.popitem(last=False)
+
+    # -- what is believed -------------------------------------------------------------------------------
+
+    def _entry(self, peer: PeerId, numbered: NumberedReport) -> history.ReportEntry:
+        kind = type(numbered.report).__name__
+        try:
+            said = self._read(peer, numbered.report)
+        except PeerFault as fault:
+            log.warning("report.refused", peer=peer, kind=kind, error=fault.one_line())
+            said = None
+        return history.ReportEntry(sequence=numbered.sequence, kind=kind, said=said)
+
+    def _read(self, peer: PeerId, report: Report) -> history.Said:
+        match report:
+            case ClosingReport():
+                return self._read_closing(report.closing)
+            case CommitReport():
+                commit = self._read_commit(report.commit)
+                return _commit_row(report.commit, commit, is_member=peer in _members(commit))
+            case AveragingReport():
+                self._check_place(report.stage, report.round)
+                _check_numbers(report.ballot, report.members, report.asked, report.bytes_sent, report.bytes_received)
+            case WorkReport():
+                self._check_place(0, report.round)
+                tasks = (report.tasks_fed, report.tasks_resent, report.hops)
+                _check_numbers(*tasks, report.activation_bytes, report.target_tokens)
+        return report
+
+    def _read_closing(self, signed: Signed) -> history.ClosingRow:
+        closing = unseal(signed, CLOSING_CONTEXT, Closing)
+        batch = self._manifest.batch
+        self._check_run(closing.run)
+        self._check_place(0, closing.round)
+        num_train = batch.microbatches_per_round if closing.round < batch.num_rounds else 0
+        if closing.num_train != num_train or bool(closing.num_eval) != has_evaluation(batch, closing.round):
+            raise PeerFault(f"a closing of round {closing.round} speaks of other microbatches")
+        if closing.target_tokens > batch.tokens_per_round or closing.eval_tokens > _heldout_tokens(self._manifest):
+            raise PeerFault(f"a closing of round {closing.round} counts more tokens than there are")
+        return history.ClosingRow(
+            digest=digest(signed.payload),
+            signer=signed.signer,
+            round=closing.round,
+            tasks_done=closing.tasks_done,
+            tasks_lost=closing.tasks_lost,
+            loss_sum=closing.loss_sum,
+            tokens=closing.target_tokens,
+            heldout_loss_sum=closing.eval_loss_sum,
+            heldout_tokens=closing.eval_tokens,
+        )
+
+    def _read_commit(self, signed: Signed) -> Commit:
+        commit = unseal(signed, COMMIT_CONTEXT, Commit)
+        self._check_run(commit.run)
+        self._check_place(commit.stage, commit.round)
+        summary = commit.summary
+        if summary.round != commit.round or summary.target_tokens > self._manifest.batch.tokens_per_round:
+            raise PeerFault(f"a commit of round {commit.round} sums up something else")
+        numbers = (summary.tasks_done, summary.tasks_lost, summary.eval_tokens, commit.version, commit.generation)
+        _check_numbers(*numbers, commit.tokens_dropped, commit.double_counted)
+        if commit.generation > self._generations.get(commit.stage, 0):
+            raise PeerFault(f"a commit of stage {commit.stage} follows a charter that we have not issued")
+        return commit
+
+    def _check_run(self, run: str) -> None:
+        if run != self._manifest.run_id:
+            raise PeerFault("it belongs to another run")
+
+    def _check_place(self, stage: int, round_id: RoundId) -> None:
+        if not (0 <= stage < self._manifest.model.num_stages and 0 <= round_id <= self._manifest.batch.num_rounds):
+            raise PeerFault(f"there is no stage {stage} in a round {round_id}")
+
+
+def _members(commit: Commit) -> frozenset[PeerId]:
+    """Return who shared in a commit: those who were summed, and those who go on, without who only joins."""
+    seated = {seat.peer for seat in commit.seats} - set(commit.joiners)
+    return frozenset(seated | {contribution.peer for contribution in commit.contributors})
+
+
+def _commit_row(signed: Signed, commit: Commit, *, is_member: bool) -> history.CommitRow:
+    summary = commit.summary
+    members = _members(commit)
+    return history.CommitRow(
+        digest=digest(signed.payload),
+        signer=signed.signer,
+        stage=commit.stage,
+        generation=commit.generation,
+        version=commit.version,
+        lineage=next_lineage(commit.parent, signed.payload),
+        closing=history.ClosingRow(
+            digest=summary.closing_digest,
+            signer=summary.clock,
+            round=summary.round,
+            tasks_done=summary.tasks_done,
+            tasks_lost=summary.tasks_lost,
+            loss_sum=summary.loss_sum,
+            tokens=summary.target_tokens,
+            heldout_loss_sum=summary.eval_loss_sum,
+            heldout_tokens=summary.eval_tokens,
+        ),
+        members=len(members),
+        dropped=commit.tokens_dropped,
+        double_counted=commit.double_counted,
+        solo=len(members) == 1,
+        was_taken=is_member,
+        signed=signed.to_bytes(),
+    )
+
+
+def _heldout_tokens(manifest: Manifest) -> int:
+    return manifest.batch.heldout_sequences * manifest.batch.sequence_length
+
+
+def _check_numbers(*numbers: int) -> None:
+    if max(numbers) >= MAX_NUMBER:
+        raise PeerFault(f"a report counts to {max(numbers)}")

@@ -1,0 +1,70 @@
+"""The `swarm` command: what anybody may see of a run.
+
+Parses and prints. The status comes from the coordinator over the network (INVITE) or, on the organiser's
+machine, from the run directory's database (DIR), also while no coordinator runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from protocol.console import run_command
+from protocol.errors import ConfigError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="handcar")
+def swarm() -> None:
+    """Look at a Handcar run."""
+
+
+@swarm.command()
+@click.argument("source", metavar="INVITE|DIR")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@click.option("--debug", is_flag=True, help="Show a traceback if something unexpected happens.")
+def status(source: str, as_json: bool, debug: bool) -> None:
+    """Show round, losses, speed, stages and peers of a run.
+
+    Example: swarm status handcar1:3vQB7B6MrGQZaxCuFg4oh --json
+    """
+
+    def command() -> None:
+        from coordinator.monitor.render import render
+        from coordinator.status import envelope
+
+        document = read_status(source)
+        click.echo(envelope(document) if as_json else "\n".join(render(document)))
+
+    sys.exit(run_command(command, program="swarm status", debug=debug))
+
+
+def main() -> None:
+    """Entry point of the `swarm` script."""
+    swarm(prog_name="swarm")
+
+
+def read_status(source: str) -> dict[str, Any]:
+    """Return the status document of an invite's run or of a run directory."""
+    from protocol.invite import PREFIX, Invite
+
+    path = Path(source)
+    if path.is_dir():
+        from coordinator.monitor.local import status_of_directory
+
+        return status_of_directory(path)
+    if not source.startswith(PREFIX) and (path.exists() or "/" in source):
+        raise ConfigError(f"{source} is neither an invite nor a run directory.")
+    invite = Invite.from_text(source)
+    from coordinator.monitor.remote import ask_status  # imports hivemind
+    from coordinator.process import run_loop
+
+    document: dict[str, Any] = run_loop(ask_status(invite))
+    return document
+
+
+if __name__ == "__main__":
+    main()

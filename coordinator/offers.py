@@ -1,0 +1,88 @@
+"""Which snapshots peers offer, and which of them add up to a checkpoint. Pure.
+
+Owns: remembering offers, and the vote between replicas of a stage. Must not know: how files are fetched
+(`checkpoints.py`) or who is trusted for what else.
+
+A checkpoint is complete at a round when every stage has a snapshot that starts it. Replicas of a stage should
+offer equal files; where they do not, the files that most of them offer win, then those of the newer version,
+then the lower digest, and the others are named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from protocol.control import Snapshot
+from protocol.ids import PeerId, RoundId, StageId
+
+REMEMBERED = 2  # of each peer and stage; peers keep their newest two
+Parts = frozenset[str]
+PARTS: Parts = frozenset({"weights", "optimizer"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """What the replicas of one stage offer for one round."""
+
+    snapshot: Snapshot
+    sources: tuple[PeerId, ...]
+    dissenters: tuple[PeerId, ...]
+
+
+class Offers:
+    """Snapshots by peer and stage, the newest ones of each."""
+
+    def __init__(self, *, num_stages: int, parts: Parts = PARTS) -> None:
+        self._num_stages = num_stages
+        self._parts = parts
+        self._offers: dict[tuple[PeerId, StageId], dict[RoundId, Snapshot]] = {}
+
+    def learn(self, peer: PeerId, snapshot: Snapshot) -> None:
+        """Take an offer over. One that lacks a part, or has one twice, is no offer."""
+        if sorted(file.part for file in snapshot.files) != sorted(self._parts):
+            return
+        known = self._offers.setdefault((peer, snapshot.stage), {})
+        known[snapshot.round] = snapshot
+        while len(known) > REMEMBERED:
+            del known[min(known)]
+
+    def keep_only(self, peers: Iterable[PeerId]) -> None:
+        """Forget what everybody else has offered."""
+        kept = set(peers)
+        for key in [key for key in self._offers if key[0] not in kept]:
+            del self._offers[key]
+
+    def withdraw(self, peer: PeerId, stage: StageId, round_id: RoundId) -> None:
+        """Forget one offer that turned out to be none."""
+        self._offers.get((peer, stage), {}).pop(round_id, None)
+
+    def newest_complete(self, *, after: int) -> RoundId | None:
+        """Return the newest round after `after` for which every stage is offered, or None."""
+        rounds: dict[RoundId, set[StageId]] = {}
+        for (_, stage), known in self._offers.items():
+            for round_id in known:
+                rounds.setdefault(round_id, set()).add(stage)
+        complete = [
+            round_id for round_id, stages in rounds.items() if len(stages) == self._num_stages and round_id > after
+        ]
+        return max(complete, default=None)
+
+    def agreements(self, round_id: RoundId) -> Mapping[StageId, Agreement]:
+        """Settle what counts for every stage that is offered at a round."""
+        stages = sorted({stage for (_, stage), known in self._offers.items() if round_id in known})
+        return {stage: self._settle(stage, round_id) for stage in stages}
+
+    def _settle(self, stage: StageId, round_id: RoundId) -> Agreement:
+        by_files: dict[tuple[tuple[str, bytes], ...], list[tuple[PeerId, Snapshot]]] = {}
+        for (peer, offered), known in self._offers.items():
+            if offered == stage and round_id in known:
+                snapshot = known[round_id]
+                files = tuple(sorted((file.part, bytes(file.digest)) for file in snapshot.files))
+                by_files.setdefault(files, []).append((peer, snapshot))
+        best = min(by_files, key=lambda files: (-len(by_files[files]), -by_files[files][0][1].version, files))
+        return Agreement(
+            snapshot=by_files[best][0][1],
+            sources=tuple(sorted(peer for peer, _ in by_files[best])),
+            dissenters=tuple(sorted(peer for files in by_files if files != best for peer, _ in by_files[files])),
+        )

@@ -1,0 +1,53 @@
+"""What the organiser can set for `coordinator run`, beside what the manifest fixes.
+
+Owns: the knobs, their defaults and bounds. Must not know: how they are used. Flags win over `SWARM_*`
+environment variables, those over the defaults.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from protocol.errors import ConfigError
+
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+class CoordinatorSettings(BaseSettings):
+    """One coordinator's settings. Build it with `read_settings`, so that mistakes become a `ConfigError`."""
+
+    model_config = SettingsConfigDict(env_prefix="SWARM_", frozen=True, extra="forbid")
+
+    host_maddrs: tuple[str, ...] = ()
+    """Where to listen. Empty: the port of the last start on all interfaces, else any free one."""
+    announce_maddrs: tuple[str, ...] = ()
+    """What others should dial, if it differs (port forwarding, DNS)."""
+    token: Annotated[str, Field(min_length=1, max_length=100)] | None = None
+    """A word that a peer must bring to be let in; it travels in the invite."""
+    start_peers: Annotated[int, Field(ge=1, le=65_536)] = 1
+    """The run begins when this many peers are ready (and every stage has one)."""
+    stages_per_peer: Annotated[int, Field(ge=1, le=32)] = 1
+    lost_after_s: Seconds = 10.0
+    """A peer that is silent for this long is lost: nobody is sent to it, its stage may be given to others."""
+    bury_factor: Annotated[float, Field(ge=1, le=100)] = 3.0
+    """A lost peer whom nobody else misses may just have lost the way to us: it keeps its place this much longer."""
+    move_after_s: Seconds = 5.0
+    """How long a stage may stand empty, waiting for a joiner, before a peer of another stage is moved there."""
+    admission_hours: Annotated[float, Field(gt=0, le=720)] = 24.0
+    tick_s: Annotated[float, Field(gt=0, le=60)] = 0.5
+
+
+def read_settings(**flags: Any) -> CoordinatorSettings:
+    """Combine flags (None: not given), environment and defaults, or raise `ConfigError` naming the bad one."""
+    given = {name: value for name, value in flags.items() if value is not None and value != ()}
+    try:
+        return CoordinatorSettings(**given)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = str(first["loc"][0]) if first["loc"] else "settings"
+        raise ConfigError(
+            f"--{name.replace('_', '-')}: {first['msg']}.", hint=f"It can also come from SWARM_{name.upper()}."
+        ) from None

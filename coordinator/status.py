@@ -1,0 +1,158 @@
+"""The status document: everything about a run that anybody may see, from the database alone.
+
+Owns: the shape of `swarm.status/1`. Must not know: who asked, or how it is printed (`monitor/`). The same
+function answers `StatusRequest`, serves `swarm status DIR` while no coordinator runs, and feeds the demo.
+
+Unknown is null, never a zero. No addresses: the document is meant to be shown.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from coordinator.store import history, peers, tallies
+from coordinator.store.database import Connection
+from protocol.control import StatusAnswer
+from protocol.manifest import Manifest
+
+SCHEMA = "swarm.status/1"
+MAX_PEERS = 500  # rows; a larger swarm shows its newest, and how many more there are
+MAX_EVENTS = 20
+MAX_ANSWER_CHARS = 240_000
+FINISHED = "finished_s"
+NOTES = "notes"
+STARTED = "started_s"
+
+Document = dict[str, Any]
+
+
+def document(db: Connection, manifest: Manifest, *, now_s: float) -> Document:
+    """Return the status as JSON values."""
+    rows = peers.load_peers(db)
+    replicas = peers.load_replicas(db)
+    rounds = tallies.round_tallies(db)
+    trained = [tally for tally in rounds if tally.loss is not None]
+    heldout = [tally for tally in rounds if tally.heldout_loss is not None]
+    charters = history.newest_charters(db)
+    return {
+        "run": manifest.run_id,
+        "name": manifest.name,
+        "coordinator": manifest.coordinator,
+        "state": _state(db, started=bool(charters)),
+        "round": _round(rounds, replicas, charters),
+        "rounds_closed": len(trained),
+        "num_rounds": manifest.batch.num_rounds,
+        "loss": trained[-1].loss if trained else None,
+        "loss_first": trained[0].loss if trained else None,
+        "heldout": _heldout(heldout[-1], manifest) if heldout else None,
+        "unigram_loss": manifest.data.unigram_loss,
+        "tokens_per_s": tallies.tokens_per_s(db),
+        "ledger": asdict(tallies.counters(db)),
+        "stages": _stages(db, manifest, rows, replicas, charters),
+        "peers": _peers(db, rows, now_s=now_s),
+        "peers_omitted": max(0, len(rows) - MAX_PEERS),
+        "checkpoints": [asdict(row) for row in history.load_checkpoints(db)],
+        "notes": json.loads(peers.get_setting(db, NOTES) or "{}"),
+        "events": [asdict(event) for event in history.last_events(db, limit=MAX_EVENTS)],
+        "at_s": now_s,
+    }
+
+
+def envelope(data: Mapping[str, Any], *, schema: str = SCHEMA) -> str:
+    """Return the one line that `--json` prints."""
+    return json.dumps({"schema": schema, "ok": True, "data": data}, separators=(",", ":"), allow_nan=False)
+
+
+def answer(data: Document) -> StatusAnswer:
+    """Fit a document into a message: a swarm that is too large for one is shown without its peers."""
+    text = envelope(data)
+    if len(text) > MAX_ANSWER_CHARS:
+        omitted = data["peers_omitted"] + len(data["peers"])
+        text = envelope({**data, "peers": [], "peers_omitted": omitted, "events": []})
+    return StatusAnswer(document=text)
+
+
+def _state(db: Connection, *, started: bool) -> str:
+    if peers.get_setting(db, FINISHED) is not None:
+        return "finished"
+    return "training" if started else "waiting"
+
+
+def _round(
+    rounds: list[tallies.RoundTally], replicas: Iterable[peers.ReplicaRow], charters: Iterable[history.CharterRow]
+) -> int | None:
+    """Return the round that is being worked on: by the replicas, the charters or the newest closing."""
+    known: list[int] = [replica.round for replica in replicas if replica.members]
+    known += [charter.round for charter in charters]
+    known += [tally.round + 1 for tally in rounds[-1:]]
+    return max(known, default=None)
+
+
+def _heldout(tally: tallies.RoundTally, manifest: Manifest) -> Document:
+    assert tally.heldout_loss is not None
+    bits_per_byte = tally.heldout_loss / math.log(2) / manifest.data.heldout_bytes_per_token
+    return {
+        "round": tally.round,
+        "loss": tally.heldout_loss,
+        "bits_per_byte": bits_per_byte,
+        "tokens": tally.heldout_tokens,
+    }
+
+
+def _stages(
+    db: Connection,
+    manifest: Manifest,
+    rows: Iterable[peers.PeerRow],
+    replicas: list[peers.ReplicaRow],
+    charters: Iterable[history.CharterRow],
+) -> list[Document]:
+    names = {row.peer: row.name for row in rows if row.presence == "live"}
+    generations = {charter.stage: charter.generation for charter in charters}
+    averagings = {averaging.stage: averaging for averaging in tallies.last_averagings(db)}
+    stages = []
+    for stage in range(manifest.model.num_stages):
+        here = [replica for replica in replicas if replica.stage == stage and replica.peer in names]
+        last = next((averagings[known] for known in averagings if known == stage), None)
+        stages.append(
+            {
+                "stage": stage,
+                "generation": next((generations[known] for known in generations if known == stage), None),
+                "version": max((replica.version for replica in here), default=None),
+                "replicas": [
+                    {
+                        "name": names[replica.peer],
+                        "peer": replica.peer,
+                        "round": replica.round,
+                        "version": replica.version,
+                        "ready": replica.ready,
+                        "member": replica.members > 0,
+                    }
+                    for replica in here
+                ],
+                "last_averaging": None if last is None else asdict(last),
+            }
+        )
+    return stages
+
+
+def _peers(db: Connection, rows: list[peers.PeerRow], *, now_s: float) -> list[Document]:
+    """List the peers that are here first, then the newest of the others."""
+    tokens = tallies.tokens_by_peer(db)
+    ordered = sorted(rows, key=lambda row: (row.presence != "live", -row.joined_s, row.peer))
+    return [
+        {
+            "name": row.name,
+            "peer": row.peer,
+            "presence": row.presence,
+            "state": row.state,
+            "reason": row.reason,
+            "stages": list(row.stages),
+            "tokens": tokens.get(row.peer, 0),
+            "seen_s_ago": max(0.0, now_s - row.seen_s),
+        }
+        for row in ordered[:MAX_PEERS]
+    ]

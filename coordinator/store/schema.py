@@ -1,0 +1,185 @@
+"""The tables, and the steps that bring an older database up to them.
+
+Owns: the schema and its version. Must not know: what the rows mean to anybody. A migration is a script that
+is run once, in order, inside one transaction with the version it leads to; a script that has been released
+is never edited, the next change is a new script at the end.
+
+Times are seconds since the epoch. Stages, rounds and versions are the protocol's numbers; peers are ids in
+text; digests, lineages and signed envelopes are blobs.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+
+from protocol.errors import StorageError
+
+MIGRATIONS: tuple[str, ...] = (
+    """
+    CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+
+    CREATE TABLE peers (
+        peer TEXT PRIMARY KEY,
+        session INTEGER NOT NULL,       -- of its latest life
+        name TEXT NOT NULL,
+        capability BLOB NOT NULL,
+        admission BLOB NOT NULL,
+        presence TEXT NOT NULL CHECK (presence IN ('live', 'lost', 'left')),
+        state TEXT NOT NULL,
+        reason TEXT NOT NULL,
+        stages TEXT NOT NULL,           -- JSON list: what it is asked to host
+        wanted TEXT NOT NULL,           -- JSON list: what its volunteer asked for
+        addresses TEXT NOT NULL,        -- JSON list
+        joined_s REAL NOT NULL,
+        seen_s REAL NOT NULL,
+        acknowledged INTEGER NOT NULL DEFAULT 0
+    ) WITHOUT ROWID;
+
+    CREATE TABLE replicas (
+        peer TEXT NOT NULL REFERENCES peers (peer),
+        stage INTEGER NOT NULL,
+        round INTEGER NOT NULL,
+        version INTEGER NOT NULL,
+        lineage BLOB NOT NULL,
+        ready INTEGER NOT NULL,
+        members INTEGER NOT NULL,
+        PRIMARY KEY (peer, stage)
+    ) WITHOUT ROWID;
+
+    CREATE TABLE charters (
+        stage INTEGER NOT NULL,
+        generation INTEGER NOT NULL,
+        round INTEGER NOT NULL,
+        version INTEGER NOT NULL,
+        signed BLOB NOT NULL,
+        issued_s REAL NOT NULL,
+        PRIMARY KEY (stage, generation)
+    );
+
+    -- One row per acknowledged report. What it said stands in the tables below it.
+    CREATE TABLE reports (
+        peer TEXT NOT NULL,
+        sequence INTEGER NOT NULL,
+        kind TEXT NOT NULL,
+        accepted INTEGER NOT NULL,
+        received_s REAL NOT NULL,
+        PRIMARY KEY (peer, sequence)
+    ) WITHOUT ROWID;
+
+    -- A round that was trained again after a restart from a checkpoint has several rows; one is not superseded.
+    CREATE TABLE rounds (
+        digest BLOB PRIMARY KEY,        -- of the closing
+        round INTEGER NOT NULL,
+        superseded INTEGER NOT NULL DEFAULT 0,
+        tasks_done INTEGER NOT NULL,
+        tasks_lost INTEGER NOT NULL,
+        loss_sum REAL NOT NULL,
+        tokens INTEGER NOT NULL,
+        heldout_loss_sum REAL NOT NULL,
+        heldout_tokens INTEGER NOT NULL,
+        closed_s REAL NOT NULL
+    ) WITHOUT ROWID;
+    CREATE INDEX rounds_by_number ON rounds (round);
+
+    CREATE TABLE commits (
+        digest BLOB PRIMARY KEY,
+        stage INTEGER NOT NULL,
+        round INTEGER NOT NULL,
+        generation INTEGER NOT NULL,
+        version INTEGER NOT NULL,
+        lineage BLOB NOT NULL,
+        closing BLOB NOT NULL,
+        members INTEGER NOT NULL,
+        dropped INTEGER NOT NULL,       -- tokens
+        double_counted INTEGER NOT NULL,
+        solo INTEGER NOT NULL,
+        received_s REAL NOT NULL,
+        signed BLOB NOT NULL
+    ) WITHOUT ROWID;
+    CREATE INDEX commits_by_stage ON commits (stage, round);
+    CREATE INDEX commits_by_closing ON commits (closing);
+
+    -- Who said that it took these committed bytes, and was named in the commit.
+    CREATE TABLE commit_takers (
+        digest BLOB NOT NULL,
+        peer TEXT NOT NULL,
+        PRIMARY KEY (digest, peer)
+    ) WITHOUT ROWID;
+
+    CREATE TABLE averagings (
+        peer TEXT NOT NULL,
+        sequence INTEGER NOT NULL,
+        stage INTEGER NOT NULL,
+        round INTEGER NOT NULL,
+        ballot INTEGER NOT NULL,
+        members INTEGER NOT NULL,
+        asked INTEGER NOT NULL,
+        ok INTEGER NOT NULL,
+        reason TEXT NOT NULL,
+        bytes_sent INTEGER NOT NULL,
+        bytes_received INTEGER NOT NULL,
+        seconds REAL NOT NULL,
+        received_s REAL NOT NULL,
+        PRIMARY KEY (peer, sequence)
+    ) WITHOUT ROWID;
+    CREATE INDEX averagings_by_stage ON averagings (stage, round, ballot);
+
+    CREATE TABLE work (
+        peer TEXT NOT NULL,
+        sequence INTEGER NOT NULL,
+        round INTEGER NOT NULL,
+        tasks_fed INTEGER NOT NULL,
+        tasks_resent INTEGER NOT NULL,
+        hops INTEGER NOT NULL,
+        activation_bytes INTEGER NOT NULL,
+        target_tokens INTEGER NOT NULL,
+        seconds REAL NOT NULL,
+        compute_seconds REAL NOT NULL,
+        PRIMARY KEY (peer, sequence)
+    ) WITHOUT ROWID;
+    CREATE INDEX work_by_round ON work (round);
+
+    CREATE TABLE checkpoints (
+        round INTEGER PRIMARY KEY,
+        bytes INTEGER NOT NULL,
+        seconds REAL NOT NULL,
+        collected_s REAL NOT NULL
+    );
+
+    CREATE TABLE events (
+        id INTEGER PRIMARY KEY,
+        at_s REAL NOT NULL,
+        kind TEXT NOT NULL,
+        peer TEXT,
+        detail TEXT NOT NULL
+    );
+    CREATE INDEX events_by_kind ON events (kind);
+    """,
+)
+
+SCHEMA_VERSION = len(MIGRATIONS)
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Bring the database to `SCHEMA_VERSION`, or raise `StorageError` if it is from a newer Handcar."""
+    connection.execute("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL)")
+    version = read_version(connection)
+    if version > SCHEMA_VERSION:
+        raise StorageError(
+            f"the run's database has schema {version}, this version of Handcar knows up to {SCHEMA_VERSION}.",
+            hint="Start it with the newer version that wrote it.",
+        )
+    for target, script in enumerate(MIGRATIONS[version:], start=version + 1):
+        # executescript would commit first and then run every statement on its own: a crash in between
+        # would leave half a schema under the old version, so the script carries its own transaction
+        connection.executescript(
+            f"BEGIN IMMEDIATE; {script}; DELETE FROM schema_version; "
+            f"INSERT INTO schema_version VALUES ({target}); COMMIT;"
+        )
+
+
+def read_version(connection: sqlite3.Connection) -> int:
+    """Return the schema version of an open database, 0 for an empty one."""
+    known = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'schema_version'").fetchone()
+    row = connection.execute("SELECT version FROM schema_version").fetchone() if known else None
+    return int(row[0]) if row else 0

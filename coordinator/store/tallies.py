@@ -1,0 +1,207 @@
+"""Sums over history: the ledger's counters, loss curves, throughput, the newest averagings.
+
+Owns: the SQL that adds up. Must not know: how a number is shown. Every counter is computed from stored
+reports at the moment it is asked for; nothing is counted in memory, so a restart can neither lose nor
+double one.
+
+Sums of what strangers report use TOTAL, which cannot overflow and raise as SUM does.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+
+from protocol.ids import PeerId, RoundId, StageId
+
+RECENT_ROUNDS = 5  # over which throughput is averaged: a few, so that it follows who comes and goes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counters:
+    """The ledger's counters over the whole run (design, words)."""
+
+    tasks_done: int
+    tasks_resent: int
+    tasks_lost: int
+    tokens: int
+    tokens_dropped: int
+    double_counted: int
+    averagings_ok: int
+    """Pairs of stage and round in which two or more named members took the same committed bytes."""
+    averagings_failed: int
+    """Attempts (stage, round, ballot) that nobody saw succeed."""
+    rounds_solo: int
+    """Pairs of stage and round that one replica committed alone."""
+    hops: int
+    activation_bytes: int
+    peers_joined: int
+    peers_lost: int
+    peers_left: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundTally:
+    """One closed round. `loss` is nats per training token; `heldout_loss` that of the state it started from."""
+
+    round: RoundId
+    tasks_done: int
+    tasks_lost: int
+    tokens: int
+    loss: float | None
+    heldout_loss: float | None
+    heldout_tokens: int
+    closed_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastAveraging:
+    """The newest attempt to average a stage: `took_part` of `asked` replicas."""
+
+    stage: StageId
+    round: RoundId
+    ballot: int
+    ok: bool
+    reason: str
+    took_part: int
+    asked: int
+    num_bytes: int
+    seconds: float
+
+
+_REPORTED = """
+    SELECT CAST(TOTAL(tasks_resent) AS INTEGER), CAST(TOTAL(hops) AS INTEGER),
+           CAST(TOTAL(activation_bytes) AS INTEGER) FROM work
+"""
+_CLOSED = """
+    SELECT CAST(TOTAL(tasks_done) AS INTEGER), CAST(TOTAL(tasks_lost) AS INTEGER), CAST(TOTAL(tokens) AS INTEGER)
+    FROM rounds WHERE NOT superseded
+"""
+# Commits of rounds that were trained again stay in: what was dropped or counted twice there did happen.
+_COMMITTED = """
+    SELECT CAST(TOTAL(dropped) AS INTEGER), CAST(TOTAL(double_counted) AS INTEGER) FROM commits
+"""
+_AVERAGED = """
+    SELECT count(*) FROM (
+        SELECT DISTINCT stage, round FROM commits
+        WHERE NOT solo AND (SELECT count(*) FROM commit_takers AS t WHERE t.digest = commits.digest) >= 2
+    )
+"""
+_FAILED = "SELECT count(*) FROM (SELECT 1 FROM averagings GROUP BY stage, round, ballot HAVING max(ok) = 0)"
+_SOLO = "SELECT count(*) FROM (SELECT DISTINCT stage, round FROM commits WHERE solo)"
+_EVENTS = "SELECT kind, count(*) FROM events WHERE kind IN ('peer.joined', 'peer.lost', 'peer.left') GROUP BY kind"
+
+
+def counters(db: sqlite3.Connection) -> Counters:
+    """Add everything up."""
+    resent, hops, activation_bytes = db.execute(_REPORTED).fetchone()
+    done, lost, tokens = db.execute(_CLOSED).fetchone()
+    dropped, doubled = db.execute(_COMMITTED).fetchone()
+    events: dict[str, int] = dict(db.execute(_EVENTS).fetchall())
+    return Counters(
+        tasks_done=done,
+        tasks_resent=resent,
+        tasks_lost=lost,
+        tokens=tokens,
+        tokens_dropped=dropped,
+        double_counted=doubled,
+        averagings_ok=db.execute(_AVERAGED).fetchone()[0],
+        averagings_failed=db.execute(_FAILED).fetchone()[0],
+        rounds_solo=db.execute(_SOLO).fetchone()[0],
+        hops=hops,
+        activation_bytes=activation_bytes,
+        peers_joined=events.get("peer.joined", 0),
+        peers_lost=events.get("peer.lost", 0),
+        peers_left=events.get("peer.left", 0),
+    )
+
+
+def round_tallies(db: sqlite3.Connection, *, limit: int | None = None) -> list[RoundTally]:
+    """Return the closed rounds that stand, oldest first; with `limit` only the newest ones."""
+    rows = db.execute(
+        "SELECT round, tasks_done, tasks_lost, tokens, loss_sum, heldout_loss_sum, heldout_tokens, closed_s"
+        " FROM rounds WHERE NOT superseded ORDER BY round DESC LIMIT ?",
+        (-1 if limit is None else limit,),
+    ).fetchall()
+    return [
+        RoundTally(
+            round=RoundId(round_id),
+            tasks_done=done,
+            tasks_lost=lost,
+            tokens=tokens,
+            loss=loss_sum / tokens if tokens else None,
+            heldout_loss=heldout_sum / heldout_tokens if heldout_tokens else None,
+            heldout_tokens=heldout_tokens,
+            closed_s=closed_s,
+        )
+        for round_id, done, lost, tokens, loss_sum, heldout_sum, heldout_tokens, closed_s in reversed(rows)
+    ]
+
+
+def newest_round(db: sqlite3.Connection) -> RoundId | None:
+    """Return the highest round that was closed and stands."""
+    row = db.execute("SELECT max(round) FROM rounds WHERE NOT superseded").fetchone()
+    return None if row[0] is None else RoundId(row[0])
+
+
+def is_evaluated(db: sqlite3.Connection, round_id: RoundId | int) -> bool:
+    """Tell whether a round was closed with a held-out loss."""
+    row = db.execute("SELECT 1 FROM rounds WHERE round = ? AND NOT superseded AND heldout_tokens > 0", (round_id,))
+    return row.fetchone() is not None
+
+
+def tokens_per_s(db: sqlite3.Connection) -> float | None:
+    """Return training tokens per second over the newest rounds, by the peers' own clocks; None before there are any.
+
+    Our own receiving times would do until we are away for an hour and get all reports at once. Of the seconds
+    that peers report for a round the median counts: some joined in its middle.
+    """
+    recent = [tally for tally in round_tallies(db, limit=RECENT_ROUNDS) if tally.tokens]
+    tokens, seconds = 0, 0.0
+    for tally in recent:
+        reported = [row[0] for row in db.execute("SELECT seconds FROM work WHERE round = ?", (tally.round,))]
+        if reported:
+            tokens += tally.tokens
+            seconds += median(reported)
+    return tokens / seconds if seconds > 0 else None
+
+
+def last_averagings(db: sqlite3.Connection) -> list[LastAveraging]:
+    """Return the newest attempt of every stage that ever tried.
+
+    Bytes are what the members sent, so each crossed the network once; seconds are the slowest member's.
+    """
+    rows = db.execute(
+        """
+        SELECT a.stage, a.round, a.ballot, max(a.ok), max(CASE WHEN a.ok THEN '' ELSE a.reason END), max(a.members),
+               max(a.asked), CAST(TOTAL(a.bytes_sent) AS INTEGER), max(a.seconds)
+        FROM averagings AS a
+        JOIN (
+            SELECT stage, round, max(ballot) AS ballot FROM averagings AS b
+            WHERE round = (SELECT max(round) FROM averagings WHERE stage = b.stage) GROUP BY stage, round
+        ) AS newest ON a.stage = newest.stage AND a.round = newest.round AND a.ballot = newest.ballot
+        GROUP BY a.stage ORDER BY a.stage
+        """
+    )
+    return [
+        LastAveraging(
+            stage=StageId(stage),
+            round=RoundId(round_id),
+            ballot=ballot,
+            ok=bool(ok),
+            reason="" if ok else reason,
+            took_part=members,
+            asked=asked,
+            num_bytes=num_bytes,
+            seconds=seconds,
+        )
+        for stage, round_id, ballot, ok, reason, members, asked, num_bytes, seconds in rows
+    ]
+
+
+def tokens_by_peer(db: sqlite3.Connection) -> Mapping[PeerId, int]:
+    """Return how many target tokens each peer says it worked on."""
+    rows = db.execute("SELECT peer, CAST(TOTAL(target_tokens) AS INTEGER) FROM work GROUP BY peer")
+    return {PeerId(peer): tokens for peer, tokens in rows}

@@ -1,0 +1,75 @@
+"""Turn committed update bytes into the next version of a stage.
+
+Owns: decode, divide once, clip, step; the same for a member that took part, for one that adopted the
+bytes later, and for one that replays a log. That is what keeps replicas equal. Must not know: how the
+bytes were agreed on. Runs in the compute thread.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from peer.averaging.reduce import Reduced, decode_shard, encoded_shard_bytes
+from peer.engine.schedule import LearningRate
+from peer.engine.stage_engine import StageEngine
+from protocol.errors import WireError
+
+NORM_ELEMENTS = 1 << 20  # piece of a gradient that is widened to fp64 at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """An encoded sum of gradients: shard after shard, each as its codec made it."""
+
+    codec: str
+    data: bytes
+
+    @classmethod
+    def of(cls, reduced: Reduced) -> Update:
+        """Join the parts of a finished reduce."""
+        return cls(reduced.codec, b"".join(part for parts in reduced.parts for part in parts))
+
+
+def update_bytes(engine: StageEngine, codec: str) -> int:
+    """Return the exact size of a stage's updates."""
+    return sum(encoded_shard_bytes(codec, shard.gradient.numel()) for shard in engine.shards)
+
+
+def update_norm(engine: StageEngine, update: Update) -> float:
+    """Return the Euclidean norm of an encoded sum, in fp64 and in a fixed order: every machine gets the same."""
+    total = 0.0
+    for shard, data in zip(engine.shards, _split(engine, update), strict=True):
+        values = torch.empty_like(shard.gradient, device="cpu")
+        decode_shard(update.codec, data, values)
+        for start in range(0, values.numel(), NORM_ELEMENTS):
+            total += float(values[start : start + NORM_ELEMENTS].double().square().sum())
+    return math.sqrt(total)
+
+
+def absorb(
+    engine: StageEngine, update: Update, *, total_tokens: int, clip_scale: float, schedule: LearningRate
+) -> None:
+    """Take the optimizer step that leads from `engine.version` to the next one.
+
+    `clip_scale` comes with the commit and `total_tokens` is the number of target tokens in the sum.
+    """
+    for index, data in enumerate(_split(engine, update)):
+        values = torch.empty_like(engine.shards[index].gradient, device="cpu")
+        decode_shard(update.codec, data, values)
+        engine.load_gradient(index, values)
+    engine.step(schedule.at(engine.version), scale=clip_scale / total_tokens)
+
+
+def _split(engine: StageEngine, update: Update) -> list[memoryview]:
+    """Cut an update into the engine's shards; raises `WireError` unless it is exactly as long as they are."""
+    if len(update.data) != update_bytes(engine, update.codec):
+        raise WireError(f"an update of {len(update.data)} bytes does not fit this stage")
+    view, pieces, offset = memoryview(update.data), [], 0
+    for shard in engine.shards:
+        size = encoded_shard_bytes(update.codec, shard.gradient.numel())
+        pieces.append(view[offset : offset + size])
+        offset += size
+    return pieces

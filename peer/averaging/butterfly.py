@@ -1,0 +1,113 @@
+"""hivemind's butterfly all-reduce as the swarm's `Reduce` for dense codecs.
+
+Owns: `ButterflyReduce`, one per process: checks what it is asked to sum, runs one `ButterflyRunner` per group
+(`runner.py` has the protocol), and puts the result together. Sits between the steward, who decides the group,
+and the runner. Must not know: rounds, commits, what the shards mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+import structlog
+import torch
+from hivemind.p2p import P2P
+from torch import Tensor
+
+from peer.averaging.link import Link, from_hivemind
+from peer.averaging.merge import OrderedMerger
+from peer.averaging.parts import cut
+from peer.averaging.reduce import Reduced, ReduceError, ReduceGroup, contribution
+from peer.averaging.reduce_service import ReduceService
+from peer.averaging.runner import ButterflyRunner
+from peer.codecs import codec
+from protocol.ids import Digest, digest
+
+log = structlog.get_logger()
+
+EARLY_WAIT_S = 10.0  # for a member that gets the steward's list a little later than the others
+
+
+class ButterflyReduce:
+    """Sums shards with hivemind's butterfly. One per process and namespace; any number of groups at a time."""
+
+    def __init__(self, p2p: P2P, *, namespace: str, early_wait_s: float = EARLY_WAIT_S) -> None:
+        self._link = Link(p2p)
+        self._namespace = namespace
+        self._service = ReduceService(early_wait_s=early_wait_s)
+
+    async def start(self) -> None:
+        """Begin to answer other members."""
+        await self._service.add_p2p_handlers(self._link, namespace=self._namespace)
+
+    async def stop(self) -> None:
+        """Stop answering. Reduces under way belong to their callers, who cancel them first."""
+        await self._service.remove_p2p_handlers(self._link, namespace=self._namespace)
+
+    async def reduce(self, group: ReduceGroup, shards: Sequence[Tensor]) -> Reduced:
+        """Sum `shards` over `group` (see `peer.averaging.reduce.Reduce`)."""
+        me = from_hivemind(self._link.peer_id)
+        if me not in group.members:
+            raise ValueError(f"{me} is no member of the group it is asked to reduce with")
+        for shard in shards:
+            if shard.dtype != torch.float32 or shard.dim() != 1 or not shard.is_contiguous():
+                raise ValueError(f"a shard is flat contiguous fp32, not {shard.dtype} {tuple(shard.shape)}")
+        started_s = time.monotonic()
+        if len(group.members) == 1:
+            parts = await _reduce_alone(group, shards)
+            return _reduced(group, shards, parts, digest(*parts), started_s)
+        runner = ButterflyRunner(self._link, group=group, shards=shards, namespace=self._namespace)
+        with self._service.serving(group.group_id, runner):
+            await self._service.announce()
+            try:
+                total = await runner.reduce()
+            except ReduceError as error:
+                self._service.say_farewell(group.group_id, runner.farewell())
+                log.info("reduce.failed", group=group.group_id.hex(), blamed=error.peer, reason=str(error))
+                if not await self._link.is_daemon_alive():
+                    raise ReduceError("this peer's own p2p daemon is gone", peer=me) from None
+                raise
+        return _reduced(
+            group, shards, runner.results(), total, started_s, sent=runner.bytes_sent, received=runner.bytes_received
+        )
+
+
+async def _reduce_alone(group: ReduceGroup, shards: Sequence[Tensor]) -> tuple[bytes, ...]:
+    """Sum over ourselves: what we send is decoded and encoded just as in a larger group."""
+    using = codec(group.codec)
+    parts = cut([len(shard) for shard in shards], num_members=1)
+    merger = OrderedMerger(using, [part.length for part in parts], num_senders=1)
+    results = []
+    for part in parts:
+        values = shards[part.shard][part.start : part.start + part.length]
+        results.append(await merger.accumulate_part(0, part.index, contribution(values, using=using)))
+        await asyncio.sleep(0)  # hops and heartbeats go on
+    merger.finalize()
+    return tuple(results)
+
+
+def _reduced(
+    group: ReduceGroup,
+    shards: Sequence[Tensor],
+    results: Sequence[bytes],
+    total: Digest,
+    started_s: float,
+    *,
+    sent: int = 0,
+    received: int = 0,
+) -> Reduced:
+    lengths = tuple(len(shard) for shard in shards)
+    by_shard: list[list[bytes]] = [[] for _ in lengths]
+    for part, data in zip(cut(lengths, num_members=1), results, strict=True):
+        by_shard[part.shard].append(data)
+    return Reduced(
+        codec=group.codec,
+        shard_elements=lengths,
+        parts=tuple(tuple(parts) for parts in by_shard),
+        digest=total,
+        bytes_sent=sent,
+        bytes_received=received,
+        seconds=time.monotonic() - started_s,
+    )

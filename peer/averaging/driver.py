@@ -1,0 +1,401 @@
+"""Carries out what the round machine of one stage decides.
+
+Owns: the queue of events, the beat, and one method per action. The machine (`protocol/rounds`) is pure
+and says what should happen; here it happens: messages are sent, rounds opened, sums frozen and reduced,
+updates applied and logged. Must not know: why. One driver per hosted stage; they run independently, so
+two stages of one peer never wait for each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass, field
+
+import structlog
+from protocol.rounds.machine import RoundMachine
+
+from peer.averaging.absorb import Update, update_norm
+from peer.averaging.history import History
+from peer.averaging.reduce import Reduce, Reduced, ReduceError, ReduceGroup, ReduceTimeouts
+from peer.averaging.sync import StageSync
+from peer.engine.span import SpanEngine
+from peer.pipeline.compute import ComputeThread, Priority
+from peer.pipeline.gate import Gate
+from peer.pipeline.view import Membership, View
+from peer.reports import ReportQueue
+from protocol.control import AveragingReport, ClosingReport, CommitReport, Snapshot
+from protocol.errors import PeerFault, StorageError, SwarmError, TransientError, UnreachableError
+from protocol.history import MAX_COMMITS_PER_ANSWER, LogAnswer, LogRequest, StateAnswer
+from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, Version
+from protocol.manifest import Manifest
+from protocol.rounds import events
+from protocol.rounds.messages import Closing, Commit, StageMessage
+from protocol.signing import Signed
+from protocol.transport.calls import Calls
+
+log = structlog.get_logger()
+
+SEND_TIMEOUT_S = 5.0
+MAX_SENDS_PER_PEER = 32  # messages are repeated by the machine, so dropping some of a silent peer's loses nothing
+STAGED_KEPT = 3
+
+
+@dataclass(slots=True)
+class DriverStatistics:
+    """What the status line and the reports show of a stage."""
+
+    committed: int = 0
+    averaged: int = 0
+    failed: int = 0
+    last_group: int = 0
+    last_asked: int = 0
+
+
+@dataclass(slots=True)
+class Hooks:
+    """What a stage's rounds mean to the rest of the peer."""
+
+    on_freeze: Callable[[Closing], None]
+    """The round is over: no task of it or of one before counts any more."""
+    on_commit: Callable[[Commit, Signed], None]
+    on_own_closing: Callable[[StageMessage], None]
+    """Our clock closed the round: the other stages that are hosted here should hear it too."""
+    on_bits: Callable[[RoundId, int], None] = field(default=lambda round_id, done: None)
+
+
+class StageDriver:
+    """Drives one stage's round machine."""
+
+    def __init__(
+        self,
+        stage: StageId,
+        *,
+        manifest: Manifest,
+        machine: RoundMachine,
+        me: PeerId,
+        engine: SpanEngine,
+        compute: ComputeThread,
+        calls: Calls,
+        reduce: Reduce,
+        sync: StageSync,
+        history: History,
+        gate: Gate,
+        view: View,
+        reports: ReportQueue,
+        hooks: Hooks,
+        beat_s: float,
+    ) -> None:
+        self.stage = stage
+        self._manifest = manifest
+        self._machine = machine
+        self._me = me
+        self._engine = engine
+        self._compute = compute
+        self._calls = calls
+        self._reduce = reduce
+        self._sync = sync
+        self._history = history
+        self._gate = gate
+        self._view = view
+        self._reports = reports
+        self._hooks = hooks
+        self._beat_s = beat_s
+        self._inbox: asyncio.Queue[events.Event] = asyncio.Queue()
+        self._sending: dict[PeerId, int] = {}
+        self._group: asyncio.TaskGroup | None = None
+        self._reducing: dict[Digest, asyncio.Task[None]] = {}
+        self._staged: dict[Digest, Update] = {}
+        self._snapshot: Snapshot | None = None
+        self._left = asyncio.Event()
+        self.state_digest: Digest | None = None
+        """Of the newest applied state."""
+        self.statistics = DriverStatistics()
+
+    # -- what others call -----------------------------------------------------------------------------
+
+    def post(self, event: events.Event) -> None:
+        """Hand the machine a fact. Never blocks."""
+        self._inbox.put_nowait(event)
+
+    async def run(self) -> None:
+        """Feed the machine events and beats until cancelled; an error of an action ends the peer, loudly."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._beat(), name=f"beat-{self.stage}")
+            self._group = tasks
+            while True:
+                event = await self._inbox.get()
+                for action in self._machine.handle(event, time.monotonic()):
+                    await self._perform(action)
+
+    async def wait_left(self) -> None:
+        """Wait until our work of this round is safe and nobody waits for us."""
+        await self._left.wait()
+
+    def staged_update(self, digest_hex: str) -> bytes | None:
+        """Return update bytes that are summed but not committed yet, for a member that missed the reduce."""
+        for known, update in self._staged.items():
+            if known.hex() == digest_hex:
+                return update.data
+        return None
+
+    def answer_state(self) -> StateAnswer:
+        """Tell a joiner where this replica stands."""
+        chain, applied = self._machine.chain, self._machine.applied
+        if chain is None or applied is None:
+            return StateAnswer(
+                charter=None, commit=None, version=Version(0), lineage=Lineage(bytes(32)), snapshots=()
+            )
+        return StateAnswer(
+            charter=chain.signed_charter,
+            commit=None if applied.step is None else applied.step.signed,
+            version=applied.version,
+            lineage=applied.lineage,
+            snapshots=self._history.snapshots(),
+        )
+
+    def answer_log(self, request: LogRequest) -> LogAnswer:
+        """List the commits that followed a version, as far as they are kept."""
+        commits = []
+        for offset in range(MAX_COMMITS_PER_ANSWER):
+            signed = self._history.commit_of(Version(request.since + offset))
+            if signed is None:
+                break
+            commits.append(signed)
+        return LogAnswer(commits=tuple(commits))
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """The newest snapshot that this replica took itself."""
+        return self._snapshot
+
+    # -- actions --------------------------------------------------------------------------------------
+
+    async def _perform(self, action: events.Action) -> None:
+        match action:
+            case events.Send(to, message):
+                self._send(to, message)
+            case events.OpenRound():
+                await self._open_round(action)
+            case events.Freeze(closing, signed):
+                self._reports.add(ClosingReport(closing=signed))
+                await self._freeze(closing)
+            case events.StartReduce():
+                task = self._start(self._run_reduce(action), name=f"reduce-{self.stage}-{action.round}")
+                self._reducing[action.group_id] = task
+            case events.AbortReduce(group_id):
+                reducing = self._reducing.pop(group_id, None)
+                if reducing is not None:
+                    reducing.cancel()
+            case events.Fetch(commit, sources):
+                self._start(self._fetch(commit, sources), name=f"fetch-{self.stage}-{commit.version}")
+            case events.Apply(commit, signed, lineage):
+                await self._apply(commit, signed, lineage)
+            case events.Replay(steps, sources):
+                await self._replay(steps, sources)
+            case events.Resync(_, sources):
+                self._start(self._resync(sources), name=f"resync-{self.stage}")
+            case events.BitsChanged(round_id, done):
+                self._hooks.on_bits(round_id, done)
+            case events.Left():
+                self._left.set()
+            case events.Report(trouble, peer, detail):
+                log.info("round.trouble", stage=self.stage, trouble=str(trouble), peer=peer, detail=detail)
+
+    async def _open_round(self, action: events.OpenRound) -> None:
+        await self._compute.run(
+            lambda: self._engine.open(self.stage, action.round, fresh=action.fresh), priority=Priority.CONTROL
+        )
+        self._gate.open(self.stage, round_id=action.round, version=action.version, lineage=action.lineage)
+        log.info("round.open", stage=self.stage, round=action.round, version=action.version, peers=len(action.members))
+
+    async def _freeze(self, closing: Closing) -> None:
+        """Stop adding to the sum, in the thread that adds; then tell the machine what the sum stands for."""
+        self._gate.freeze(self.stage)
+        self._hooks.on_freeze(closing)
+        tokens = await self._compute.run(lambda: self._engine.freeze(self.stage), priority=Priority.CONTROL)
+        self.post(events.Frozen(closing.round, tokens))
+
+    async def _run_reduce(self, action: events.StartReduce) -> None:
+        """Sum the frozen gradients with the group; stage the bytes; report how it went."""
+        timing = self._manifest.timing
+        group = ReduceGroup(
+            group_id=action.group_id,
+            members=tuple(contribution.peer for contribution in action.group),
+            codec=self._manifest.averaging.codec,
+            timeouts=ReduceTimeouts(
+                sender_s=timing.hop_silence_s, reducer_s=2 * timing.hop_silence_s, deadline_s=timing.reduce_timeout_s
+            ),
+        )
+        shards = [shard.gradient for shard in self._engine.engines[self.stage].shards]
+        try:
+            reduced = await self._reduce.reduce(group, shards)
+        except SwarmError as error:
+            suspect = error.peer if isinstance(error, ReduceError) and error.peer != self._me else None
+            self._reported(action, None, error.one_line())
+            self.post(events.ReduceFailed(action.group_id, error.one_line()[:200], suspect))
+            return
+        finally:
+            self._reducing.pop(action.group_id, None)
+        update = Update.of(reduced)
+        engine = self._engine.engines[self.stage]
+        norm = await self._compute.run(lambda: update_norm(engine, update), priority=Priority.CONTROL)
+        self._stage_update(reduced.digest, update)
+        self._reported(action, reduced, "")
+        self.post(events.ReduceDone(action.group_id, reduced.digest, norm))
+
+    def _reported(self, action: events.StartReduce, reduced: Reduced | None, reason: str) -> None:
+        """Count an attempt; a stage with one member averages nothing and reports nothing."""
+        self.statistics.last_group, self.statistics.last_asked = len(action.group), action.num_asked
+        if len(action.group) == 1 and action.num_asked == 1:
+            return
+        self.statistics.averaged += reduced is not None
+        self.statistics.failed += reduced is None
+        self._reports.add(
+            AveragingReport(
+                stage=self.stage,
+                round=action.round,
+                ballot=action.ballot,
+                members=len(action.group),
+                asked=action.num_asked,
+                ok=reduced is not None,
+                reason=reason[:200],
+                bytes_sent=0 if reduced is None else reduced.bytes_sent,
+                bytes_received=0 if reduced is None else reduced.bytes_received,
+                seconds=0.0 if reduced is None else reduced.seconds,
+            )
+        )
+
+    async def _fetch(self, commit: Commit, sources: Iterable[PeerId]) -> None:
+        try:
+            update = await self._sync.fetch_update(commit, sources)
+        except (TransientError, PeerFault) as error:
+            self.post(events.FetchFailed(commit.digest, error.one_line()[:200]))
+            return
+        engine = self._engine.engines[self.stage]
+        norm = await self._compute.run(lambda: update_norm(engine, update), priority=Priority.CONTROL)
+        self._stage_update(commit.digest, update)
+        self.post(events.Fetched(commit.digest, norm))
+
+    async def _apply(self, commit: Commit, signed: Signed, lineage: Lineage) -> None:
+        """Absorb staged bytes: the step that makes a new version."""
+        update = self._staged.pop(commit.digest, None)
+        if update is None:
+            self.post(events.ApplyFailed(lineage, "the bytes are not staged here"))
+            return
+        await self._sync.apply(commit, signed, update)
+        await self._after_step(commit, signed, lineage)
+
+    async def _replay(self, steps: tuple[events.CommitStep, ...], sources: tuple[PeerId, ...]) -> None:
+        try:
+            for step in steps:
+                await self._sync.replay((step.signed,), sources=sources)
+                await self._after_step(step.commit, step.signed, step.lineage, announce=step is steps[-1])
+        except (TransientError, PeerFault) as error:
+            self.post(events.ApplyFailed(steps[-1].lineage, error.one_line()[:200]))
+
+    async def _after_step(self, commit: Commit, signed: Signed, lineage: Lineage, *, announce: bool = True) -> None:
+        self.statistics.committed += 1
+        self._staged.clear()
+        self._view.learn(membership_of(commit, lineage))
+        self._reports.add(CommitReport(commit=signed))
+        await self._maybe_snapshot(commit, lineage)
+        self.state_digest = state_digest = await self._state_digest()
+        log.info(
+            "round.committed",
+            stage=self.stage,
+            round=commit.round,
+            version=commit.version,
+            peers=len(commit.contributors),
+            state=state_digest.hex()[:12],
+        )
+        self._hooks.on_commit(commit, signed)
+        if announce:
+            self.post(events.Applied(lineage, state_digest))
+
+    async def _maybe_snapshot(self, commit: Commit, lineage: Lineage) -> None:
+        next_round = commit.round + 1
+        batch, every = self._manifest.batch, self._manifest.keeping.checkpoint_every
+        if next_round % every and next_round != batch.num_rounds:
+            return
+        self._snapshot = await self.take_snapshot(RoundId(next_round), Version(commit.version), lineage)
+
+    async def take_snapshot(self, round_id: RoundId, version: Version, lineage: Lineage) -> Snapshot | None:
+        """Write the present state to disk. A full disk costs the snapshot, not the training."""
+        parts = await self._compute.run(lambda: self._engine.state_parts(self.stage), priority=Priority.CONTROL)
+        try:
+            return await asyncio.to_thread(
+                self._history.save_snapshot, parts, round_id=round_id, version=version, lineage=lineage
+            )
+        except StorageError as error:
+            log.error("snapshot.failed", stage=self.stage, version=version, error=error.one_line())
+            return self._snapshot
+
+    async def _state_digest(self) -> Digest:
+        engine = self._engine.engines[self.stage]
+        return await self._compute.run(engine.state_digest, priority=Priority.CONTROL)
+
+    async def _resync(self, sources: Iterable[PeerId]) -> None:
+        """Fetch the state anew until it works: without it this replica is of no use."""
+        self._gate.freeze(self.stage)
+        self._staged.clear()
+        while True:
+            try:
+                place = await self._sync.from_members(sources)
+            except UnreachableError as error:
+                log.info("resync.waiting", stage=self.stage, error=error.one_line())
+                await asyncio.sleep(self._beat_s * 4)
+                continue
+            assert place.charter is not None
+            self.post(events.Synced(place.charter, place.commits, await self._state_digest()))
+            return
+
+    # -- messages -------------------------------------------------------------------------------------
+
+    def _send(self, to: PeerId, message: StageMessage) -> None:
+        if self._sending.get(to, 0) >= MAX_SENDS_PER_PEER:
+            return
+        if to == self._me:  # a closing concerns all stages that are hosted here
+            self._hooks.on_own_closing(message)
+            return
+        self._sending[to] = self._sending.get(to, 0) + 1
+        self._start(self._deliver(to, message), name=f"send-{type(message).__name__}")
+
+    async def _deliver(self, to: PeerId, message: StageMessage) -> None:
+        try:
+            await self._calls.tell(to, message, timeout_s=SEND_TIMEOUT_S)
+        except SwarmError as error:
+            log.debug("round.undelivered", to=to, message=type(message).__name__, error=error.one_line())
+            if isinstance(error, UnreachableError) and error.is_certain:
+                self.post(events.PeerGone(to))
+        finally:
+            self._sending[to] -= 1
+
+    async def _beat(self) -> None:
+        while True:
+            self.post(events.Tick())
+            await asyncio.sleep(self._beat_s)
+
+    def _start(self, work: Coroutine[None, None, None], *, name: str) -> asyncio.Task[None]:
+        assert self._group is not None, "actions are only performed while the driver runs"
+        return self._group.create_task(work, name=name)
+
+    def _stage_update(self, digest: Digest, update: Update) -> None:
+        self._staged[digest] = update
+        while len(self._staged) > STAGED_KEPT:
+            self._staged.pop(next(iter(self._staged)))
+
+
+def membership_of(commit: Commit, lineage: Lineage) -> Membership:
+    """Read the next round's members, with rendezvous weights, out of a commit."""
+    tokens = {contribution.peer: contribution.tokens for contribution in commit.contributors}
+    least = max(1.0, 0.1 * max(tokens.values(), default=1))  # a newcomer must get something to be measured by
+    return Membership(
+        stage=commit.stage,
+        generation=commit.generation,
+        round=RoundId(commit.round + 1),
+        version=commit.version,
+        lineage=lineage,
+        members={seat.peer: max(least, float(tokens.get(seat.peer, 0))) for seat in commit.seats},
+    )

@@ -1,0 +1,150 @@
+"""A stage's recent past on disk: snapshots of its shared state, and the updates since.
+
+Owns: the files of one hosted stage, their atomic writing, verifying and pruning. A joiner, a peer that
+comes back and the coordinator's checkpointer all use the same files: fetch a snapshot, replay the
+updates after it, compare the hash. Must not know: how updates are agreed on (rounds) or fetched (sync).
+
+    v00000040.json                      the Snapshot, written last: its presence makes the snapshot real
+    v00000040.weights.safetensors       shared weights under their Hugging Face names
+    v00000040.optimizer.safetensors     moments (part of the shared state in `gradient` mode)
+    u00000040.bin                       encoded sum that takes version 40 to 41
+    u00000040.commit                    its signed commit
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors.torch import load_file, save
+
+from protocol.control import Snapshot, StateFile
+from protocol.errors import StorageError, WireError
+from protocol.ids import Lineage, RoundId, StageId, Version, digest
+from protocol.signing import Signed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SNAPSHOTS_KEPT = 2  # the newest may be in the middle of being written or fetched by others; one more is safe
+PARTS = ("weights", "optimizer")
+
+
+class History:
+    """The snapshots and updates of one stage in one folder."""
+
+    def __init__(self, folder: Path, *, stage: StageId) -> None:
+        self._folder = folder
+        self._stage = stage
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot write to {folder}: {error.strerror}.") from None
+
+    # -- snapshots ------------------------------------------------------------------------------------
+
+    def save_snapshot(
+        self, tensors: Mapping[str, Mapping[str, Tensor]], *, round_id: RoundId, version: Version, lineage: Lineage
+    ) -> Snapshot:
+        """Write a snapshot (`tensors` by part) and prune what is too old. Atomic: all of it or nothing."""
+        files = []
+        for part in PARTS:
+            data = save(dict(tensors[part]), metadata={"format": "pt"})
+            self._write(self._part_path(version, part), data)
+            files.append(StateFile(part=part, num_bytes=len(data), digest=digest(data)))
+        snapshot = Snapshot(stage=self._stage, round=round_id, version=version, lineage=lineage, files=tuple(files))
+        self.adopt_snapshot(snapshot)
+        return snapshot
+
+    def adopt_snapshot(self, snapshot: Snapshot) -> None:
+        """Make a snapshot real whose part files are in place (written here, or fetched by `incoming_path`)."""
+        self._write(self._snapshot_path(snapshot.version), snapshot.to_bytes())
+        self._prune()
+
+    def incoming_path(self, version: Version, part: str) -> Path:
+        """Return where a fetched part belongs; it counts only once `adopt_snapshot` was called."""
+        return self._part_path(version, part)
+
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """List the snapshots that are there, newest first. Contents are verified when they are loaded."""
+        found = []
+        for path in sorted(self._folder.glob("v*.json"), reverse=True):
+            with contextlib.suppress(WireError, OSError):  # a torn or foreign file is simply not a snapshot
+                found.append(Snapshot.from_bytes(path.read_bytes()))
+        return tuple(found)
+
+    def load_snapshot(self, snapshot: Snapshot) -> dict[str, dict[str, Tensor]]:
+        """Read a snapshot's tensors by part, after checking every byte. Raises `StorageError` if one is off."""
+        loaded = {}
+        for file in snapshot.files:
+            path = self._part_path(snapshot.version, file.part)
+            try:
+                data = path.read_bytes()
+            except OSError as error:
+                raise StorageError(f"cannot read {path.name}: {error.strerror}.") from None
+            if digest(data) != file.digest:
+                raise StorageError(
+                    f"{path.name} is damaged: its SHA-256 does not fit.", hint="It will be fetched again."
+                )
+            loaded[file.part] = load_file(path)
+        return loaded
+
+    # -- updates --------------------------------------------------------------------------------------
+
+    def append(self, version: Version, update: bytes, commit: Signed) -> None:
+        """Keep the update that was applied to `version`."""
+        self._write(self._folder / f"u{version:08d}.bin", update)
+        self._write(self._folder / f"u{version:08d}.commit", commit.to_bytes())
+
+    def commit_of(self, version: Version) -> Signed | None:
+        """Return the signed commit that followed `version`, or None if it is not kept (any more)."""
+        try:
+            return Signed.from_bytes((self._folder / f"u{version:08d}.commit").read_bytes())
+        except (OSError, WireError):
+            return None
+
+    def resolve(self, kind: str, version: Version, part: str) -> Path | None:
+        """Return the file of a blob name `state/STAGE/VERSION/PART` or `update/STAGE/VERSION`, if it is here."""
+        if kind == "update":
+            path = self._folder / f"u{version:08d}.bin"
+        elif kind == "state" and part in PARTS and self._snapshot_path(version).exists():
+            path = self._part_path(version, part)
+        else:
+            return None
+        return path if path.exists() else None
+
+    # -- private --------------------------------------------------------------------------------------
+
+    def _snapshot_path(self, version: Version) -> Path:
+        return self._folder / f"v{version:08d}.json"
+
+    def _part_path(self, version: Version, part: str) -> Path:
+        return self._folder / f"v{version:08d}.{part}.safetensors"
+
+    def _write(self, path: Path, data: bytes) -> None:
+        """Write a file so that it is there whole or not at all, also after a power cut."""
+        temporary = path.with_suffix(path.suffix + ".part")
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise StorageError(f"cannot write {path.name}: {error.strerror}.", hint="Free some disk space.") from None
+
+    def _prune(self) -> None:
+        """Drop old snapshots, and the updates that no kept snapshot needs."""
+        versions = sorted((int(path.stem[1:]) for path in self._folder.glob("v*.json")), reverse=True)
+        for version in versions[SNAPSHOTS_KEPT:]:
+            self._snapshot_path(Version(version)).unlink(missing_ok=True)
+            for part in PARTS:
+                self._part_path(Version(version), part).unlink(missing_ok=True)
+        oldest = versions[:SNAPSHOTS_KEPT][-1]
+        for path in self._folder.glob("u*"):
+            if int(path.name[1:9]) < oldest:
+                path.unlink(missing_ok=True)

@@ -1,0 +1,120 @@
+"""Where one stage's first state comes from.
+
+Owns: the choice between following live members, the coordinator's newest checkpoint, and the run's
+initial weights, and that whatever was restored is served to others as a snapshot. Must not know: charters
+beyond the fact that one exists. `sync.py` does the fetching.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable
+
+import structlog
+
+from peer.averaging.history import History
+from peer.averaging.sync import Place, StageSync
+from peer.engine.span import SpanEngine
+from peer.pipeline.compute import ComputeThread, Priority
+from protocol.control import Snapshot, StateFile
+from protocol.errors import PeerFault, UnreachableError, WireError
+from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, Version
+from protocol.transport.blobs import Blobs
+
+log = structlog.get_logger()
+
+NEWEST = "checkpoint/newest/checkpoint.json"
+MAX_RECORD_BYTES = 4 << 20
+NO_LINEAGE = Lineage(bytes(32))
+
+
+class Restorer:
+    """Brings one stage to its first state."""
+
+    def __init__(
+        self,
+        stage: StageId,
+        *,
+        sync: StageSync,
+        history: History,
+        engine: SpanEngine,
+        compute: ComputeThread,
+        blobs: Blobs,
+        coordinator: PeerId,
+    ) -> None:
+        self._stage = stage
+        self._sync = sync
+        self._history = history
+        self._engine = engine
+        self._compute = compute
+        self._blobs = blobs
+        self._coordinator = coordinator
+
+    async def from_members(self, members: Iterable[PeerId]) -> Place:
+        """Follow the stage's members. Raises `UnreachableError` if none can be followed."""
+        return await self._sync.from_members(members)
+
+    async def from_scratch(self, *, allow_initial: bool) -> Place:
+        """Start from the newest checkpoint, or from the initial weights if there is none and that is allowed.
+
+        Raises `UnreachableError` if there is nothing to start from yet.
+        """
+        snapshot = await self._newest_checkpoint()
+        if snapshot is not None:
+            folder = f"checkpoint/{snapshot.round}"
+            return await self._sync.from_checkpoint(snapshot, source=self._coordinator, folder=folder)
+        if not allow_initial or self._engine.engines[self._stage].version != 0:
+            raise UnreachableError(f"there is no checkpoint of stage {self._stage} to start from yet.")
+        await self._keep_initial()
+        return Place(charter=None, commits=(), round=RoundId(0), version=Version(0), lineage=NO_LINEAGE)
+
+    async def state_digest(self) -> Digest:
+        """Hash the stage's present state."""
+        engine = self._engine.engines[self._stage]
+        return await self._compute.run(engine.state_digest, priority=Priority.CONTROL)
+
+    async def _newest_checkpoint(self) -> Snapshot | None:
+        """Ask the coordinator which checkpoint is the newest; None if it has none, or is not there."""
+        try:
+            data = await self._blobs.fetch(self._coordinator, NEWEST, max_bytes=MAX_RECORD_BYTES)
+        except UnreachableError as error:
+            log.debug("checkpoint.none", error=error.one_line())
+            return None
+        return _read_record(data, self._stage)
+
+    async def _keep_initial(self) -> None:
+        """Serve the initial state as a snapshot, so that a late joiner finds the start of the log."""
+        parts = await self._compute.run(lambda: self._engine.state_parts(self._stage), priority=Priority.CONTROL)
+        await asyncio.to_thread(
+            self._history.save_snapshot, parts, round_id=RoundId(0), version=Version(0), lineage=NO_LINEAGE
+        )
+
+
+def _read_record(data: bytes, stage: StageId) -> Snapshot:
+    """Read one stage's entry of a `checkpoint.json`, or raise `WireError`."""
+    try:
+        record = json.loads(data)
+        entry = next(one for one in record["stages"] if one["stage"] == stage)
+        return Snapshot(
+            stage=stage,
+            round=RoundId(record["round"]),
+            version=Version(entry["version"]),
+            lineage=Lineage(bytes.fromhex(entry["lineage"])),
+            files=tuple(
+                StateFile(
+                    part=_part(file["name"]), num_bytes=file["bytes"], digest=Digest(bytes.fromhex(file["sha256"]))
+                )
+                for file in entry["files"]
+            ),
+        )
+    except (ValueError, KeyError, TypeError, StopIteration) as error:
+        raise WireError(f"the coordinator's checkpoint record cannot be read: {error!r:.200}") from None
+
+
+def _part(file_name: str) -> str:
+    """Return `weights` of `stage-3.weights.safetensors`."""
+    pieces = file_name.split(".")
+    if len(pieces) != 3:
+        raise PeerFault(f"checkpoint file {file_name!r:.80} has an unexpected name")
+    return pieces[1]

@@ -1,0 +1,110 @@
+"""What the manifest says about rounds, in the form in which a round machine wants to hear it.
+
+Owns: timers, the size of every round, the clip threshold of a stage, and what proves that a microbatch is
+done. Pure. The proof is the last stage's signed path entry; credits come from the whole path, one per
+stage and peer, and are only believed from the feeder that holds it.
+"""
+
+from __future__ import annotations
+
+import math
+
+from peer.tasks import Outcome
+from protocol.architecture import num_parameters
+from protocol.batches import Microbatch, TaskKind, plan_round
+from protocol.errors import PeerFault
+from protocol.hops import ENTRY_CONTEXT, PathEntry
+from protocol.ids import RoundId, StageId
+from protocol.manifest import Manifest
+from protocol.rounds.messages import Credit, DoneTask, Seat
+from protocol.rounds.settings import KeyNotary, RoundRules, RoundSize, RoundTimers, Settings
+from protocol.signing import Signed, SigningKey, unseal
+
+COMMITS_KEPT = 64
+
+
+def machine_settings(manifest: Manifest, stage: StageId, *, key: SigningKey, session: int) -> Settings:
+    """Return what the machine of one stage is told once."""
+    return Settings(
+        run=manifest.run_id,
+        stage=stage,
+        me=Seat(peer=key.peer_id, session=session),
+        coordinator=manifest.coordinator,
+        timers=round_timers(manifest),
+        rules=round_rules(manifest, stage),
+        notary=KeyNotary(key),
+    )
+
+
+def round_timers(manifest: Manifest) -> RoundTimers:
+    """Derive the timers from the manifest's beat and deadlines."""
+    timing = manifest.timing
+    beat_s = timing.beat_s / 4  # the manifest's beat is the slowest sign of life; rounds are looked at more often
+    return RoundTimers(
+        beat_s=beat_s,
+        ping_timeout_s=4 * beat_s,
+        patience_s=12 * beat_s,
+        reduce_timeout_s=timing.reduce_timeout_s,
+        accept_timeout_s=timing.reduce_timeout_s,
+        round_deadline_s=timing.round_deadline_s,
+        freeze_timeout_s=timing.hop_silence_s,
+    )
+
+
+def round_rules(manifest: Manifest, stage: StageId) -> RoundRules:
+    """Derive sizes, proofs and the clip threshold from the manifest."""
+
+    def size_of(round_id: RoundId) -> RoundSize:
+        plan = plan_round(manifest.data, manifest.batch, round_id)
+        num_train = sum(microbatch.kind is TaskKind.TRAIN for microbatch in plan)
+        return RoundSize(num_train, len(plan) - num_train)
+
+    def check_done(round_id: RoundId, task: DoneTask) -> bool:
+        return _proves(manifest, round_id, task)
+
+    return RoundRules(
+        size_of=size_of,
+        check_done=check_done,
+        clip_threshold=clip_threshold(manifest, stage),
+        commits_kept=COMMITS_KEPT,
+    )
+
+
+def clip_threshold(manifest: Manifest, stage: StageId) -> float:
+    """Return c * sqrt(P_stage / P_total): the stages' thresholds add up to c in the Euclidean sense."""
+    config, num_stages = manifest.model.config, manifest.model.num_stages
+    counts = [num_parameters(config, num_stages, each) for each in range(num_stages)]
+    return manifest.optimizer.clip * math.sqrt(counts[stage] / sum(counts))
+
+
+def done_task(microbatch: Microbatch, outcome: Outcome) -> DoneTask:
+    """Return a finished microbatch as the clock wants to see it."""
+    return DoneTask(
+        number=microbatch.number,
+        evidence=outcome.path[-1].to_bytes(),
+        loss_sum=outcome.loss_sum,
+        target_tokens=outcome.target_tokens,
+        credits=_credits(outcome.path) if microbatch.kind is TaskKind.TRAIN else (),
+    )
+
+
+def _credits(path: tuple[Signed, ...]) -> tuple[Credit, ...]:
+    credits = []
+    for signed in path:
+        entry = PathEntry.from_bytes(signed.payload)
+        credits += [Credit(stage=stage, peer=signed.signer, tokens=entry.target_tokens) for stage in entry.stages]
+    return tuple(credits)
+
+
+def _proves(manifest: Manifest, round_id: RoundId, task: DoneTask) -> bool:
+    """Check the last stage's word: this number of this round, this loss, these tokens."""
+    try:
+        entry = unseal(Signed.from_bytes(task.evidence), ENTRY_CONTEXT, PathEntry)
+    except PeerFault:
+        return False
+    return (
+        entry.run == manifest.run_id
+        and (entry.round, entry.number) == (round_id, task.number)
+        and (entry.loss_sum, entry.target_tokens) == (task.loss_sum, task.target_tokens)
+        and manifest.model.num_stages - 1 in entry.stages
+    )

@@ -1,0 +1,391 @@
+"""One reduce of one group, seen from one member: one sum, encoded once, the same bytes for everybody, or nothing.
+
+Owns: the talk between the members. Built by `butterfly.py`, on `merge.py` (the sums) and `link.py` (the streams).
+Must not know: who else is reducing in this process, what happens to the result.
+
+From hivemind's `AllReduceRunner` come the group's bookkeeping, the stream protocol (each member sends every
+reducer its parts and gets each sum back on the same stream), the stubs and the outcome future. Replaced is
+what made members end with different bytes: sums in order of arrival, differences that are rounded anew for
+each receiver, going on with fewer members, zeros in the place of a dead reducer.
+
+One stream, `AveragingData` messages:
+    member  -> reducer   PART_FOR_AVERAGING {group_id}, then per part {tensor_part.buffer}
+    reducer -> member    per part AVERAGED_PART {tensor_part.buffer}
+    member  -> reducer   ACCEPTED {tensor_part.buffer = digest of the whole result}, end of stream
+    either way           CANCELLED {peer_id = whom we blame}: the reduce has failed
+A member accepts only when it holds *all* results, and returns only when all others have accepted and name the
+same digest. So a reducer that tells members different sums is found out, and a death before the end fails
+everybody; only one in the very last message can leave some with a result and some without, which is what the
+steward's commit is for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import structlog
+from hivemind.averaging.allreduce import AllReduceRunner
+from hivemind.p2p import P2PContext, PeerID
+from hivemind.proto.averaging_pb2 import (
+    ACCEPTED,
+    AVERAGED_PART,
+    CANCELLED,
+    PART_FOR_AVERAGING,
+    PROTOCOL_VIOLATION,
+    AveragingData,
+    MessageCode,
+)
+from hivemind.proto.runtime_pb2 import Tensor as WireTensor
+from torch import Tensor
+
+from peer.averaging.link import LAST_WORD_S, Exchange, Inbox, Link, from_hivemind, to_hivemind
+from peer.averaging.merge import MergeStopped, OrderedMerger
+from peer.averaging.parts import Part, cut
+from peer.averaging.reduce import ReduceError, ReduceGroup, contribution
+from peer.averaging.reduce_service import ReduceService
+from peer.codecs import codec
+from protocol.errors import LocalFault, SwarmError, TransientError, WireError
+from protocol.ids import Digest, digest
+
+log = structlog.get_logger()
+
+
+class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
+    """One reduce of one group, seen from one member. Use it once."""
+
+    def __init__(self, link: Link, *, group: ReduceGroup, shards: Sequence[Tensor], namespace: str) -> None:
+        members = tuple(to_hivemind(member) for member in group.members)
+        super().__init__(
+            p2p=link,
+            servicer_type=ReduceService,
+            prefix=namespace,
+            group_id=group.group_id,
+            tensors=(),  # hivemind's own containers stay empty: the cut, the sums and the results are ours
+            ordered_peer_ids=members,
+            peer_fractions=(1.0,) * len(members),
+            sender_timeout=group.timeouts.sender_s,
+            reducer_timeout=group.timeouts.reducer_s,
+        )
+        self._group, self._shards, self._codec = group, shards, codec(group.codec)
+        self._me = members.index(link.peer_id)
+        self._parts = cut([len(shard) for shard in shards], num_members=len(members))
+        self.tensor_part_reducer = OrderedMerger(
+            self._codec, [part.length for part in self._parts_of(self._me)], num_senders=len(members)
+        )
+        self._results: dict[int, bytes] = {}
+        self._all_results = asyncio.Event()
+        self._digest: Digest | None = None
+        self._settled = asyncio.Event()  # the digest is known, or the reduce has failed
+        self._accepted: dict[int, bytes] = {}
+        self._someone_accepted = asyncio.Event()
+        self._serving: set[asyncio.Task[Any]] = set()
+        self.bytes_sent = self.bytes_received = 0
+
+    async def reduce(self) -> Digest:
+        """Run to the end and return the digest of `results()`. Raises `ReduceError` or `LocalFault`."""
+        deadline = asyncio.get_running_loop().call_later(self._group.timeouts.deadline_s, self._fail_at_deadline)
+        stopped = False
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                try:
+                    await self._work(tasks)
+                except asyncio.CancelledError:  # before the tasks see it: they tell the others why
+                    stopped = self._failure() is None
+                    self.finalize(exception=self._blame(self._me, "was stopped"))
+                    raise
+        except BaseExceptionGroup as failures:
+            raise self._first_cause(failures, stopped=stopped) from None
+        finally:
+            deadline.cancel()
+            self.finalize()
+            await self._end_serving()
+        assert self._digest is not None
+        return self._digest
+
+    async def run(self) -> AsyncIterator[bytes]:
+        """As hivemind's `run`, but what is yielded are the encoded sums, in order, once all members have them."""
+        await self.reduce()
+        for data in self.results():
+            yield data
+
+    def results(self) -> tuple[bytes, ...]:
+        """The encoded sum of every part, in order."""
+        return tuple(self._results[part.index] for part in self._parts)
+
+    def farewell(self) -> AveragingData:
+        """What to tell members who call after this reduce has failed."""
+        error = self._failure()
+        blamed = error.peer if isinstance(error, ReduceError) else self._group.members[self._me]
+        return AveragingData(code=CANCELLED, peer_id=to_hivemind(blamed).to_bytes())
+
+    def finalize(self, *, cancel: bool = False, exception: BaseException | None = None) -> None:
+        """Settle the outcome; the first one stands. As in hivemind, from any side and any number of times."""
+        if not self._future.done():
+            super().finalize(cancel=cancel, exception=exception)
+            if not self._future.cancelled():
+                self._future.exception()  # seen: `_watch` may be gone already
+        self._settled.set()
+
+    # --- our own side ---------------------------------------------------------------------------------
+
+    async def _work(self, tasks: asyncio.TaskGroup) -> None:
+        watch = tasks.create_task(self._watch())
+        tasks.create_task(self._guard(self._merge_own_parts()))
+        others = [peer for peer in self.ordered_peer_ids if peer != self.peer_id]
+        talks = [tasks.create_task(self._guard(self._communicate_with_peer(peer))) for peer in others]
+        if self._parts:
+            await self._all_results.wait()
+        self._digest = await asyncio.to_thread(digest, *self.results())
+        self._settled.set()
+        await self._guard(self._wait_until_all_accepted())
+        await asyncio.wait(talks)
+        watch.cancel()
+
+    async def _watch(self) -> None:
+        """Raise what a served stream or the deadline has reported."""
+        await asyncio.wait({self._future})
+        self._future.result()
+
+    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+        """Settle the outcome before an error cancels the others, so that they know whom to blame."""
+        try:
+            await work
+        except SwarmError as error:
+            self.finalize(exception=error)
+            raise
+
+    async def _merge_own_parts(self) -> None:
+        """Contribute to the parts we reduce, and see to it that the others do so in time."""
+        for slot, part in enumerate(self._parts_of(self._me)):
+            values = contribution(self._values(part), using=self._codec)
+            try:
+                async with asyncio.timeout(self.sender_timeout):
+                    merged = await self.tensor_part_reducer.accumulate_part(self._me, slot, values)
+            except TimeoutError:
+                late = self.tensor_part_reducer.missing()[0]
+                raise self._blame(late, f"sent no part for {self.sender_timeout:g} s") from None
+            except WireError as error:
+                raise LocalFault(f"our own shards cannot be summed: {error}") from None
+            except MergeStopped:
+                return
+            self._take_result(part, merged)
+
+    async def _communicate_with_peer(self, peer_id: PeerID) -> None:
+        """Send a reducer our parts, take its sums, accept, and wait for it to end the stream."""
+        reducer = self.ordered_peer_ids.index(peer_id)
+        try:
+            exchange: Exchange = await self._get_peer_stub(peer_id).rpc_aggregate_part(
+                self._generate_input_for_peer(reducer)
+            )
+        except TransientError as error:
+            raise self._blame(reducer, f"cannot be reached ({error})") from None
+        try:
+            for part in self._parts_of(reducer):
+                self._take_result(part, await self._next_sum(exchange, reducer, part))
+            await self._next_answer(exchange, reducer)  # None: it has our acceptance; otherwise a late failure
+        finally:
+            await exchange.aclose(grace_s=LAST_WORD_S if self._failure() else 0.0)
+
+    async def _generate_input_for_peer(self, reducer: int) -> AsyncGenerator[AveragingData, None]:
+        yield self._count_sent(AveragingData(code=PART_FOR_AVERAGING, group_id=self.group_id))
+        for part in self._parts_of(reducer):
+            if self._future.done():
+                break
+            try:
+                data = self._codec.encode(self._values(part))
+            except SwarmError as error:
+                self.finalize(exception=error)
+                break
+            yield self._count_sent(AveragingData(tensor_part=WireTensor(buffer=data)))
+        await self._settled.wait()
+        if self._failure() or self._digest is None:
+            yield self.farewell()
+        else:
+            yield AveragingData(code=ACCEPTED, tensor_part=WireTensor(buffer=self._digest))
+
+    async def _next_sum(self, exchange: Exchange, reducer: int, part: Part) -> bytes:
+        answer = await self._next_answer(exchange, reducer)
+        if answer is None:
+            raise self._blame(reducer, "ended the stream before its last sum")
+        data: bytes = answer.tensor_part.buffer
+        try:
+            self._codec.decode(data, part.length)  # now, while nothing depends on it: exact length, finite values
+        except WireError as error:
+            raise self._blame(reducer, f"sent a bad sum ({error})") from None
+        return data
+
+    async def _next_answer(self, exchange: Exchange, reducer: int) -> AveragingData | None:
+        """Return the reducer's next message, which must be a sum; None if it has ended the stream."""
+        try:
+            async with asyncio.timeout(self.reducer_timeout):
+                answer = await anext(exchange, None)
+        except TimeoutError:
+            raise self._blame(reducer, f"sent nothing for {self.reducer_timeout:g} s") from None
+        except SwarmError as error:
+            raise self._blame(reducer, f"broke the protocol ({error})") from None
+        if answer is None:
+            return None
+        assert isinstance(answer, AveragingData)
+        self.bytes_received += answer.ByteSize()
+        if answer.code == CANCELLED:
+            raise self._relayed_blame(reducer, answer)
+        if answer.code != AVERAGED_PART:
+            raise self._blame(reducer, f"refused us ({_code_name(answer.code)})")
+        return answer
+
+    def _take_result(self, part: Part, data: bytes) -> None:
+        self._results[part.index] = data
+        if len(self._results) == len(self._parts):
+            self._all_results.set()
+
+    async def _wait_until_all_accepted(self) -> None:
+        try:
+            async with asyncio.timeout(self.reducer_timeout):
+                while len(self._accepted) < self.group_size - 1:
+                    self._someone_accepted.clear()
+                    await self._someone_accepted.wait()
+        except TimeoutError:
+            raise self._blame(self._not_accepted()[0], "did not acknowledge the result") from None
+        for member, claimed in sorted(self._accepted.items()):
+            if claimed != self._digest:
+                raise self._blame(member, "ended with another result than ours")
+
+    # --- the side that other members call ---------------------------------------------------------------
+
+    async def rpc_aggregate_part(
+        self, stream: AsyncIterator[AveragingData], context: P2PContext
+    ) -> AsyncGenerator[AveragingData, None]:
+        """A member sends its parts; give it each sum, and take its acceptance of the whole."""
+        hello = await anext(stream)
+        refusal = self._check_reasons_to_reject(hello, context)
+        if refusal is not None:
+            log.info("reduce.refused", caller=str(context.remote_id), reason=_code_name(refusal.code))
+            yield refusal
+            await Inbox(stream).wait_ended(timeout_s=LAST_WORD_S)
+            return
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
+        sender = self.ordered_peer_ids.index(context.remote_id)
+        self.active_senders.add(context.remote_id)
+        inbox = Inbox(stream)
+        try:
+            async with aclosing(self._accumulate_parts_streaming(inbox, sender)) as sums:
+                async for answer in sums:
+                    yield self._count_sent(answer)
+        except (asyncio.CancelledError, GeneratorExit):
+            if sender not in self._accepted:
+                self.finalize(exception=self._blame(sender, "ended its stream before the end"))
+            raise
+        except (SwarmError, MergeStopped) as error:
+            if isinstance(error, SwarmError):
+                self.finalize(exception=error)
+            yield self.farewell()
+            await inbox.wait_ended(timeout_s=LAST_WORD_S)
+        finally:
+            await inbox.close()
+            self._serving.discard(task)
+
+    def _check_reasons_to_reject(self, request: AveragingData, context: P2PContext) -> AveragingData | None:
+        if context.remote_id in self.ordered_peer_ids and self._failure() is not None:
+            return self.farewell()
+        if context.remote_id in self.active_senders or request.code != PART_FOR_AVERAGING:
+            return AveragingData(code=PROTOCOL_VIOLATION)
+        refusal: AveragingData | None = super()._check_reasons_to_reject(request, context)
+        return refusal
+
+    async def _accumulate_parts_streaming(
+        self, inbox: Inbox[AveragingData], sender_index: int
+    ) -> AsyncGenerator[AveragingData, None]:
+        for slot, part in enumerate(self._parts_of(self._me)):
+            request = await self._next_request(inbox, sender_index)
+            try:
+                values = self._codec.decode(request.tensor_part.buffer, part.length)
+                merged = await self.tensor_part_reducer.accumulate_part(sender_index, slot, values)
+            except WireError as error:
+                raise self._blame(sender_index, f"sent a bad part ({error})") from None
+            yield AveragingData(code=AVERAGED_PART, tensor_part=WireTensor(buffer=merged))
+        request = await self._next_request(inbox, sender_index)
+        if request.code != ACCEPTED:
+            raise self._blame(sender_index, f"sent {_code_name(request.code)} instead of its acceptance")
+        self._accepted[sender_index] = request.tensor_part.buffer
+        self._someone_accepted.set()
+
+    async def _next_request(self, inbox: Inbox[AveragingData], sender: int) -> AveragingData:
+        """Return a sender's next message, or raise if the reduce fails first. `_merge_own_parts` has the clock."""
+        try:
+            request = await inbox.next_unless(self._future)
+        except (TransientError, WireError) as error:
+            raise self._blame(sender, f"is gone or garbled ({error})") from None
+        if (failure := self._failure()) is not None:
+            raise failure
+        if request is None:
+            raise self._blame(sender, "ended its stream before the end")
+        self.bytes_received += request.ByteSize()
+        if request.code == CANCELLED:
+            raise self._relayed_blame(sender, request)
+        return request
+
+    async def _end_serving(self) -> None:
+        """Wait for the streams that members opened to us, so that nothing of this reduce is left running."""
+        if self._serving:
+            await asyncio.wait(self._serving, timeout=LAST_WORD_S)
+        for task in self._serving:
+            task.cancel()
+        if self._serving:
+            await asyncio.wait(self._serving, timeout=LAST_WORD_S)
+
+    # --- small things ---------------------------------------------------------------------------------
+
+    def _parts_of(self, reducer: int) -> list[Part]:
+        return [part for part in self._parts if part.reducer == reducer]
+
+    def _values(self, part: Part) -> Tensor:
+        return self._shards[part.shard][part.start : part.start + part.length]
+
+    def _count_sent(self, message: AveragingData) -> AveragingData:
+        self.bytes_sent += message.ByteSize()
+        return message
+
+    def _failure(self) -> SwarmError | None:
+        if not self._future.done() or self._future.cancelled():
+            return None
+        error = self._future.exception()
+        return error if isinstance(error, SwarmError) else None
+
+    def _blame(self, member: int, what: str) -> ReduceError:
+        peer = self._group.members[member]
+        return ReduceError(f"reduce failed: {peer} {what}", peer=peer)
+
+    def _relayed_blame(self, member: int, message: AveragingData) -> ReduceError:
+        """Read a CANCELLED message. A name from outside the group is the messenger's own doing."""
+        witness = self._group.members[member]
+        blamed = PeerID(message.peer_id)
+        if blamed not in self.ordered_peer_ids or blamed == to_hivemind(witness):
+            return self._blame(member, "gave up")
+        peer = from_hivemind(blamed)
+        return ReduceError(f"reduce failed: {witness} gave up because of {peer}", peer=peer, witness=witness)
+
+    def _not_accepted(self) -> list[int]:
+        return [member for member in range(self.group_size) if member != self._me and member not in self._accepted]
+
+    def _fail_at_deadline(self) -> None:
+        owing = [part.reducer for part in self._parts if part.index not in self._results and part.reducer != self._me]
+        late = (owing or self._not_accepted() or [self._me])[0]
+        self.finalize(
+            exception=self._blame(late, f"was not done within the deadline of {self._group.timeouts.deadline_s:g} s")
+        )
+
+    def _first_cause(self, failures: BaseExceptionGroup[BaseException], *, stopped: bool) -> BaseException:
+        """Return our own bug if there is one, else our caller's cancellation, else what failed first."""
+        bugs = [error for error in failures.exceptions if not isinstance(error, SwarmError)]
+        if bugs:
+            return bugs[0]
+        return asyncio.CancelledError() if stopped else self._failure() or failures
+
+
+def _code_name(code: int) -> str:
+    return MessageCode.Name(code) if code in MessageCode.values() else f"code {code}"

@@ -1,0 +1,247 @@
+"""Get a stage's state: from our own disk, from its members, or from the coordinator's checkpoint.
+
+Owns: choosing a snapshot, fetching it in verified ranges, replaying the log after it. A joiner, a healer
+and a peer that comes back all come through here. Must not know: ballots, seats. What is fetched is
+believed as far as its hashes go; whether the state is the members' own, the round machine checks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import structlog
+
+from peer.averaging.absorb import Update, absorb, update_bytes
+from peer.averaging.history import History
+from peer.engine.schedule import LearningRate
+from peer.engine.stage_engine import StageEngine
+from peer.pipeline.compute import ComputeThread, Priority
+from protocol.control import Snapshot, StateFile
+from protocol.errors import PeerFault, StorageError, SwarmError, TransientError, UnreachableError
+from protocol.history import LogAnswer, LogRequest, StateAnswer, StateRequest
+from protocol.ids import Lineage, PeerId, RoundId, StageId, Version, digest
+from protocol.rounds.lineage import next_lineage
+from protocol.rounds.messages import CHARTER_CONTEXT, COMMIT_CONTEXT, Charter, Commit
+from protocol.signing import Signed, unseal
+from protocol.transport.blobs import MAX_RANGE_BYTES, Blobs
+from protocol.transport.calls import Calls
+
+log = structlog.get_logger()
+
+MAX_STATE_BYTES = 1 << 40
+MAX_STEPS = 100_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a synchronised state stands: its charter, and the commits that led from a snapshot to it."""
+
+    charter: Signed | None
+    commits: tuple[Signed, ...]
+    round: RoundId
+    version: Version
+    lineage: Lineage
+
+
+def root_lineage(signed_charter: Signed) -> Lineage:
+    """Return the lineage of a charter itself, before any commit."""
+    return Lineage(digest(CHARTER_CONTEXT.encode(), signed_charter.payload))
+
+
+class StageSync:
+    """Brings one engine to the state of its stage."""
+
+    def __init__(
+        self,
+        stage: StageId,
+        *,
+        engine: StageEngine,
+        history: History,
+        compute: ComputeThread,
+        calls: Calls,
+        blobs: Blobs,
+        me: PeerId,
+        coordinator: PeerId,
+        codec: str,
+        schedule: LearningRate,
+    ) -> None:
+        self._stage = stage
+        self._engine = engine
+        self._history = history
+        self._compute = compute
+        self._calls = calls
+        self._blobs = blobs
+        self._me = me
+        self._coordinator = coordinator
+        self._codec = codec
+        self._schedule = schedule
+
+    async def from_members(self, sources: Iterable[PeerId]) -> Place:
+        """Become what the members are: their newest snapshot (or ours, if it is theirs too) and the log after it.
+
+        Raises `UnreachableError` if none of them answers with a state that can be followed.
+        """
+        answers = await self._ask(sources)
+        if not answers:
+            raise UnreachableError(f"no member of stage {self._stage} answers.")
+        generation, charter = self._newest_charter(answers.values())
+        peers = [peer for peer, answer in answers.items() if self._generation(answer) == generation]
+        peers.sort(key=lambda peer: -answers[peer].version)
+        for source in peers:
+            try:
+                return await self._follow(source, peers, answers[source], charter)
+            except (TransientError, PeerFault, StorageError) as error:
+                log.info("sync.failed", stage=self._stage, source=source, error=error.one_line())
+        raise UnreachableError(f"nobody could bring us to the state of stage {self._stage}.")
+
+    async def from_checkpoint(self, snapshot: Snapshot, *, source: PeerId, folder: str) -> Place:
+        """Become a checkpoint that `source` (the coordinator) serves under the blob folder `folder`."""
+        names = {file.part: f"{folder}/stage-{self._stage}.{file.part}.safetensors" for file in snapshot.files}
+        await self._fetch_parts(snapshot, names, [source])
+        await self._load(snapshot)
+        return Place(charter=None, commits=(), round=snapshot.round, version=snapshot.version, lineage=snapshot.lineage)
+
+    async def replay(self, commits: Iterable[Signed], *, sources: Iterable[PeerId]) -> None:
+        """Apply commits that follow our state, fetching their bytes. Raises if one cannot be had or does not fit."""
+        for signed in commits:
+            commit = unseal(signed, COMMIT_CONTEXT, Commit)
+            update = await self.fetch_update(commit, sources)
+            await self.apply(commit, signed, update)
+
+    async def fetch_update(self, commit: Commit, sources: Iterable[PeerId]) -> Update:
+        """Bring the bytes of a commit from anybody who has them. Raises `UnreachableError` if nobody has."""
+        before = commit.version - 1
+        names = (f"update/{self._stage}/{before}", f"staged/{self._stage}/{commit.digest.hex()}")
+        limit = update_bytes(self._engine, self._codec)
+        for source in sources:
+            for name in names:
+                try:
+                    data = await self._blobs.fetch(source, name, max_bytes=limit)
+                except (TransientError, PeerFault) as error:
+                    log.debug("update.missing", source=source, name=name, error=error.one_line())
+                    continue
+                if digest(data) == commit.digest:
+                    return Update(self._codec, data)
+                log.warning("update.wrong", source=source, name=name)
+        raise UnreachableError(f"nobody has the update of version {before} of stage {self._stage}.")
+
+    async def apply(self, commit: Commit, signed: Signed, update: Update) -> None:
+        """Absorb an update in the compute thread and log it."""
+        if commit.version != self._engine.version + 1:
+            raise PeerFault(f"commit of version {commit.version} does not follow version {self._engine.version}")
+        await self._compute.run(
+            lambda: absorb(
+                self._engine,
+                update,
+                total_tokens=commit.total_tokens,
+                clip_scale=commit.clip_scale,
+                schedule=self._schedule,
+            ),
+            priority=Priority.CONTROL,
+        )
+        await asyncio.to_thread(self._history.append, Version(commit.version - 1), update.data, signed)
+
+    # -- private --------------------------------------------------------------------------------------
+
+    async def _ask(self, sources: Iterable[PeerId]) -> dict[PeerId, StateAnswer]:
+        async def ask(peer: PeerId) -> tuple[PeerId, StateAnswer] | None:
+            try:
+                return peer, await self._calls.call(peer, StateRequest(stage=self._stage), StateAnswer)
+            except SwarmError as error:
+                log.debug("sync.unanswered", peer=peer, error=error.one_line())
+                return None
+
+        found = await asyncio.gather(*(ask(peer) for peer in dict.fromkeys(sources) if peer != self._me))
+        return {peer: answer for peer, answer in filter(None, found) if answer.charter is not None}
+
+    def _generation(self, answer: StateAnswer) -> int:
+        assert answer.charter is not None
+        return self._read_charter(answer.charter).generation
+
+    def _read_charter(self, signed: Signed) -> Charter:
+        charter = unseal(signed, CHARTER_CONTEXT, Charter, signer=self._coordinator)
+        if charter.stage != self._stage:
+            raise PeerFault("that charter is about another stage")
+        return charter
+
+    def _newest_charter(self, answers: Iterable[StateAnswer]) -> tuple[int, Signed]:
+        signed = [answer.charter for answer in answers if answer.charter is not None]
+        newest = max(signed, key=lambda one: self._read_charter(one).generation)
+        return self._read_charter(newest).generation, newest
+
+    async def _follow(self, source: PeerId, peers: list[PeerId], answer: StateAnswer, signed_charter: Signed) -> Place:
+        """Load the best starting point that `source` vouches for, then replay until it has nothing newer."""
+        charter = self._read_charter(signed_charter)
+        lineage, version, round_id = await self._start_from(source, peers, answer, signed_charter, charter)
+        commits: list[Signed] = []
+        for _ in range(MAX_STEPS):
+            answered = await self._calls.call(source, LogRequest(stage=self._stage, since=version), LogAnswer)
+            if not answered.commits:
+                break
+            for signed in answered.commits:
+                commit = unseal(signed, COMMIT_CONTEXT, Commit)
+                if commit.parent != lineage:
+                    raise PeerFault(f"{source} sent a commit that does not follow")
+                await self.replay((signed,), sources=[source, *peers])
+                lineage = next_lineage(lineage, signed.payload)
+                version, round_id = commit.version, RoundId(commit.round + 1)
+                commits.append(signed)
+        return Place(charter=signed_charter, commits=tuple(commits), round=round_id, version=version, lineage=lineage)
+
+    async def _start_from(
+        self, source: PeerId, peers: list[PeerId], answer: StateAnswer, signed_charter: Signed, charter: Charter
+    ) -> tuple[Lineage, Version, RoundId]:
+        snapshots = [one for one in answer.snapshots if charter.version <= one.version <= answer.version]
+        if snapshots:
+            newest = max(snapshots, key=lambda one: one.version)
+            if newest not in self._history.snapshots():
+                parts = {file.part: f"state/{self._stage}/{newest.version}/{file.part}" for file in newest.files}
+                await self._fetch_parts(newest, parts, [source, *peers])
+                await asyncio.to_thread(self._history.adopt_snapshot, newest)
+            await self._load(newest)
+            # the state at the charter's own version is where its lineage begins, whatever it was called before
+            lineage = root_lineage(signed_charter) if newest.version == charter.version else newest.lineage
+            return lineage, newest.version, max(newest.round, charter.round)
+        if not charter.version == self._engine.version == 0:
+            raise UnreachableError(f"{source} serves no snapshot of stage {self._stage} yet.")
+        return root_lineage(signed_charter), charter.version, charter.round
+
+    async def _load(self, snapshot: Snapshot) -> None:
+        tensors = await asyncio.to_thread(self._history.load_snapshot, snapshot)
+        joined = {name: tensor for part in tensors.values() for name, tensor in part.items()}
+        await self._compute.run(
+            lambda: self._engine.load_state_tensors(joined, version=snapshot.version), priority=Priority.CONTROL
+        )
+
+    async def _fetch_parts(self, snapshot: Snapshot, names: dict[str, str], sources: list[PeerId]) -> None:
+        for file in snapshot.files:
+            await self._fetch_file(snapshot, file, names[file.part], sources)
+
+    async def _fetch_file(self, snapshot: Snapshot, file: StateFile, name: str, sources: list[PeerId]) -> None:
+        """Fetch a file range by range, going on with another source where one fails."""
+        if file.num_bytes > MAX_STATE_BYTES:
+            raise PeerFault(f"a {file.part} file of {file.num_bytes} bytes is not believable")
+        path = self._history.incoming_path(snapshot.version, file.part)
+        waiting = list(sources)
+        with path.open("wb") as out:
+            while out.tell() < file.num_bytes:
+                if not waiting:
+                    raise UnreachableError(f"nobody could bring the rest of {name}.")
+                try:
+                    piece, _ = await self._blobs.fetch_range(
+                        waiting[0], name, offset=out.tell(), length=min(MAX_RANGE_BYTES, file.num_bytes - out.tell())
+                    )
+                except (TransientError, PeerFault) as error:
+                    log.info("sync.source_failed", source=waiting[0], name=name, error=error.one_line())
+                    waiting.pop(0)
+                    continue
+                if not piece:
+                    waiting.pop(0)
+                    continue
+                out.write(piece)
+        found = digest(await asyncio.to_thread(path.read_bytes))
+        if found != file.digest:
+            path.unlink()
+            raise PeerFault(f"{name} does not have the promised SHA-256")

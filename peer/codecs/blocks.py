@@ -1,0 +1,130 @@
+"""Codecs that share one scale among the values of a block: fp16 and int8.
+
+Gradients summed over thousands of tokens can be far above fp16's largest value (65,504) and those of a
+quiet layer far below its smallest; a scale per block brings each block's largest value to where the
+format is densest. Layout of both: all values first, then one scale per block.
+
+Legend: a part of N values is B blocks; `scale_B1` has one row per block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peer.codecs.codec import (
+    Buffer,
+    check_flat,
+    check_length,
+    from_bytes,
+    largest,
+    refuse_non_finite,
+    to_blocks,
+    to_bytes,
+)
+from protocol.errors import WireError
+
+FP16_BLOCK = 1024  # one exponent byte per 1,024 values: 0.05 % on top
+FP16_TOP = 32_752.0  # largest fp16 below 2**15; keeps a block that holds fp32's maximum finite after decoding
+FP16_TOP_EXPONENT = 15
+MIN_SHIFT = FP16_TOP_EXPONENT - 128  # frexp of fp32's largest value gives exponent 128
+MAX_SHIFT = 126  # 2**126 and 2**-126 are both normal fp32 numbers, so scaling is exact
+
+INT8_BLOCK = 256  # bitsandbytes' block: small enough that one outlier spoils few neighbours
+INT8_TOP = 127
+INT8_MIN_SCALE = torch.finfo(torch.float32).tiny  # below it a scale loses bits; such a block is zeros
+INT8_MAX_SCALE = float(torch.nextafter(torch.tensor(torch.finfo(torch.float32).max / INT8_TOP), torch.tensor(0.0)))
+# The largest scale of which 127 times is still a finite fp32.
+
+
+class Fp16Codec:
+    """2 bytes per value: fp16 times a power of two per block.
+
+    Relative error up to 2**-11 for values down to 2**-28 of their block's largest; below that the
+    absolute error is at most 2**-39 of the block's largest, or fp32's own smallest step if that is more.
+    """
+
+    name = "fp16"
+
+    def encode(self, values: Tensor) -> bytes:
+        check_flat(values)
+        if not len(values):
+            return b""
+        blocks = to_blocks(values, FP16_BLOCK)
+        top_B1 = blocks.abs().amax(dim=1, keepdim=True)
+        refuse_non_finite(top_B1.view(-1))
+        shift_B1 = (FP16_TOP_EXPONENT - torch.frexp(top_B1).exponent).clamp(MIN_SHIFT, MAX_SHIFT).to(torch.int32)
+        scaled = (blocks * _power_of_two(shift_B1)).to(torch.float16).clamp_(-FP16_TOP, FP16_TOP)
+        return to_bytes(scaled.view(-1)[: len(values)]) + to_bytes(shift_B1.view(-1).to(torch.int8))
+
+    def decode(self, data: Buffer, num_elements: int) -> Tensor:
+        check_length(data, self.encoded_bytes(num_elements), codec_name=self.name, num_elements=num_elements)
+        if not num_elements:
+            return torch.empty(0)
+        view = memoryview(data)
+        values = from_bytes(view[: 2 * num_elements], torch.float16, num_elements).to(torch.float32)
+        shift_B = from_bytes(view[2 * num_elements :], torch.int8, _num_blocks(num_elements, FP16_BLOCK))
+        if not largest(values) <= FP16_TOP:  # NaN is refused too
+            raise WireError("fp16: a value beyond the scaled range")
+        if int(shift_B.amin()) < MIN_SHIFT or int(shift_B.amax()) > MAX_SHIFT:
+            raise WireError("fp16: a block's exponent is out of range")
+        return _scale_blocks(values, _power_of_two(-shift_B.to(torch.int32)), FP16_BLOCK)
+
+    def encoded_bytes(self, num_elements: int) -> int:
+        return 2 * num_elements + _num_blocks(num_elements, FP16_BLOCK)
+
+
+class Int8Codec:
+    """1 byte per value plus an fp32 scale per 256: `round(value / scale)`, half to even, scale = largest / 127.
+
+    Error up to half a scale (and up to 127 * 2**-126 in a block of nothing but such tiny values).
+    """
+
+    name = "int8"
+
+    def encode(self, values: Tensor) -> bytes:
+        check_flat(values)
+        if not len(values):
+            return b""
+        blocks = to_blocks(values, INT8_BLOCK)
+        top_B1 = blocks.abs().amax(dim=1, keepdim=True)
+        refuse_non_finite(top_B1.view(-1))
+        scale_B1 = (top_B1 / INT8_TOP).clamp(max=INT8_MAX_SCALE)
+        scale_B1 = torch.where(scale_B1 < INT8_MIN_SCALE, 0.0, scale_B1)
+        divisor_B1 = torch.where(scale_B1 == 0, torch.inf, scale_B1)
+        levels = (blocks / divisor_B1).round_().clamp_(-INT8_TOP, INT8_TOP).to(torch.int8)
+        return to_bytes(levels.view(-1)[: len(values)]) + to_bytes(scale_B1.view(-1))
+
+    def decode(self, data: Buffer, num_elements: int) -> Tensor:
+        check_length(data, self.encoded_bytes(num_elements), codec_name=self.name, num_elements=num_elements)
+        if not num_elements:
+            return torch.empty(0)
+        view = memoryview(data)
+        levels = from_bytes(view[:num_elements], torch.int8, num_elements)
+        scale_B = from_bytes(view[num_elements:], torch.float32, _num_blocks(num_elements, INT8_BLOCK))
+        if not (bool(scale_B.amin() >= 0) and bool(scale_B.amax() <= INT8_MAX_SCALE)):  # also false for NaN
+            raise WireError("int8: a block's scale is negative, too large or not a number")
+        if int(levels.amin()) < -INT8_TOP:
+            raise WireError("int8: level -128 is never written")
+        return _scale_blocks(levels.to(torch.float32), scale_B, INT8_BLOCK)
+
+    def encoded_bytes(self, num_elements: int) -> int:
+        return num_elements + 4 * _num_blocks(num_elements, INT8_BLOCK)
+
+
+def _num_blocks(num_elements: int, block: int) -> int:
+    return -(-num_elements // block)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """Return 2**exponent as fp32 by writing the exponent field: exact, unlike a library's `pow`."""
+    return ((exponent + 127) << 23).view(torch.float32)
+
+
+def _scale_blocks(values: Tensor, scale_B: Tensor, block: int) -> Tensor:
+    """Multiply each block of flat `values` by its scale, in place."""
+    whole = len(values) // block
+    values[: whole * block].view(whole, block).mul_(scale_B[:whole, None])
+    if whole < len(scale_B):
+        values[whole * block :].mul_(scale_B[whole])
+    return values

@@ -1,0 +1,189 @@
+"""AdamW on flat shards, with 8-bit or 32-bit state: the one adapter to bitsandbytes and to torch's AdamW.
+
+Owns: the moments, what is decayed, and the names under which the state is saved. Must not know: modules,
+rounds, where a gradient comes from. `peer/engine/stage_engine.py` calls `step` once per version.
+
+A shard is updated in two segments: its matrices (with weight decay) and its vectors (norms and biases,
+without). `adamw8bit` keeps 8-bit blockwise moments for the matrices of the layers; vectors, embedding and
+head keep 32-bit moments, as bitsandbytes advises (tiny or rarely updated rows suffer most from 8 bits).
+
+Same gradient bytes, same weights: both kernels are elementwise (quantisation works on blocks of 256, which
+is the shards' alignment), and a segment's length is a multiple of 256, so no number depends on a vector tail
+or on how threads share the work. Processors without fused multiply-add would still differ in the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from peer.engine.state import check_same_tensors
+from peer.model.shards import Shard
+from protocol.architecture import ALIGNMENT_ELEMENTS, ShardKind
+from protocol.errors import ConfigError, LocalFault
+
+OPTIMIZERS = ("adamw8bit", "adamw32")
+
+# bitsandbytes' CPU path makes fp32 copies of all it touches (about 20 bytes per element): bounds them to 80 MiB
+STEP_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerSpec:
+    """What every replica of a run has to agree on, apart from the learning rate."""
+
+    name: Literal["adamw8bit", "adamw32"] = "adamw8bit"
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; norms and biases are never decayed."""
+
+    def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise ConfigError(f"there is no optimizer {self.name!r}.", hint="Choose " + " or ".join(OPTIMIZERS) + ".")
+        if not all(0 <= beta < 1 for beta in self.betas) or self.epsilon <= 0 or self.weight_decay < 0:
+            raise ConfigError(f"the optimizer's settings make no sense: {self}.")
+
+
+class _Segment(Protocol):
+    """A part of a shard with its moments, and one way of updating it."""
+
+    def update(self, step: int, learning_rate: float) -> None: ...
+
+    def state(self) -> dict[str, Tensor]: ...
+
+
+class Optimizer:
+    """The optimizer of one stage. Every shard steps together, so one step count serves all."""
+
+    def __init__(self, spec: OptimizerSpec, shards: Sequence[Shard]) -> None:
+        self.spec = spec
+        self.steps = 0
+        self._shards = tuple(shards)
+        self._segments = {name: segment for shard in shards for name, segment in _segments(spec, shard)}
+
+    def step(self, learning_rate: float) -> None:
+        """Update the weights of all shards from their gradients, which stay as they are."""
+        self.steps += 1
+        for segment in self._segments.values():
+            segment.update(self.steps, learning_rate)
+        for shard in self._shards:
+            # bitsandbytes' CPU quantiser has no code for zero (0.50.2 takes 2e-5 of the block's largest instead),
+            # so its moments push even weights that never had a gradient
+            shard.clear_weight_padding()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return the state by stable names, sharing memory (but for the step count), in hash order."""
+        tensors = {"optimizer.steps": torch.tensor(self.steps, dtype=torch.int64)}
+        for name, segment in self._segments.items():
+            tensors |= {f"{name}.{field}": tensor for field, tensor in segment.state().items()}
+        return tensors
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Replace the state by a saved one; raises `StorageError` and changes nothing if that does not fit."""
+        own = self.state_tensors()
+        check_same_tensors(own, tensors)
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+        self.steps = int(tensors["optimizer.steps"])
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.state_tensors().values())
+
+
+def _segments(spec: OptimizerSpec, shard: Shard) -> Iterator[tuple[str, _Segment]]:
+    if shard.weights.dtype != torch.float32 or shard.gradient.dtype != torch.float32:
+        # bitsandbytes' CUDA kernel would take the second buffer's bytes for the first one's type
+        raise LocalFault("training needs fp32 weights and gradients.")
+    border, end = shard.layout.num_matrix_elements, shard.layout.num_elements
+    assert border % ALIGNMENT_ELEMENTS == 0
+    assert end % ALIGNMENT_ELEMENTS == 0
+    if border:
+        in_8_bit = spec.name == "adamw8bit" and shard.layout.kind is ShardKind.LAYER
+        make = _EightBit if in_8_bit else _ThirtyTwoBit
+        yield f"optimizer.{shard.name}.matrices", make(spec, shard, slice(0, border), decay=spec.weight_decay)
+    if border < end:
+        yield f"optimizer.{shard.name}.vectors", _ThirtyTwoBit(spec, shard, slice(border, end), decay=0.0)
+
+
+class _ThirtyTwoBit:
+    """torch's fused AdamW on a slice of a shard."""
+
+    def __init__(self, spec: OptimizerSpec, shard: Shard, part: slice, *, decay: float) -> None:
+        self._spec, self._decay = spec, decay
+        self._weights, self._gradient = shard.weights[part], shard.gradient[part]
+        self._moment1 = torch.zeros_like(self._weights)
+        self._moment2 = torch.zeros_like(self._weights)
+
+    def update(self, step: int, learning_rate: float) -> None:
+        steps_before = torch.tensor(float(step - 1), device=self._weights.device)  # the kernel counts it up
+        with torch.no_grad():
+            adamw(
+                [self._weights],
+                [self._gradient],
+                [self._moment1],
+                [self._moment2],
+                [],
+                [steps_before],
+                fused=True,
+                amsgrad=False,
+                beta1=self._spec.betas[0],
+                beta2=self._spec.betas[1],
+                lr=learning_rate,
+                weight_decay=self._decay,
+                eps=self._spec.epsilon,
+                maximize=False,
+            )
+
+    def state(self) -> dict[str, Tensor]:
+        return {"moment1": self._moment1, "moment2": self._moment2}
+
+
+class _EightBit:
+    """bitsandbytes' blockwise AdamW on a slice of a shard."""
+
+    def __init__(self, spec: OptimizerSpec, shard: Shard, part: slice, *, decay: float) -> None:
+        from bitsandbytes import functional  # 3 s to import, and 32-bit runs do without it
+
+        self._update = functional.optimizer_update_8bit_blockwise
+        self._spec, self._decay = spec, decay
+        self._weights, self._gradient = shard.weights[part], shard.gradient[part]
+        device, elements = self._weights.device, self._weights.numel()
+        self._codes1, self._codes2 = (torch.zeros(elements, dtype=torch.uint8, device=device) for _ in range(2))
+        blocks = elements // ALIGNMENT_ELEMENTS
+        self._scales1, self._scales2 = (torch.zeros(blocks, dtype=torch.float32, device=device) for _ in range(2))
+        make_map: Any = functional.create_dynamic_map  # bitsandbytes leaves it untyped
+        self._map1, self._map2 = (make_map(signed=signed).to(device) for signed in (True, False))
+
+    def update(self, step: int, learning_rate: float) -> None:
+        for start in range(0, self._weights.numel(), STEP_ELEMENTS):
+            part = slice(start, start + STEP_ELEMENTS)
+            blocks = slice(start // ALIGNMENT_ELEMENTS, (start + STEP_ELEMENTS) // ALIGNMENT_ELEMENTS)
+            self._update(
+                "adam",  # bitsandbytes' name for Adam with decoupled decay
+                self._gradient[part],
+                self._weights[part],
+                self._codes1[part],
+                self._codes2[part],
+                self._spec.betas[0],
+                self._spec.betas[1],
+                0.0,  # beta3 and alpha belong to AdEMAMix
+                0.0,
+                self._spec.epsilon,
+                step,
+                learning_rate,
+                self._map1,
+                self._map2,
+                self._scales1[blocks],
+                self._scales2[blocks],
+                self._decay,
+            )
+
+    def state(self) -> dict[str, Tensor]:
+        return {"moment1": self._codes1, "moment2": self._codes2, "scale1": self._scales1, "scale2": self._scales2}

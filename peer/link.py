@@ -1,0 +1,87 @@
+"""This peer's connections for one run: the node, and the three ways of talking over it.
+
+Owns: starting and stopping them in the right order, and introducing peers to each other by address.
+Must not know: rounds, tensors, stages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import structlog
+
+from peer.settings import PeerSettings
+from protocol.errors import TransientError
+from protocol.ids import PeerId
+from protocol.invite import Invite
+from protocol.signing import SigningKey
+from protocol.transport.blobs import Blobs
+from protocol.transport.calls import Calls
+from protocol.transport.node import Node
+from protocol.transport.streams import Streams
+
+log = structlog.get_logger()
+
+IDENTITY_FILE = "identity.key"
+
+
+@dataclass(slots=True)
+class Link:
+    """A live connection to a swarm."""
+
+    node: Node
+    streams: Streams
+    calls: Calls
+    blobs: Blobs
+    coordinator: PeerId
+    _introduced: dict[PeerId, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def key(self) -> SigningKey:
+        return self.node.key
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self.node.peer_id
+
+    async def introduce(self, peer: PeerId, addresses: Iterable[str]) -> None:
+        """Tell our daemon where a peer lives, so that it can be dialled by its id alone."""
+        known = tuple(addresses)
+        if peer == self.peer_id or not known or self._introduced.get(peer) == known:
+            return
+        self._introduced[peer] = known
+        for address in known:
+            try:
+                await self.node.connect(address)
+            except TransientError as error:
+                log.debug("peer.unreachable", peer=peer, error=error.one_line())
+            else:
+                return
+
+
+@asynccontextmanager
+async def connected(invite: Invite, settings: PeerSettings) -> AsyncIterator[Link]:
+    """Join the swarm of an invite; leave it cleanly when the block ends."""
+    node = await Node.start(
+        settings.data_dir / IDENTITY_FILE,
+        initial_peers=invite.addresses,
+        host_maddrs=settings.listen,
+        announce_maddrs=settings.announce,
+        run=invite.run,
+        coordinator=invite.coordinator,
+    )
+    streams = Streams(node.p2p)
+    try:
+        yield Link(
+            node=node,
+            streams=streams,
+            calls=Calls(streams, run=invite.run),
+            blobs=Blobs(streams, run=invite.run),
+            coordinator=invite.coordinator,
+        )
+    finally:
+        await streams.stop()
+        await asyncio.shield(node.stop())

@@ -1,0 +1,102 @@
+"""What is done in the current round, and what this feeder may take next.
+
+Owns: the done-bits of one round, whose number is whose, and the rule for taking over other people's
+numbers. Pure but for the time that is passed in. Must not know: how a microbatch is worked on, or how
+bits travel to the clock (`peer/averaging/driver.py` carries them).
+
+Takeover: a number may be fed by somebody else once its owner has not moved for a while. The peers next in
+the number's rendezvous order get their turn one after the other, so that they do not all jump at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+
+from protocol.batches import Microbatch
+from protocol.ids import PeerId, RoundId
+from protocol.ownership import rendezvous
+
+TAKEOVER_S = 4.0  # an owner that has shown nothing new for this long may be dead
+
+
+class Board:
+    """The done-bits of one round, as this feeder knows them."""
+
+    def __init__(
+        self,
+        round_id: RoundId,
+        *,
+        plan: Iterable[Microbatch],
+        seed: str,
+        me: PeerId,
+        feeders: Mapping[PeerId, float],
+        now_s: float,
+    ) -> None:
+        self.round = round_id
+        self._me = me
+        self._plan = {microbatch.number: microbatch for microbatch in plan}
+        self._orders = {number: rendezvous(f"{seed}/{round_id}/{number}", feeders) for number in self._plan}
+        self._done: set[int] = set()
+        self._in_flight: set[int] = set()
+        self._not_before_s: dict[int, float] = {}
+        self._moved_s: dict[PeerId, float] = dict.fromkeys(feeders, now_s)
+        self._changed = asyncio.Event()
+
+    def take_next(self, *, now_s: float) -> Microbatch | None:
+        """Return the oldest number to feed now: our own first, then what others seem to have dropped."""
+        for mine in (True, False):
+            for number in sorted(self._plan):
+                if self._is_takeable(number, now_s=now_s) and (self._orders[number][0] == self._me) is mine:
+                    self._in_flight.add(number)
+                    return self._plan[number]
+        return None
+
+    def finish(self, microbatch: Microbatch, *, now_s: float) -> None:
+        """Set a bit: this feeder holds the last stage's signed answer."""
+        self._in_flight.discard(microbatch.number)
+        self.learn_done((microbatch.number,), now_s=now_s)
+
+    def give_back(self, microbatch: Microbatch, *, not_before_s: float) -> None:
+        """Return a number whose attempt failed; it may be tried again from `not_before_s` on."""
+        self._in_flight.discard(microbatch.number)
+        self._not_before_s[microbatch.number] = not_before_s
+
+    def learn_done(self, numbers: Iterable[int], *, now_s: float) -> None:
+        """Take over bits that others have set, as the clock tells them."""
+        news = set(numbers) & set(self._plan) - self._done
+        if not news:
+            return
+        self._done |= news
+        for number in news:
+            self._moved_s[self._orders[number][0]] = now_s
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self._done) == len(self._plan)
+
+    @property
+    def num_done(self) -> int:
+        return len(self._done)
+
+    @property
+    def num_planned(self) -> int:
+        return len(self._plan)
+
+    async def wait_changed(self, *, timeout_s: float) -> None:
+        """Wait for a bit to be set, at most `timeout_s`."""
+        changed = self._changed
+        try:
+            async with asyncio.timeout(timeout_s):
+                await changed.wait()
+        except TimeoutError:
+            return
+
+    def _is_takeable(self, number: int, *, now_s: float) -> bool:
+        if number in self._done or number in self._in_flight or self._not_before_s.get(number, 0.0) > now_s:
+            return False
+        order = self._orders[number]
+        rank = order.index(self._me) if self._me in order else len(order)
+        return now_s - self._moved_s[order[0]] >= rank * TAKEOVER_S

@@ -1,0 +1,122 @@
+"""The one thread in which all device work happens.
+
+Owns: the thread, its priority queue, and how a result gets back to the event loop. Must not know: what
+the work is. Backward goes before forward (it frees memory and unblocks others), and within a class the
+oldest microbatch first, so a round never waits for one forgotten number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Priority(IntEnum):
+    """What runs first when several jobs wait."""
+
+    CONTROL = 0
+    """Freezing a round, applying an update: everything else waits for it anyway."""
+    BACKWARD = 1
+    FORWARD = 2
+
+
+@dataclass(order=True, slots=True)
+class _Job:
+    priority: int
+    age: int
+    sequence: int
+    work: Callable[[], Any] = field(compare=False)
+    future: asyncio.Future[Any] = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeStatistics:
+    """What the compute thread has done so far."""
+
+    jobs_done: int
+    busy_s: float
+    queued: int
+
+
+class ComputeThread:
+    """Runs jobs one after the other. Made and stopped on the event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._jobs: list[_Job] = []
+        self._changed = threading.Condition()
+        self._sequence = 0
+        self._stopping = False
+        self.jobs_done = 0
+        self._busy_s = 0.0
+        self._thread = threading.Thread(target=self._run, name="handcar-compute", daemon=True)
+        self._thread.start()
+
+    async def run(self, work: Callable[[], T], *, priority: Priority, age: int = 0) -> T:
+        """Run `work` in the compute thread and return its result; smaller `age` first within a priority.
+
+        A cancelled caller does not stop work that has begun; work that has not is skipped.
+        """
+        return await self.submit(work, priority=priority, age=age)
+
+    def submit(self, work: Callable[[], T], *, priority: Priority, age: int = 0) -> asyncio.Future[T]:
+        """Queue `work` without waiting for it."""
+        future: asyncio.Future[T] = self._loop.create_future()
+        with self._changed:
+            if self._stopping:
+                future.cancel()
+                return future
+            self._sequence += 1
+            heapq.heappush(self._jobs, _Job(priority, age, self._sequence, work, future))
+            self._changed.notify()
+        return future
+
+    async def stop(self) -> None:
+        """Finish the job at hand, drop the rest, and end the thread."""
+        with self._changed:
+            self._stopping = True
+            dropped, self._jobs = self._jobs, []
+            self._changed.notify()
+        for job in dropped:
+            job.future.cancel()
+        await asyncio.to_thread(self._thread.join)
+
+    def statistics(self) -> ComputeStatistics:
+        """Return counters for the live line and the reports."""
+        return ComputeStatistics(jobs_done=self.jobs_done, busy_s=self._busy_s, queued=len(self._jobs))
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._jobs and not self._stopping:
+                    self._changed.wait()
+                if self._stopping:
+                    return
+                job = heapq.heappop(self._jobs)
+            if job.future.cancelled():
+                continue
+            started = time.perf_counter()
+            try:
+                result, error = job.work(), None
+            except BaseException as caught:  # noqa: BLE001 - carried to whoever awaits the job, never swallowed
+                result, error = None, caught
+            self._busy_s += time.perf_counter() - started
+            self.jobs_done += 1
+            self._loop.call_soon_threadsafe(_settle, job.future, result, error)
+
+
+def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)

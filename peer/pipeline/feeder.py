@@ -1,0 +1,123 @@
+"""Stage 0's duty: bring every microbatch of the round into the pipeline.
+
+Owns: how many microbatches this peer keeps in flight, and trying again what failed. Must not know:
+who closes the round (the gate says when it is over) or how bits travel (the board holds them).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+
+from peer.data.source import BatchSource
+from peer.pipeline.board import Board
+from peer.pipeline.gate import Gate
+from peer.pipeline.span import SpanRunner
+from peer.pipeline.view import View
+from peer.tasks import Outcome, Pulse, RoundOver, TaskId
+from protocol.batches import Microbatch
+from protocol.errors import TransientError
+from protocol.ids import PeerId, RoundId, RunId, StageId
+
+log = structlog.get_logger()
+
+FIRST_STAGE = StageId(0)
+RETRIES = 3  # re-sends that one attempt may spend over all hops together (each hop passes on what is left)
+BACKOFF_S = 0.5
+IDLE_S = 0.5  # how often a feeder with nothing to do looks for numbers to take over
+
+
+class Feeder:
+    """Feeds one round after the other, for as long as this peer hosts stage 0."""
+
+    def __init__(
+        self,
+        *,
+        run: RunId,
+        me: PeerId,
+        runner: SpanRunner,
+        gate: Gate,
+        view: View,
+        batches: BatchSource,
+        on_board: Callable[[Board], None],
+        on_finished: Callable[[Board, Microbatch, Outcome], None],
+        in_flight: int,
+        round_deadline_s: float,
+    ) -> None:
+        """`on_board` is called with every round's board before anything is fed, `on_finished` with every done bit."""
+        self._run = run
+        self._me = me
+        self._runner = runner
+        self._gate = gate
+        self._view = view
+        self._batches = batches
+        self._on_board = on_board
+        self._on_finished = on_finished
+        self._in_flight = in_flight
+        self._round_deadline_s = round_deadline_s
+
+    async def run(self) -> None:
+        """Feed rounds until cancelled."""
+        fed: RoundId | None = None
+        while True:
+            fed = await self._gate.wait_open(FIRST_STAGE, after=fed)
+            await self._feed_round(fed)
+
+    async def _feed_round(self, round_id: RoundId) -> None:
+        membership = self._view.membership(FIRST_STAGE)
+        feeders = {self._me: 1.0} if membership is None else membership.members
+        board = Board(
+            round_id,
+            plan=self._batches.plan(round_id),
+            seed=self._run,
+            me=self._me,
+            feeders=feeders,
+            now_s=time.monotonic(),
+        )
+        self._on_board(board)
+        lanes = [
+            asyncio.create_task(self._feed_lane(board), name=f"feed-{round_id}-{lane}")
+            for lane in range(self._in_flight)
+        ]
+        fed = asyncio.gather(*lanes)
+        over = asyncio.create_task(self._gate.wait_over(FIRST_STAGE, round_id))
+        try:
+            waiting: set[asyncio.Future[Any]] = {over, fed}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if fed.done():
+                fed.result()  # a lane only ends early by an error of ours
+                await over
+        finally:
+            over.cancel()
+            fed.cancel()
+            await asyncio.gather(over, fed, return_exceptions=True)
+
+    async def _feed_lane(self, board: Board) -> None:
+        """Keep one microbatch in flight until the round is complete or over."""
+        deadline_s = time.monotonic() + self._round_deadline_s
+        while not board.is_complete and self._gate.is_open(FIRST_STAGE, board.round):
+            microbatch = board.take_next(now_s=time.monotonic())
+            if microbatch is None:
+                await board.wait_changed(timeout_s=IDLE_S)
+                continue
+            await self._feed_one(board, microbatch, deadline_s)
+
+    async def _feed_one(self, board: Board, microbatch: Microbatch, deadline_s: float) -> None:
+        task = TaskId(microbatch.kind, board.round, microbatch.number)
+        try:
+            outcome = await self._runner.feed(
+                task, pulse=Pulse(furthest_stage=FIRST_STAGE), deadline_s=deadline_s, retries_left=RETRIES
+            )
+        except RoundOver as error:
+            log.debug("feed.over", round=board.round, number=microbatch.number, why=str(error))
+            board.give_back(microbatch, not_before_s=time.monotonic() + BACKOFF_S)
+        except TransientError as error:
+            log.info("feed.retry", round=board.round, number=microbatch.number, why=error.one_line())
+            board.give_back(microbatch, not_before_s=time.monotonic() + BACKOFF_S)
+        else:
+            board.finish(microbatch, now_s=time.monotonic())
+            self._on_finished(board, microbatch, outcome)

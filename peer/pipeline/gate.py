@@ -1,0 +1,112 @@
+"""Which round each hosted stage is open for.
+
+Owns: the rule by which a task is let in: same run, hosted stage, same round, same version and lineage,
+and not after the stage's contribution was frozen. Must not know: tensors, streams, why a round ended.
+The rounds driver opens and freezes; the hop server and the feeder ask.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from protocol.hops import OpenTask, RefusalCode, Refused
+from protocol.ids import Lineage, RoundId, RunId, StageId, Version
+from protocol.wire import PROTOCOL_VERSION
+
+AHEAD_HOLD_S = 3.0  # a caller that is a round ahead waits here instead of polling; our commit is on its way
+
+
+@dataclass(slots=True)
+class _Stage:
+    round: RoundId
+    version: Version
+    lineage: Lineage
+    is_open: bool
+
+
+class Gate:
+    """Lets tasks in, or says why not."""
+
+    def __init__(self, *, run: RunId) -> None:
+        self._run = run
+        self._stages: dict[StageId, _Stage] = {}
+        self._changed = asyncio.Event()
+        self.is_leaving = False
+
+    def open(self, stage: StageId, *, round_id: RoundId, version: Version, lineage: Lineage) -> None:
+        """Let tasks of `round_id` in."""
+        self._stages[stage] = _Stage(round_id, version, lineage, is_open=True)
+        self._notify()
+
+    def freeze(self, stage: StageId) -> None:
+        """Let nothing more of the current round in."""
+        if stage in self._stages:
+            self._stages[stage].is_open = False
+            self._notify()
+
+    def is_open(self, stage: StageId, round_id: RoundId) -> bool:
+        """Tell whether work on `round_id` may still be added at `stage`."""
+        known = self._stages.get(stage)
+        return known is not None and known.is_open and known.round == round_id
+
+    def round_of(self, stage: StageId) -> RoundId | None:
+        """Return the round that a hosted stage works on, or None if it has not begun."""
+        known = self._stages.get(stage)
+        return None if known is None else known.round
+
+    def version_of(self, stage: StageId) -> Version:
+        """Return a hosted stage's version (0 before it has begun)."""
+        known = self._stages.get(stage)
+        return Version(0) if known is None else known.version
+
+    async def wait_open(self, stage: StageId, *, after: RoundId | None = None) -> RoundId:
+        """Wait until `stage` is open for a round later than `after`, and return that round."""
+        while True:
+            known = self._stages.get(stage)
+            if known is not None and known.is_open and (after is None or known.round > after):
+                return known.round
+            await self._changed.wait()
+
+    async def wait_over(self, stage: StageId, round_id: RoundId) -> None:
+        """Wait until work on `round_id` no longer counts at `stage`."""
+        while self.is_open(stage, round_id):
+            await self._changed.wait()
+
+    async def admit(self, header: OpenTask) -> Refused | None:
+        """Return None if the task may enter, or the refusal. Holds a caller that is a little ahead."""
+        refusal = self._judge(header)
+        if refusal is None or refusal.code is not RefusalCode.AHEAD:
+            return refusal
+        try:
+            async with asyncio.timeout(min(AHEAD_HOLD_S, header.time_left_s)):
+                while refusal is not None and refusal.code is RefusalCode.AHEAD:
+                    await self._changed.wait()
+                    refusal = self._judge(header)
+        except TimeoutError:
+            return refusal
+        return refusal
+
+    def _judge(self, header: OpenTask) -> Refused | None:
+        if header.protocol != PROTOCOL_VERSION:
+            return Refused(code=RefusalCode.VERSION, detail=f"this peer speaks protocol {PROTOCOL_VERSION}")
+        if header.run != self._run:
+            return Refused(code=RefusalCode.WRONG_RUN)
+        known = self._stages.get(header.stage)
+        if known is None:
+            return Refused(code=RefusalCode.WRONG_STAGE, detail=f"stage {header.stage} is not hosted here")
+        if self.is_leaving:
+            return Refused(code=RefusalCode.LEAVING)
+        if header.round > known.round:
+            return Refused(code=RefusalCode.AHEAD, detail=f"here it is still round {known.round}")
+        if header.round < known.round:
+            return Refused(code=RefusalCode.BEHIND, detail=f"here it is round {known.round}")
+        if not known.is_open:
+            return Refused(code=RefusalCode.FROZEN, detail=f"round {known.round} is being averaged")
+        if (header.version, header.lineage) != (known.version, known.lineage):
+            return Refused(code=RefusalCode.LINEAGE, detail=f"here it is version {known.version}")
+        return None
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

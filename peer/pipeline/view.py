@@ -1,0 +1,91 @@
+"""Who works on which stage right now, as this peer sees it.
+
+Owns: for every stage the newest membership (from charters and commits, verified by whoever calls
+`learn`), and which peers did not answer lately. Must not know: how a commit comes about. The router
+draws from it, the feeder takes its weights from it, the rounds driver keeps it fresh.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from protocol.ids import Lineage, PeerId, RoundId, StageId, Version
+
+SUSPECT_S = 5.0  # a peer that did not answer is passed over this long, if there is another
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Membership:
+    """The replicas of one stage after its last commit (or charter)."""
+
+    stage: StageId
+    generation: int
+    """Of the charter that began the lineage; a higher one wins over any version."""
+    round: RoundId
+    """The round that these members work on."""
+    version: Version
+    lineage: Lineage
+    members: Mapping[PeerId, float]
+    """Weights for rendezvous hashing: what each did in the last round, at least a little."""
+
+    def is_newer_than(self, other: Membership) -> bool:
+        return (self.generation, self.round, self.version) > (other.generation, other.round, other.version)
+
+
+class View:
+    """The newest memberships, by stage."""
+
+    def __init__(self) -> None:
+        self._stages: dict[StageId, Membership] = {}
+        self._suspects: dict[PeerId, float] = {}
+        self._changed = asyncio.Event()
+
+    def learn(self, membership: Membership) -> bool:
+        """Take over a membership if it is newer than what is known; tell whether it was."""
+        known = self._stages.get(membership.stage)
+        if known is not None and not membership.is_newer_than(known):
+            return False
+        self._stages[membership.stage] = membership
+        for peer in membership.members:  # a peer that took part in a commit is alive
+            self._suspects.pop(peer, None)
+        self._notify()
+        return True
+
+    def membership(self, stage: StageId) -> Membership | None:
+        """Return the newest membership of a stage, or None if nothing is known yet."""
+        return self._stages.get(stage)
+
+    def live_members(self, stage: StageId, *, now_s: float) -> Mapping[PeerId, float]:
+        """Return the members without those that failed to answer lately; all of them if nobody else is left."""
+        known = self._stages.get(stage)
+        if known is None:
+            return {}
+        live = {peer: weight for peer, weight in known.members.items() if self._suspects.get(peer, 0.0) <= now_s}
+        return live or known.members
+
+    def suspect(self, peer: PeerId, *, now_s: float) -> None:
+        """Note that `peer` did not answer."""
+        self._suspects[peer] = now_s + SUSPECT_S
+
+    def suspects(self, *, now_s: float) -> tuple[PeerId, ...]:
+        """Return who is passed over at the moment."""
+        return tuple(peer for peer, until_s in self._suspects.items() if until_s > now_s)
+
+    def stages(self) -> Mapping[StageId, Membership]:
+        """Return everything known."""
+        return self._stages
+
+    async def wait_changed(self, *, timeout_s: float) -> None:
+        """Wait for any membership to change, at most `timeout_s`."""
+        changed = self._changed
+        try:
+            async with asyncio.timeout(timeout_s):
+                await changed.wait()
+        except TimeoutError:
+            return
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

@@ -1,0 +1,265 @@
+"""One tenure: this peer hosts one span, from getting its state to leaving.
+
+Owns: the order of a span's life - build, restore, serve, wait for a charter or a seat, train, drain - and
+how it ends: the volunteer leaves, the coordinator wants other stages, or the run is over. Must not know:
+the command line; how the parts work (`peer/span_parts.py` puts them together). `peer/app.py` starts one
+session after the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+from enum import Enum
+
+import structlog
+
+from peer.averaging.restore import Restorer
+from peer.averaging.sync import Place, root_lineage
+from peer.coordination import Condition
+from peer.link import Link
+from peer.span_parts import SpanParts
+from peer.tally import Tally
+from protocol.control import BeatReply, PeerState, StageState
+from protocol.errors import PeerFault, UnreachableError
+from protocol.ids import PeerId, StageId
+from protocol.rounds import events
+from protocol.rounds.messages import CHARTER_CONTEXT, Charter, CharterNotice, Seat
+from protocol.signing import Signed, unseal
+
+log = structlog.get_logger()
+
+RETRY_S = 1.0
+DRAIN_TIMEOUT_S = 60.0
+
+
+class Ending(Enum):
+    """Why a session ended."""
+
+    LEFT = "left"
+    REASSIGNED = "reassigned"
+    FINISHED = "finished"
+
+
+class Session:
+    """Everything that lives as long as the span stays the same."""
+
+    def __init__(self, parts: SpanParts, *, link: Link, session: int, charters: Iterable[Signed]) -> None:
+        self._parts = parts
+        self._link = link
+        self._seat = Seat(peer=link.peer_id, session=session)
+        self._charters: dict[StageId, tuple[Charter, Signed]] = {}
+        self._members: dict[StageId, tuple[PeerId, ...]] = {}
+        self._places: dict[StageId, Place] = {}
+        self._joined: set[StageId] = set()
+        self._finished = False
+        self._wanted = parts.stages
+        self._changed = asyncio.Event()
+        self.state, self.reason = PeerState.STARTING, ""
+        self._take_charters(charters)
+
+    # -- what others see ------------------------------------------------------------------------------
+
+    def condition(self) -> Condition:
+        """Return what the next beat says."""
+        return Condition(
+            state=self.state,
+            reason=self.reason,
+            stages=tuple(self._stage_state(stage) for stage in self._parts.stages if stage in self._places),
+            suspects=self._parts.view.suspects(now_s=time.monotonic())[:64],
+        )
+
+    @property
+    def stages(self) -> tuple[StageId, ...]:
+        return self._parts.stages
+
+    @property
+    def wanted_stages(self) -> tuple[StageId, ...]:
+        """The stages that the coordinator wants from us, by its last word."""
+        return self._wanted
+
+    @property
+    def tally(self) -> Tally:
+        return self._parts.tally
+
+    def on_reply(self, reply: BeatReply) -> None:
+        """Take over what the coordinator says."""
+        self._take_charters(reply.charters)
+        members: dict[StageId, list[PeerId]] = {}
+        for stage, peer, addresses in reply.members:
+            members.setdefault(stage, []).append(peer)
+            self._parts.introduce(peer, addresses)
+        if members:
+            self._members = {stage: tuple(peers) for stage, peers in members.items()}
+            for driver in self._parts.drivers.values():
+                driver.post(events.RosterChanged(self._members))
+        self._finished = self._finished or reply.finished
+        self._wanted = reply.stages or self._wanted
+        self._notify()
+
+    # -- life -----------------------------------------------------------------------------------------
+
+    async def run(self, stop: asyncio.Event) -> Ending:
+        """Live until `stop` is set (then drain), the assignment changes, or the run is over."""
+        async with asyncio.TaskGroup() as tasks:
+            running = tasks.create_task(self._train(), name="session")
+            ending = await self._wait_ending(stop)
+            if ending is not Ending.FINISHED:
+                await self._drain()
+            running.cancel()
+        await self._parts.stop()
+        return ending
+
+    async def _train(self) -> None:
+        parts = self._parts
+        self._say(PeerState.DOWNLOADING, "tokens")
+        await parts.open_tokens()
+        await parts.serve()
+        async with asyncio.TaskGroup() as tasks:
+            for stage in parts.stages:
+                tasks.create_task(self._bring_up(stage), name=f"stage-{stage}")
+            for work in parts.background():
+                tasks.create_task(work)
+
+    async def _bring_up(self, stage: StageId) -> None:
+        """Get one stage's state, and from then on drive its rounds."""
+        restorer = self._parts.restorer(stage)
+        driver = self._parts.drivers[stage]
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(driver.run(), name=f"driver-{stage}")
+            place = await self._restore(stage, restorer)
+            driver.state_digest = await restorer.state_digest()
+            self._places[stage] = place
+            charter = place.charter or await self._wait_charter(stage, place, restorer)
+            place = self._places[stage]
+            driver.state_digest = await restorer.state_digest()
+            self._joined.add(stage)
+            driver.post(events.Synced(charter, place.commits, driver.state_digest))
+            self._say(PeerState.TRAINING, "")
+
+    async def _restore(self, stage: StageId, restorer: Restorer) -> Place:
+        """Follow the members if there are any; otherwise start from a checkpoint, or from the beginning."""
+        while True:
+            self._say(PeerState.DOWNLOADING, f"state of stage {stage}")
+            known = self._charters.get(stage)
+            members = self._members_of(stage)
+            if members:
+                try:
+                    return await restorer.from_members(members)
+                except UnreachableError as error:
+                    log.info("restore.no_members", stage=stage, error=error.one_line())
+            try:
+                return await restorer.from_scratch(allow_initial=known is None or known[0].version == 0)
+            except (UnreachableError, PeerFault) as error:
+                self._say(PeerState.WAITING, "checkpoint")
+                log.info("restore.waiting", stage=stage, error=error.one_line())
+                await self._wait_news()
+
+    async def _wait_charter(self, stage: StageId, place: Place, restorer: Restorer) -> Signed:
+        """Hold a restored state ready until a charter seats us, or until there are members to follow."""
+        asked = None
+        while True:
+            self._say(PeerState.WAITING, "charter")
+            known = self._charters.get(stage)
+            if known is not None:
+                charter, signed = known
+                if self._seat in charter.seats and charter.version == place.version:
+                    return signed
+                others = self._members_of(stage)
+                if others and asked != (signed, others):
+                    asked = (signed, others)
+                    try:
+                        followed = await restorer.from_members(others)
+                    except UnreachableError as error:
+                        log.info("restore.no_members", stage=stage, error=error.one_line())
+                    else:
+                        assert followed.charter is not None
+                        self._places[stage] = followed
+                        return followed.charter
+            await self._wait_news()
+
+    async def _wait_ending(self, stop: asyncio.Event) -> Ending:
+        stopped = asyncio.create_task(stop.wait())
+        try:
+            while True:
+                if stop.is_set():
+                    return Ending.LEFT
+                if self._finished:
+                    return Ending.FINISHED
+                if self._wanted != self._parts.stages:
+                    return Ending.REASSIGNED
+                changed = asyncio.create_task(self._changed.wait())
+                await asyncio.wait({stopped, changed}, return_when=asyncio.FIRST_COMPLETED)
+                changed.cancel()
+        finally:
+            stopped.cancel()
+
+    async def _drain(self) -> None:
+        """Finish this round's work where we have any, so that nothing of it is lost, and say goodbye."""
+        self._say(PeerState.DRAINING, "")
+        waiting = [self._parts.drivers[stage] for stage in self._joined]
+        for driver in waiting:
+            driver.post(events.Drain())
+        try:
+            async with asyncio.timeout(DRAIN_TIMEOUT_S):
+                await asyncio.gather(*(driver.wait_left() for driver in waiting))
+        except TimeoutError:
+            log.warning("drain.timeout", after_s=DRAIN_TIMEOUT_S)
+
+    # -- private --------------------------------------------------------------------------------------
+
+    def _members_of(self, stage: StageId) -> tuple[PeerId, ...]:
+        """List everybody who may hold this stage's state: newest membership, charter, coordinator's hint."""
+        known = self._charters.get(stage)
+        seats = [seat.peer for seat in known[0].seats] if known else []
+        membership = self._parts.view.membership(stage)
+        members = list(membership.members) if membership else []
+        hinted = list(self._members.get(stage, ())) if known else []
+        return tuple(peer for peer in dict.fromkeys([*members, *hinted, *seats]) if peer != self._link.peer_id)
+
+    def _take_charters(self, charters: Iterable[Signed]) -> None:
+        for signed in charters:
+            charter = unseal(signed, CHARTER_CONTEXT, Charter, signer=self._link.coordinator)
+            known = self._charters.get(charter.stage)
+            if known is not None and known[0].generation >= charter.generation:
+                continue
+            self._charters[charter.stage] = (charter, signed)
+            self._parts.learn_charter(charter, root_lineage(signed))
+            if charter.stage in self._joined:
+                driver = self._parts.drivers[charter.stage]
+                driver.post(events.Received(self._link.coordinator, CharterNotice(stage=charter.stage, charter=signed)))
+        self._notify()
+
+    def _stage_state(self, stage: StageId) -> StageState:
+        driver, place = self._parts.drivers[stage], self._places[stage]
+        membership = self._parts.view.membership(stage)
+        is_member = stage in self._joined and membership is not None and self._link.peer_id in membership.members
+        at = membership if is_member and membership is not None else place
+        return StageState(
+            stage=stage,
+            round=at.round,
+            version=at.version,
+            lineage=at.lineage,
+            ready=True,
+            members=len(membership.members) if is_member and membership is not None else 0,
+            state_digest=driver.state_digest,
+            snapshot=driver.snapshot,
+        )
+
+    def _say(self, state: PeerState, reason: str) -> None:
+        if self.state is not PeerState.DRAINING:
+            self.state, self.reason = state, reason
+
+    async def _wait_news(self) -> None:
+        """Wait for the coordinator to say something new, or a moment."""
+        changed = self._changed
+        try:
+            async with asyncio.timeout(RETRY_S):
+                await changed.wait()
+        except TimeoutError:
+            return
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

@@ -1,0 +1,393 @@
+"""Puts the parts of a span together: engines, pipeline, one round driver per stage, and what they serve.
+
+Owns: construction and wiring, nothing else: who gets which object, which message goes to whom. Must not
+know: the order of a session's life (`peer/session.py`). If you wonder who calls whom in a peer, it is here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Iterable
+from pathlib import Path
+
+import structlog
+from protocol.rounds.machine import RoundMachine
+
+from peer.averaging.butterfly import ButterflyReduce
+from peer.averaging.driver import Hooks, StageDriver, membership_of
+from peer.averaging.history import History
+from peer.averaging.restore import Restorer
+from peer.averaging.rules import done_task, machine_settings, round_timers
+from peer.averaging.sync import StageSync, root_lineage
+from peer.data.fetch import SwarmChunks, serve_tokens
+from peer.data.source import BatchSource
+from peer.data.tokens import TokenFile
+from peer.engine.build import learning_rate
+from peer.engine.span import SpanEngine
+from peer.link import Link
+from peer.pipeline.board import Board
+from peer.pipeline.callee import HopServer, HostedTask
+from peer.pipeline.caller import HopCaller
+from peer.pipeline.compute import ComputeThread
+from peer.pipeline.feeder import FIRST_STAGE, Feeder
+from peer.pipeline.gate import Gate
+from peer.pipeline.router import Router
+from peer.pipeline.span import SpanRunner
+from peer.pipeline.view import Membership, View
+from peer.reports import ReportQueue
+from peer.settings import PeerSettings
+from peer.tally import Tally
+from peer.tasks import Outcome
+from protocol.batches import Microbatch, TaskKind
+from protocol.errors import PeerFault, RefusedError, TransientError
+from protocol.history import CommitNews, LogAnswer, LogRequest, StateAnswer, StateRequest
+from protocol.ids import Lineage, PeerId, RoundId, StageId, Version
+from protocol.manifest import Manifest
+from protocol.rounds import events
+from protocol.rounds.lineage import next_lineage
+from protocol.rounds.messages import (
+    CHARTER_CONTEXT,
+    COMMIT_CONTEXT,
+    ROUND_MESSAGES,
+    Charter,
+    Closing,
+    ClosingNotice,
+    Commit,
+    StageMessage,
+)
+from protocol.signing import Signed, unseal
+from protocol.transport.calls import Done
+
+log = structlog.get_logger()
+
+NEWS_TIMEOUT_S = 3.0
+
+
+class SpanParts:
+    """Everything that works on one span."""
+
+    def __init__(
+        self,
+        *,
+        link: Link,
+        settings: PeerSettings,
+        manifest: Manifest,
+        engine: SpanEngine,
+        compute: ComputeThread,
+        reports: ReportQueue,
+        session: int,
+        folder: Path,
+    ) -> None:
+        self._link = link
+        self._manifest = manifest
+        self._engine = engine
+        self._compute = compute
+        self._reports = reports
+        self._folder = folder
+        self._errands: set[asyncio.Task[None]] = set()
+        run = manifest.run_id
+        self.stages = tuple(engine.engines)
+        self.tally = Tally()
+        self.view = View()
+        self.gate = Gate(run=run)
+        self._board: Board | None = None
+        self._token_files: dict[TaskKind, TokenFile] = {}
+        self._batches = BatchSource(data=manifest.data, batch=manifest.batch, files=self._token_files)
+        self._caller = HopCaller(
+            run=run,
+            codec=manifest.averaging.activation_codec,
+            streams=link.streams,
+            view=self.view,
+            router=Router(run=run),
+            hop_silence_s=manifest.timing.hop_silence_s,
+        )
+        self._runner = SpanRunner(
+            run=run,
+            key=link.key,
+            engine=engine,
+            compute=compute,
+            caller=self._caller,
+            gate=self.gate,
+            batches=self._batches,
+        )
+        self._server = HopServer(
+            run=run,
+            codec=manifest.averaging.activation_codec,
+            streams=link.streams,
+            gate=self.gate,
+            work=self._work,
+            body_bytes=engine.body_bytes,
+            load_s=self._runner.load_s,
+            jobs_done=lambda: compute.jobs_done,
+            num_slots=settings.slots,
+        )
+        self._reduce = ButterflyReduce(link.node.p2p, namespace=run)
+        self._feeder = Feeder(
+            run=run,
+            me=link.peer_id,
+            runner=self._runner,
+            gate=self.gate,
+            view=self.view,
+            batches=self._batches,
+            on_board=self._take_board,
+            on_finished=self._finished,
+            in_flight=settings.in_flight or manifest.model.num_stages + 1,
+            round_deadline_s=manifest.timing.round_deadline_s,
+        )
+        self._histories = {stage: History(folder / f"stage-{stage}", stage=stage) for stage in self.stages}
+        self._syncs = {stage: self._make_sync(stage) for stage in self.stages}
+        self.drivers = {stage: self._make_driver(stage, session) for stage in self.stages}
+
+    # -- life -----------------------------------------------------------------------------------------
+
+    async def open_tokens(self) -> None:
+        """Open the token files if this span reads tokens (the first and the last stage do), and fetch them."""
+        if not (self._engine.is_first or self._engine.is_last):
+            return
+        data = self._manifest.data
+        chunks = SwarmChunks(self._link.blobs, (data.train, data.heldout), sources=self._token_sources)
+        for kind, spec in ((TaskKind.TRAIN, data.train), (TaskKind.EVAL, data.heldout)):
+            self._token_files[kind] = await TokenFile.open(
+                spec,
+                self._folder / "tokens",
+                sequence_length=self._manifest.batch.sequence_length,
+                source=chunks,
+            )
+
+    async def serve(self) -> None:
+        """Answer hops, reduces, round messages and requests for history."""
+        calls = self._link.calls
+        for kind in ROUND_MESSAGES:
+            calls.on(kind, self._on_round_message)
+        calls.on(StateRequest, self._on_state_request)
+        calls.on(LogRequest, self._on_log_request)
+        calls.on(CommitNews, self._on_commit_news)
+        await calls.serve()
+        await self._link.blobs.serve(self._resolve)
+        await self._reduce.start()
+        await self._server.serve()
+
+    def background(self) -> Iterable[Coroutine[None, None, None]]:
+        """Return what has to run beside the drivers."""
+        if self._engine.is_first:
+            yield self._feeder.run()
+        yield self._refresh_views()
+
+    async def stop(self) -> None:
+        """Stop what serves; the files stay."""
+        self.gate.is_leaving = True
+        await self._server.stop()
+        for task in list(self._errands):
+            task.cancel()
+        await asyncio.gather(*self._errands, return_exceptions=True)
+        await self._reduce.stop()
+        for file in self._token_files.values():
+            file.close()
+
+    def restorer(self, stage: StageId) -> Restorer:
+        """Return what brings a stage to its first state."""
+        return Restorer(
+            stage,
+            sync=self._syncs[stage],
+            history=self._histories[stage],
+            engine=self._engine,
+            compute=self._compute,
+            blobs=self._link.blobs,
+            coordinator=self._link.coordinator,
+        )
+
+    def learn_charter(self, charter: Charter, lineage: Lineage) -> None:
+        """Let the router know the members that a charter names."""
+        self.view.learn(
+            Membership(
+                stage=charter.stage,
+                generation=charter.generation,
+                round=charter.round,
+                version=charter.version,
+                lineage=lineage,
+                members={seat.peer: 1.0 for seat in charter.seats},
+            )
+        )
+
+    def introduce(self, peer: PeerId, addresses: Iterable[str]) -> None:
+        """Tell the daemon where a peer lives, without waiting for it."""
+        self._start(self._link.introduce(peer, addresses))
+
+    # -- wiring ---------------------------------------------------------------------------------------
+
+    def _make_sync(self, stage: StageId) -> StageSync:
+        return StageSync(
+            stage,
+            engine=self._engine.engines[stage],
+            history=self._histories[stage],
+            compute=self._compute,
+            calls=self._link.calls,
+            blobs=self._link.blobs,
+            me=self._link.peer_id,
+            coordinator=self._link.coordinator,
+            codec=self._manifest.averaging.codec,
+            schedule=learning_rate(self._manifest),
+        )
+
+    def _make_driver(self, stage: StageId, session: int) -> StageDriver:
+        return StageDriver(
+            stage,
+            manifest=self._manifest,
+            machine=RoundMachine(machine_settings(self._manifest, stage, key=self._link.key, session=session)),
+            me=self._link.peer_id,
+            engine=self._engine,
+            compute=self._compute,
+            calls=self._link.calls,
+            reduce=self._reduce,
+            sync=self._syncs[stage],
+            history=self._histories[stage],
+            gate=self.gate,
+            view=self.view,
+            reports=self._reports,
+            hooks=Hooks(
+                on_freeze=self._on_freeze,
+                on_commit=self._on_commit,
+                on_own_closing=self._on_own_closing,
+                on_bits=self._on_bits,
+            ),
+            beat_s=round_timers(self._manifest).beat_s,
+        )
+
+    async def _work(self, hosted: HostedTask) -> Outcome:
+        outcome = await self._runner.work(
+            hosted.key.task,
+            hosted.body,
+            pulse=hosted.pulse,
+            deadline_s=hosted.deadline_s,
+            retries_left=hosted.retries_left,
+        )
+        if hosted.key.task.kind is TaskKind.TRAIN:
+            self.tally.accept(outcome.target_tokens, fed=False)
+        return outcome
+
+    def _take_board(self, board: Board) -> None:
+        self._board = board
+
+    def _finished(self, board: Board, microbatch: Microbatch, outcome: Outcome) -> None:
+        if microbatch.kind is TaskKind.TRAIN:
+            self.tally.accept(outcome.target_tokens, fed=True)
+        self.drivers[FIRST_STAGE].post(events.TaskDone(board.round, done_task(microbatch, outcome)))
+
+    def _on_bits(self, round_id: RoundId, done: int) -> None:
+        if self._board is not None and self._board.round == round_id:
+            numbers = (number for number in range(done.bit_length()) if done >> number & 1)
+            self._board.learn_done(numbers, now_s=time.monotonic())
+
+    def _on_freeze(self, closing: Closing) -> None:
+        self.tally.learn_closing(closing)
+        self._server.end_round(closing.round)
+
+    def _on_commit(self, commit: Commit, signed: Signed) -> None:
+        """Report the round's work once, and tell the neighbouring stages who goes on."""
+        if commit.stage == self.stages[0]:
+            busy_s = self._compute.statistics().busy_s
+            self._reports.add(self.tally.end_round(commit.round, self._caller.statistics, busy_s=busy_s))
+        self._start(self._tell_neighbours(commit, signed))
+
+    # -- serving --------------------------------------------------------------------------------------
+
+    async def _on_round_message(self, caller: PeerId, message: StageMessage) -> Done:
+        if isinstance(message, ClosingNotice):  # about the whole run, whoever's clock it was
+            for driver in self.drivers.values():
+                driver.post(events.Received(caller, message))
+        else:
+            self._driver_of(message.stage).post(events.Received(caller, message))
+        return Done()
+
+    def _on_own_closing(self, message: StageMessage) -> None:
+        for stage, driver in self.drivers.items():
+            if stage != message.stage:
+                driver.post(events.Received(self._link.peer_id, message))
+
+    async def _on_state_request(self, caller: PeerId, request: StateRequest) -> StateAnswer:
+        return self._driver_of(request.stage).answer_state()
+
+    async def _on_log_request(self, caller: PeerId, request: LogRequest) -> LogAnswer:
+        return self._driver_of(request.stage).answer_log(request)
+
+    def _driver_of(self, stage: StageId) -> StageDriver:
+        driver = self.drivers.get(stage)
+        if driver is None:
+            raise RefusedError(f"stage {stage} is not hosted here")
+        return driver
+
+    def _resolve(self, caller: PeerId, name: str) -> Path | bytes | None:
+        """Find a blob by name: token chunks, snapshots, updates."""
+        kinds = {TaskKind.TRAIN: self._manifest.data.train.name, TaskKind.EVAL: self._manifest.data.heldout.name}
+        if name.startswith("tokens/"):
+            return serve_tokens(name, ((kinds[kind], file) for kind, file in self._token_files.items()))
+        pieces = name.split("/")
+        if len(pieces) not in (3, 4) or not pieces[1].isdecimal() or int(pieces[1]) not in self._histories:
+            return None
+        stage = StageId(int(pieces[1]))
+        if pieces[0] == "staged":
+            return self.drivers[stage].staged_update(pieces[2])
+        if not pieces[2].isdecimal():
+            return None
+        part = pieces[3] if len(pieces) == 4 else ""
+        return self._histories[stage].resolve(pieces[0], Version(int(pieces[2])), part)
+
+    # -- keeping the view fresh -----------------------------------------------------------------------
+
+    async def _refresh_views(self) -> None:
+        """Ask replicas of a stage for its newest commit whenever a hop shows that ours is stale."""
+        while True:
+            stage, peer = await self._caller.on_stale_view.get()
+            try:
+                answer = await self._link.calls.call(peer, StateRequest(stage=stage), StateAnswer)
+                self._learn_answer(answer)
+            except (TransientError, PeerFault, RefusedError) as error:
+                log.debug("view.unrefreshed", stage=stage, peer=peer, error=error.one_line())
+
+    def _learn_answer(self, answer: StateAnswer) -> None:
+        """Take over another stage's newest membership from one of its replicas."""
+        if answer.charter is None:
+            return
+        charter = unseal(answer.charter, CHARTER_CONTEXT, Charter, signer=self._link.coordinator)
+        self.learn_charter(charter, root_lineage(answer.charter))
+        if answer.commit is not None:
+            commit = unseal(answer.commit, COMMIT_CONTEXT, Commit)
+            if (commit.stage, commit.generation) != (charter.stage, charter.generation):
+                raise PeerFault("a commit came with another stage's charter")
+            self.view.learn(membership_of(commit, next_lineage(commit.parent, answer.commit.payload)))
+
+    async def _on_commit_news(self, caller: PeerId, news: CommitNews) -> Done:
+        """Believe a commit that follows the membership we know and is signed by one of its members; else ask."""
+        commit = unseal(news.commit, COMMIT_CONTEXT, Commit)
+        known = self.view.membership(commit.stage)
+        if known is not None and commit.parent == known.lineage and news.commit.signer in known.members:
+            self.view.learn(membership_of(commit, next_lineage(commit.parent, news.commit.payload)))
+        else:
+            self._caller.ask_for_news(commit.stage, caller)
+        return Done()
+
+    async def _tell_neighbours(self, commit: Commit, signed: Signed) -> None:
+        """Spread a commit over the stage that sends to us: each of our members tells its share of theirs."""
+        before = self.view.membership(StageId(commit.stage - 1))
+        mine = sorted(seat.peer for seat in commit.seats)
+        if before is None or self._link.peer_id not in mine:
+            return
+        theirs = [peer for peer in sorted(before.members) if peer != self._link.peer_id]
+        for peer in theirs[mine.index(self._link.peer_id) :: len(mine)]:
+            try:
+                await self._link.calls.tell(peer, CommitNews(commit=signed), timeout_s=NEWS_TIMEOUT_S)
+            except (TransientError, PeerFault, RefusedError) as error:
+                log.debug("news.undelivered", peer=peer, error=error.one_line())
+
+    def _token_sources(self) -> list[PeerId]:
+        """Ask fellow readers of tokens first and the coordinator last: it has little bandwidth for many."""
+        last = StageId(self._manifest.model.num_stages - 1)
+        readers = [self.view.membership(stage) for stage in (FIRST_STAGE, last)]
+        peers = [peer for reader in readers if reader for peer in reader.members if peer != self._link.peer_id]
+        return [*peers[:3], self._link.coordinator]
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._errands.add(task)
+        task.add_done_callback(self._errands.discard)

@@ -1,0 +1,66 @@
+"""The one live line of `peer join`: what this peer is doing, from accepted work only.
+
+Owns: the words and where they go (redrawn in place on a terminal, a line every half minute elsewhere).
+Must not know: how the figures come about. Progress is what others have signed, never a guess.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TextIO
+
+from protocol.control import PeerState
+
+TERMINAL_EVERY_S = 1.0
+LOG_EVERY_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """What the live line shows. Unknown is None, never zero."""
+
+    name: str
+    state: PeerState
+    reason: str
+    stages: tuple[int, ...]
+    round: int | None
+    num_rounds: int
+    loss: float | None
+    target_tokens: int
+    """Target tokens this peer has worked on and somebody has acknowledged."""
+    tokens_per_s: float | None
+    accepted_s: float | None
+    """When work of ours was last acknowledged, on the monotonic clock."""
+    replicas: int
+
+
+def render(line: Line, *, now_s: float) -> str:
+    """Return the line as text."""
+    stages = ",".join(str(stage) for stage in line.stages) or "-"
+    state = f"{line.state}({line.reason})" if line.reason else str(line.state)
+    round_text = "-" if line.round is None else f"{line.round}/{line.num_rounds}"
+    loss = "-" if line.loss is None else f"{line.loss:.3f}"
+    rate = "-" if line.tokens_per_s is None else f"{line.tokens_per_s:,.0f} tok/s"
+    accepted = "nothing accepted yet" if line.accepted_s is None else f"accepted {now_s - line.accepted_s:.0f} s ago"
+    return (
+        f"{line.name}  stage {stages} ({line.replicas} replicas)  {state}  round {round_text}  loss {loss}  "
+        f"{line.target_tokens:,} tokens  {rate}  {accepted}"
+    )
+
+
+async def show_live(source: Callable[[], Line], *, stream: TextIO = sys.stderr) -> None:
+    """Keep the line on `stream` fresh until cancelled."""
+    on_terminal = stream.isatty()
+    try:
+        while True:
+            text = render(source(), now_s=time.monotonic())
+            stream.write(f"\r\x1b[K{text}" if on_terminal else f"{text}\n")
+            stream.flush()
+            await asyncio.sleep(TERMINAL_EVERY_S if on_terminal else LOG_EVERY_S)
+    finally:
+        if on_terminal:
+            stream.write("\n")

@@ -1,0 +1,61 @@
+"""How every command ends: one clear line and an exit code, never a traceback by surprise.
+
+Owns: turning errors into exit codes, and setting up logging for a command. Shared by `peer`,
+`coordinator` and `swarm`, so that all three behave alike. Must not know: any command.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+import structlog
+
+from protocol.errors import SwarmError
+
+EXIT_BUG = 1
+EXIT_INTERRUPTED = 130
+
+
+def run_command(command: Callable[[], None], *, program: str, debug: bool = False) -> int:
+    """Run a command and return its exit code; errors become one line on stderr."""
+    try:
+        command()
+    except SwarmError as error:
+        print(f"{program}: {error.one_line()}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - the one supervisor of a command: whatever gets here is a bug of ours
+        if debug:
+            traceback.print_exc()
+        summary = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"{program}: E-BUG {summary[:300]} Run again with --debug and report it, please.", file=sys.stderr)
+        return EXIT_BUG
+    return 0
+
+
+def set_up_logging(*, level: str, file: Path | None = None) -> None:
+    """Send structured events of `level` and above to stderr, or as JSON lines to a file."""
+    number = logging.getLevelNamesMapping()[level.upper()]
+    stream: TextIO = sys.stderr if file is None else file.open("a", buffering=1, encoding="utf-8")
+    renderer = (
+        structlog.dev.ConsoleRenderer(colors=stream.isatty()) if file is None else structlog.processors.JSONRenderer()
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.WriteLoggerFactory(file=stream),
+        cache_logger_on_first_use=True,
+    )

@@ -1,0 +1,54 @@
+"""Asking a replica about its stage's recent past. Pure messages.
+
+Owns: what a joiner asks before it has any state (`StateRequest`) and while it replays (`LogRequest`). The
+bytes themselves are blobs: `state/STAGE/VERSION/PART`, `update/STAGE/VERSION` (the bytes that take VERSION to
+the next one), and `staged/STAGE/DIGEST` (bytes that are summed but not committed yet).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from protocol.control import Snapshot
+from protocol.ids import Lineage, StageId, Version
+from protocol.signing import Signed
+from protocol.wire import Message
+
+MAX_COMMITS_PER_ANSWER = 16
+
+
+class StateRequest(Message):
+    """Where does your replica of this stage stand, and which snapshots do you serve?"""
+
+    stage: StageId
+
+
+class StateAnswer(Message):
+    """`charter` is the newest known; `commit` the newest applied (None right after the charter)."""
+
+    charter: Signed | None
+    commit: Signed | None
+    version: Version
+    lineage: Lineage
+    snapshots: Annotated[tuple[Snapshot, ...], Field(max_length=8)]
+
+
+class LogRequest(Message):
+    """Which commits did your replica apply from `since` on?"""
+
+    stage: StageId
+    since: Version
+
+
+class LogAnswer(Message):
+    """Consecutive commits, the first of which was applied to `since`; empty if it is not kept or not there yet."""
+
+    commits: Annotated[tuple[Signed, ...], Field(max_length=MAX_COMMITS_PER_ANSWER)]
+
+
+class CommitNews(Message):
+    """To a neighbouring stage: this is our newest commit, route to these members from now on."""
+
+    commit: Signed

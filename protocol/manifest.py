@@ -1,0 +1,159 @@
+"""The manifest: everything that defines a run, signed by the coordinator and the same for everybody.
+
+Owns: the fields, their bounds, and the run id (a hash of the manifest). Pure. Must not know: files,
+torch, who takes part. A volunteer's own limits are not here: they always win over the manifest
+(`peer/settings.py`), but what the manifest fixes cannot be overridden.
+"""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from protocol.ids import Digest, PeerId, RunId, digest
+from protocol.wire import PROTOCOL_VERSION, Message
+
+MANIFEST_CONTEXT = "handcar manifest"
+
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class OptimizerName(StrEnum):
+    """Which AdamW every replica runs."""
+
+    ADAMW8BIT = "adamw8bit"
+    ADAMW32 = "adamw32"
+
+
+class ModelSpec(Message):
+    """What is trained: a Hugging Face config, cut into stages, initialised from a seed."""
+
+    config_json: Annotated[str, Field(max_length=32_768)]
+    num_stages: Positive
+    init_seed: int
+    was_tied: bool = False
+    """The config had tied embeddings; they were untied at init (and the export says so)."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The Hugging Face config as plain JSON values."""
+        config: dict[str, Any] = json.loads(self.config_json)
+        return config
+
+
+class TokenFileSpec(Message):
+    """One file of little-endian token ids, verified in chunks.
+
+    The digests of its chunks form an index file; the manifest holds the index's own digest, so a
+    terabyte of tokens costs 32 bytes here.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z]+\.bin$")]
+    num_tokens: Positive
+    bytes_per_token: Literal[2, 4]
+    chunk_bytes: Positive
+    index_digest: Digest
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_tokens * self.bytes_per_token
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.num_bytes // self.chunk_bytes)
+
+
+class DataSpec(Message):
+    """The text, as tokens."""
+
+    vocab_size: Positive
+    tokenizer_digest: Digest
+    train: TokenFileSpec
+    heldout: TokenFileSpec
+    heldout_bytes_per_token: PositiveFloat
+    """UTF-8 bytes of held-out text per held-out token: turns nats per token into bits per byte."""
+    unigram_loss: PositiveFloat
+    """Nats per held-out token under the add-one unigram of the training tokens: what knowing nothing costs."""
+
+
+class BatchSpec(Message):
+    """How tokens become rounds."""
+
+    sequence_length: Positive
+    sequences_per_microbatch: Positive
+    microbatches_per_round: Annotated[int, Field(ge=1, le=65_536)]
+    num_rounds: Positive
+    data_seed: int
+    eval_every: Positive
+    """A held-out evaluation follows every this many rounds, and the last one."""
+    heldout_sequences: Positive
+
+    @property
+    def tokens_per_round(self) -> int:
+        return self.microbatches_per_round * self.sequences_per_microbatch * self.sequence_length
+
+
+class OptimizerSpec(Message):
+    """AdamW and its schedule. `clip` is c in the per-stage threshold `c * sqrt(P_stage / P_total)`."""
+
+    name: Annotated[OptimizerName, Field(strict=False)]
+    learning_rate: PositiveFloat
+    warmup_rounds: Annotated[int, Field(ge=0)]
+    final_lr_fraction: Annotated[float, Field(ge=0, le=1)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    beta1: Annotated[float, Field(ge=0, lt=1)]
+    beta2: Annotated[float, Field(ge=0, lt=1)]
+    eps: PositiveFloat
+    clip: PositiveFloat
+
+
+class AveragingSpec(Message):
+    """How replicas of a stage agree. `diloco`, overlap and more codecs plug in here."""
+
+    mode: Literal["gradient"] = "gradient"
+    codec: str
+    activation_codec: str
+
+
+class TimingSpec(Message):
+    """The run's deadlines. Generous: a slow home link must not look like a dead one."""
+
+    round_deadline_s: PositiveFloat
+    hop_silence_s: PositiveFloat
+    """A hop whose progress counter stands still for this long is given up."""
+    beat_s: PositiveFloat
+    """Steward heartbeat; three missed beats are silence."""
+    reduce_timeout_s: PositiveFloat
+
+
+class KeepingSpec(Message):
+    """What is kept, and how often."""
+
+    checkpoint_every: Positive
+    """Rounds between checkpoints; the update log reaches back to at least the newest one."""
+    checkpoints_kept: Positive
+
+
+class Manifest(Message):
+    """A run. Its hash is its id; its signature is the coordinator's."""
+
+    protocol: int = PROTOCOL_VERSION
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    created_s: float
+    coordinator: PeerId
+    model: ModelSpec
+    data: DataSpec
+    batch: BatchSpec
+    optimizer: OptimizerSpec
+    averaging: AveragingSpec
+    timing: TimingSpec
+    keeping: KeepingSpec
+
+    @property
+    def run_id(self) -> RunId:
+        """Lower-case hex of the first 16 bytes of the manifest's SHA-256."""
+        return RunId(digest(self.to_bytes())[:16].hex())

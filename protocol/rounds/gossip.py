@@ -1,0 +1,249 @@
+"""Keeping up: saying where we stand, noticing that somebody stands elsewhere, and passing on what is missing.
+
+Owns: `Hello`, `Ready`, and the questions and answers about chains and closings; the discovery of forks. Must
+not know: ballots. Everything that was lost on the way, or missed while away, is repaired from here.
+"""
+
+from __future__ import annotations
+
+from protocol.ids import Digest, Lineage, PeerId, Version
+from protocol.rounds.events import Report, Send, Step, Trouble
+from protocol.rounds.lineage import Chain, Link, Relation
+from protocol.rounds.member import Member, Standing
+from protocol.rounds.messages import (
+    MAX_COMMITS_PER_ANSWER,
+    AskChain,
+    AskClosing,
+    ChainAnswer,
+    CharterNotice,
+    ClosingNotice,
+    Committed,
+    Goodbye,
+    Hello,
+    Ready,
+)
+from protocol.rounds.neighbours import Neighbours
+from protocol.rounds.settings import Settings
+
+
+class Gossip:
+    """One replica's talk about lineages."""
+
+    def __init__(self, settings: Settings, member: Member, neighbours: Neighbours) -> None:
+        self._settings = settings
+        self._member = member
+        self._neighbours = neighbours
+        self._hello_s = 0.0
+        self._ready_s = 0.0
+        self._turn = 0
+        self._asked_s: dict[PeerId, float] = {}
+        self._forks: set[tuple[PeerId, Lineage]] = set()
+
+    def tick(self, now_s: float) -> list[Step]:
+        """Say hello to somebody now and then; ask for a seat if we have none."""
+        chain, timers = self._member.chain, self._settings.timers
+        if chain is None:
+            return []
+        actions: list[Step] = []
+        if self._member.standing is Standing.LISTENING and now_s - self._ready_s >= timers.ready_s:
+            self._ready_s = now_s
+            actions += [Send(peer, self._ready(chain)) for peer in self._peers(chain)]
+        if now_s - self._hello_s >= timers.gossip_s:
+            self._hello_s = now_s
+            actions += self._say_hello(chain)
+        return actions
+
+    # -- what others say ---------------------------------------------------------------------------
+
+    def on_hello(self, sender: PeerId, hello: Hello, now_s: float) -> list[Step]:
+        """Compare heads; who is behind gets what it lacks."""
+        chain = self._member.chain
+        if chain is None:
+            return []
+        self._neighbours.note_session(chain.head.seats, sender, hello.session)
+        actions = self.compare(sender, hello.generation, hello.lineage, hello.version, now_s)
+        if self._member.newest_closed > hello.closed:
+            actions += self.on_ask_closing(sender, hello.closed)
+        if hello.lineage == chain.head.lineage:
+            actions += self._compare_state(sender, hello)
+        return actions
+
+    def on_ready(self, sender: PeerId, ready: Ready, now_s: float) -> list[Step]:
+        """Remember a joiner that stands where we stand; help one that does not."""
+        chain = self._member.chain
+        if chain is None:
+            return []
+        self._neighbours.note_session(chain.head.seats, sender, ready.session)
+        if ready.generation != chain.generation or ready.lineage != chain.head.lineage:
+            return self.compare(sender, ready.generation, ready.lineage, ready.version, now_s)
+        differs = self._compare_state(sender, ready)
+        if not differs:
+            self._neighbours.note_ready(sender, ready, now_s)
+        return differs
+
+    def on_goodbye(self, sender: PeerId, _goodbye: Goodbye) -> list[Step]:
+        """Stop waiting for that process."""
+        if self._member.chain is not None:
+            self._neighbours.note_gone(self._member.chain.head.seats, sender)
+        return []
+
+    def on_ask_closing(self, sender: PeerId, newest: int) -> list[Step]:
+        """Send our newest closing to who has an older one."""
+        if self._member.newest_closed <= newest:
+            return []
+        signed = max(self._member.closings.items())[1]
+        return [Send(sender, ClosingNotice(stage=self._settings.stage, closing=signed))]
+
+    def on_ask_chain(self, sender: PeerId, ask: AskChain, now_s: float) -> list[Step]:
+        """Answer with the commits after the asked lineage, as far as we have them."""
+        chain = self._member.chain
+        if chain is None:
+            return []
+        if ask.generation > chain.generation:
+            return self._ask(sender, chain, now_s)
+        return [Send(sender, self._answer(chain, ask.lineage))]
+
+    def on_answer(self, sender: PeerId, answer: ChainAnswer, now_s: float) -> list[Step]:
+        """Follow what we lacked; or find out that we are too old, or on another branch."""
+        actions = self._member.on_charter(answer.charter, now_s)
+        chain = self._member.chain
+        if chain is None or answer.charter != chain.signed_charter:
+            return actions
+        for signed in answer.commits:
+            if chain.has(signed):
+                continue
+            actions += self._member.on_final(signed, (sender,), now_s)
+        if answer.known:
+            is_more = answer.version > chain.head.version
+            return [*actions, *(self._ask(sender, chain, now_s, again=True) if is_more else [])]
+        if chain.head.version < answer.oldest_version:
+            return [*actions, *self._member.resync(None)]
+        relation = chain.relation(answer.lineage, answer.version)
+        parted = relation in (Relation.FORKED, Relation.UNKNOWN)
+        return [*actions, *(self._report_fork(sender, answer.lineage) if parted else [])]
+
+    def on_committed(self, sender: PeerId, message: Committed, now_s: float) -> list[Step]:
+        """Follow a final commit; if it does not follow our head, ask what lies between."""
+        chain = self._member.chain
+        if chain is None or chain.has(message.commit):
+            return []
+        if chain.parent_of(message.commit) != chain.head.lineage:
+            return self._ask(sender, chain, now_s)
+        return self._member.on_final(message.commit, (sender,), now_s)
+
+    def compare(self, sender: PeerId, generation: int, lineage: Lineage, version: Version, now_s: float) -> list[Step]:
+        """React to where somebody else stands."""
+        chain = self._member.chain
+        if chain is None:
+            return []
+        if generation != chain.generation:
+            if generation > chain.generation:
+                return self._ask(sender, chain, now_s)
+            return [Send(sender, CharterNotice(stage=self._settings.stage, charter=chain.signed_charter))]
+        relation = chain.relation(lineage, version)
+        if relation is Relation.SAME:
+            return []
+        if relation is Relation.UNKNOWN:
+            return self._ask(sender, chain, now_s)
+        actions = self._report_fork(sender, lineage) if relation is Relation.FORKED else []
+        return [*actions, Send(sender, self._answer(chain, lineage))]
+
+    def on_strange_parent(self, sender: PeerId, parent: Lineage, now_s: float) -> list[Step]:
+        """A ballot message is about another lineage than our head: one of us is behind."""
+        chain = self._member.chain
+        if chain is None:
+            return []
+        if chain.steps_after(parent):
+            return [Send(sender, self._answer(chain, parent))]
+        return self._ask(sender, chain, now_s)
+
+    # -- helpers -----------------------------------------------------------------------------------
+
+    def hello(self, head: Link, generation: int) -> Hello:
+        """Say where we stand."""
+        return Hello(
+            stage=self._settings.stage,
+            session=self._settings.me.session,
+            generation=generation,
+            lineage=head.lineage,
+            version=head.version,
+            state_digest=self._state_digest_at(head),
+            closed=self._member.newest_closed,
+        )
+
+    def _say_hello(self, chain: Chain) -> list[Step]:
+        """Greet the replicas of our stage in turn, and ask those of the others in turn for closings.
+
+        Stage 0 asks as well: a stage that was restored may have forgotten rounds that others have ended.
+        """
+        self._turn += 1
+        actions: list[Step] = []
+        peers = sorted(self._peers(chain))
+        if peers:
+            peer = peers[self._turn % len(peers)]
+            actions.append(Send(peer, self.hello(chain.head, chain.generation)))
+        others = sorted(stage for stage in self._neighbours.replicas if stage != self._settings.stage)
+        if others:
+            stage = others[self._turn % len(others)]
+            hosts = sorted(self._neighbours.hosts(stage))
+            question = AskClosing(stage=stage, newest=self._member.newest_closed)
+            actions += [Send(peer, question) for peer in hosts[self._turn // len(others) % max(1, len(hosts)) :][:1]]
+        return actions
+
+    def _ready(self, chain: Chain) -> Ready:
+        return Ready(
+            stage=self._settings.stage,
+            session=self._settings.me.session,
+            generation=chain.generation,
+            lineage=chain.head.lineage,
+            version=chain.head.version,
+            state_digest=self._state_digest_at(chain.head),
+        )
+
+    def _peers(self, chain: Chain) -> set[PeerId]:
+        return {*chain.head.members, *self._neighbours.hosts(self._settings.stage)} - {self._settings.me.peer}
+
+    def _state_digest_at(self, head: Link) -> Digest | None:
+        applied = self._member.applied
+        return self._member.state_digest if applied is not None and applied.lineage == head.lineage else None
+
+    def _compare_state(self, sender: PeerId, word: Hello | Ready) -> list[Step]:
+        chain = self._member.chain
+        own = self._state_digest_at(chain.head) if chain is not None else None
+        if own is None or word.state_digest is None or own == word.state_digest:
+            return []
+        return [Report(Trouble.DIVERGED, sender, f"another state at version {word.version}")]
+
+    def _answer(self, chain: Chain, lineage: Lineage) -> ChainAnswer:
+        steps = chain.steps_after(lineage)
+        return ChainAnswer(
+            stage=self._settings.stage,
+            known=steps is not None,
+            charter=chain.signed_charter,
+            commits=tuple(step.signed for step in (steps or ())[:MAX_COMMITS_PER_ANSWER]),
+            lineage=chain.head.lineage,
+            version=chain.head.version,
+            oldest_version=chain.oldest.version,
+        )
+
+    def _ask(self, peer: PeerId, chain: Chain, now_s: float, *, again: bool = False) -> list[Step]:
+        """Ask for what comes after our head; not more often than once a beat from anybody."""
+        beat_s = self._settings.timers.beat_s
+        if not again and now_s - self._asked_s.get(peer, -beat_s) < beat_s:
+            return []
+        self._asked_s = {other: at_s for other, at_s in self._asked_s.items() if now_s - at_s < beat_s}
+        self._asked_s[peer] = now_s
+        question = AskChain(
+            stage=self._settings.stage,
+            generation=chain.generation,
+            lineage=chain.head.lineage,
+            version=chain.head.version,
+        )
+        return [Send(peer, question)]
+
+    def _report_fork(self, peer: PeerId, lineage: Lineage) -> list[Step]:
+        chain = self._member.chain
+        if (peer, lineage) in self._forks or chain is None:
+            return []
+        self._forks.add((peer, lineage))
+        return [Report(Trouble.FORKED, peer, f"{lineage.hex()[:12]} against our {chain.head.lineage.hex()[:12]}")]

@@ -1,0 +1,331 @@
+"""The round machine of one stage at one peer: one event in, a list of actions out.
+
+Owns: the routing of events to member, voter, steward, clock and gossip; messages to ourselves; announcements;
+waking up. Must not know: any rule of the protocol. Pure: no clock, socket, chance or log; `now_s` is any
+monotonic clock, and the same events at the same times give the same actions.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from protocol.errors import PeerFault
+from protocol.ids import Lineage, PeerId, RoundId, Version, digest
+from protocol.rounds.events import (
+    Action,
+    Announce,
+    Applied,
+    ApplyFailed,
+    Drain,
+    Event,
+    Fetched,
+    FetchFailed,
+    Frozen,
+    PeerGone,
+    Received,
+    ReduceDone,
+    ReduceFailed,
+    Rejoin,
+    Report,
+    RosterChanged,
+    Send,
+    Step,
+    Synced,
+    TaskDone,
+    Tick,
+    Trouble,
+)
+from protocol.rounds.gossip import Gossip
+from protocol.rounds.lineage import Chain, Link
+from protocol.rounds.member import LastCommit, Member, Standing
+from protocol.rounds.messages import (
+    Accept,
+    Ack,
+    AskChain,
+    AskClosing,
+    BallotMessage,
+    Begin,
+    ChainAnswer,
+    CharterNotice,
+    ClosingNotice,
+    Committed,
+    Decline,
+    DoneReport,
+    DoneUnion,
+    Goodbye,
+    Hello,
+    Outbid,
+    Ping,
+    Pong,
+    Propose,
+    Ready,
+    ReduceResult,
+    StageMessage,
+    StillHere,
+    VoidRound,
+)
+from protocol.rounds.neighbours import Neighbours
+from protocol.rounds.notices import Notices
+from protocol.rounds.settings import Settings
+from protocol.signing import Signed
+
+MAX_STEPS = 10_000  # of messages to ourselves within one event; a round takes about ten
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundStatistics:
+    """Where a replica stands, for the status page and the coordinator's ledger."""
+
+    standing: Standing
+    round: RoundId | None
+    version: Version | None
+    lineage: Lineage | None
+    generation: int
+    num_members: int
+    steward: PeerId | None
+    """Who conducts the present ballot, as far as we have promised."""
+    ballot: int
+    num_done: int
+    """Numbers of the open round known to be done; stage 0 only."""
+    num_numbers: int
+    num_commits: int
+    num_voids: int
+    num_ballots: int
+    """Ballots that we have opened ourselves; one per round we conduct, if nothing fails."""
+    num_failed_ballots: int
+    last_commit: LastCommit | None
+
+
+class RoundMachine:
+    """Everything a peer has to decide about the rounds of one stage. See the package docstring."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._neighbours = Neighbours(settings)
+        self._member = Member(settings, self._neighbours)
+        self._gossip = Gossip(settings, self._member, self._neighbours)
+        self._notices = Notices(settings.timers.notice_s)
+        self._last_s: float | None = None
+
+    def handle(self, event: Event, now_s: float) -> list[Action]:
+        """Take in one fact and return what has to be done now, in this order. Never raises for a remote fault."""
+        if self._last_s is not None and now_s - self._last_s > self._settings.timers.silence_s:
+            self._member.wake(now_s)
+        self._last_s = now_s
+        queue = deque[Step](self._guarded(event, now_s))
+        done: list[Action] = []
+        for _ in range(MAX_STEPS):
+            if not queue:
+                return done
+            action = queue.popleft()
+            if isinstance(action, Announce):
+                queue.extendleft(reversed(self._announce(action, now_s)))
+            elif isinstance(action, Send) and action.to == self._settings.me.peer:
+                queue.extendleft(reversed(self._guarded(Received(action.to, action.message), now_s)))
+                if isinstance(action.message, ClosingNotice):
+                    done.append(action)
+            else:
+                done.append(action)
+        raise AssertionError("a message to ourselves causes itself")
+
+    def statistics(self) -> RoundStatistics:
+        """Describe this moment."""
+        member = self._member
+        slot, clock = member.slot, member.clock
+        promised = slot.promised if slot is not None else None
+        failed = member.steward.num_failed if member.steward is not None else 0
+        return RoundStatistics(
+            standing=member.standing,
+            round=slot.round if slot is not None else None,
+            version=member.applied.version if member.applied is not None else None,
+            lineage=member.applied.lineage if member.applied is not None else None,
+            generation=member.chain.generation if member.chain is not None else 0,
+            num_members=len(member.chain.head.seats) if member.chain is not None else 0,
+            steward=promised.steward if promised is not None else None,
+            ballot=promised.number if promised is not None else 0,
+            num_done=clock.bits.bit_count() if clock is not None else 0,
+            num_numbers=clock.size.all_bits.bit_count() if clock is not None else 0,
+            num_commits=member.num_commits,
+            num_voids=member.num_voids,
+            num_ballots=member.num_ballots,
+            num_failed_ballots=member.num_failed_ballots + failed,
+            last_commit=member.last_commit,
+        )
+
+    @property
+    def chain(self) -> Chain | None:
+        """The lineage as we know it; its head may be ahead of the state that is applied."""
+        return self._member.chain
+
+    @property
+    def applied(self) -> Link | None:
+        """The place in the chain whose state the driver has applied."""
+        return self._member.applied
+
+    # -- routing -----------------------------------------------------------------------------------
+
+    def _guarded(self, event: Event, now_s: float) -> list[Step]:
+        """A peer that breaks the rules causes a report, and nothing else."""
+        try:
+            return self._dispatch(event, now_s)
+        except PeerFault as fault:
+            sender = event.sender if isinstance(event, Received) else None
+            return [Report(Trouble.FAULT, sender, fault.one_line())]
+
+    def _dispatch(self, event: Event, now_s: float) -> list[Step]:
+        member = self._member
+        match event:
+            case Received(sender, message):
+                return self._on_message(sender, message, now_s)
+            case Tick():
+                return [*self._notices.tick(now_s), *member.tick(now_s), *self._gossip.tick(now_s)]
+            case RosterChanged():
+                self._neighbours.on_roster(event)
+                member.refresh_slot(now_s)
+            case PeerGone(peer):
+                if member.chain is not None:
+                    self._neighbours.note_gone(member.chain.head.seats, peer)
+                    member.refresh_slot(now_s)
+            case TaskDone(round_id, task):
+                if member.clock is not None and member.clock.round == round_id:
+                    return member.clock.on_task_done(task)
+            case Frozen():
+                return member.on_frozen(event)
+            case ReduceDone() | ReduceFailed():
+                return member.voter.on_reduced(event) if member.voter is not None else []
+            case Fetched() | FetchFailed():
+                return member.voter.on_fetched(event) if member.voter is not None else []
+            case Applied():
+                return member.on_applied(event, now_s)
+            case ApplyFailed():
+                return member.on_apply_failed(event)
+            case Synced():
+                return member.on_synced(event, now_s)
+            case Drain():
+                return member.on_drain(event)
+            case Rejoin():
+                return member.resync(None)
+        return []
+
+    def _on_message(self, sender: PeerId, message: StageMessage, now_s: float) -> list[Step]:
+        if sender in self._neighbours.banned:
+            return []
+        match message:
+            case BallotMessage():
+                return self._on_ballot(sender, message, now_s)
+            case Outbid():
+                steward = self._member.steward
+                return steward.on_outbid(message, now_s) if steward and self._is_ours(message.parent) else []
+            case VoidRound():
+                return self._member.on_void(sender, message, now_s)
+            case DoneReport() | DoneUnion():
+                return self._on_done(sender, message, now_s)
+            case ClosingNotice(stage=stage, closing=closing):
+                actions = self._member.on_closing(closing, now_s)
+                has_it = closing in self._member.closings.values()
+                return [*actions, *(self._ack(sender, stage, closing) if has_it else [])]
+            case Committed(commit=commit):
+                actions = self._gossip.on_committed(sender, message, now_s)
+                chain = self._member.chain
+                has_it = chain is not None and chain.has(commit)
+                return [*actions, *(self._ack(sender, self._settings.stage, commit) if has_it else [])]
+            case Ack(of=key):
+                self._notices.on_ack(sender, key)
+                return []
+            case CharterNotice(charter=charter):
+                return self._member.on_charter(charter, now_s)
+        return self._on_gossip(sender, message, now_s)
+
+    def _on_gossip(self, sender: PeerId, message: StageMessage, now_s: float) -> list[Step]:
+        gossip = self._gossip
+        match message:
+            case Hello():
+                return gossip.on_hello(sender, message, now_s)
+            case Ready():
+                return gossip.on_ready(sender, message, now_s)
+            case Goodbye():
+                return gossip.on_goodbye(sender, message)
+            case AskChain():
+                return gossip.on_ask_chain(sender, message, now_s)
+            case AskClosing():
+                return gossip.on_ask_closing(sender, message.newest)
+            case ChainAnswer():
+                return gossip.on_answer(sender, message, now_s)
+        raise PeerFault(f"{type(message).__name__} is not a message about rounds")
+
+    def _on_ballot(self, sender: PeerId, message: BallotMessage, now_s: float) -> list[Step]:
+        member = self._member
+        if member.chain is None:
+            return []
+        if message.parent != member.chain.head.lineage:
+            return self._gossip.on_strange_parent(sender, message.parent, now_s)
+        slot, voter, steward = member.slot, member.voter, member.steward
+        if slot is None or voter is None or steward is None:
+            # A steward takes us for a member that we no longer are: our session tells it.
+            hello = self._gossip.hello(member.chain.head, member.chain.generation)
+            return [Send(sender, hello)] if isinstance(message, Ping) else []
+        if sender not in slot.order:
+            raise PeerFault(f"{sender} has no seat")
+        self._neighbours.note_alive(slot.parent.seats, sender)
+        match message:
+            case Pong():
+                return steward.on_pong(sender, message, now_s)
+            case ReduceResult():
+                return steward.on_result(sender, message, now_s)
+            case Accept():
+                return steward.on_accept(sender, message)
+            case Decline():
+                return steward.on_decline(sender, message, now_s)
+        if message.ballot.steward != sender:
+            raise PeerFault(f"{sender} conducts a ballot of {message.ballot.steward}")
+        match message:
+            case Ping():
+                return self._on_ping(sender, message, now_s)
+            case Begin():
+                return voter.on_begin(sender, message, now_s)
+            case Propose():
+                return voter.on_propose(sender, message, now_s)
+            case StillHere():
+                return voter.on_still_here(sender, message.ballot, now_s)
+        return []
+
+    def _on_ping(self, sender: PeerId, ping: Ping, now_s: float) -> list[Step]:
+        """A ping also brings the closing, to those who have not heard it."""
+        member = self._member
+        actions = member.on_closing(ping.closing, now_s)
+        slot, voter = member.slot, member.voter
+        if slot is None or voter is None or any(isinstance(each, Report) for each in actions):
+            return actions
+        if slot.newest_closing is None:  # we know that its round was void
+            void = VoidRound(stage=ping.stage, parent=ping.parent, ballot=ping.ballot, round=RoundId(slot.round - 1))
+            return [*actions, Send(sender, void)]
+        return [*actions, *voter.on_ping(sender, ping, now_s)]
+
+    def _on_done(self, sender: PeerId, message: DoneReport | DoneUnion, now_s: float) -> list[Step]:
+        clock = self._member.clock
+        if clock is not None and message.round == clock.round and not clock.is_closed:
+            if isinstance(message, DoneReport):
+                return clock.on_report(sender, message)
+            return clock.on_union(sender, message, now_s)
+        if isinstance(message, DoneReport):
+            return self._gossip.on_ask_closing(sender, message.round - 1)
+        return []
+
+    # -- helpers -----------------------------------------------------------------------------------
+
+    def _is_ours(self, parent: Lineage) -> bool:
+        chain = self._member.chain
+        return chain is not None and chain.head.lineage == parent
+
+    def _ack(self, sender: PeerId, stage: int, signed: Signed) -> list[Step]:
+        if sender == self._settings.me.peer:
+            return []
+        return [Send(sender, Ack.model_validate({"stage": stage, "of": digest(signed.payload)}))]
+
+    def _announce(self, what: Announce, now_s: float) -> list[Step]:
+        """A closing concerns the whole run, so everybody that we know of hears it."""
+        if isinstance(what.message, ClosingNotice):
+            everybody = what.to | self._neighbours.everybody()
+            what = Announce(to=everybody, message=what.message, key=what.key)
+        return self._notices.announce(what, now_s)

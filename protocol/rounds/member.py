@@ -1,0 +1,430 @@
+"""One replica of one stage, from commit to commit: open, frozen, applying, or merely listening.
+
+Owns: the chain, the state that is applied, the open slot, and the steps between them. Voter, steward and
+clock of the slot are made here and live as long as it does. Must not know: the network (others hand it
+messages), gossip, repetition of announcements.
+
+            charter / Synced                   closing                 commit final
+    OUT ------------------> OPEN ---------------------------> FROZEN ----------------> APPLYING
+     ^                       ^ ^------------ void --------------'                          |
+     |                       '-------------------- Applied, seated ------------------------|
+     '-- cannot catch up --  LISTENING <---------- Applied, not seated --------------------'
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from protocol.errors import PeerFault
+from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId
+from protocol.rounds.clock import Clock
+from protocol.rounds.events import (
+    AbortReduce,
+    Applied,
+    Apply,
+    ApplyFailed,
+    Drain,
+    Freeze,
+    Frozen,
+    Left,
+    NewLineage,
+    OpenRound,
+    Replay,
+    Report,
+    Resync,
+    Send,
+    Step,
+    Synced,
+    Trouble,
+)
+from protocol.rounds.lineage import Chain, Link, read_charter
+from protocol.rounds.messages import CLOSING_CONTEXT, Closing, Goodbye, VoidRound
+from protocol.rounds.neighbours import Neighbours
+from protocol.rounds.quorum import steward_order
+from protocol.rounds.settings import RoundSize, Settings
+from protocol.rounds.slot import HeardClosing, Slot
+from protocol.rounds.steward import Steward
+from protocol.rounds.voter import Voter
+from protocol.signing import Signed
+
+FIRST_STAGE = StageId(0)  # its members feed the run and keep its clock
+CLOSINGS_KEPT = 16  # for those who missed one; a later closing covers the earlier ones
+APPLY_ATTEMPTS = 3
+
+
+class Standing(Enum):
+    """What a replica is doing, as shown on the status page."""
+
+    OUT = "out"
+    LISTENING = "listening"
+    APPLYING = "applying"
+    OPEN = "open"
+    FROZEN = "frozen"
+
+
+@dataclass(frozen=True, slots=True)
+class LastCommit:
+    """The newest commit's figures: k contributors of n members."""
+
+    round: RoundId
+    num_contributors: int
+    num_asked: int
+    tokens: int
+    tokens_dropped: int
+    double_counted: int
+
+
+class Member:
+    """The replica itself."""
+
+    def __init__(self, settings: Settings, neighbours: Neighbours) -> None:
+        self._settings = settings
+        self._neighbours = neighbours
+        self.chain: Chain | None = None
+        self.applied: Link | None = None
+        self.state_digest: Digest | None = None
+        self.slot: Slot | None = None
+        self.voter: Voter | None = None
+        self.steward: Steward | None = None
+        self.clock: Clock | None = None
+        self.closings: dict[RoundId, Signed] = {}
+        self.last_commit: LastCommit | None = None
+        self.num_commits = 0
+        self.num_voids = 0
+        self.num_ballots = 0
+        self.num_failed_ballots = 0
+        self._generation = 0
+        self._awaiting: Lineage | None = None  # what the driver is applying
+        self._syncing = False
+        self._attempts = 0
+        self._retry_from: tuple[PeerId, ...] | None = None
+        self._draining = False
+
+    # -- where we are ------------------------------------------------------------------------------
+
+    @property
+    def standing(self) -> Standing:
+        if self.chain is None or self.applied is None:
+            return Standing.OUT
+        if self.applied.lineage != self.chain.head.lineage:
+            return Standing.APPLYING
+        if self.slot is None:
+            return Standing.LISTENING
+        return Standing.FROZEN if self.slot.frozen else Standing.OPEN
+
+    @property
+    def newest_closed(self) -> int:
+        return max(self.closings, default=-1)
+
+    # -- charter and state -------------------------------------------------------------------------
+
+    def on_charter(self, signed: Signed, now_s: float) -> list[Step]:
+        """Follow a charter of a higher generation: in place if our state is the chartered one."""
+        if self.chain is not None and signed == self.chain.signed_charter:
+            return []
+        charter = read_charter(self._settings, signed)
+        if charter.generation <= self._generation:
+            return []
+        self._generation = charter.generation
+        same = (
+            not self._syncing
+            and self._awaiting is None
+            and self.applied is not None
+            and self.applied.version == charter.version
+            and self.state_digest == charter.state_digest
+        )
+        if not same:
+            return self.resync(signed)
+        actions = self._end_slot()
+        chain = Chain.of_charter(self._settings, signed)
+        self._stand_at(chain, now_s)
+        renamed = NewLineage(signed, chain.head.lineage, charter.round)
+        return [*actions, renamed, *self._open(now_s, fresh=True)]
+
+    def resync(self, charter: Signed | None) -> list[Step]:
+        """Give up what we have and fetch the stage's state from history."""
+        actions = self._end_slot()
+        if charter is None and self.chain is not None:
+            charter = self.chain.signed_charter
+        sources = self._neighbours.hosts(self._settings.stage)
+        self.chain = self.applied = self._awaiting = self._retry_from = self.state_digest = None
+        self._syncing, self._attempts = True, 0
+        return [*actions, Resync(charter, sources)]
+
+    def on_synced(self, event: Synced, now_s: float) -> list[Step]:
+        """Stand where the fetched history ends, unless a newer charter has come meanwhile."""
+        chain = Chain.of_history(self._settings, event.charter, event.commits)
+        if chain.generation < self._generation:
+            return self.resync(None)
+        actions = self._end_slot()
+        self._generation, self._syncing, self._awaiting = chain.generation, False, None
+        self.state_digest = event.state_digest
+        self._stand_at(chain, now_s)
+        return [*actions, *self._open(now_s, fresh=True)]
+
+    # -- closing and void --------------------------------------------------------------------------
+
+    def on_closing(self, signed: Signed, now_s: float) -> list[Step]:
+        """Note that a round is over; if it is ours, freeze what we have accumulated."""
+        closing = self._read_closing(signed)
+        if isinstance(closing, Report):
+            return [closing]
+        self.closings.setdefault(closing.round, signed)
+        while len(self.closings) > CLOSINGS_KEPT:
+            del self.closings[min(self.closings)]
+        if self.clock is not None and self.clock.round <= closing.round:
+            self.clock.is_closed = True
+        slot = self.slot
+        if slot is None or closing.round < slot.round or closing.round in slot.closings:
+            return []
+        slot.closings[closing.round] = HeardClosing(closing, signed)
+        return self._freeze(now_s)
+
+    def on_frozen(self, event: Frozen) -> list[Step]:
+        """Answer the pings that waited for it."""
+        if self.slot is None or self.voter is None or not self.slot.frozen or self.slot.tokens is not None:
+            return []
+        self.slot.tokens = event.tokens
+        return self.voter.on_frozen()
+
+    def on_void(self, sender: PeerId, void: VoidRound, now_s: float) -> list[Step]:
+        """Go on to the next round with what we have: nothing was there to be averaged."""
+        slot = self.slot
+        if slot is None or void.parent != slot.parent.lineage or sender not in slot.order:
+            return []
+        stale = slot.promised is not None and slot.promised.outranks(void.ballot)
+        if stale or slot.vote is not None or void.round < slot.round:
+            return []
+        actions: list[Step] = [AbortReduce(slot.reducing.group_id)] if slot.reducing else []
+        slot.reducing = None
+        if self.steward is not None:
+            self.steward.stop()
+        self.num_voids += 1
+        if self._draining and not slot.tokens:
+            return [*actions, *self._leave()]
+        slot.round, slot.frozen, slot.tokens = RoundId(void.round + 1), False, None
+        return [*actions, *self._open(now_s, fresh=False)] if slot.applied else actions
+
+    # -- commits -----------------------------------------------------------------------------------
+
+    def on_final(self, signed: Signed, sources: tuple[PeerId, ...], now_s: float) -> list[Step]:
+        """Append a commit that is final to our chain, and bring the state there. Raises `PeerFault`."""
+        assert self.chain is not None
+        commit = self.chain.follows_head(signed)
+        slot, parent = self.slot, self.chain.head
+        can_apply = (
+            slot is not None
+            and slot.applied
+            and self._awaiting is None
+            and slot.staged is not None
+            and slot.staged.digest == commit.digest
+        )
+        actions = self._report_if_left_out(signed)
+        actions += self._end_slot()
+        link = self.chain.extend(signed)
+        self.num_commits += 1
+        self.last_commit = LastCommit(
+            commit.round,
+            len(commit.contributors),
+            len(parent.seats),
+            commit.total_tokens,
+            commit.tokens_dropped,
+            commit.double_counted,
+        )
+        self._new_slot(now_s)
+        if can_apply:
+            self._awaiting = link.lineage
+            return [*actions, Apply(commit, signed, link.lineage)]
+        return [*actions, *self._replay(sources)]
+
+    def on_applied(self, event: Applied, now_s: float) -> list[Step]:
+        """Open the next round, or go on if the chain has grown meanwhile."""
+        if self.chain is None or event.lineage != self._awaiting:
+            return []
+        self._awaiting, self._attempts, self.state_digest = None, 0, event.state_digest
+        self.applied = self.chain.link_of(event.lineage)
+        if self.applied is None:  # so far behind that our place is not kept any more
+            return self.resync(None)
+        if event.lineage != self.chain.head.lineage:
+            return self._replay(())
+        return self._open(now_s, fresh=True)
+
+    def on_apply_failed(self, event: ApplyFailed) -> list[Step]:
+        """Try again from anybody who may have the bytes; then give up and fetch the whole state."""
+        if event.lineage != self._awaiting:
+            return []
+        self._awaiting = None
+        self._attempts += 1
+        if self._attempts >= APPLY_ATTEMPTS:
+            return self.resync(None)
+        self._retry_from = self._neighbours.hosts(self._settings.stage)
+        return []
+
+    def on_drain(self, _event: Drain) -> list[Step]:
+        """Leave with the next commit; at once if no work of ours is waiting for one."""
+        self._draining = True
+        if self.slot is None:
+            return self._leave()
+        self.slot.leaving = True
+        return []
+
+    # -- time --------------------------------------------------------------------------------------
+
+    def tick(self, now_s: float) -> list[Step]:
+        """Let clock and steward look at their timers; conduct if it is our turn."""
+        actions: list[Step] = []
+        if self._retry_from is not None and self._awaiting is None:
+            sources, self._retry_from = self._retry_from, None
+            actions += self._replay(sources)
+        if self.slot is None:
+            return actions
+        self.refresh_slot(now_s)
+        if self.clock is not None and self.standing is Standing.OPEN:
+            actions += self.clock.tick(now_s)
+        if self.steward is not None:
+            actions += self.steward.tick(now_s)
+        return [*actions, *self.conduct_if_due(now_s)]
+
+    def wake(self, now_s: float) -> None:
+        """Everything that was measured while we were stopped is worthless."""
+        if self.slot is not None:
+            self.slot.slept, self.slot.heard_s = True, now_s
+        if self.steward is not None:
+            self.steward.wake(now_s)
+        if self.clock is not None:
+            self.clock.wake(now_s)
+
+    def conduct_if_due(self, now_s: float) -> list[Step]:
+        """Start a ballot if we are first in order, or all before us have been silent for their turn."""
+        slot, steward, me = self.slot, self.steward, self._settings.me.peer
+        if slot is None or steward is None or not slot.frozen or steward.is_conducting:
+            return []
+        is_conducted = slot.promised is not None and slot.promised_s >= slot.frozen_s
+        silent = slot.promised.steward if slot.promised is not None and is_conducted else None
+        before = [peer for peer in slot.living if peer == me or peer != silent]
+        turn = before.index(me) + is_conducted
+        if now_s - slot.heard_s < turn * self._settings.timers.silence_s:
+            return []
+        self.num_ballots += 1
+        return steward.start(now_s)
+
+    def refresh_slot(self, now_s: float) -> None:
+        """Copy into the slot what the neighbours' book says now."""
+        slot = self.slot
+        if slot is None:
+            return
+        slot.gone = self._neighbours.gone(slot.parent.seats) - {self._settings.me.peer}
+        seated = {(seat.peer, seat.session) for seat in slot.parent.seats}
+        ready = self._neighbours.ready_at(slot.parent.lineage, now_s)
+        slot.ready = {peer: each for peer, each in ready.items() if (peer, each.session) not in seated}
+        if self.voter is not None and self.steward is not None:
+            self.voter.banned = self.steward.banned = self._neighbours.banned
+
+    # -- steps -------------------------------------------------------------------------------------
+
+    def _stand_at(self, chain: Chain, now_s: float) -> None:
+        self.chain, self.applied = chain, chain.head
+        self._new_slot(now_s)
+
+    def _new_slot(self, now_s: float) -> None:
+        """Open the question of what follows the head, if we have a seat in it."""
+        assert self.chain is not None
+        settings, head = self._settings, self.chain.head
+        self._neighbours.keep_only(head.seats)
+        if settings.me not in head.seats:
+            return
+        order = steward_order(settings.run, settings.stage, head.lineage, head.members)
+        slot = Slot(parent=head, order=order, round=head.next_round, heard_s=now_s, leaving=self._draining)
+        for round_id, signed in self.closings.items():
+            if round_id >= slot.round:
+                closing = self._settings.notary.unseal(signed, CLOSING_CONTEXT, Closing)
+                slot.closings[round_id] = HeardClosing(closing, signed)
+        self.slot = slot
+        self.voter = Voter(settings, slot, self.chain)
+        self.steward = Steward(settings, slot, self.chain)
+        self.refresh_slot(now_s)
+
+    def _end_slot(self) -> list[Step]:
+        slot = self.slot
+        if self.steward is not None:
+            self.num_failed_ballots += self.steward.num_failed
+        self.slot = self.voter = self.steward = self.clock = None
+        return [AbortReduce(slot.reducing.group_id)] if slot is not None and slot.reducing else []
+
+    def _open(self, now_s: float, *, fresh: bool) -> list[Step]:
+        """Take tasks of the slot's round; freeze again at once if that round is already over."""
+        slot = self.slot
+        if self._draining and fresh:
+            return self._leave()
+        if slot is None:
+            return []
+        slot.applied = True
+        if self._settings.stage == FIRST_STAGE:
+            self.clock = Clock(self._settings, slot.round, slot.living, now_s)
+        opened = OpenRound(
+            round=slot.round,
+            version=slot.parent.version,
+            lineage=slot.parent.lineage,
+            members=slot.parent.members,
+            fresh=fresh,
+        )
+        return [opened, *self._freeze(now_s)]
+
+    def _leave(self) -> list[Step]:
+        """Say goodbye, so that nobody waits for a seat that may still be ours."""
+        members = self.chain.head.members if self.chain is not None else ()
+        goodbye = Goodbye(stage=self._settings.stage, session=self._settings.me.session)
+        return [*(Send(peer, goodbye) for peer in members if peer != self._settings.me.peer), Left()]
+
+    def _freeze(self, now_s: float) -> list[Step]:
+        slot = self.slot
+        if slot is None or not slot.applied or slot.frozen:
+            return []
+        heard = slot.newest_closing
+        if heard is None:
+            return []
+        slot.frozen, slot.frozen_s, slot.heard_s = True, now_s, now_s
+        if self.clock is not None:
+            self.clock.is_closed = True
+        return [Freeze(heard.closing, heard.signed), *self.conduct_if_due(now_s)]
+
+    def _replay(self, sources: tuple[PeerId, ...]) -> list[Step]:
+        if self.chain is None or self.applied is None or self._awaiting is not None:
+            return []  # `on_applied` goes on from there
+        steps = self.chain.steps_after(self.applied.lineage)
+        if steps is None:
+            return self.resync(None)
+        if not steps:
+            return []
+        self._awaiting = steps[-1].lineage
+        contributors = [each.peer for step in steps for each in step.commit.contributors]
+        holders = dict.fromkeys([*sources, *contributors, *self._neighbours.hosts(self._settings.stage)])
+        holders.pop(self._settings.me.peer, None)
+        return [Replay(steps, tuple(holders))]
+
+    def _read_closing(self, signed: Signed) -> Closing | Report:
+        """Return the closing, or what is wrong with it; raise `PeerFault` if it is not even one of this run."""
+        known = self.closings.values()
+        closing = self._settings.notary.unseal(signed, CLOSING_CONTEXT, Closing)
+        if signed in known:
+            return closing
+        if closing.run != self._settings.run:
+            raise PeerFault("that closing is of another run")
+        if self._settings.rules.size_of(closing.round) != RoundSize(closing.num_train, closing.num_eval):
+            raise PeerFault(f"round {closing.round} has other numbers than its closing says")
+        clocks = {*self._neighbours.hosts(FIRST_STAGE), self._settings.me.peer}
+        if self._settings.stage == FIRST_STAGE and self.chain is not None:
+            clocks.update(self.chain.head.members)
+        if signed.signer not in clocks or signed.signer in self._neighbours.banned:
+            return Report(Trouble.STRANGE_CLOCK, signed.signer, f"closing of round {closing.round}")
+        return closing
+
+    def _report_if_left_out(self, signed: Signed) -> list[Step]:
+        slot, me = self.slot, self._settings.me.peer
+        if slot is None or not slot.tokens or self.chain is None:
+            return []
+        commit = self.chain.follows_head(signed)
+        if slot.promised != commit.ballot or any(each.peer == me for each in commit.contributors):
+            return []
+        return [Report(Trouble.LEFT_OUT, signed.signer, f"round {commit.round}: our {slot.tokens} tokens")]

@@ -1,0 +1,70 @@
+"""What a replica knows about other peers: who hosts what, who is banned, who has died, who wants a seat.
+
+Owns: these four sets and their expiry. Must not know: ballots, lineages' contents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from protocol.ids import Lineage, PeerId, StageId
+from protocol.rounds.events import RosterChanged
+from protocol.rounds.messages import Ready, Seat, Seats
+from protocol.rounds.settings import Settings
+
+READY_BEATS = 3  # a joiner that misses so many of its own announcements is not seated
+
+
+class Neighbours:
+    """Facts about others, none of them about agreement."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.replicas: Mapping[StageId, tuple[PeerId, ...]] = {}
+        self.banned: frozenset[PeerId] = frozenset()
+        self._dead: set[Seat] = set()
+        self._ready: dict[PeerId, tuple[Ready, float]] = {}
+
+    def on_roster(self, event: RosterChanged) -> None:
+        """Replace what the DHT and the coordinator said before."""
+        self.replicas, self.banned = event.replicas, event.banned
+
+    def note_session(self, seats: Seats, peer: PeerId, session: int) -> None:
+        """A peer that speaks under another session than its seat's has been restarted: that seat is dead."""
+        self._dead.update(seat for seat in seats if seat.peer == peer and seat.session != session)
+
+    def note_gone(self, seats: Seats, peer: PeerId) -> None:
+        """Believe the driver that this peer's process is dead."""
+        self._dead.update(seat for seat in seats if seat.peer == peer)
+        self._ready.pop(peer, None)
+
+    def note_alive(self, seats: Seats, peer: PeerId) -> None:
+        """It spoke as the holder of its seat, so it lives."""
+        self._dead.difference_update([seat for seat in seats if seat.peer == peer])
+
+    def gone(self, seats: Seats) -> set[PeerId]:
+        """Return those of `seats` that are certainly dead."""
+        return {seat.peer for seat in seats if seat in self._dead}
+
+    def keep_only(self, seats: Seats) -> None:
+        """Forget the dead of earlier rounds."""
+        self._dead &= set(seats)
+
+    def note_ready(self, sender: PeerId, ready: Ready, now_s: float) -> None:
+        """Remember a joiner."""
+        if sender not in self.banned:
+            self._ready[sender] = (ready, now_s)
+
+    def ready_at(self, lineage: Lineage, now_s: float) -> dict[PeerId, Ready]:
+        """Return the joiners that hold the state of `lineage` and were heard lately."""
+        fresh_s = READY_BEATS * self._settings.timers.ready_s
+        self._ready = {peer: (ready, at_s) for peer, (ready, at_s) in self._ready.items() if now_s - at_s <= fresh_s}
+        return {peer: ready for peer, (ready, _) in self._ready.items() if ready.lineage == lineage}
+
+    def hosts(self, stage: StageId) -> tuple[PeerId, ...]:
+        """Return the known replicas of a stage without ourselves."""
+        return tuple(peer for peer in self.replicas.get(stage, ()) if peer != self._settings.me.peer)
+
+    def everybody(self) -> frozenset[PeerId]:
+        """Return all known replicas of all stages without ourselves."""
+        return frozenset(peer for stage in self.replicas for peer in self.hosts(stage))

@@ -1,0 +1,33 @@
+"""In which order the members of a stage conduct a round, and when so many of them are enough.
+
+Owns: the order of stewards and clocks, and the quorum rule. Pure functions of what all members know alike,
+so nobody has to be elected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from protocol.ids import Lineage, PeerId, RunId, StageId
+from protocol.ownership import rendezvous
+
+
+def steward_order(run: RunId, stage: StageId, parent: Lineage, members: Collection[PeerId]) -> tuple[PeerId, ...]:
+    """Order the members for the round after `parent`: the first conducts it, the next ones stand by.
+
+    Keyed by the lineage and not by the round number: after a void round members may for a moment disagree
+    about the number, but never about the lineage.
+    """
+    return rendezvous(f"{run}/{stage}/{parent.hex()}", dict.fromkeys(members, 1.0))
+
+
+def is_quorum(present: Collection[PeerId], order: Sequence[PeerId], *, break_tie: bool) -> bool:
+    """Tell whether `present` may go on without the others, whatever those are doing.
+
+    Any two quorums share a member: more than half do, and of two halves only the one with the first member
+    in `order` counts. `break_tie` is false for who cannot be sure to have been awake all the time.
+    """
+    count = sum(peer in present for peer in order)
+    if 2 * count == len(order):
+        return break_tie and order[0] in present
+    return 2 * count > len(order)

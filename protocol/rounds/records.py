@@ -1,0 +1,167 @@
+"""How closings and commits are drawn up, and what a member checks before it accepts a commit.
+
+Owns: the arithmetic of the records (sums, credits, dropped and double-counted tokens, the clip scale), so
+that who writes a record and who checks it use the same lines. Must not know: messages, timers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from protocol.errors import PeerFault
+from protocol.ids import Digest, PeerId, RoundId, RunId, StageId, Version, digest
+from protocol.rounds.lineage import Chain
+from protocol.rounds.messages import (
+    MAX_CREDITS,
+    Ballot,
+    Closing,
+    Commit,
+    Contribution,
+    Credit,
+    DoneTask,
+    RoundSummary,
+    Seats,
+)
+from protocol.rounds.settings import RoundRules, RoundSize, Settings
+from protocol.rounds.slot import HeardClosing, Slot, StagedBytes
+
+
+def draw_closing(run: RunId, round_id: RoundId, size: RoundSize, tasks: Mapping[int, DoneTask]) -> Closing:
+    """Sum up what is done, in the order of the numbers, so that equal bits give equal sums."""
+    done = [tasks[number] for number in sorted(tasks)]
+    train = [task for task in done if task.number < size.num_train]
+    evaluation = [task for task in done if task.number >= size.num_train]
+    credited: Counter[tuple[StageId, PeerId]] = Counter()
+    for task in train:
+        for credit in task.credits:
+            credited[credit.stage, credit.peer] += credit.tokens
+    bits = sum(1 << task.number for task in done)
+    return Closing(
+        run=run,
+        round=round_id,
+        num_train=size.num_train,
+        num_eval=size.num_eval,
+        done=bitmap(bits, size),
+        loss_sum=math.fsum(task.loss_sum for task in train),
+        target_tokens=sum(task.target_tokens for task in train),
+        eval_loss_sum=math.fsum(task.loss_sum for task in evaluation),
+        eval_tokens=sum(task.target_tokens for task in evaluation),
+        credits=tuple(
+            Credit(stage=stage, peer=peer, tokens=tokens)
+            for (stage, peer), tokens in sorted(credited.items())[:MAX_CREDITS]
+        ),
+    )
+
+
+def bitmap(bits: int, size: RoundSize) -> bytes:
+    """Encode a set of numbers, low bit first."""
+    return bits.to_bytes(-(-(size.num_train + size.num_eval) // 8), "little")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """What a steward has found out by the end of a reduce."""
+
+    ballot: Ballot
+    heard: HeardClosing
+    contributors: tuple[Contribution, ...]
+    staged: StagedBytes
+    seats: Seats
+    joiners: tuple[PeerId, ...]
+
+
+def draw_commit(settings: Settings, chain: Chain, slot: Slot, draft: Draft) -> Commit:
+    """Write the record that ends the round, for the steward to sign."""
+    parent, closing = slot.parent, draft.heard.closing
+    total = sum(contribution.tokens for contribution in draft.contributors)
+    norm = draft.staged.norm / total
+    dropped, doubled = count_losses(settings.stage, draft.contributors, (h.closing for h in slot.closings.values()))
+    return Commit(
+        run=settings.run,
+        stage=settings.stage,
+        generation=chain.generation,
+        first_round=parent.next_round,
+        round=closing.round,
+        version=Version(parent.version + 1),
+        parent=parent.lineage,
+        ballot=draft.ballot,
+        contributors=draft.contributors,
+        digest=draft.staged.digest,
+        norm=norm,
+        clip_scale=clip_scale(norm, settings.rules),
+        seats=draft.seats,
+        joiners=draft.joiners,
+        summary=_summary(draft.heard),
+        tokens_dropped=dropped,
+        double_counted=doubled,
+    )
+
+
+def clip_scale(norm: float, rules: RoundRules) -> float:
+    """Return the factor that brings a gradient of this norm under the threshold; 1 if it is."""
+    return 1.0 if norm <= rules.clip_threshold else rules.clip_threshold / norm
+
+
+def count_losses(stage: StageId, contributors: Sequence[Contribution], closings: Iterable[Closing]) -> tuple[int, int]:
+    """Return (tokens dropped, tokens double counted) of one stage over all rounds that a commit covers."""
+    credited: Counter[PeerId] = Counter()
+    for closing in closings:
+        for credit in closing.credits:
+            if credit.stage == stage:
+                credited[credit.peer] += credit.tokens
+    accumulated = {contribution.peer: contribution.tokens for contribution in contributors}
+    dropped = sum(tokens for peer, tokens in credited.items() if peer not in accumulated)
+    doubled = sum(max(0, tokens - credited[peer]) for peer, tokens in accumulated.items())
+    return dropped, doubled
+
+
+def group_id(slot: Slot, ballot: Ballot, group: Sequence[Contribution]) -> Digest:
+    """Name a reduce: another ballot or another list is another group, so nothing is ever mixed."""
+    words = [slot.parent.lineage, ballot.to_bytes(), *(contribution.to_bytes() for contribution in group)]
+    return digest(b"handcar group", *words)
+
+
+def check_proposal(
+    settings: Settings, slot: Slot, commit: Commit, *, staged: StagedBytes | None, banned: frozenset[PeerId]
+) -> None:
+    """Raise `PeerFault` unless a member that knows only its own part can agree.
+
+    The chain has been checked already (`Chain.follows_head`). Without staged bytes only the shape is looked
+    at; the bytes are compared by digest when they are fetched.
+    """
+    me = settings.me.peer
+    mine = {c.peer: c.tokens for c in commit.contributors}.get(me)
+    if mine is not None and slot.tokens is not None and mine != slot.tokens:
+        raise PeerFault(f"it weighs us with {mine} tokens instead of {slot.tokens}")
+    for seat in commit.seats:
+        if seat.peer in banned:
+            raise PeerFault(f"it seats {seat.peer}, who is banned")
+        if seat not in slot.parent.seats and seat.peer not in commit.joiners:
+            raise PeerFault(f"it seats {seat.peer}, who is neither a member nor a joiner")
+    if staged is not None and staged.digest == commit.digest:
+        _check_scale(settings.rules, commit, staged)
+
+
+def _check_scale(rules: RoundRules, commit: Commit, staged: StagedBytes) -> None:
+    own = clip_scale(staged.norm / commit.total_tokens, rules)
+    if abs(commit.clip_scale - own) > rules.scale_tolerance * own:
+        raise PeerFault(f"its clip scale is {commit.clip_scale:.6g}, ours is {own:.6g}")
+
+
+def _summary(heard: HeardClosing) -> RoundSummary:
+    closing = heard.closing
+    return RoundSummary(
+        round=closing.round,
+        clock=heard.signed.signer,
+        closing_digest=digest(heard.signed.payload),
+        tasks_done=closing.tasks_done,
+        tasks_lost=closing.tasks_lost,
+        evals_done=closing.evals_done,
+        loss_sum=closing.loss_sum,
+        target_tokens=closing.target_tokens,
+        eval_loss_sum=closing.eval_loss_sum,
+        eval_tokens=closing.eval_tokens,
+    )

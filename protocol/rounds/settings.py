@@ -1,0 +1,126 @@
+"""What a stage's round machine is told once: timers, rules, who it is, and how records are signed.
+
+Owns: the values that do not change while a process runs, and the `Notary` seam. Must not know: any state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from protocol.ids import PeerId, RoundId, RunId, StageId
+from protocol.rounds.messages import DoneTask, Seat
+from protocol.signing import Signed, SigningKey, seal, unseal
+from protocol.wire import Message
+
+M = TypeVar("M", bound=Message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundTimers:
+    """How long to wait for what. Only `patience_s` bears on safety (docs/decisions/0005)."""
+
+    beat_s: float = 0.5
+    """The driver's `Tick` interval; unanswered messages are repeated at every tick."""
+    silence_beats: int = 3
+    """A steward or clock that misses so many beats is replaced; a gap of our own as long counts as sleep."""
+    ping_timeout_s: float = 2.0
+    """After this, those who did not answer are left out, if the others are a quorum."""
+    patience_s: float = 6.0
+    """Without a quorum, so long must the others have been silent before the rest goes on alone."""
+    freeze_timeout_s: float = 60.0
+    """How long a member that answers may still be busy with the last tasks of the round."""
+    reduce_timeout_s: float = 600.0
+    accept_timeout_s: float = 120.0
+    """Includes fetching the bytes, for a voter who was not in the reduce."""
+    round_deadline_s: float = 3600.0
+    """From the opening of a round to its closing with missing bits."""
+    gossip_s: float = 5.0
+    ready_s: float = 2.0
+    notice_s: float = 10.0
+    """How long a closing or a commit is repeated to those who do not acknowledge; gossip does the rest."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beat_s * 2 <= self.ping_timeout_s < self.patience_s:
+            raise ValueError("timers need 0 < 2 * beat_s <= ping_timeout_s < patience_s")
+
+    @property
+    def silence_s(self) -> float:
+        return self.beat_s * self.silence_beats
+
+    @property
+    def ballot_limit_s(self) -> float:
+        """A steward that needs longer than this for one ballot is treated as silent, however loud it is."""
+        waits = (self.freeze_timeout_s, self.patience_s, self.reduce_timeout_s, self.accept_timeout_s)
+        return self.ping_timeout_s + sum(waits)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundSize:
+    """How many numbers a round has. The evaluation numbers follow the training numbers."""
+
+    num_train: int
+    num_eval: int = 0
+
+    @property
+    def all_bits(self) -> int:
+        return (1 << (self.num_train + self.num_eval)) - 1
+
+
+def any_evidence(_round: RoundId, _task: DoneTask) -> bool:
+    """Believe every feeder. For tests; a run checks the last stage's signature."""
+    return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundRules:
+    """What the run's manifest says about rounds, as pure functions and numbers."""
+
+    size_of: Callable[[RoundId], RoundSize]
+    check_done: Callable[[RoundId, DoneTask], bool] = any_evidence
+    """Does the evidence prove that the number is done, with that loss, those tokens and credits?"""
+    clip_threshold: float = 1.0
+    """Largest norm of this stage's averaged gradient that passes unscaled."""
+    scale_tolerance: float = 1e-3
+    """Relative; members on other devices sum the norm in another order."""
+    commits_kept: int = 64
+    """How far back a member that was away can be brought up to date without fetching a snapshot."""
+
+
+class Notary(Protocol):
+    """Signs our records and checks those of others. Pure: the same in, the same out."""
+
+    def seal(self, context: str, message: Message) -> Signed:
+        """Sign as ourselves."""
+
+    def unseal(self, signed: Signed, context: str, message_class: type[M], *, signer: PeerId | None = None) -> M:
+        """Return what was signed; raise `SignatureError` or `WireError`."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyNotary:
+    """The real one: an Ed25519 key."""
+
+    key: SigningKey
+
+    def seal(self, context: str, message: Message) -> Signed:
+        """Sign with our key."""
+        return seal(self.key, context, message)
+
+    def unseal(self, signed: Signed, context: str, message_class: type[M], *, signer: PeerId | None = None) -> M:
+        """Check the signature against the signer's peer id."""
+        return unseal(signed, context, message_class, signer=signer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything about one replica of one stage that stays as it is."""
+
+    run: RunId
+    stage: StageId
+    me: Seat
+    coordinator: PeerId
+    timers: RoundTimers
+    rules: RoundRules
+    notary: Notary

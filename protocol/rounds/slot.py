@@ -1,0 +1,75 @@
+"""What one member remembers about the round that is to follow one lineage.
+
+Owns: the fields that voter, steward, clock and member share, and nothing that decides. A slot begins when
+its parent lineage becomes our head and ends with the commit that follows; a void round leaves it open.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from protocol.ids import Digest, PeerId, RoundId
+from protocol.rounds.lineage import Link
+from protocol.rounds.messages import Ballot, Begin, Closing, Ready, Vote
+from protocol.signing import Signed
+
+
+@dataclass(frozen=True, slots=True)
+class HeardClosing:
+    """A closing and the envelope that proves it."""
+
+    closing: Closing
+    signed: Signed
+
+
+@dataclass(frozen=True, slots=True)
+class StagedBytes:
+    """Update bytes that lie in the driver's staging; `norm` is that of the undivided sum."""
+
+    digest: Digest
+    norm: float
+
+
+@dataclass(slots=True)
+class Slot:
+    """The open question: which commit follows `parent`?"""
+
+    parent: Link
+    order: tuple[PeerId, ...]
+    """Its members, the first steward first."""
+    round: RoundId
+    """The round whose tasks are taken; void rounds move it up."""
+    heard_s: float
+    """When a closing or a steward was last heard."""
+    applied: bool = False
+    """The state of `parent` is in place."""
+    frozen: bool = False
+    frozen_s: float = 0.0
+    tokens: int | None = None
+    """Known once the driver has frozen the accumulator."""
+    closings: dict[RoundId, HeardClosing] = field(default_factory=dict)
+    """All closings heard since the parent; void rounds leave theirs, because credits add up."""
+    promised: Ballot | None = None
+    promised_s: float = 0.0
+    vote: Vote | None = None
+    staged: StagedBytes | None = None
+    reducing: Begin | None = None
+    slept: bool = False
+    """We were stopped for a while, and others may have gone on without us."""
+    gone: set[PeerId] = field(default_factory=set)
+    """Members whose process is certainly dead."""
+    ready: dict[PeerId, Ready] = field(default_factory=dict)
+    """Joiners that hold the parent's state."""
+    leaving: bool = False
+    """We want to leave with the next commit."""
+
+    @property
+    def newest_closing(self) -> HeardClosing | None:
+        """The closing that this slot's commit will be made under, if the round we take tasks of is over."""
+        newest = max(self.closings, default=RoundId(-1))
+        return self.closings[newest] if newest >= self.round else None
+
+    @property
+    def living(self) -> tuple[PeerId, ...]:
+        """The members that are not certainly dead, in order."""
+        return tuple(peer for peer in self.order if peer not in self.gone)

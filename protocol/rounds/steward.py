@@ -1,0 +1,359 @@
+"""The conductor of one round at one stage: ping, reduce, propose, commit.
+
+Owns: one ballot after another until a commit is final or somebody else's newer ballot takes over; which
+members are waited for, and who is left out of a reduce that failed. Must not know: our own vote (we ask
+ourselves by message like everybody else), rounds before or after, the clock.
+
+    PINGING   ask all members; freeze the list of those who answered
+    REDUCING  the contributors among them sum their accumulators
+    PROPOSING all who answered accept the commit, or the ballot has failed
+
+A commit that any answer names (accepted in an earlier ballot) is proposed again unchanged, without a new reduce.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from enum import Enum
+from typing import Any
+
+from protocol.ids import PeerId, digest
+from protocol.rounds.events import Announce, Report, Send, Step, Trouble
+from protocol.rounds.lineage import Chain
+from protocol.rounds.messages import (
+    COMMIT_CONTEXT,
+    Accept,
+    Ballot,
+    BallotMessage,
+    Begin,
+    Commit,
+    Committed,
+    Contribution,
+    Decline,
+    Outbid,
+    Ping,
+    Pong,
+    Propose,
+    ReduceResult,
+    Seat,
+    StillHere,
+    VoidRound,
+)
+from protocol.rounds.quorum import is_quorum
+from protocol.rounds.records import Draft, draw_commit, group_id
+from protocol.rounds.settings import Settings
+from protocol.rounds.slot import HeardClosing, Slot, StagedBytes
+from protocol.signing import Signed
+
+SOLO_AFTER_FAILURES = 3  # then one member's sum becomes the update: progress, at the price of dropped tokens
+
+
+class Phase(Enum):
+    """What the steward is waiting for."""
+
+    IDLE = "idle"
+    PINGING = "pinging"
+    REDUCING = "reducing"
+    PROPOSING = "proposing"
+
+
+class Steward:
+    """Conducts the ballots of one slot on behalf of one member. Most never leave `IDLE`."""
+
+    def __init__(self, settings: Settings, slot: Slot, chain: Chain) -> None:
+        self._settings = settings
+        self._slot = slot
+        self._chain = chain
+        self.phase = Phase.IDLE
+        self.ballot: Ballot | None = None
+        self.num_failed = 0
+        self._heard: HeardClosing | None = None
+        self._retry = False
+        self._since_s = 0.0
+        self._missing_since_s: dict[PeerId, float] = {}
+        self._pongs: dict[PeerId, Pong] = {}
+        self._group: Begin | None = None
+        self._results: dict[PeerId, ReduceResult] = {}
+        self._propose: Propose | None = None
+        self._accepted: set[PeerId] = set()
+        self._left_out: set[PeerId] = set()
+        self._unable: set[PeerId] = set()
+        self._blamed: dict[PeerId, PeerId] = {}
+        self.banned: frozenset[PeerId] = frozenset()
+
+    # -- ballots -----------------------------------------------------------------------------------
+
+    def start(self, now_s: float) -> list[Step]:
+        """Open a ballot newer than any we know of. Needs a closing."""
+        heard = self._slot.newest_closing
+        assert heard is not None
+        known = [ballot.number for ballot in (self.ballot, self._slot.promised) if ballot is not None]
+        self.ballot = Ballot(number=max(known, default=0) + 1, steward=self._settings.me.peer)
+        self.phase, self._since_s, self._heard, self._retry = Phase.PINGING, now_s, heard, False
+        for peer in self._slot.order:
+            if peer in self._pongs and peer not in self._unable:
+                self._missing_since_s[peer] = now_s  # was here: its silence, if any, begins only now
+            self._missing_since_s.setdefault(peer, now_s)
+        self._pongs, self._results, self._group, self._propose = {}, {}, None, None
+        self._accepted = set()
+        return self._ask(self._slot.living)
+
+    def on_pong(self, sender: PeerId, pong: Pong, now_s: float) -> list[Step]:
+        """Count an answer; go on when all are there."""
+        if self.phase is not Phase.PINGING or pong.ballot != self.ballot or sender not in self._slot.order:
+            return []
+        self._pongs[sender] = pong
+        if sender not in self._unable:
+            self._missing_since_s[sender] = now_s
+        return self._close_list(now_s)
+
+    def on_outbid(self, outbid: Outbid, now_s: float) -> list[Step]:
+        """Give way to a newer ballot."""
+        if self.phase is Phase.IDLE or self.ballot is None or not outbid.promised.outranks(self.ballot):
+            return []
+        self.phase, self.ballot = Phase.IDLE, outbid.promised  # the number only: our next one is higher
+        self._slot.heard_s = now_s
+        return []
+
+    def on_result(self, sender: PeerId, result: ReduceResult, now_s: float) -> list[Step]:
+        """Collect the ends of the reduce. Blame that comes late still counts."""
+        group = self._group
+        if result.digest is None and result.suspect in self._slot.order:
+            self._blamed[sender] = result.suspect
+        if self.phase is not Phase.REDUCING or group is None or result.group_id != group.group_id:
+            return []
+        members = [contribution.peer for contribution in group.group]
+        if sender not in members:
+            return []
+        if result.digest is None:
+            return self._fail(f"{sender}: {result.reason}", now_s)
+        self._results[sender] = result
+        if len(self._results) < len(members):
+            return []
+        if len({each.digest for each in self._results.values()}) > 1:
+            return [*self._report_divergence(), *self._fail("the sums differ", now_s)]
+        return self._propose_new(group, now_s)
+
+    def on_accept(self, sender: PeerId, accept: Accept) -> list[Step]:
+        """Count an acceptance; with the last one the commit is final."""
+        if self.phase is not Phase.PROPOSING or accept.ballot != self.ballot or self._propose is None:
+            return []
+        self._accepted.add(sender)
+        if not self._voters() <= self._accepted:
+            return []
+        self.phase = Phase.IDLE
+        signed = self._propose.commit
+        commit = self._chain.follows_head(signed)
+        message = Committed(stage=self._settings.stage, commit=signed)
+        me = self._settings.me.peer
+        targets = {*self._slot.living, *(seat.peer for seat in commit.seats)} - {me}
+        return [Announce(to=frozenset(targets), message=message, key=digest(signed.payload)), Send(me, message)]
+
+    def on_decline(self, sender: PeerId, decline: Decline, now_s: float) -> list[Step]:
+        """Try again, without that one's vote if the others are enough."""
+        if self.phase is not Phase.PROPOSING or decline.ballot != self.ballot:
+            return []
+        self._unable.add(sender)
+        return self._fail(f"{sender} declined: {decline.reason}", now_s)
+
+    def tick(self, now_s: float) -> list[Step]:
+        """Repeat what is unanswered, and give up on what takes too long."""
+        timers, waited_s = self._settings.timers, now_s - self._since_s
+        if self._retry:
+            return self.start(now_s)
+        if self.phase is Phase.PINGING:
+            actions = self._close_list(now_s)
+            return actions or self._remind(set(self._slot.living) - self._ready())
+        if self.phase is Phase.REDUCING and self._group is not None:
+            if waited_s > timers.reduce_timeout_s:
+                missing = [c.peer for c in self._group.group if c.peer not in self._results]
+                self._blamed.update(dict.fromkeys(self._results, missing[0]))
+                return self._fail(f"no result from {missing[0]}", now_s)
+            return self._remind({c.peer for c in self._group.group} - set(self._results))
+        if self.phase is Phase.PROPOSING:
+            missing_voters = self._voters() - self._accepted
+            if waited_s > timers.accept_timeout_s:
+                self._unable |= missing_voters
+                return self._fail(f"not accepted by {min(missing_voters)}", now_s)
+            return self._remind(missing_voters)
+        return []
+
+    def wake(self, now_s: float) -> None:
+        """Start all waiting over: while we were stopped, nobody's silence meant anything."""
+        self._since_s = now_s
+        self._missing_since_s = dict.fromkeys(self._missing_since_s, now_s)
+
+    def stop(self) -> None:
+        """The slot goes on without us (void, or decided elsewhere)."""
+        self.phase, self._retry = Phase.IDLE, False
+
+    @property
+    def is_conducting(self) -> bool:
+        return self.phase is not Phase.IDLE or self._retry
+
+    # -- the list ----------------------------------------------------------------------------------
+
+    def _ready(self) -> set[PeerId]:
+        return {peer for peer, pong in self._pongs.items() if pong.tokens is not None}
+
+    def _voters(self) -> set[PeerId]:
+        """Those whose acceptance makes a commit final: who answered, less those who could not accept before."""
+        return self._ready() - self._left_out
+
+    def _close_list(self, now_s: float) -> list[Step]:
+        """Freeze the list and begin, if everybody has answered or need not be waited for any longer."""
+        timers, ready = self._settings.timers, self._ready()
+        waiting = set(self._slot.living) - ready
+        limit_s = timers.freeze_timeout_s if waiting & set(self._pongs) else timers.ping_timeout_s
+        if not ready or (waiting and now_s - self._since_s < limit_s):
+            return []
+        self._left_out = self._unable if self._enough(ready - self._unable, now_s) else set()
+        if not self._enough(self._voters(), now_s):
+            return []
+        votes = [pong.vote for pong in self._pongs.values() if pong.vote is not None]
+        if votes:
+            newest = max(votes, key=lambda vote: (vote.ballot.number, vote.ballot.steward))
+            return self._propose_again(newest.commit, now_s)
+        if sum(pong.tokens or 0 for pong in self._pongs.values()) == 0:
+            return self._void()
+        return self._begin(now_s)
+
+    def _enough(self, voters: set[PeerId], now_s: float) -> bool:
+        """A quorum is enough at once; fewer are when all the others have been missing for long (0005)."""
+        slot = self._slot
+        if self._settings.me.peer not in voters:
+            return False
+        if is_quorum(voters, slot.living, break_tie=not slot.slept):
+            return True
+        others = set(slot.living) - voters
+        return all(now_s - self._missing_since_s[peer] >= self._settings.timers.patience_s for peer in others)
+
+    # -- begin, propose, fail ----------------------------------------------------------------------
+
+    def _begin(self, now_s: float) -> list[Step]:
+        assert self.ballot is not None
+        group = tuple(
+            Contribution(peer=peer, tokens=self._pongs[peer].tokens or 0) for peer in self._choose_contributors()
+        )
+        self.phase, self._since_s = Phase.REDUCING, now_s
+        self._group = Begin(
+            **self._address(), ballot=self.ballot, group_id=group_id(self._slot, self.ballot, group), group=group
+        )
+        return self._ask([contribution.peer for contribution in group])
+
+    def _choose_contributors(self) -> list[PeerId]:
+        """Leave out one scapegoat for each failed reduce; after some failures, go on with a single sum.
+
+        Who broke a reduce cannot be told from outside (a broken link has two ends), so this is about
+        progress and not about guilt: whoever is left out still votes, stays a member, and may report it.
+        """
+        slot, ready = self._slot, self._ready()
+        voters = [peer for peer in slot.order if peer in ready]
+        me = self._settings.me.peer
+        if self.num_failed >= SOLO_AFTER_FAILURES:
+            best = max(voters, key=lambda peer: (self._pongs[peer].tokens or 0, peer == me))
+            return [best]
+        named = Counter(reporter if suspect == me else suspect for reporter, suspect in self._blamed.items())
+        del named[me]  # who cannot reach the steward is left out, never the steward
+        worst = sorted(named, key=lambda peer: (-named[peer], -slot.order.index(peer)))
+        chosen = [peer for peer in voters if peer not in worst[: self.num_failed]]
+        return chosen if any(self._pongs[peer].tokens for peer in chosen) else voters
+
+    def _propose_new(self, group: Begin, now_s: float) -> list[Step]:
+        assert self.ballot is not None
+        assert self._heard is not None
+        own = self._results.get(self._settings.me.peer)
+        result = own or self._results[group.group[0].peer]
+        assert result.digest is not None
+        seats, joiners = self._next_seats()
+        commit = draw_commit(
+            self._settings,
+            self._chain,
+            self._slot,
+            Draft(
+                ballot=self.ballot,
+                heard=self._heard,
+                contributors=group.group,
+                staged=StagedBytes(result.digest, result.norm),
+                seats=seats,
+                joiners=joiners,
+            ),
+        )
+        signed = self._settings.notary.seal(COMMIT_CONTEXT, commit)
+        return self._put(signed, commit, now_s)
+
+    def _propose_again(self, signed: Signed, now_s: float) -> list[Step]:
+        """Finish what an earlier steward may already have made final somewhere: the same bytes, and no others."""
+        return self._put(signed, self._chain.follows_head(signed), now_s)
+
+    def _put(self, signed: Signed, commit: Commit, now_s: float) -> list[Step]:
+        assert self.ballot is not None
+        holders = {peer for peer, pong in self._pongs.items() if pong.vote and pong.vote.commit == signed}
+        holders |= {contribution.peer for contribution in commit.contributors}
+        sources = tuple(peer for peer in self._slot.living if peer in holders)
+        self.phase, self._since_s, self._accepted = Phase.PROPOSING, now_s, set()
+        self._propose = Propose(**self._address(), ballot=self.ballot, commit=signed, sources=sources)
+        return self._ask(sorted(self._voters()))
+
+    def _next_seats(self) -> tuple[tuple[Seat, ...], tuple[PeerId, ...]]:
+        """Seat who votes now and stays, and the joiners that are there; never nobody."""
+        slot, voters = self._slot, self._voters()
+        present = [seat for seat in slot.parent.seats if seat.peer in voters and seat.peer not in self.banned]
+        staying = [seat for seat in present if not self._pongs[seat.peer].leaving]
+        joiners = tuple(
+            Seat(peer=peer, session=ready.session)
+            for peer, ready in sorted(slot.ready.items())
+            if peer not in voters and peer not in self.banned
+        )
+        seats = (*staying, *joiners) or tuple(present)  # the last one out leaves its name on the door
+        return seats, tuple(seat.peer for seat in joiners)
+
+    def _void(self) -> list[Step]:
+        assert self.ballot is not None
+        assert self._heard is not None
+        self.phase = Phase.IDLE
+        message = VoidRound(**self._address(), ballot=self.ballot, round=self._heard.closing.round)
+        return [Send(peer, message) for peer in self._slot.living]
+
+    def _fail(self, why: str, now_s: float) -> list[Step]:
+        """End the ballot; the next one starts at the next tick, so that failures cannot spin."""
+        assert self.ballot is not None
+        self.phase, self._retry, self._slot.heard_s = Phase.IDLE, True, now_s
+        self.num_failed += 1
+        return [Report(Trouble.BALLOT_FAILED, detail=f"ballot {self.ballot.number}: {why}"[:200])]
+
+    def _report_divergence(self) -> list[Step]:
+        """Name those whose sum differs from most; blame falls on them at the next attempt."""
+        counts = Counter(result.digest for result in self._results.values())
+        common, _ = counts.most_common(1)[0]
+        strange = [peer for peer, result in self._results.items() if result.digest != common]
+        for peer in strange:
+            self._blamed.update({other: peer for other in self._results if other != peer})
+        return [Report(Trouble.DIVERGED, peer, "another sum than most of its group") for peer in strange]
+
+    # -- messages ----------------------------------------------------------------------------------
+
+    def _address(self) -> dict[str, Any]:
+        return {"stage": self._settings.stage, "parent": self._slot.parent.lineage}
+
+    def _question(self) -> BallotMessage:
+        assert self.ballot is not None
+        assert self._heard is not None
+        if self.phase is Phase.PINGING:
+            closing, generation = self._heard.signed, self._chain.generation
+            return Ping(**self._address(), ballot=self.ballot, generation=generation, closing=closing)
+        question = self._group if self.phase is Phase.REDUCING else self._propose
+        assert question is not None
+        return question
+
+    def _ask(self, peers: Collection[PeerId]) -> list[Step]:
+        question = self._question()
+        return [Send(peer, question) for peer in peers]
+
+    def _remind(self, missing: set[PeerId]) -> list[Step]:
+        """Repeat the question to who has not answered it; the others only need to know that we live."""
+        assert self.ballot is not None
+        sign = StillHere(**self._address(), ballot=self.ballot)
+        others = [peer for peer in self._slot.living if peer not in missing and peer != self._settings.me.peer]
+        return [*self._ask(sorted(missing)), *(Send(peer, sign) for peer in others)]

@@ -1,0 +1,231 @@
+"""A member's answers to the stewards of one round: promise, reduce, accept. The safety of a round lies here.
+
+Owns: the three rules of an acceptor. (1) Never answer a ballot older than the newest promised. (2) Accept a
+commit only with its bytes in staging and its content checked. (3) Tell every later steward what was accepted.
+Must not know: who conducts, how many answers are enough, what follows a commit.
+"""
+
+from __future__ import annotations
+
+import math
+
+from protocol.errors import PeerFault
+from protocol.ids import PeerId
+from protocol.rounds.events import (
+    AbortReduce,
+    Fetch,
+    Fetched,
+    FetchFailed,
+    ReduceDone,
+    ReduceFailed,
+    Report,
+    Send,
+    StartReduce,
+    Step,
+    Trouble,
+)
+from protocol.rounds.lineage import Chain
+from protocol.rounds.messages import (
+    Accept,
+    Ballot,
+    Begin,
+    Decline,
+    Outbid,
+    Ping,
+    Pong,
+    Propose,
+    ReduceResult,
+    Vote,
+)
+from protocol.rounds.records import check_proposal
+from protocol.rounds.settings import Settings
+from protocol.rounds.slot import Slot, StagedBytes
+
+MAX_REASON_CHARS = 200
+
+
+class Voter:
+    """One member in one slot."""
+
+    def __init__(self, settings: Settings, slot: Slot, chain: Chain) -> None:
+        self._settings = settings
+        self._slot = slot
+        self._chain = chain
+        self._result: ReduceResult | None = None
+        self._fetching: Propose | None = None
+        self.banned: frozenset[PeerId] = frozenset()
+
+    # -- from the steward --------------------------------------------------------------------------
+
+    def on_ping(self, sender: PeerId, ping: Ping, now_s: float) -> list[Step]:
+        """Promise, and answer with what we hold. Our closing may be another one: any will do (0005)."""
+        refusal = self._outbid(sender, ping.ballot)
+        if refusal:
+            return refusal
+        actions = self._promise(ping.ballot, now_s)
+        return [*actions, self._pong()]
+
+    def on_begin(self, sender: PeerId, begin: Begin, now_s: float) -> list[Step]:
+        """Start the reduce, or repeat how it ended."""
+        refusal = self._outbid(sender, begin.ballot)
+        if refusal:
+            return refusal
+        slot = self._slot
+        if begin.ballot != slot.promised or slot.tokens is None:
+            return []  # we never answered its ping: we cannot be in its group
+        self._heard(now_s)
+        if self._result is not None and self._result.group_id == begin.group_id:
+            return [Send(sender, self._result)]
+        if slot.reducing is not None:
+            return []
+        slot.reducing = begin
+        mine = {contribution.peer: contribution.tokens for contribution in begin.group}.get(self._settings.me.peer)
+        if mine != slot.tokens:  # the steward lies, or a void round has passed since our answer
+            reason = f"the group weighs us with {mine} tokens instead of {slot.tokens}"
+            return self.on_reduced(ReduceFailed(begin.group_id, reason))
+        return [
+            StartReduce(
+                group_id=begin.group_id,
+                round=slot.round,
+                version=slot.parent.version,
+                ballot=begin.ballot.number,
+                group=begin.group,
+                num_asked=len(slot.order),
+            )
+        ]
+
+    def on_propose(self, sender: PeerId, propose: Propose, now_s: float) -> list[Step]:
+        """Accept, fetch the bytes first, or decline."""
+        refusal = self._outbid(sender, propose.ballot)
+        if refusal:
+            return refusal
+        slot = self._slot
+        actions = self._promise(propose.ballot, now_s)  # accepting implies the promise
+        if slot.vote is not None and slot.vote.ballot == propose.ballot:
+            if slot.vote.commit.payload != propose.commit.payload:
+                raise PeerFault(f"two commits in one ballot of {sender}")
+            return [*actions, self._accept(propose)]
+        if self._fetching is not None and self._fetching.ballot == propose.ballot:
+            return actions
+        try:
+            commit = self._chain.follows_head(propose.commit)
+            check_proposal(self._settings, slot, commit, staged=slot.staged, banned=self.banned)
+        except PeerFault as error:
+            fault = Report(Trouble.FAULT, sender, str(error))
+            return [*actions, fault, self._decline(propose.ballot, str(error))]
+        if slot.staged is not None and slot.staged.digest == commit.digest:
+            slot.vote = Vote(ballot=propose.ballot, commit=propose.commit)
+            return [*actions, self._accept(propose)]
+        if not slot.applied:
+            return actions  # the next repetition finds us ready
+        self._fetching, slot.staged = propose, None
+        sources = tuple(peer for peer in propose.sources if peer != self._settings.me.peer)
+        return [*actions, Fetch(commit, sources)]
+
+    def on_still_here(self, sender: PeerId, ballot: Ballot, now_s: float) -> list[Step]:
+        """Leave a living steward in peace."""
+        if ballot == self._slot.promised:
+            self._heard(now_s)
+            return []
+        return self._outbid(sender, ballot)
+
+    # -- from the driver ---------------------------------------------------------------------------
+
+    def on_frozen(self) -> list[Step]:
+        """Tell the steward that we are ready, if one has asked."""
+        return [self._pong()] if self._slot.promised is not None else []
+
+    def on_reduced(self, event: ReduceDone | ReduceFailed) -> list[Step]:
+        """Report to the steward of that reduce, and only if it is still the newest."""
+        begin, slot = self._slot.reducing, self._slot
+        if begin is None or begin.group_id != event.group_id:
+            return []
+        slot.reducing = None
+        if isinstance(event, ReduceDone) and math.isfinite(event.norm) and event.norm >= 0:
+            slot.staged = StagedBytes(event.digest, event.norm)
+            outcome = {"digest": event.digest, "norm": event.norm}
+        elif isinstance(event, ReduceDone):
+            outcome = {"digest": None, "reason": f"the norm of the sum is {event.norm}"}
+        else:
+            outcome = {"digest": None, "reason": event.reason[:MAX_REASON_CHARS], "suspect": event.suspect}
+        self._result = ReduceResult.model_validate(
+            {
+                "stage": begin.stage,
+                "parent": begin.parent,
+                "ballot": begin.ballot,
+                "group_id": begin.group_id,
+                **outcome,
+            }
+        )
+        return [Send(begin.ballot.steward, self._result)]
+
+    def on_fetched(self, event: Fetched | FetchFailed) -> list[Step]:
+        """Accept the proposal that the bytes were fetched for, if nothing newer has come up."""
+        propose, slot = self._fetching, self._slot
+        if propose is None:
+            return []
+        commit = self._chain.follows_head(propose.commit)
+        if commit.digest != event.digest:
+            return []
+        self._fetching = None
+        if isinstance(event, FetchFailed):
+            return [self._decline(propose.ballot, event.reason)] if propose.ballot == slot.promised else []
+        slot.staged = StagedBytes(event.digest, event.norm)
+        if propose.ballot != slot.promised:
+            return []
+        try:
+            check_proposal(self._settings, slot, commit, staged=slot.staged, banned=self.banned)
+        except PeerFault as error:
+            return [self._decline(propose.ballot, str(error))]
+        slot.vote = Vote(ballot=propose.ballot, commit=propose.commit)
+        return [self._accept(propose)]
+
+    # -- helpers -----------------------------------------------------------------------------------
+
+    def _outbid(self, sender: PeerId, ballot: Ballot) -> list[Step]:
+        slot = self._slot
+        if slot.promised is None or not slot.promised.outranks(ballot):
+            return []
+        return [Send(sender, Outbid(stage=self._settings.stage, parent=slot.parent.lineage, promised=slot.promised))]
+
+    def _promise(self, ballot: Ballot, now_s: float) -> list[Step]:
+        slot, actions = self._slot, list[Step]()
+        if ballot.outranks(slot.promised):
+            slot.promised, slot.promised_s = ballot, now_s
+            self._result = None
+            if slot.reducing is not None:
+                actions.append(AbortReduce(slot.reducing.group_id))
+                slot.reducing = None
+        self._heard(now_s)
+        return actions
+
+    def _heard(self, now_s: float) -> None:
+        """Note the steward's sign of life; a ballot that takes for ever stops counting as one."""
+        if now_s - self._slot.promised_s <= self._settings.timers.ballot_limit_s:
+            self._slot.heard_s = now_s
+
+    def _pong(self) -> Send:
+        slot = self._slot
+        assert slot.promised is not None
+        return Send(
+            slot.promised.steward,
+            Pong(
+                stage=self._settings.stage,
+                parent=slot.parent.lineage,
+                ballot=slot.promised,
+                tokens=slot.tokens,
+                vote=slot.vote,
+                leaving=slot.leaving,
+            ),
+        )
+
+    def _accept(self, propose: Propose) -> Send:
+        message = Accept(stage=propose.stage, parent=propose.parent, ballot=propose.ballot)
+        return Send(propose.ballot.steward, message)
+
+    def _decline(self, ballot: Ballot, reason: str) -> Send:
+        slot = self._slot
+        message = Decline(
+            stage=self._settings.stage, parent=slot.parent.lineage, ballot=ballot, reason=reason[:MAX_REASON_CHARS]
+        )
+        return Send(ballot.steward, message)

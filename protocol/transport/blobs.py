@@ -1,0 +1,111 @@
+"""Bulk bytes by name: token chunks, checkpoints, update logs.
+
+Owns: the range request and its transfer, bounded on both sides. Must not know: what a name means (the
+serving side gives a resolver) or whether the bytes are right (the fetching side compares digests it got
+from a signed place). A broken transfer is resumed by asking for the rest, from anybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from protocol.errors import TransientError, UnreachableError, WireError
+from protocol.ids import PeerId
+from protocol.transport.streams import OPEN_TIMEOUT_S, Stream, Streams
+from protocol.wire import PROTOCOL_VERSION, Message
+
+MAX_RANGE_BYTES = 8 * 1024 * 1024  # what one request may bring; bounds memory on both sides
+ANSWER_TIMEOUT_S = 20.0
+CLOSE_TIMEOUT_S = 10.0
+
+Resolver = Callable[[PeerId, str], Path | bytes | None]
+
+
+class RangeRequest(Message):
+    """Ask for up to `length` bytes of a blob from `offset`."""
+
+    name: Annotated[str, Field(max_length=200)]
+    offset: Annotated[int, Field(ge=0)]
+    length: Annotated[int, Field(ge=1, le=MAX_RANGE_BYTES)]
+
+
+class RangeAnswer(Message):
+    """`length` bytes follow, of a blob of `total_bytes`; `found` is false if there is no such blob here."""
+
+    found: bool
+    length: Annotated[int, Field(ge=0, le=MAX_RANGE_BYTES)]
+    total_bytes: Annotated[int, Field(ge=0)]
+
+
+class Blobs:
+    """Serves and fetches ranges of named blobs within one run."""
+
+    def __init__(self, streams: Streams, *, run: str) -> None:
+        self._streams = streams
+        self._name = f"/handcar/{PROTOCOL_VERSION}/{run}/blob"
+        self._resolve: Resolver | None = None
+        self.bytes_served = 0
+
+    async def serve(self, resolve: Resolver) -> None:
+        """Serve what `resolve(caller, name)` returns: a file, bytes, or None for "not here"."""
+        self._resolve = resolve
+        await self._streams.serve(self._name, self._answer)
+
+    async def fetch_range(self, peer: PeerId, name: str, *, offset: int, length: int) -> tuple[bytes, int]:
+        """Return up to `length` bytes from `offset`, and the blob's total size.
+
+        Raises `UnreachableError` if the peer does not have it, other `TransientError`s if the link fails.
+        """
+        async with self._streams.open(peer, self._name, timeout_s=OPEN_TIMEOUT_S) as stream:
+            await stream.send(RangeRequest(name=name, offset=offset, length=length))
+            answer = await stream.receive(RangeAnswer, timeout_s=ANSWER_TIMEOUT_S)
+            if not answer.found:
+                raise UnreachableError(f"{peer} does not have {name}")
+            if answer.length > length:
+                raise WireError(f"{peer} wants to send {answer.length} bytes where {length} were asked for")
+            body, _ = await stream.receive_body(answer.length)
+        return bytes(body), answer.total_bytes
+
+    async def fetch(self, peer: PeerId, name: str, *, max_bytes: int) -> bytes:
+        """Return a whole blob, refusing one larger than `max_bytes` before it is transferred."""
+        body = bytearray()
+        total: int | None = None
+        while total is None or len(body) < total:
+            piece, now_total = await self.fetch_range(peer, name, offset=len(body), length=MAX_RANGE_BYTES)
+            if now_total > max_bytes:
+                raise WireError(f"{peer} offers {now_total} bytes of {name}, more than the {max_bytes} expected")
+            if total not in (None, now_total) or (not piece and len(body) < now_total):
+                raise TransientError(f"{name} changed at {peer} while it was fetched")
+            total = now_total
+            body += piece
+        return bytes(body)
+
+    async def _answer(self, stream: Stream) -> None:
+        request = await stream.receive(RangeRequest, timeout_s=ANSWER_TIMEOUT_S)
+        assert self._resolve is not None
+        source = self._resolve(stream.remote, request.name)
+        piece, total = (None, 0) if source is None else await asyncio.to_thread(_read, source, request)
+        if piece is None:
+            await stream.send(RangeAnswer(found=False, length=0, total_bytes=0))
+        else:
+            await stream.send(RangeAnswer(found=True, length=len(piece), total_bytes=total))
+            await stream.send_body(memoryview(piece))
+            self.bytes_served += len(piece)
+        await stream.wait_closed(timeout_s=CLOSE_TIMEOUT_S)
+
+
+def _read(source: Path | bytes, request: RangeRequest) -> tuple[bytes | None, int]:
+    if isinstance(source, bytes):
+        return source[request.offset : request.offset + request.length], len(source)
+    try:
+        with source.open("rb") as file:
+            total = file.seek(0, 2)
+            file.seek(min(request.offset, total))
+            return file.read(request.length), total
+    except FileNotFoundError:  # pruned between resolving and reading
+        return None, 0

@@ -1,0 +1,119 @@
+"""One question, one answer: small control messages between peers.
+
+Owns: the call protocol (request, then response or `Failure`, then the caller closes), the table of
+handlers, and the rule that errors cross the network only as codes. Must not know: what is asked.
+Used for rounds, history, registration and status; hops have streams of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import structlog
+
+from protocol.errors import BusyError, IncompatibleError, RefusedError, SwarmError, TransientError, WireError
+from protocol.ids import PeerId
+from protocol.transport.streams import Stream, Streams
+from protocol.wire import PROTOCOL_VERSION, Message
+
+log = structlog.get_logger()
+
+CALL_TIMEOUT_S = 10.0
+CLOSE_TIMEOUT_S = 5.0
+
+Request = TypeVar("Request", bound=Message)
+Response = TypeVar("Response", bound=Message)
+
+
+class Done(Message):
+    """An answer that says no more than that the message has arrived."""
+
+
+class Failure(Message):
+    """The callee's error, reduced to what the caller can act on."""
+
+    code: str
+    detail: str
+    hint: str = ""
+    retry_after_s: float = 0.0
+
+
+class Calls:
+    """Calls other peers, and answers theirs, within one run."""
+
+    def __init__(self, streams: Streams, *, run: str) -> None:
+        self._streams = streams
+        self._name = call_protocol(run)
+        self._handlers: dict[type[Message], Callable[[PeerId, Any], Awaitable[Message]]] = {}
+
+    def on(self, request: type[Request], handler: Callable[[PeerId, Request], Awaitable[Message]]) -> None:
+        """Answer requests of one class. The handler gets the authenticated caller."""
+        self._handlers[request] = handler
+
+    async def serve(self) -> None:
+        """Start answering."""
+        await self._streams.serve(self._name, self._answer)
+
+    async def call(
+        self, peer: PeerId, request: Message, response: type[Response], *, timeout_s: float = CALL_TIMEOUT_S
+    ) -> Response:
+        """Ask `peer` and return its answer.
+
+        Raises `TransientError` kinds if it cannot be reached or says so, `RefusedError` if it refuses us.
+        """
+        async with self._streams.open(peer, self._name, timeout_s=timeout_s) as stream:
+            await stream.send(request)
+            answer: Message = await stream.receive(response, Failure, timeout_s=timeout_s)
+        if isinstance(answer, response):
+            return answer
+        assert isinstance(answer, Failure), "receive returns one of the classes it was given"
+        raise _error_of(peer, answer)
+
+    async def tell(self, peer: PeerId, message: Message, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
+        """Deliver a message that needs no answer but its receipt."""
+        await self.call(peer, message, Done, timeout_s=timeout_s)
+
+    async def _answer(self, stream: Stream) -> None:
+        request = await stream.receive(*self._handlers, timeout_s=CALL_TIMEOUT_S)
+        try:
+            response = await self._handlers[type(request)](stream.remote, request)
+        except SwarmError as error:
+            retry_after_s = error.retry_after_s if isinstance(error, BusyError) else 0.0
+            log.debug("call.failed", request=type(request).__name__, caller=stream.remote, error=error.one_line())
+            response = Failure(code=error.code, detail=str(error)[:500], hint=error.hint, retry_after_s=retry_after_s)
+        await stream.send(response)
+        await stream.wait_closed(timeout_s=CLOSE_TIMEOUT_S)
+
+
+def call_protocol(run: str) -> str:
+    """Return the libp2p protocol name of a run's calls."""
+    return f"/handcar/{PROTOCOL_VERSION}/{run}/call"
+
+
+def _error_of(peer: PeerId, failure: Failure) -> SwarmError:
+    """Turn a remote failure into a local error. Whatever a stranger sends, it is transient or a refusal."""
+    if failure.code == IncompatibleError.code:
+        return IncompatibleError(failure.detail, hint=failure.hint)
+    if failure.code == RefusedError.code:
+        return RefusedError(failure.detail, hint=failure.hint)
+    if failure.code == BusyError.code:
+        return BusyError(failure.detail, retry_after_s=max(0.0, failure.retry_after_s))
+    if failure.code == WireError.code:
+        return WireError(f"{peer} could not read our message: {failure.detail}")
+    return TransientError(f"{peer} answered {failure.code}: {failure.detail}")
+
+
+async def gather_calls(calls: dict[PeerId, Awaitable[Response]]) -> dict[PeerId, Response]:
+    """Await many calls at once and keep those that were answered; the others are logged."""
+    results = await asyncio.gather(*calls.values(), return_exceptions=True)
+    answered: dict[PeerId, Response] = {}
+    for peer, result in zip(calls, results, strict=True):
+        if isinstance(result, SwarmError):
+            log.debug("call.unanswered", peer=peer, error=result.one_line())
+        elif isinstance(result, BaseException):
+            raise result
+        else:
+            answered[peer] = result
+    return answered

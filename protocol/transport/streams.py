@@ -1,0 +1,236 @@
+"""Framed streams between two peers, on libp2p's binary streams.
+
+Owns: opening and serving streams, frames, body hashing, deadlines, and turning every way in which a
+connection can die into one of our errors. Must not know: what a message means. Above it stand
+`calls.py` (one question, one answer) and `peer/pipeline` (hops).
+
+Two traps of the daemon below shape this file: a remote that is killed in mid-stream looks like a normal
+end of stream, so every read says how much it expects; and what is unacknowledged when either side
+closes may be lost, so a stream's last word is always read before it is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import structlog
+from hivemind.p2p import P2P, PeerID
+from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, raise_if_failed, read_pbmsg_safe, write_pbmsg
+from hivemind.proto import p2pd_pb2
+
+from protocol.errors import DeadlineError, PeerFault, SwarmError, TransientError, UnreachableError, WireError
+from protocol.ids import Digest, PeerId
+from protocol.wire import (
+    HEADER,
+    MAX_CHUNK_BYTES,
+    FrameKind,
+    Message,
+    frame_header,
+    pack_tagged,
+    parse_frame_header,
+    unpack_tagged,
+)
+
+log = structlog.get_logger()
+
+OPEN_TIMEOUT_S = 10.0
+CHUNK_TIMEOUT_S = 60.0  # 1 MiB at 0.14 Mbit/s: slower than that is not a link
+MAX_STREAMS_PER_CALLER = 64  # far above what an honest peer keeps open; bounds memory under a flood
+MAX_STREAMS = 1024
+
+M = TypeVar("M", bound=Message)
+Handler = Callable[["Stream"], Awaitable[None]]
+
+
+class Stream:
+    """One two-way stream to `remote`, whose identity libp2p has authenticated."""
+
+    def __init__(self, remote: PeerId, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.remote = remote
+        self._reader = reader
+        self._writer = writer
+        self.bytes_sent = 0
+        self.bytes_received = 0
+
+    async def send(self, message: Message) -> None:
+        """Send one message. Raises `UnreachableError` if the stream is gone."""
+        payload = pack_tagged(message)
+        await self._write(frame_header(FrameKind.MESSAGE, len(payload)) + payload)
+
+    async def receive(self, *classes: type[M], timeout_s: float) -> M:
+        """Read the next message, which must be one of `classes`.
+
+        Raises `DeadlineError` after `timeout_s`, `UnreachableError` if the stream ends, `WireError` on anything else.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                payload = await self._read_frame(FrameKind.MESSAGE)
+        except TimeoutError:
+            raise DeadlineError(f"{self.remote} sent nothing for {timeout_s:g} s") from None
+        return unpack_tagged(payload, classes)
+
+    async def send_body(self, body: memoryview) -> Digest:
+        """Send raw bytes in chunks and return their SHA-256."""
+        hasher = hashlib.sha256()
+        for start in range(0, len(body), MAX_CHUNK_BYTES):
+            chunk = body[start : start + MAX_CHUNK_BYTES]
+            hasher.update(chunk)
+            self._writer.write(frame_header(FrameKind.CHUNK, len(chunk)))
+            await self._write(chunk)
+        return Digest(hasher.digest())
+
+    async def receive_body(self, num_bytes: int) -> tuple[bytearray, Digest]:
+        """Read exactly `num_bytes` of chunks; return them with their SHA-256. One deadline per chunk."""
+        hasher = hashlib.sha256()
+        body = bytearray(num_bytes)
+        filled = 0
+        while filled < num_bytes:
+            try:
+                async with asyncio.timeout(CHUNK_TIMEOUT_S):
+                    chunk = await self._read_frame(FrameKind.CHUNK)
+            except TimeoutError:
+                raise DeadlineError(f"{self.remote} stopped in the middle of a body") from None
+            if not chunk or filled + len(chunk) > num_bytes:
+                raise WireError(f"body chunk of {len(chunk)} bytes at {filled} of {num_bytes}")
+            hasher.update(chunk)
+            body[filled : filled + len(chunk)] = chunk
+            filled += len(chunk)
+        return body, Digest(hasher.digest())
+
+    async def wait_closed(self, *, timeout_s: float) -> None:
+        """Wait until the other side has closed: it has read our last word (or is gone)."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                if await self._reader.read(1):
+                    raise WireError(f"{self.remote} kept talking after the end")
+        except (TimeoutError, ConnectionError):
+            return
+
+    def close(self) -> None:
+        """Close at once. Whatever the other side has not read may be lost."""
+        self._writer.close()
+
+    async def _write(self, data: bytes | memoryview) -> None:
+        try:
+            self._writer.write(data)
+            await self._writer.drain()
+        except (ConnectionError, RuntimeError) as error:  # uvloop raises RuntimeError on a closed transport
+            raise UnreachableError(f"the stream to {self.remote} broke: {error or type(error).__name__}") from None
+        self.bytes_sent += len(data)
+
+    async def _read_frame(self, expected: FrameKind) -> bytes:
+        try:
+            kind, length = parse_frame_header(await self._reader.readexactly(HEADER.size))
+            if kind is not expected:
+                raise WireError(f"{self.remote} sent a {kind.name} frame where {expected.name} was due")
+            payload = await self._reader.readexactly(length)
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            raise UnreachableError(f"{self.remote} ended the stream too early ({type(error).__name__})") from None
+        self.bytes_received += HEADER.size + length
+        return payload
+
+
+class Streams:
+    """Opens and serves named streams on one p2p daemon."""
+
+    def __init__(self, p2p: P2P) -> None:
+        self._p2p = p2p
+        self._open_by_caller: dict[PeerId, int] = {}
+        self._num_open = 0
+        self._serving: set[asyncio.Task[None]] = set()
+        self._is_stopping = False
+
+    @asynccontextmanager
+    async def open(self, peer: PeerId, name: str, *, timeout_s: float = OPEN_TIMEOUT_S) -> AsyncIterator[Stream]:
+        """Open a stream to `peer`'s handler `name`; it is closed when the block is left.
+
+        Raises `UnreachableError` if the peer or its handler is not there, `DeadlineError` if it takes too long.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                reader, writer = await self._dial(peer, name)
+        except TimeoutError:
+            raise DeadlineError(f"{peer} did not answer within {timeout_s:g} s") from None
+        except (ControlFailure, OSError, EOFError, ValueError) as error:
+            raise UnreachableError(
+                f"{peer} cannot be reached: {_first_line(error)}", is_certain=_is_refused(str(error))
+            ) from None
+        try:
+            yield Stream(peer, reader, writer)
+        finally:
+            writer.close()
+
+    async def serve(self, name: str, handler: Handler) -> None:
+        """Register `handler` for streams called `name`. Its errors end that stream and nothing else."""
+
+        async def on_stream(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            self._serving.add(task)
+            try:
+                await self._serve_one(name, handler, Stream(PeerId(str(info.peer_id)), reader, writer))
+            except asyncio.CancelledError:
+                if not self._is_stopping:
+                    raise
+            finally:
+                self._serving.discard(task)
+                writer.close()
+
+        await self._p2p.add_binary_stream_handler(name, on_stream)
+
+    async def stop(self) -> None:
+        """End every stream that is being served."""
+        self._is_stopping = True
+        serving = list(self._serving)
+        for task in serving:
+            task.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
+
+    async def _serve_one(self, name: str, handler: Handler, stream: Stream) -> None:
+        caller = stream.remote
+        if self._num_open >= MAX_STREAMS or self._open_by_caller.get(caller, 0) >= MAX_STREAMS_PER_CALLER:
+            log.warning("stream.refused", name=name, caller=caller, reason="too many streams")
+            return
+        self._num_open += 1
+        self._open_by_caller[caller] = self._open_by_caller.get(caller, 0) + 1
+        try:
+            await handler(stream)
+        except PeerFault as error:
+            log.info("stream.fault", name=name, caller=caller, error=error.one_line())
+        except TransientError as error:
+            log.debug("stream.ended", name=name, caller=caller, error=error.one_line())
+        except SwarmError as error:
+            log.warning("stream.failed", name=name, caller=caller, error=error.one_line())
+        finally:
+            self._num_open -= 1
+            self._open_by_caller[caller] -= 1
+            if not self._open_by_caller[caller]:
+                del self._open_by_caller[caller]
+
+    async def _dial(self, peer: PeerId, name: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Do what hivemind's `stream_open` does, but close the socket when the daemon says no."""
+        reader, writer = await self._p2p._client.control.daemon_connector.open_connection()
+        try:
+            request = p2pd_pb2.StreamOpenRequest(peer=PeerID.from_base58(peer).to_bytes(), proto=[name])
+            await write_pbmsg(writer, p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=request))
+            response = p2pd_pb2.Response()
+            await read_pbmsg_safe(reader, response)
+            raise_if_failed(response)
+        except BaseException:
+            writer.close()
+            raise
+        return reader, writer
+
+
+def _is_refused(reason: str) -> bool:
+    """Tell whether the peer's own machine refused the connection at every address: its process is gone."""
+    return "connection refused" in reason and "timeout" not in reason and "backoff" not in reason
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

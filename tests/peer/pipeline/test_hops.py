@@ -1,0 +1,164 @@
+"""Hops over real daemons: what a caller gets back when everything goes well, and when it does not."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+
+from peer.pipeline.callee import HostedTask
+from peer.tasks import DownstreamFailed, Outcome, Pulse, RoundOver
+from protocol.errors import TransientError
+from protocol.ids import Lineage, RoundId, StageId, Version
+from tests.peer.pipeline.swarm import BODY, LINEAGE, STAGE, Host, echo, hosts, task
+
+
+async def send(host: Host, number: int = 0, *, within_s: float = 20.0, retries: int = 2) -> Outcome:
+    return await host.caller.send(
+        task(number),
+        STAGE,
+        BODY,
+        pulse=Pulse(furthest_stage=StageId(0)),
+        deadline_s=time.monotonic() + within_s,
+        retries_left=retries,
+    )
+
+
+async def test_a_hop_brings_the_gradient_and_a_signed_path(tmp_path: Path) -> None:
+    """Oracle: the scripted work answers with the reversed body."""
+    async with hosts(tmp_path, 2) as (caller, callee):
+        await callee.serve(echo)
+        caller.knows(callee)
+        outcome = await send(caller)
+        assert outcome.gradient == bytes(BODY.data)[::-1]
+        assert (outcome.loss_sum, outcome.target_tokens) == (1.5, 2)
+        assert outcome.path[0].signer == callee.peer_id
+        await asyncio.sleep(0.05)
+        assert callee.server is not None
+        assert callee.server.num_tasks == 0, "an acknowledged answer is forgotten"
+
+
+async def test_a_broken_stream_is_resumed_and_the_task_runs_once(tmp_path: Path) -> None:
+    """Oracle: the connection is cut by the daemon while the work is held; the work must have run once."""
+    async with hosts(tmp_path, 2) as (caller, callee):
+        release = asyncio.Event()
+
+        async def held(host: Host, hosted: HostedTask) -> Outcome:
+            await release.wait()
+            return await echo(host, hosted)
+
+        await callee.serve(held)
+        caller.knows(callee)
+        sending = asyncio.create_task(send(caller))
+        async with asyncio.timeout(10):
+            while not callee.worked:
+                await asyncio.sleep(0.02)
+        await caller.p2p._client.control.disconnect(callee.p2p.peer_id)
+        await asyncio.sleep(0.2)
+        release.set()
+        outcome = await sending
+        assert outcome.gradient == bytes(BODY.data)[::-1]
+        assert callee.worked == [task()]
+        assert caller.caller.statistics.resumed == 1
+        assert caller.caller.statistics.resent == 0
+
+
+async def test_a_dead_replica_loses_its_task_to_another(tmp_path: Path) -> None:
+    """Oracle: one of two replicas has its daemon killed in mid-task; the other one answers."""
+    async with hosts(tmp_path, 3) as (caller, first, second):
+        taken: list[Host] = []
+
+        async def die_or_echo(host: Host, hosted: HostedTask) -> Outcome:
+            taken.append(host)
+            if len(taken) == 1:
+                host.p2p._child.kill()
+                await asyncio.sleep(60)
+            return await echo(host, hosted)
+
+        await first.serve(die_or_echo)
+        await second.serve(die_or_echo)
+        caller.knows(first, second)
+        outcome = await send(caller)
+        assert outcome.gradient == bytes(BODY.data)[::-1]
+        assert len({host.peer_id for host in taken}) == 2
+        assert caller.caller.statistics.resent == 1
+
+
+async def test_a_frozen_round_ends_the_task(tmp_path: Path) -> None:
+    """Oracle: the gate's rule; a frozen round is over, not something to retry."""
+    async with hosts(tmp_path, 2) as (caller, callee):
+        await callee.serve(echo)
+        callee.gate.freeze(STAGE)
+        caller.knows(callee)
+        with pytest.raises(RoundOver):
+            await send(caller)
+        assert callee.worked == []
+
+
+async def test_a_caller_ahead_is_held_until_the_round_opens(tmp_path: Path) -> None:
+    """Oracle: the callee opens the round 0.3 s later, at the lineage that the caller knows."""
+    async with hosts(tmp_path, 2) as (caller, callee):
+        await callee.serve(echo)
+        callee.gate.open(STAGE, round_id=RoundId(-1), version=Version(0), lineage=Lineage(b"\0" * 32))
+        caller.knows(callee)
+        sending = asyncio.create_task(send(caller))
+        await asyncio.sleep(0.3)
+        assert callee.worked == []
+        callee.gate.open(STAGE, round_id=RoundId(0), version=Version(0), lineage=LINEAGE)
+        assert (await sending).target_tokens == 2
+
+
+async def test_a_stage_without_replicas_is_waited_for(tmp_path: Path) -> None:
+    """Oracle: the stage gets its first member while the task waits; the caller's pulse says waiting meanwhile."""
+    async with hosts(tmp_path, 2) as (caller, callee):
+        await callee.serve(echo)
+        pulse = Pulse(furthest_stage=StageId(0))
+        sending = asyncio.create_task(
+            caller.caller.send(task(), STAGE, BODY, pulse=pulse, deadline_s=time.monotonic() + 10, retries_left=0)
+        )
+        await asyncio.sleep(0.2)
+        assert pulse.waiting
+        caller.knows(callee)
+        assert (await sending).target_tokens == 2
+
+
+async def test_no_progress_means_no_patience(tmp_path: Path) -> None:
+    """Oracle: work that never ends and never progresses is given up after the silence limit."""
+    async with hosts(tmp_path, 2, hop_silence_s=0.8) as (caller, callee):
+
+        async def wedged(host: Host, hosted: HostedTask) -> Outcome:
+            await asyncio.sleep(60)
+            raise AssertionError("unreachable")
+
+        await callee.serve(wedged)
+        caller.knows(callee)
+        started_s = time.monotonic()
+        with pytest.raises(DownstreamFailed):
+            await send(caller, retries=0)
+        assert time.monotonic() - started_s < 10
+
+
+async def test_busy_is_not_a_fault(tmp_path: Path) -> None:
+    """Oracle: six tasks through one slot all come back, and nothing was sent twice."""
+    async with hosts(tmp_path, 2) as (caller, callee):
+        await callee.serve(echo, num_slots=1)
+        caller.knows(callee)
+        outcomes = await asyncio.gather(*(send(caller, number) for number in range(6)))
+        assert len(outcomes) == len(callee.worked) == 6
+        assert caller.caller.statistics.resent == 0
+
+
+async def test_a_forged_answer_is_refused(tmp_path: Path) -> None:
+    """Oracle: a callee that signs another gradient's digest than it sends is not believed."""
+    async with hosts(tmp_path, 2) as (caller, callee):
+
+        async def forge(host: Host, hosted: HostedTask) -> Outcome:
+            honest = await echo(host, hosted)
+            return Outcome(b"x" * 32, honest.gradient_digest, honest.loss_sum, honest.target_tokens, honest.path)
+
+        await callee.serve(forge)
+        caller.knows(callee)
+        with pytest.raises(TransientError, match="signed something else"):
+            await send(caller, retries=0)

@@ -1,0 +1,199 @@
+"""The pipeline's rules that need no network: gate, slots, board, router, compute thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from peer.pipeline.board import TAKEOVER_S, Board
+from peer.pipeline.compute import ComputeThread, Priority
+from peer.pipeline.router import Router
+from peer.pipeline.slots import SlotPool
+from peer.pipeline.view import Membership, View
+from peer.tasks import Pulse
+from protocol.batches import Microbatch, TaskKind
+from protocol.ids import Lineage, PeerId, RoundId, RunId, StageId, Version
+
+ANNE, BERT, CARA = PeerId("anne"), PeerId("bert"), PeerId("cara")
+
+
+def microbatches(count: int) -> list[Microbatch]:
+    return [Microbatch(number, TaskKind.TRAIN, (number,)) for number in range(count)]
+
+
+def board(me: PeerId, *, feeders: tuple[PeerId, ...] = (ANNE, BERT), count: int = 12) -> Board:
+    return Board(RoundId(0), plan=microbatches(count), seed="s", me=me, feeders=dict.fromkeys(feeders, 1.0), now_s=0.0)
+
+
+def take_all(one: Board, *, now_s: float) -> set[int]:
+    taken = set()
+    while (microbatch := one.take_next(now_s=now_s)) is not None:
+        taken.add(microbatch.number)
+    return taken
+
+
+def test_two_feeders_share_a_round_without_talking() -> None:
+    """Oracle: rendezvous hashing partitions the numbers."""
+    mine, theirs = take_all(board(ANNE), now_s=0.0), take_all(board(BERT), now_s=0.0)
+    assert mine | theirs == set(range(12))
+    assert not mine & theirs
+
+
+def test_a_silent_owner_loses_its_numbers_after_a_while_and_not_before() -> None:
+    """Oracle: the takeover rule; the second in line waits one interval."""
+    anne = board(ANNE)
+    mine = take_all(anne, now_s=0.0)
+    assert take_all(anne, now_s=TAKEOVER_S * 0.9) == set()
+    assert take_all(anne, now_s=TAKEOVER_S) == set(range(12)) - mine
+
+
+def test_an_owner_that_moves_keeps_its_numbers() -> None:
+    """Oracle: a done-bit of the owner resets its silence."""
+    anne = board(ANNE)
+    mine = take_all(anne, now_s=0.0)
+    theirs = sorted(set(range(12)) - mine)
+    anne.learn_done(theirs[:1], now_s=TAKEOVER_S * 0.9)
+    assert take_all(anne, now_s=TAKEOVER_S * 1.5) == set()
+
+
+def test_a_failed_number_is_tried_again_later() -> None:
+    """Oracle: `not_before_s`."""
+    anne = board(ANNE, feeders=(ANNE,), count=1)
+    microbatch = anne.take_next(now_s=0.0)
+    assert microbatch is not None
+    anne.give_back(microbatch, not_before_s=1.0)
+    assert anne.take_next(now_s=0.9) is None
+    assert anne.take_next(now_s=1.0) == microbatch
+    anne.finish(microbatch, now_s=1.1)
+    assert anne.is_complete
+
+
+async def test_the_oldest_number_gets_the_next_slot() -> None:
+    """Oracle: three callers wait for one slot; they get it in the order of their numbers."""
+    pool = SlotPool(num_slots=1, quota=1)
+    assert await pool.acquire(ANNE, round_id=RoundId(0), number=9, timeout_s=1)
+    order: list[int] = []
+
+    async def wait(number: int) -> None:
+        assert await pool.acquire(BERT, round_id=RoundId(0), number=number, timeout_s=5)
+        order.append(number)
+        pool.release(BERT)
+
+    waiting = [asyncio.create_task(wait(number)) for number in (7, 3, 5)]
+    await asyncio.sleep(0)
+    pool.release(ANNE)
+    await asyncio.gather(*waiting)
+    assert order == [3, 5, 7]
+    assert pool.num_held == 0
+
+
+async def test_one_caller_cannot_hoard_slots_that_others_wait_for() -> None:
+    """Oracle: the quota; an older number of a greedy caller goes after a modest one's."""
+    pool = SlotPool(num_slots=2, quota=1)
+    for number in (0, 1):
+        assert await pool.acquire(ANNE, round_id=RoundId(0), number=number, timeout_s=1)
+    order: list[PeerId] = []
+
+    async def wait(caller: PeerId, number: int) -> None:
+        assert await pool.acquire(caller, round_id=RoundId(0), number=number, timeout_s=5)
+        order.append(caller)
+
+    waiting = [asyncio.create_task(wait(ANNE, 2)), asyncio.create_task(wait(BERT, 3))]
+    await asyncio.sleep(0)
+    pool.release(ANNE)
+    pool.release(ANNE)
+    await asyncio.gather(*waiting)
+    assert order == [BERT, ANNE]
+
+
+async def test_a_slot_that_nobody_frees_means_busy() -> None:
+    """Oracle: acquire returns False after its timeout and leaves no ghost in the line."""
+    pool = SlotPool(num_slots=1, quota=1)
+    assert await pool.acquire(ANNE, round_id=RoundId(0), number=0, timeout_s=1)
+    assert not await pool.acquire(BERT, round_id=RoundId(0), number=1, timeout_s=0.01)
+    pool.release(ANNE)
+    assert await pool.acquire(CARA, round_id=RoundId(0), number=2, timeout_s=0.01)
+
+
+async def test_backward_overtakes_forward_and_old_overtakes_young() -> None:
+    """Oracle: the order in which a blocked compute thread works its queue off."""
+    compute = ComputeThread()
+    gate = threading.Event()
+    blocker = compute.submit(gate.wait, priority=Priority.CONTROL)
+    done: list[str] = []
+    jobs = [
+        compute.run(lambda: done.append("forward 2"), priority=Priority.FORWARD, age=2),
+        compute.run(lambda: done.append("forward 1"), priority=Priority.FORWARD, age=1),
+        compute.run(lambda: done.append("backward 9"), priority=Priority.BACKWARD, age=9),
+    ]
+    waiting = asyncio.gather(*jobs)
+    await asyncio.sleep(0)
+    gate.set()
+    await waiting
+    await blocker
+    assert done == ["backward 9", "forward 1", "forward 2"]
+    await compute.stop()
+
+
+async def test_an_error_in_the_compute_thread_reaches_whoever_asked() -> None:
+    """Oracle: the very exception is raised, and the thread goes on."""
+    compute = ComputeThread()
+    with pytest.raises(ZeroDivisionError):
+        await compute.run(lambda: 1 / 0, priority=Priority.FORWARD)
+    assert await compute.run(lambda: 7, priority=Priority.FORWARD) == 7
+    await compute.stop()
+
+
+def membership(version: int, *, generation: int = 1, members: tuple[PeerId, ...] = (ANNE, BERT)) -> Membership:
+    return Membership(
+        stage=StageId(1),
+        generation=generation,
+        round=RoundId(version),
+        version=Version(version),
+        lineage=Lineage(bytes(32)),
+        members=dict.fromkeys(members, 1.0),
+    )
+
+
+def test_the_view_never_goes_back_but_follows_a_new_charter() -> None:
+    """Oracle: the order (generation, round, version)."""
+    view = View()
+    assert view.learn(membership(5))
+    assert not view.learn(membership(4))
+    assert view.learn(membership(2, generation=2))
+    current = view.membership(StageId(1))
+    assert current is not None
+    assert current.version == 2
+
+
+def test_a_suspect_is_passed_over_unless_nobody_else_is_left() -> None:
+    """Oracle: live members with and without suspects."""
+    view = View()
+    view.learn(membership(0))
+    view.suspect(ANNE, now_s=0.0)
+    assert set(view.live_members(StageId(1), now_s=0.1)) == {BERT}
+    view.suspect(BERT, now_s=0.0)
+    assert set(view.live_members(StageId(1), now_s=0.1)) == {ANNE, BERT}
+
+
+def test_the_router_prefers_the_faster_of_the_drawn_three() -> None:
+    """Oracle: with three replicas all are drawn, so the measured order must come out."""
+    router = Router(run=RunId("r"))
+    replicas = dict.fromkeys((ANNE, BERT, CARA), 1.0)
+    for peer, task_s in ((ANNE, 3.0), (BERT, 1.0), (CARA, 2.0)):
+        router.observe(peer, task_s=task_s, load_s=0.0)
+    order = router.order(round_id=RoundId(0), number=0, stage=StageId(1), replicas=replicas)
+    assert list(order) == [BERT, CARA, ANNE]
+
+
+def test_only_real_progress_moves_the_pulse() -> None:
+    """Oracle: lexicographic order of (furthest stage, work)."""
+    pulse = Pulse(furthest_stage=StageId(1))
+    assert pulse.advance(StageId(2), 5)
+    assert not pulse.advance(StageId(2), 5)
+    assert not pulse.advance(StageId(1), 99)
+    pulse.tick(3)
+    pulse.tick(3)
+    assert pulse.work == 6

@@ -1,0 +1,139 @@
+"""A simulated coordinator: founds the run, keeps checkpoints, restores stages that have died out.
+
+Owns: charters. It is on no path of a round: `kill` it, and rounds go on; only a stage without any member has
+to wait for it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from protocol.ids import PeerId, RoundId, StageId, Version, digest
+from protocol.rounds import Chain
+from protocol.rounds.events import Received
+from protocol.rounds.messages import CHARTER_CONTEXT, Charter, CharterNotice, Seat
+from protocol.signing import Signed
+from tests.sim.replica import Held, Replica
+
+if TYPE_CHECKING:
+    from tests.sim.world import World
+
+LOOK_EVERY_S = 1.0
+
+
+class Coordinator:
+    """The organiser's process."""
+
+    def __init__(self, world: World) -> None:
+        self.name = PeerId("coordinator")
+        self.alive = True
+        self.resolves_forks = False
+        self.kept: dict[StageId, Held] = {}
+        self.charters: dict[StageId, Signed] = {}
+        self._world = world
+        self._dead_since_s: dict[StageId, float] = {}
+        world.at(LOOK_EVERY_S, self._look)
+
+    def found_run(self) -> None:
+        """Write the first charter of every stage; its members hold the initial state already."""
+        world = self._world
+        for stage in world.stages:
+            state = digest(b"initial", str(stage).encode())
+            names = world.hosts(stage)[: world.options.num_founders]
+            seats = tuple(Seat(peer=name, session=world.processes[name].session) for name in names)
+            self.kept[stage] = self.charter(stage, seats, Version(0), state, RoundId(0))
+            for name in world.hosts(stage):
+                self._tell(world.processes[name].replicas[stage])
+
+    def charter(
+        self, stage: StageId, seats: tuple[Seat, ...], version: Version, state: bytes, round_id: RoundId
+    ) -> Held:
+        """Sign a new charter, one generation up."""
+        world = self._world
+        before = self.charters.get(stage)
+        charter = Charter.model_validate(
+            {
+                "run": world.settings_for(stage, seats[0]).run,
+                "stage": stage,
+                "generation": 1 + (world.generation_of(before) if before is not None else 0),
+                "round": round_id,
+                "version": version,
+                "state_digest": state,
+                "seats": seats,
+            }
+        )
+        signed = world.notary_of(self.name).seal(CHARTER_CONTEXT, charter)
+        self.charters[stage] = signed
+        root = Chain.of_charter(world.settings_for(stage, seats[0]), signed).head
+        return Held(signed, (), charter.generation, version, root.lineage, round_id, charter.state_digest)
+
+    def _tell(self, replica: Replica) -> None:
+        replica.feed(Received(self.name, CharterNotice(stage=replica.stage, charter=self.charters[replica.stage])))
+
+    def _look(self) -> None:
+        """Once a second: take copies, tell newcomers their charter, restore what has died, end forks."""
+        self._world.at(LOOK_EVERY_S, self._look)
+        if not self.alive:
+            return
+        for stage in self._world.stages:
+            replicas = self._reachable(stage)
+            self._keep_copy(stage, replicas)
+            for replica in replicas:
+                self._tell(replica)
+            if self.resolves_forks and stage in self._world.forked:
+                self._end_fork(stage, replicas)
+            else:
+                self._restore_if_dead(stage, replicas)
+
+    def _reachable(self, stage: StageId) -> list[Replica]:
+        world = self._world
+        return [
+            process.replicas[stage]
+            for process in world.processes.values()
+            if stage in process.replicas and process.answers(self.name)
+        ]
+
+    def _keep_copy(self, stage: StageId, replicas: list[Replica]) -> None:
+        for replica in replicas:
+            held, kept = replica.held, self.kept[stage]
+            if held is not None and (held.generation, held.version) > (kept.generation, kept.version):
+                self.kept[stage] = held
+
+    def _restore_if_dead(self, stage: StageId, replicas: list[Replica]) -> None:
+        """No member left for a while: the newest state at hand becomes a new beginning."""
+        world = self._world
+        seated = [each for each in replicas if each.machine.statistics().round is not None]
+        if seated or not replicas:
+            self._dead_since_s.pop(stage, None)
+            return
+        since_s = self._dead_since_s.setdefault(stage, world.now_s)
+        if world.now_s - since_s < world.options.restore_after_s:
+            return
+        del self._dead_since_s[stage]
+        best = max(
+            (each.held for each in replicas if each.held is not None and each.held.generation >= self.kept[stage].generation),
+            key=lambda held: held.version,
+            default=self.kept[stage],
+        )
+        best = max(best, self.kept[stage], key=lambda held: (held.generation, held.version))
+        closed = max(world.checks.closings, default=-1)  # peers report closings; here they are in the books
+        round_id = RoundId(max(best.next_round, closed + 1))
+        self._restart(stage, replicas[:1], best, round_id)
+
+    def _end_fork(self, stage: StageId, replicas: list[Replica]) -> None:
+        """Two lineages: the one with more replicas goes on, the others join it anew."""
+        branches: dict[bytes, list[Replica]] = {}
+        for replica in replicas:
+            if replica.held is not None:
+                branches.setdefault(replica.held.lineage, []).append(replica)
+        if not branches:
+            return
+        winners = max(branches.values(), key=lambda group: (len(group), group[0].held.version if group[0].held else 0))
+        best = winners[0].held
+        assert best is not None
+        self._world.forked.discard(stage)
+        self._restart(stage, winners, best, best.next_round)
+
+    def _restart(self, stage: StageId, founders: list[Replica], best: Held, round_id: RoundId) -> None:
+        seats = tuple(Seat(peer=each.process.name, session=each.process.session) for each in founders)
+        self.kept[stage] = self.charter(stage, seats, best.version, best.state, round_id)

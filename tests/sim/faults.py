@@ -1,0 +1,266 @@
+"""Declarative fault plans: what goes wrong, when, and with whom.
+
+Owns: the vocabulary. `torment(world, plan)` schedules a plan; `random_plan` makes one from a seed. Times are
+virtual seconds from the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from protocol.ids import PeerId, StageId
+from protocol.rounds.events import Rejoin
+from tests.sim.network import Cut
+from tests.sim.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """SIGKILL."""
+
+    peer: str
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """A new life under the same identity; joins like anybody else."""
+
+    peer: str
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """Ctrl-C."""
+
+    peer: str
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """SIGSTOP, then SIGCONT."""
+
+    peer: str
+    at_s: float
+    for_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """Two groups that do not hear each other; `one_way`: only the second does not hear the first."""
+
+    group: tuple[str, ...]
+    at_s: float
+    for_s: float
+    one_way: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Slow:
+    """Computes so many times slower, from then on."""
+
+    peer: str
+    factor: float
+    at_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Worsen:
+    """The whole network loses, duplicates and delays more, for a while."""
+
+    at_s: float
+    for_s: float
+    loss: float = 0.0
+    duplicates: float = 0.0
+    jitter_s: float = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class DropKind:
+    """Messages of one class get lost with this probability, for a while."""
+
+    kind: str
+    at_s: float
+    for_s: float
+    loss: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class FailReduces:
+    """The next so many ends of reduces are failures."""
+
+    at_s: float
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class BreakLink:
+    """Two peers cannot sum with each other, though they talk."""
+
+    one: str
+    other: str
+    at_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CutStreams:
+    """All streams between a peer and others break once (a relay's limit, a reset)."""
+
+    peer: str
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorAway:
+    """The coordinator is gone for a while."""
+
+    at_s: float
+    for_s: float
+
+
+Fault = (
+    Kill
+    | Restart
+    | Leave
+    | Pause
+    | Partition
+    | Slow
+    | Worsen
+    | DropKind
+    | FailReduces
+    | BreakLink
+    | CutStreams
+    | CoordinatorAway
+)
+
+
+def torment(world: World, plan: Sequence[Fault]) -> float:
+    """Schedule a plan, and return when its last fault is over."""
+    ends_s = 0.0
+    for fault in plan:
+        world.at(fault.at_s, lambda fault=fault: _begin(world, fault))  # type: ignore[misc]
+        for_s: float = getattr(fault, "for_s", 0.0)
+        if for_s:
+            world.at(fault.at_s + for_s, lambda fault=fault: _end(world, fault))  # type: ignore[misc]
+        ends_s = max(ends_s, fault.at_s + for_s)
+    return ends_s
+
+
+def _begin(world: World, fault: Fault) -> None:
+    processes, network = world.processes, world.network
+    match fault:
+        case Kill(peer):
+            if processes[PeerId(peer)].alive:
+                processes[PeerId(peer)].kill()
+        case Restart(peer):
+            if not processes[PeerId(peer)].alive:
+                revive(world, PeerId(peer))
+        case Leave(peer):
+            processes[PeerId(peer)].drain()
+        case Pause(peer):
+            processes[PeerId(peer)].pause()
+        case Partition():
+            network.cuts += _cuts(world, fault)
+        case Slow(peer, factor):
+            world.speeds[PeerId(peer)] = factor
+        case Worsen(loss=loss, duplicates=duplicates, jitter_s=jitter_s):
+            network.worsen(loss=loss, duplicates=duplicates, jitter_s=jitter_s)
+        case DropKind(kind=kind, loss=loss):
+            network.dropped_kinds[kind] = loss
+        case FailReduces(count=count):
+            world.reduces.fail_next = count
+        case BreakLink(one, other):
+            world.reduces.broken_links.add(frozenset((PeerId(one), PeerId(other))))
+        case CutStreams(peer):
+            cut_streams(world, PeerId(peer))
+        case CoordinatorAway():
+            world.coordinator.alive = False
+
+
+def _end(world: World, fault: Fault) -> None:
+    network = world.network
+    match fault:
+        case Pause(peer):
+            process = world.processes[PeerId(peer)]
+            if process.paused:
+                process.resume()
+        case Partition():
+            for cut in _cuts(world, fault):
+                network.cuts.remove(cut)
+        case Worsen():
+            network.link = world.options.link
+        case DropKind(kind=kind):
+            network.dropped_kinds.pop(kind, None)
+        case CoordinatorAway():
+            world.coordinator.alive = True
+
+
+def revive(world: World, name: PeerId) -> None:
+    """Start a process again: it asks anybody for its stages' state, as a joiner does."""
+    process = world.processes[name]
+    process.start()
+    process.feed_all(Rejoin())
+
+
+def cut_streams(world: World, name: PeerId) -> None:
+    """Break every hop to and from a peer. With resumption nothing is lost; without, the work is done twice."""
+    if world.options.pipeline.resume:
+        return
+    for process in world.processes.values():
+        for hop in list(process.pipeline.hops):
+            if name in (hop.caller.name, hop.callee.name) and hop.caller is not hop.callee and not hop.answered:
+                hop.given_up = True
+                world.num_resent += 1
+                hop.caller.pipeline.call(hop.task, hop.first, hop.on_answer, tries=1)
+
+
+def _cuts(world: World, fault: Partition) -> list[Cut]:
+    inside = frozenset(PeerId(peer) for peer in fault.group)
+    outside = frozenset({*world.processes, world.coordinator.name}) - inside
+    there = Cut(inside, outside)
+    return [there] if fault.one_way else [there, Cut(outside, inside)]
+
+
+def random_plan(rng: Random, world: World, *, until_s: float, num_faults: int) -> list[Fault]:
+    """Draw faults that a sound protocol survives without a fork: any kills, but short cuts and stops.
+
+    Cuts and stops stay below the patience, and never hit one stage twice at a time: two overlapping ones
+    may add up to a cut as long as the patience, which is a fork by design.
+    """
+    plan: list[Fault] = []
+    names = sorted(world.processes)
+    busy_until_s = 0.0
+    longest_s = world.timers.patience_s / 2
+    for _ in range(num_faults):
+        at_s, peer = rng.uniform(0, until_s), rng.choice(names)
+        kind = rng.choice(("kill", "kill", "kill", "pause", "cut", "worsen", "drop", "fail", "away", "leave"))
+        for_s = rng.uniform(0.2, longest_s)
+        if kind == "kill":
+            plan += [Kill(peer, at_s), Restart(peer, at_s + rng.uniform(0.1, 6.0))]
+        elif kind == "leave":
+            plan += [Leave(peer, at_s), Restart(peer, at_s + rng.uniform(8.0, 12.0))]
+        elif kind == "fail":
+            plan.append(FailReduces(at_s, rng.randint(1, 4)))
+        elif kind == "away":
+            plan.append(CoordinatorAway(at_s, rng.uniform(1.0, 8.0)))
+        elif kind == "worsen":
+            plan.append(Worsen(at_s, for_s, loss=0.1, duplicates=0.2, jitter_s=rng.uniform(0.05, 0.3)))
+        elif kind == "drop":
+            plan.append(DropKind(rng.choice(LOSABLE), at_s, for_s, loss=rng.uniform(0.3, 1.0)))
+        elif at_s > busy_until_s:
+            busy_until_s = at_s + for_s + world.timers.patience_s
+            one_way = rng.random() < 0.3
+            plan.append(Pause(peer, at_s, for_s) if kind == "pause" else Partition((peer,), at_s, for_s, one_way))
+    return plan
+
+
+LOSABLE = ("Committed", "ClosingNotice", "Begin", "Accept", "Propose", "ReduceResult", "Pong", "DoneUnion", "Ready")
+
+
+def stage_peers(world: World, stage: int) -> list[str]:
+    """Return the names of the processes of a stage."""
+    return [str(name) for name in world.hosts(StageId(stage))]
