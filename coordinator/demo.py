@@ -44,6 +44,8 @@ STALL_S = 900.0  # no round for so long means that something is broken, not slow
 LEAVE_TIMEOUT_S = 30.0
 SAMPLE_TIMEOUT_S = 180.0
 SAMPLE_PROMPT = "def "
+COORDINATOR_PROGRAM = ("-m", "coordinator.cli")
+PEER_PROGRAM = ("-m", "peer.cli")  # a name, not an import: coordinator and peer do not know each other
 MAX_CRASHES = 5  # peers that end by themselves are replaced, but not for ever
 
 Say = Callable[[str], None]
@@ -125,7 +127,7 @@ class Demo:
         await self._start_coordinator(first=True)
         for _ in range(self._plan.num_peers):
             await self._start_peer()
-        self._say(f"{self._plan.num_peers} peers of {self._threads} threads; logs in {self._logs}")
+        self._say(f"{self._plan.num_peers} peers with {self._threads} threads each; logs in {self._logs}")
         await self._watch()
         self._ended_s = time.monotonic()
         self._say("the run is over; peers are leaving")
@@ -168,14 +170,20 @@ class Demo:
                 if now_s - shown_s >= PROGRESS_EVERY_S:
                     shown_s = now_s
                     self._say(progress(status, peers_killed=self._record.peers_killed))
-                if self._plan.kill_every_s is not None and status["state"] == "training":
-                    next_kill_s = now_s + self._plan.kill_every_s if next_kill_s is None else next_kill_s
+                next_kill_s = self._next_kill(status, next_kill_s, now_s)
             if next_kill_s is not None and now_s >= next_kill_s:
                 await self._kill_one()
                 next_kill_s += self._plan.kill_every_s or 0.0
             if now_s - progressed_s > STALL_S:
                 raise DeadlineError(f"no round was finished for {STALL_S:.0f} s.", hint=f"Look into {self._logs}.")
             await asyncio.sleep(POLL_S)
+
+    def _next_kill(self, status: Mapping[str, Any], planned_s: float | None, now_s: float) -> float | None:
+        """Return when to kill next: from the start of training until its last round, not while peers say goodbye."""
+        is_training = status["state"] == "training" and status["rounds_closed"] < status["num_rounds"]
+        if self._plan.kill_every_s is None or not is_training:
+            return None
+        return now_s + self._plan.kill_every_s if planned_s is None else planned_s
 
     def _status(self) -> dict[str, Any] | None:
         try:
@@ -201,7 +209,7 @@ class Demo:
         self._coordinator = await start_child(
             "coordinator",
             (
-                *("-m", "coordinator.cli", "run", str(self._run.path), *where, "--until-finished"),
+                *(*COORDINATOR_PROGRAM, "run", str(self._run.path), *where, "--until-finished"),
                 *("--start-peers", str(self._plan.num_peers)),
                 *("--log-file", str(self._logs / "coordinator.jsonl"), "--log-level", "info"),
             ),
@@ -242,7 +250,7 @@ class Demo:
         child = await start_child(
             name,
             (
-                *("-m", "peer.cli", "join", self._invite, "--name", name, "--listen", LOOPBACK),
+                *(*PEER_PROGRAM, "join", self._invite, "--name", name, "--listen", LOOPBACK),
                 *("--data-dir", str(self._run.path / PEERS / name), "--threads", str(self._threads)),
                 *("--log-file", str(self._logs / f"{name}.jsonl"), "--log-level", "info"),
             ),
@@ -279,7 +287,7 @@ class Demo:
         """Let the exported model continue a prompt, in a process of its own: this one must not import torch."""
         child = await start_child(
             "sample",
-            ("-m", "peer.cli", "sample", str(model), "--prompt", SAMPLE_PROMPT),
+            (*PEER_PROGRAM, "sample", str(model), "--prompt", SAMPLE_PROMPT),
             logs=self._logs,
             environment=_environment(threads=_num_cores()),
             pipe_stdout=True,

@@ -59,9 +59,7 @@ class Ledger:
         if any(numbered.sequence >= MAX_NUMBER for numbered in reports):
             raise PeerFault(f"{peer} numbers its reports beyond reason")
         entries = [self._entry(peer, numbered) for numbered in reports]
-        acknowledged = await self._database.run(
-            history.add_reports, peer, entries, received_s=self._clock.wall()
-        )
+        acknowledged = await self._database.run(history.add_reports, peer, entries, received_s=self._clock.wall())
         for numbered, entry in zip(reports, entries, strict=True):
             if isinstance(numbered.report, CommitReport) and entry.said is not None:
                 commit = Commit.from_bytes(numbered.report.commit.payload)

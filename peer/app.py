@@ -25,6 +25,7 @@ from peer.coordination import Admitted, keep_beating, register, say_goodbye
 from peer.engine.build import build_span
 from peer.link import Link, connected
 from peer.pipeline.compute import ComputeThread, Priority
+from peer.presence import Presence
 from peer.reports import ReportQueue
 from peer.session import Ending, Session
 from peer.settings import PeerSettings
@@ -94,17 +95,30 @@ async def _one_session(
         folder=settings.data_dir / "runs" / manifest.run_id,
     )
     tenure = Session(parts, link=link, session=session, charters=admitted.welcome.charters)
+    presence = Presence(
+        link,
+        name=settings.name,
+        software=f"handcar {version('handcar')}",
+        admission=admitted.welcome.admission,
+        num_stages=manifest.model.num_stages,
+        hosted=tenure.hosted,
+        load_s=parts.load_s,
+        on_found=tenure.on_found,
+    )
     async with asyncio.TaskGroup() as tasks:
         beside = [
             tasks.create_task(
                 keep_beating(link, condition=tenure.condition, reports=reports, on_reply=tenure.on_reply)
             ),
             tasks.create_task(link.node.wait_failed()),
+            tasks.create_task(presence.keep_published()),
+            tasks.create_task(presence.keep_looking()),
             tasks.create_task(show_live(lambda: _line(tenure, settings, manifest.batch.num_rounds))),
         ]
         ending = await tenure.run(stop)
         for task in beside:
             task.cancel()
+    await presence.withdraw()
     return ending, tenure.wanted_stages
 
 

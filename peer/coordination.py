@@ -133,12 +133,24 @@ async def keep_beating(
             if was_reachable:
                 log.warning("coordinator.silent", error=error.one_line())
             was_reachable = False
+            await _rejoin(link)
         else:
             if not was_reachable:
                 log.info("coordinator.back")
             was_reachable = True
             on_reply(reply)
         await asyncio.sleep(BEAT_S)
+
+
+async def _rejoin(link: Link) -> None:
+    """Dial the coordinator by address: one that was restarted knows nobody until somebody comes."""
+    for address in link.coordinator_addresses:
+        try:
+            await link.node.join(address, timeout_s=BEAT_S)
+        except TransientError as error:
+            log.debug("coordinator.unreachable", address=address, error=error.one_line())
+        else:
+            return
 
 
 async def beat_once(link: Link, *, condition: Condition, reports: ReportQueue) -> BeatReply:

@@ -37,6 +37,7 @@ class Link:
     calls: Calls
     blobs: Blobs
     coordinator: PeerId
+    coordinator_addresses: tuple[str, ...]
     _introduced: dict[PeerId, tuple[str, ...]] = field(default_factory=dict)
 
     @property
@@ -81,6 +82,7 @@ async def connected(invite: Invite, settings: PeerSettings) -> AsyncIterator[Lin
             calls=Calls(streams, run=invite.run),
             blobs=Blobs(streams, run=invite.run),
             coordinator=invite.coordinator,
+            coordinator_addresses=invite.addresses,
         )
     finally:
         await streams.stop()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum
 
 import structlog
@@ -24,6 +24,7 @@ from peer.tally import Tally
 from protocol.control import BeatReply, PeerState, StageState
 from protocol.errors import PeerFault, UnreachableError
 from protocol.ids import PeerId, StageId
+from protocol.records import HostedStage
 from protocol.rounds import events
 from protocol.rounds.messages import CHARTER_CONTEXT, Charter, CharterNotice, Seat
 from protocol.signing import Signed, unseal
@@ -51,6 +52,7 @@ class Session:
         self._seat = Seat(peer=link.peer_id, session=session)
         self._charters: dict[StageId, tuple[Charter, Signed]] = {}
         self._members: dict[StageId, tuple[PeerId, ...]] = {}
+        self._found: dict[StageId, tuple[PeerId, ...]] = {}
         self._places: dict[StageId, Place] = {}
         self._joined: set[StageId] = set()
         self._finished = False
@@ -58,6 +60,7 @@ class Session:
         self._changed = asyncio.Event()
         self.state, self.reason = PeerState.STARTING, ""
         self._take_charters(charters)
+        parts.view.on_change = self._post_roster
 
     # -- what others see ------------------------------------------------------------------------------
 
@@ -92,11 +95,23 @@ class Session:
             self._parts.introduce(peer, addresses)
         if members:
             self._members = {stage: tuple(peers) for stage, peers in members.items()}
-            for driver in self._parts.drivers.values():
-                driver.post(events.RosterChanged(self._members))
+            self._post_roster()
         self._finished = self._finished or reply.finished
         self._wanted = reply.stages or self._wanted
         self._notify()
+
+    def on_found(self, replicas: Mapping[StageId, tuple[PeerId, ...]]) -> None:
+        """Take over what the DHT says."""
+        self._found = dict(replicas)
+        self._post_roster()
+        self._notify()
+
+    def hosted(self) -> tuple[HostedStage, ...]:
+        """Return what our DHT record should say: the stages that are ready to work."""
+        return tuple(
+            HostedStage(stage=state.stage, version=state.version, lineage=state.lineage)
+            for state in self.condition().stages
+        )
 
     # -- life -----------------------------------------------------------------------------------------
 
@@ -215,7 +230,7 @@ class Session:
         seats = [seat.peer for seat in known[0].seats] if known else []
         membership = self._parts.view.membership(stage)
         members = list(membership.members) if membership else []
-        hinted = list(self._members.get(stage, ())) if known else []
+        hinted = [*self._members.get(stage, ()), *self._found.get(stage, ())] if known else []
         return tuple(peer for peer in dict.fromkeys([*members, *hinted, *seats]) if peer != self._link.peer_id)
 
     def _take_charters(self, charters: Iterable[Signed]) -> None:
@@ -230,6 +245,25 @@ class Session:
                 driver = self._parts.drivers[charter.stage]
                 driver.post(events.Received(self._link.coordinator, CharterNotice(stage=charter.stage, charter=signed)))
         self._notify()
+
+    def _post_roster(self) -> None:
+        """Tell every round machine who hosts what, as far as anybody says."""
+        stages = range(self._parts.num_stages)
+        known = {stage: self._parts.view.membership(StageId(stage)) for stage in stages}
+        roster = {
+            StageId(stage): tuple(
+                dict.fromkeys(
+                    [
+                        *(membership.members if (membership := known[stage]) else ()),
+                        *self._members.get(StageId(stage), ()),
+                        *self._found.get(StageId(stage), ()),
+                    ]
+                )
+            )
+            for stage in stages
+        }
+        for driver in self._parts.drivers.values():
+            driver.post(events.RosterChanged(roster))
 
     def _stage_state(self, stage: StageId) -> StageState:
         driver, place = self._parts.drivers[stage], self._places[stage]

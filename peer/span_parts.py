@@ -88,6 +88,7 @@ class SpanParts:
         self._errands: set[asyncio.Task[None]] = set()
         run = manifest.run_id
         self.stages = tuple(engine.engines)
+        self.num_stages = manifest.model.num_stages
         self.tally = Tally()
         self.view = View()
         self.gate = Gate(run=run)
@@ -209,6 +210,10 @@ class SpanParts:
                 members={seat.peer: 1.0 for seat in charter.seats},
             )
         )
+
+    def load_s(self) -> float:
+        """Estimate how long a new task would wait here."""
+        return self._runner.load_s()
 
     def introduce(self, peer: PeerId, addresses: Iterable[str]) -> None:
         """Tell the daemon where a peer lives, without waiting for it."""
@@ -368,12 +373,16 @@ class SpanParts:
         return Done()
 
     async def _tell_neighbours(self, commit: Commit, signed: Signed) -> None:
-        """Spread a commit over the stage that sends to us: each of our members tells its share of theirs."""
-        before = self.view.membership(StageId(commit.stage - 1))
+        """Spread a commit over the stage that sends to us: each of our members tells its share of theirs.
+
+        Stage 0 keeps the run's clock, so everybody has to know its members.
+        """
+        listeners = [commit.stage - 1] if commit.stage else list(range(1, self.num_stages))
+        known = [self.view.membership(StageId(stage)) for stage in listeners]
         mine = sorted(seat.peer for seat in commit.seats)
-        if before is None or self._link.peer_id not in mine:
+        if self._link.peer_id not in mine:
             return
-        theirs = [peer for peer in sorted(before.members) if peer != self._link.peer_id]
+        theirs = sorted({peer for each in known if each for peer in each.members} - {self._link.peer_id})
         for peer in theirs[mine.index(self._link.peer_id) :: len(mine)]:
             try:
                 await self._link.calls.tell(peer, CommitNews(commit=signed), timeout_s=NEWS_TIMEOUT_S)

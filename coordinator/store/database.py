@@ -115,8 +115,10 @@ def _transaction(connection: sqlite3.Connection, body: Callable[[], T]) -> T:
             if connection.in_transaction:  # a full disk may have rolled it back already
                 connection.execute("ROLLBACK")
             raise
-    except sqlite3.OperationalError as error:  # full disk, I/O error, lock: the machine's, not ours
-        raise StorageError(f"the run's database refuses to write: {error}.") from error
+    except (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.DataError):  # our own bugs
+        raise
+    except sqlite3.DatabaseError as error:  # full disk, I/O error, lock, damaged file: the machine's
+        raise StorageError(f"the run's database refuses: {error}.") from error
     return result
 
 

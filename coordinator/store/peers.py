@@ -115,10 +115,7 @@ def save_sightings(db: sqlite3.Connection, sightings: Iterable[Sighting]) -> Non
         db.execute("DELETE FROM replicas WHERE peer = ?", (sighting.peer,))
         db.executemany(
             "INSERT OR REPLACE INTO replicas VALUES (?, ?, ?, ?, ?, ?, ?)",
-            [
-                (sighting.peer, s.stage, s.round, s.version, s.lineage, s.ready, s.members)
-                for s in sighting.replicas
-            ],
+            [(sighting.peer, s.stage, s.round, s.version, s.lineage, s.ready, s.members) for s in sighting.replicas],
         )
 
 

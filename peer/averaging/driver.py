@@ -390,12 +390,14 @@ class StageDriver:
 def membership_of(commit: Commit, lineage: Lineage) -> Membership:
     """Read the next round's members, with rendezvous weights, out of a commit."""
     tokens = {contribution.peer: contribution.tokens for contribution in commit.contributors}
-    least = max(1.0, 0.1 * max(tokens.values(), default=1))  # a newcomer must get something to be measured by
+    # Half of what each did, half of the mean: the shares would otherwise drift apart by chance (Polya's urn), and
+    # a newcomer must get something to be measured by.
+    mean = max(1.0, commit.total_tokens / len(commit.seats))
     return Membership(
         stage=commit.stage,
         generation=commit.generation,
         round=RoundId(commit.round + 1),
         version=commit.version,
         lineage=lineage,
-        members={seat.peer: max(least, float(tokens.get(seat.peer, 0))) for seat in commit.seats},
+        members={seat.peer: 0.5 * (mean + tokens.get(seat.peer, 0)) for seat in commit.seats},
     )

@@ -141,8 +141,9 @@ class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
         self._digest = await asyncio.to_thread(digest, *self.results())
         self._settled.set()
         await self._guard(self._wait_until_all_accepted())
-        await asyncio.wait(talks)
-        watch.cancel()
+        _, unended = await asyncio.wait(talks, timeout=self.reducer_timeout)
+        for task in (watch, *unended):  # all have accepted: a stream that is not closed properly costs nobody anything
+            task.cancel()
 
     async def _watch(self) -> None:
         """Raise what a served stream or the deadline has reported."""
@@ -185,7 +186,9 @@ class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
         try:
             for part in self._parts_of(reducer):
                 self._take_result(part, await self._next_sum(exchange, reducer, part))
-            await self._next_answer(exchange, reducer)  # None: it has our acceptance; otherwise a late failure
+            # The end comes after our acceptance, which has to wait for the slowest of all reducers: no clock here.
+            if await self._next_answer(exchange, reducer, timeout_s=None) is not None:
+                raise self._blame(reducer, "sent more sums than it has parts")
         finally:
             await exchange.aclose(grace_s=LAST_WORD_S if self._failure() else 0.0)
 
@@ -207,7 +210,7 @@ class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
             yield AveragingData(code=ACCEPTED, tensor_part=WireTensor(buffer=self._digest))
 
     async def _next_sum(self, exchange: Exchange, reducer: int, part: Part) -> bytes:
-        answer = await self._next_answer(exchange, reducer)
+        answer = await self._next_answer(exchange, reducer, timeout_s=self.reducer_timeout)
         if answer is None:
             raise self._blame(reducer, "ended the stream before its last sum")
         data: bytes = answer.tensor_part.buffer
@@ -217,13 +220,13 @@ class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
             raise self._blame(reducer, f"sent a bad sum ({error})") from None
         return data
 
-    async def _next_answer(self, exchange: Exchange, reducer: int) -> AveragingData | None:
+    async def _next_answer(self, exchange: Exchange, reducer: int, *, timeout_s: float | None) -> AveragingData | None:
         """Return the reducer's next message, which must be a sum; None if it has ended the stream."""
         try:
-            async with asyncio.timeout(self.reducer_timeout):
+            async with asyncio.timeout(timeout_s):
                 answer = await anext(exchange, None)
         except TimeoutError:
-            raise self._blame(reducer, f"sent nothing for {self.reducer_timeout:g} s") from None
+            raise self._blame(reducer, f"sent nothing for {timeout_s:g} s") from None
         except SwarmError as error:
             raise self._blame(reducer, f"broke the protocol ({error})") from None
         if answer is None:

@@ -8,7 +8,7 @@ draws from it, the feeder takes its weights from it, the rounds driver keeps it 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from protocol.ids import Lineage, PeerId, RoundId, StageId, Version
@@ -41,6 +41,8 @@ class View:
         self._stages: dict[StageId, Membership] = {}
         self._suspects: dict[PeerId, float] = {}
         self._changed = asyncio.Event()
+        self.on_change: Callable[[], None] = lambda: None
+        """Called after every newly learnt membership."""
 
     def learn(self, membership: Membership) -> bool:
         """Take over a membership if it is newer than what is known; tell whether it was."""
@@ -51,6 +53,7 @@ class View:
         for peer in membership.members:  # a peer that took part in a commit is alive
             self._suspects.pop(peer, None)
         self._notify()
+        self.on_change()
         return True
 
     def membership(self, stage: StageId) -> Membership | None:

@@ -27,6 +27,7 @@ from protocol.rounds.records import bitmap, draw_closing
 from protocol.rounds.settings import RoundSize, Settings
 
 MAX_REPORT_BYTES = 128 * 1024  # tasks in one message, half of what a message may weigh
+GRACE_SILENCES = 2  # a feeder notices a dead clock after one, and has reported to the next after two
 CREDIT_BYTES = 96  # a credit on the wire, rounded up
 
 
@@ -41,17 +42,18 @@ class Clock:
         self._opened_s = now_s
         self._tasks: dict[int, DoneTask] = {}
         self._own_bits = 0  # the numbers in `_tasks`
-        self._heard_of = 0  # bits that some clock has told us, without their evidence
         self._rank = 0  # the member we report to
         self._answered_s = now_s
-        self._clock_has = 0
+        self._clock_has = 0  # by its last answer; its word, not its proof
+        self._last_clock_had = 0
+        self._changed_s = now_s  # when the clock changed
         self._probe = 0
         self.is_closed = False
 
     @property
     def bits(self) -> int:
         """Everything that is done as far as we know."""
-        return self._own_bits | self._heard_of
+        return self._own_bits | self._clock_has | self._last_clock_had
 
     @property
     def is_clock(self) -> bool:
@@ -82,24 +84,28 @@ class Clock:
         rank = self._order.index(sender) if sender in self._order else len(self._order)
         if rank > self._rank:
             return []
-        self._rank, self._answered_s = rank, now_s
-        self._clock_has = int.from_bytes(union.done, "little") & self.size.all_bits
         before = self.bits
-        self._heard_of |= self._clock_has
-        return [BitsChanged(self.round, self.bits)] if self.bits != before else []
+        if rank != self._rank:
+            self._change_clock(rank, now_s)
+        self._answered_s = now_s
+        self._clock_has = int.from_bytes(union.done, "little") & self.size.all_bits
+        return self._tell_change(before)
 
     def tick(self, now_s: float) -> list[Step]:
         """Report, replace a silent clock, close at the deadline."""
         if self.is_closed:
             return []
-        if not self.is_clock and now_s - self._answered_s > self._settings.timers.silence_s:
-            self._rank = (self._rank + 1) % len(self._order)
-            self._answered_s, self._clock_has = now_s, 0
+        silence_s, before = self._settings.timers.silence_s, self.bits
+        if not self.is_clock and now_s - self._answered_s > silence_s:
+            self._change_clock((self._rank + 1) % len(self._order), now_s)
+        if now_s - self._changed_s > GRACE_SILENCES * silence_s:
+            self._last_clock_had = 0
+        actions = self._tell_change(before)
         if self.is_clock:
-            actions = self._report_to_earlier()
+            actions += self._report_to_earlier()
             late = now_s - self._opened_s >= self._settings.timers.round_deadline_s
             return [*actions, *self.close()] if late else actions
-        return self._report_to(self._order[self._rank], self._own_bits & ~self._clock_has)
+        return [*actions, *self._report_to(self._order[self._rank], self._own_bits & ~self._clock_has)]
 
     def wake(self, now_s: float) -> None:
         """Nobody's silence meant anything while we were stopped."""
@@ -136,8 +142,19 @@ class Clock:
             if self._is_number(task):
                 self._tasks[task.number] = task
                 self._own_bits |= 1 << task.number
-        actions: list[Step] = [BitsChanged(self.round, self.bits)] if self.bits != before else []
+        actions = self._tell_change(before)
         return [*actions, *self.close()] if self._is_full else actions
+
+    def _change_clock(self, rank: int, now_s: float) -> None:
+        """Believe the old clock a little longer: its feeders need a moment to tell the new one.
+
+        What nobody tells it has died with the old clock and its feeder, and has to be done again.
+        """
+        self._last_clock_had |= self._clock_has
+        self._rank, self._answered_s, self._changed_s, self._clock_has = rank, now_s, now_s, 0
+
+    def _tell_change(self, before: int) -> list[Step]:
+        return [BitsChanged(self.round, self.bits)] if self.bits != before else []
 
     def _report_to_earlier(self) -> list[Step]:
         """As a stand-in clock, knock at one of the members before us, in turn, at every beat."""

@@ -125,7 +125,12 @@ class Synced:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """The user wants to leave: finish this round, then say so with `Left`."""
+    """The user wants to leave: finish this round, give the seat up with its commit, then say `Left`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quit:
+    """The process ends right after this: say goodbye. Give it to every replica, wished for by `Drain` or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +153,7 @@ Event = (
     | ApplyFailed
     | Synced
     | Drain
+    | Quit
     | Rejoin
 )
 
@@ -263,7 +269,10 @@ class NewLineage:
 
 @dataclass(frozen=True, slots=True)
 class BitsChanged:
-    """Stage 0: what is done by anybody, so that a feeder can take what is not."""
+    """Stage 0: what is done by anybody, so that a feeder can take what is not.
+
+    Bits may also vanish: a clock and a feeder died together, and the proofs with them.
+    """
 
     round: RoundId
     done: int
@@ -271,7 +280,10 @@ class BitsChanged:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """Our work of this round is safe and nobody waits for us: the process may end."""
+    """Our work at this stage is safe: the process may end, once all its stages have said so.
+
+    Until it does, this replica goes on if the stage still has it for a member. Repeated after every commit.
+    """
 
 
 class Trouble(StrEnum):

@@ -23,6 +23,7 @@ from protocol.rounds.events import (
     FetchFailed,
     Frozen,
     PeerGone,
+    Quit,
     Received,
     ReduceDone,
     ReduceFailed,
@@ -129,6 +130,11 @@ class RoundMachine:
                 done.append(action)
         raise AssertionError("a message to ourselves causes itself")
 
+    @property
+    def newest_closing(self) -> Signed | None:
+        """The closing of the newest round that is over, as far as we know."""
+        return self._member.closings.get(RoundId(self._member.newest_closed))
+
     def statistics(self) -> RoundStatistics:
         """Describe this moment."""
         member = self._member
@@ -204,6 +210,8 @@ class RoundMachine:
                 return member.on_synced(event, now_s)
             case Drain():
                 return member.on_drain(event)
+            case Quit():
+                return member.on_quit()
             case Rejoin():
                 return member.resync(None)
         return []

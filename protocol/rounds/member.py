@@ -202,7 +202,7 @@ class Member:
             self.steward.stop()
         self.num_voids += 1
         if self._draining and not slot.tokens:
-            return [*actions, *self._leave()]
+            actions.append(Left())
         slot.round, slot.frozen, slot.tokens = RoundId(void.round + 1), False, None
         return [*actions, *self._open(now_s, fresh=False)] if slot.applied else actions
 
@@ -265,9 +265,15 @@ class Member:
         """Leave with the next commit; at once if no work of ours is waiting for one."""
         self._draining = True
         if self.slot is None:
-            return self._leave()
+            return [Left()]
         self.slot.leaving = True
         return []
+
+    def on_quit(self) -> list[Step]:
+        """Say goodbye to who may still count on us."""
+        members = self.chain.head.members if self.chain is not None else ()
+        goodbye = Goodbye(stage=self._settings.stage, session=self._settings.me.session)
+        return [Send(peer, goodbye) for peer in members if peer != self._settings.me.peer]
 
     # -- time --------------------------------------------------------------------------------------
 
@@ -355,11 +361,10 @@ class Member:
     def _open(self, now_s: float, *, fresh: bool) -> list[Step]:
         """Take tasks of the slot's round; freeze again at once if that round is already over."""
         slot = self.slot
-        if self._draining and fresh:
-            return self._leave()
+        left: list[Step] = [Left()] if self._draining and fresh else []
         if slot is None:
-            return []
-        slot.applied = True
+            return left
+        slot.applied = True  # also when leaving: until the process ends, a stage may have nobody else
         if self._settings.stage == FIRST_STAGE:
             self.clock = Clock(self._settings, slot.round, slot.living, now_s)
         opened = OpenRound(
@@ -369,13 +374,7 @@ class Member:
             members=slot.parent.members,
             fresh=fresh,
         )
-        return [opened, *self._freeze(now_s)]
-
-    def _leave(self) -> list[Step]:
-        """Say goodbye, so that nobody waits for a seat that may still be ours."""
-        members = self.chain.head.members if self.chain is not None else ()
-        goodbye = Goodbye(stage=self._settings.stage, session=self._settings.me.session)
-        return [*(Send(peer, goodbye) for peer in members if peer != self._settings.me.peer), Left()]
+        return [*left, opened, *self._freeze(now_s)]
 
     def _freeze(self, now_s: float) -> list[Step]:
         slot = self.slot

@@ -5,7 +5,7 @@ Everything is real but the network and the time: SQLite, signatures, messages. `
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,7 +83,7 @@ class Office:
 
     async def join(self, volunteer: Volunteer, **changes: Any) -> Welcome:
         """Register a volunteer."""
-        request = volunteer.request(self.manifest, clock_s=START_WALL_S + self.time.now_s, **changes)
+        request = volunteer.request(self.manifest, {"clock_s": START_WALL_S + self.time.now_s, **changes})
         return await self.services.registry.register(volunteer.peer, request)
 
     async def beat(self, volunteer: Volunteer, *states: StageState, **changes: Any) -> BeatReply:
@@ -128,19 +128,19 @@ class Volunteer:
     def seat(self) -> Seat:
         return Seat(peer=self.peer, session=self.session)
 
-    def request(self, run: Manifest, *, clock_s: float, **changes: Any) -> Register:
-        """Return a registration; change what you like."""
+    def request(self, of: Manifest, changes: Mapping[str, Any]) -> Register:
+        """Return a registration with these changes."""
         fields: dict[str, Any] = {
             "protocol": PROTOCOL_VERSION,
-            "run": run.run_id,
+            "run": of.run_id,
             "session": self.session,
             "name": self.name,
             "token": None,
             "capability": Capability(device="cpu", threads=1, memory_bytes=1 << 30, software="test"),
-            "clock_s": clock_s,
+            "clock_s": START_WALL_S,
             "addresses": (f"/ip4/192.0.2.1/tcp/4001/p2p/{self.peer}",),
         }
-        return Register(**(fields | changes))
+        return Register(**{**fields, **changes})
 
 
 def beat(*states: StageState, reports: Sequence[tuple[int, Report]] = (), **changes: Any) -> Beat:
@@ -179,13 +179,13 @@ def snapshot(stage: int, round_id: int, *, files: Any = (), version: int | None 
     )
 
 
-def closing(run: Manifest, round_id: int, *, done: int | None = None, **changes: Any) -> Closing:
-    """Return the closing of a training round with `done` of its microbatches (all by default), without evaluation."""
-    batch = run.batch
-    finished = batch.microbatches_per_round if done is None else done
+def closing(of: Manifest, round_id: int, /, *, tasks: int | None = None, **changes: Any) -> Closing:
+    """Return the closing of a training round with `tasks` of its microbatches (all by default), without evaluation."""
+    batch = of.batch
+    finished = batch.microbatches_per_round if tasks is None else tasks
     tokens = finished * batch.sequences_per_microbatch * batch.sequence_length
     fields: dict[str, Any] = {
-        "run": run.run_id,
+        "run": of.run_id,
         "round": RoundId(round_id),
         "num_train": batch.microbatches_per_round,
         "num_eval": 0,
@@ -200,9 +200,10 @@ def closing(run: Manifest, round_id: int, *, done: int | None = None, **changes:
 
 
 def commit(
-    run: Manifest,
+    of: Manifest,
     stage: int,
     under: Signed,
+    /,
     *,
     members: Sequence[Volunteer],
     parent: Lineage,
@@ -213,7 +214,7 @@ def commit(
     closed = Closing.from_bytes(under.payload)
     share = closed.target_tokens // len(members)
     fields: dict[str, Any] = {
-        "run": run.run_id,
+        "run": of.run_id,
         "stage": StageId(stage),
         "generation": 1,
         "first_round": closed.round,
@@ -316,9 +317,7 @@ async def open_office(
     directory = RunDir(folder, KEY, seal(KEY, MANIFEST_CONTEXT, run), run)
     database = await Database.open(folder / DATABASE_FILE)
     try:
-        services = make_services(
-            directory, CoordinatorSettings(**settings), database=database, clock=time.clock
-        )
+        services = make_services(directory, CoordinatorSettings(**settings), database=database, clock=time.clock)
         await services.load()
         yield Office(services, time)
     finally:

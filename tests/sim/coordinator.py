@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from protocol.ids import PeerId, RoundId, StageId, Version, digest
 from protocol.rounds import Chain
 from protocol.rounds.events import Received
-from protocol.rounds.messages import CHARTER_CONTEXT, Charter, CharterNotice, Seat
+from protocol.rounds.messages import CHARTER_CONTEXT, Charter, CharterNotice, Closing, ClosingNotice, Seat
 from protocol.signing import Signed
 from tests.sim.replica import Held, Replica
 
@@ -30,6 +30,7 @@ class Coordinator:
         self.resolves_forks = False
         self.kept: dict[StageId, Held] = {}
         self.charters: dict[StageId, Signed] = {}
+        self.closing: Signed | None = None
         self._world = world
         self._dead_since_s: dict[StageId, float] = {}
         world.at(LOOK_EVERY_S, self._look)
@@ -80,6 +81,7 @@ class Coordinator:
             self._keep_copy(stage, replicas)
             for replica in replicas:
                 self._tell(replica)
+                self._exchange_closings(replica)
             if self.resolves_forks and stage in self._world.forked:
                 self._end_fork(stage, replicas)
             else:
@@ -92,6 +94,18 @@ class Coordinator:
             for process in world.processes.values()
             if stage in process.replicas and process.answers(self.name)
         ]
+
+    def _exchange_closings(self, replica: Replica) -> None:
+        """Peers report closings to the coordinator's books; who lacks the newest one gets it from there."""
+        theirs = replica.machine.newest_closing
+        newest = self._round_of(theirs)
+        if newest > self._round_of(self.closing):
+            self.closing = theirs
+        elif self.closing is not None and newest < self._round_of(self.closing):
+            replica.feed(Received(self.name, ClosingNotice(stage=replica.stage, closing=self.closing)))
+
+    def _round_of(self, closing: Signed | None) -> int:
+        return -1 if closing is None else Closing.from_bytes(closing.payload).round
 
     def _keep_copy(self, stage: StageId, replicas: list[Replica]) -> None:
         for replica in replicas:
@@ -110,14 +124,9 @@ class Coordinator:
         if world.now_s - since_s < world.options.restore_after_s:
             return
         del self._dead_since_s[stage]
-        best = max(
-            (each.held for each in replicas if each.held is not None and each.held.generation >= self.kept[stage].generation),
-            key=lambda held: held.version,
-            default=self.kept[stage],
-        )
-        best = max(best, self.kept[stage], key=lambda held: (held.generation, held.version))
-        closed = max(world.checks.closings, default=-1)  # peers report closings; here they are in the books
-        round_id = RoundId(max(best.next_round, closed + 1))
+        states = [each.held for each in replicas if each.held is not None]
+        best = max([*states, self.kept[stage]], key=lambda held: (held.generation, held.version))
+        round_id = RoundId(max(best.next_round, self._round_of(self.closing) + 1))
         self._restart(stage, replicas[:1], best, round_id)
 
     def _end_fork(self, stage: StageId, replicas: list[Replica]) -> None:

@@ -6,8 +6,9 @@ virtual seconds from the start.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from protocol.ids import PeerId, StageId
@@ -122,6 +123,18 @@ class CoordinatorAway:
     for_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class When:
+    """A fault that begins with the `count`-th message of a kind, before that message is on its way.
+
+    In the fault "@sender" and "@target" stand for the two ends of that message; its `at_s` counts from there.
+    """
+
+    kind: str
+    count: int
+    fault: Fault
+
+
 Fault = (
     Kill
     | Restart
@@ -136,18 +149,52 @@ Fault = (
     | CutStreams
     | CoordinatorAway
 )
+Plan = Sequence[Fault | When]
 
 
-def torment(world: World, plan: Sequence[Fault]) -> float:
-    """Schedule a plan, and return when its last fault is over."""
+def torment(world: World, plan: Plan) -> float:
+    """Schedule a plan, and return when its last timed fault is over."""
     ends_s = 0.0
+    waiting: dict[tuple[str, int], list[Fault]] = {}
     for fault in plan:
-        world.at(fault.at_s, lambda fault=fault: _begin(world, fault))  # type: ignore[misc]
-        for_s: float = getattr(fault, "for_s", 0.0)
-        if for_s:
-            world.at(fault.at_s + for_s, lambda fault=fault: _end(world, fault))  # type: ignore[misc]
-        ends_s = max(ends_s, fault.at_s + for_s)
+        if isinstance(fault, When):
+            waiting.setdefault((fault.kind, fault.count), []).append(fault.fault)
+        else:
+            ends_s = max(ends_s, _schedule(world, fault))
+    counts: Counter[str] = Counter()
+
+    def on_send(sender: PeerId, to: PeerId, kind: str) -> None:
+        counts[kind] += 1
+        for fault in waiting.pop((kind, counts[kind]), []):
+            _schedule(world, _name_ends(fault, sender, to))
+
+    world.network.on_send = on_send
     return ends_s
+
+
+def _schedule(world: World, fault: Fault) -> float:
+    """Begin a fault at its time; at once if that is now."""
+    if fault.at_s > 0:
+        world.at(fault.at_s, lambda: _begin(world, fault))
+    else:
+        _begin(world, fault)
+    for_s: float = getattr(fault, "for_s", 0.0)
+    if for_s:
+        world.at(fault.at_s + for_s, lambda: _end(world, fault))
+    return fault.at_s + for_s
+
+
+def _name_ends(fault: Fault, sender: PeerId, to: PeerId) -> Fault:
+    """Put the ends of the triggering message in place of their placeholders."""
+    names = {"@sender": sender, "@target": to}
+    changes: dict[str, object] = {}
+    for field in ("peer", "one", "other"):
+        value = getattr(fault, field, None)
+        if value in names:
+            changes[field] = names[value]
+    if isinstance(fault, Partition):
+        changes["group"] = tuple(names.get(peer, PeerId(peer)) for peer in fault.group)
+    return replace(fault, **changes)  # type: ignore[arg-type]
 
 
 def _begin(world: World, fault: Fault) -> None:
@@ -159,6 +206,8 @@ def _begin(world: World, fault: Fault) -> None:
         case Restart(peer):
             if not processes[PeerId(peer)].alive:
                 revive(world, PeerId(peer))
+            elif processes[PeerId(peer)].draining:  # not gone yet
+                _schedule(world, Restart(peer, 1.0))
         case Leave(peer):
             processes[PeerId(peer)].drain()
         case Pause(peer):
@@ -190,7 +239,8 @@ def _end(world: World, fault: Fault) -> None:
                 process.resume()
         case Partition():
             for cut in _cuts(world, fault):
-                network.cuts.remove(cut)
+                if cut in network.cuts:
+                    network.cuts.remove(cut)
         case Worsen():
             network.link = world.options.link
         case DropKind(kind=kind):
@@ -225,39 +275,45 @@ def _cuts(world: World, fault: Partition) -> list[Cut]:
     return [there] if fault.one_way else [there, Cut(outside, inside)]
 
 
-def random_plan(rng: Random, world: World, *, until_s: float, num_faults: int) -> list[Fault]:
-    """Draw faults that a sound protocol survives without a fork: any kills, but short cuts and stops.
+def random_plan(rng: Random, world: World, *, until_s: float, num_faults: int) -> Plan:
+    """Draw faults that a sound protocol survives without a fork: any kills, but only short cuts and stops.
 
-    Cuts and stops stay below the patience, and never hit one stage twice at a time: two overlapping ones
-    may add up to a cut as long as the patience, which is a fork by design.
+    About half of them strike at a moment of a ballot. No cut or stop is as long as half the patience, and
+    none begins within the patience after another: a stage that is torn for longer than that forks by design.
     """
-    plan: list[Fault] = []
+    plan: list[Fault | When] = []
     names = sorted(world.processes)
-    busy_until_s = 0.0
-    longest_s = world.timers.patience_s / 2
     for _ in range(num_faults):
-        at_s, peer = rng.uniform(0, until_s), rng.choice(names)
-        kind = rng.choice(("kill", "kill", "kill", "pause", "cut", "worsen", "drop", "fail", "away", "leave"))
-        for_s = rng.uniform(0.2, longest_s)
-        if kind == "kill":
-            plan += [Kill(peer, at_s), Restart(peer, at_s + rng.uniform(0.1, 6.0))]
-        elif kind == "leave":
-            plan += [Leave(peer, at_s), Restart(peer, at_s + rng.uniform(8.0, 12.0))]
-        elif kind == "fail":
-            plan.append(FailReduces(at_s, rng.randint(1, 4)))
-        elif kind == "away":
-            plan.append(CoordinatorAway(at_s, rng.uniform(1.0, 8.0)))
-        elif kind == "worsen":
-            plan.append(Worsen(at_s, for_s, loss=0.1, duplicates=0.2, jitter_s=rng.uniform(0.05, 0.3)))
-        elif kind == "drop":
-            plan.append(DropKind(rng.choice(LOSABLE), at_s, for_s, loss=rng.uniform(0.3, 1.0)))
-        elif at_s > busy_until_s:
-            busy_until_s = at_s + for_s + world.timers.patience_s
-            one_way = rng.random() < 0.3
-            plan.append(Pause(peer, at_s, for_s) if kind == "pause" else Partition((peer,), at_s, for_s, one_way))
+        when = When(rng.choice(BALLOT_KINDS), rng.randint(1, 40), Kill("", 0.0)) if rng.random() < 0.5 else None
+        at_s = 0.0 if when is not None else rng.uniform(0.01, until_s)
+        peer = rng.choice(names) if when is None else rng.choice(("@sender", "@target"))
+        for fault in _random_faults(rng, world, peer, at_s):
+            plan.append(fault if when is None else replace(when, fault=fault))
     return plan
 
 
+def _random_faults(rng: Random, world: World, peer: str, at_s: float) -> list[Fault]:
+    for_s = rng.uniform(0.2, world.timers.patience_s / 2)
+    match rng.choice(("kill", "kill", "kill", "pause", "cut", "worsen", "drop", "fail", "away", "leave")):
+        case "kill":
+            return [Kill(peer, at_s), Restart(peer, at_s + rng.uniform(0.1, 6.0))]
+        case "leave":
+            return [Leave(peer, at_s), Restart(peer, at_s + rng.uniform(8.0, 12.0))]
+        case "fail":
+            return [FailReduces(at_s, rng.randint(1, 4))]
+        case "away":
+            return [CoordinatorAway(at_s, rng.uniform(1.0, 8.0))]
+        case "worsen":
+            return [Worsen(at_s, for_s, loss=0.1, duplicates=0.2, jitter_s=rng.uniform(0.05, 0.3))]
+        case "drop":
+            return [DropKind(rng.choice(LOSABLE), at_s, for_s, loss=rng.uniform(0.3, 1.0))]
+        case "pause":
+            return [Pause(peer, at_s, for_s)]
+        case _:
+            return [Partition((peer,), at_s, for_s, one_way=rng.random() < 0.3)]
+
+
+BALLOT_KINDS = ("Ping", "Pong", "Begin", "ReduceResult", "Propose", "Accept", "Committed", "ClosingNotice")
 LOSABLE = ("Committed", "ClosingNotice", "Begin", "Accept", "Propose", "ReduceResult", "Pong", "DoneUnion", "Ready")
 
 

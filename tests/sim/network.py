@@ -6,7 +6,7 @@ what messages mean, except for their class when a plan drops a kind.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -41,10 +41,13 @@ class Network:
         self.dropped_kinds: dict[str, float] = {}
         self.slowed: dict[PeerId, float] = {}
         self.num_sent = 0
+        self.on_send: Callable[[PeerId, PeerId, str], None] | None = None
 
     def fates(self, sender: PeerId, to: PeerId, kind: str) -> Iterator[float]:
         """Yield the delay of every copy that arrives; none if the message is lost."""
         self.num_sent += 1
+        if self.on_send is not None:
+            self.on_send(sender, to, kind)
         if self.is_cut(sender, to):
             return
         if self._rng.random() < max(self.link.loss, self.dropped_kinds.get(kind, 0.0)):

@@ -121,10 +121,10 @@ class Pipeline:
         """Somebody's numbers have moved."""
         if self._opened is None or self._opened.round != round_id:
             return
-        fresh = done & ~self._done
-        self._done |= done
+        changed = done ^ self._done
+        self._done = done
         for number, owner in self._owners.items():
-            if fresh >> number & 1:
+            if changed >> number & 1:
                 self._moved_s[owner] = self._world.now_s
 
     def _feed(self, life: int) -> None:
@@ -155,9 +155,7 @@ class Pipeline:
         if task.over:
             return
         self._world.checks.on_done(task)
-        credits = tuple(
-            Credit(stage=stage, peer=peer, tokens=task.tokens) for stage, peer in sorted(task.path.items())
-        )
+        credits = tuple(Credit(stage=stage, peer=peer, tokens=task.tokens) for stage, peer in sorted(task.path.items()))
         done = DoneTask(
             number=task.number,
             evidence=self._world.evidence_of(task.round, task.number),

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from protocol.ids import PeerId, StageId
-from protocol.rounds.events import Drain, Event, PeerGone, Received, RosterChanged, Tick
-from protocol.rounds.messages import ClosingNotice, Goodbye, Seat, StageMessage
+from protocol.rounds.events import Drain, Event, PeerGone, Quit, Received, RosterChanged, Tick
+from protocol.rounds.messages import ClosingNotice, Seat, StageMessage
 from tests.sim.pipeline import Pipeline
 from tests.sim.replica import Replica
 
@@ -28,6 +28,7 @@ class Process:
         self.stages = stages
         self.alive = False
         self.paused = False
+        self.draining = False
         self.session = 0
         self.replicas: dict[StageId, Replica] = {}
         self.pipeline = Pipeline(self)
@@ -38,7 +39,7 @@ class Process:
 
     def start(self) -> None:
         """Begin a new life: a new session, no memory."""
-        self.alive, self.paused, self._waiting = True, False, []
+        self.alive, self.paused, self.draining, self._waiting = True, False, False, []
         self.session = self.world.new_session()
         self.pipeline = Pipeline(self)
         me = Seat(peer=self.name, session=self.session)
@@ -56,10 +57,12 @@ class Process:
     def leave(self) -> None:
         """End in peace, once every stage of ours has said that it may."""
         if self.alive and all(replica.has_left for replica in self.replicas.values()):
+            self.feed_all(Quit())
             self.kill()
 
     def drain(self) -> None:
         """Ask every replica to leave."""
+        self.draining = True
         self.feed_all(Drain())
 
     def pause(self) -> None:
@@ -108,9 +111,8 @@ class Process:
         """A message has arrived at our host."""
         if self.alive:
             self._run(self.session, lambda: self.deliver(sender.name, message))
-        elif self.world.options.hosts_refuse and sender.alive and self.world.network.connects(self.name, sender.name):
-            if not isinstance(message, Goodbye):
-                sender.later(self.world.network.link.delay_s, lambda: sender.feed_all(PeerGone(self.name)))
+        elif self.world.options.hosts_refuse and self.world.network.connects(self.name, sender.name):
+            sender.later(self.world.network.link.delay_s, lambda: sender.feed_all(PeerGone(self.name)))
 
     def deliver(self, sender: PeerId, message: StageMessage) -> None:
         """Hand a message to the replica that it is for; a closing is for all of them."""

@@ -200,9 +200,7 @@ class Replica:
         others = [self.world.processes[peer].replicas.get(self.stage) for peer in sources]
         me = self.process.name
         return any(
-            other is not None
-            and other.process.answers(me)
-            and commit.digest in other.staged | other.logged
+            other is not None and other.process.answers(me) and commit.digest in other.staged | other.logged
             for other in others
         )
 

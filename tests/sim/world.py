@@ -61,9 +61,7 @@ class Options:
 class World:
     """Everything there is."""
 
-    def __init__(
-        self, seed: int, options: Options, notaries: Callable[[PeerId], Notary] = FakeNotary
-    ) -> None:
+    def __init__(self, seed: int, options: Options, notaries: Callable[[PeerId], Notary] = FakeNotary) -> None:
         self.rng = Random(seed)
         self.options = options
         self.timers = options.timers

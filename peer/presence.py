@@ -1,0 +1,99 @@
+"""This peer's place in the DHT: what it says about itself there, and whom it finds.
+
+Owns: the record and its refreshing, the periodic look-up of every stage, and the goodbye. The DHT is slow
+discovery: it tells who hosts what and where, also when the coordinator is away. Must not know: rounds;
+who works now is in the commits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+import structlog
+
+from peer.link import Link
+from protocol.errors import SwarmError
+from protocol.ids import PeerId, StageId
+from protocol.records import MAX_ADDRESSES, REFRESH_EVERY_S, HostedStage, ReplicaRecord
+from protocol.signing import Signed
+from protocol.wire import PROTOCOL_VERSION
+
+log = structlog.get_logger()
+
+FIRST_LOOK_S = 3.0
+LOOK_EVERY_S = 15.0
+
+
+class Presence:
+    """Publishes one peer's record and watches those of others."""
+
+    def __init__(
+        self,
+        link: Link,
+        *,
+        name: str,
+        software: str,
+        admission: Signed,
+        num_stages: int,
+        hosted: Callable[[], tuple[HostedStage, ...]],
+        load_s: Callable[[], float],
+        on_found: Callable[[Mapping[StageId, tuple[PeerId, ...]]], None],
+    ) -> None:
+        """`hosted` says what is ready to work here; `on_found` gets all replicas by stage after every look-up."""
+        self._link = link
+        self._name = name
+        self._software = software
+        self._admission = admission
+        self._num_stages = num_stages
+        self._hosted = hosted
+        self._load_s = load_s
+        self._on_found = on_found
+
+    async def keep_published(self) -> None:
+        """Refresh our record until cancelled, from the moment there is something to say."""
+        while True:
+            hosted = self._hosted()
+            if hosted:
+                try:
+                    await self._link.node.publish(await self._record(hosted))
+                except SwarmError as error:
+                    log.info("record.unpublished", error=error.one_line())
+            await asyncio.sleep(REFRESH_EVERY_S if hosted else FIRST_LOOK_S)
+
+    async def keep_looking(self) -> None:
+        """Look all stages up until cancelled; introduce who is found."""
+        await asyncio.sleep(FIRST_LOOK_S)
+        while True:
+            found: dict[StageId, tuple[PeerId, ...]] = {}
+            for stage in map(StageId, range(self._num_stages)):
+                try:
+                    records = await self._link.node.replicas(stage)
+                except SwarmError as error:
+                    log.debug("record.unread", stage=stage, error=error.one_line())
+                    continue
+                found[stage] = tuple(record.peer for record in records)
+                for record in records:
+                    await self._link.introduce(record.peer, record.addresses)
+            self._on_found(found)
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    async def withdraw(self) -> None:
+        """Say goodbye; the record would expire anyway."""
+        try:
+            await self._link.node.withdraw(timeout_s=3.0)
+        except SwarmError as error:
+            log.debug("record.left", error=error.one_line())
+
+    async def _record(self, hosted: tuple[HostedStage, ...]) -> ReplicaRecord:
+        return ReplicaRecord(
+            run=self._link.node.run,
+            peer=self._link.peer_id,
+            name=self._name,
+            addresses=(await self._link.node.addresses())[:MAX_ADDRESSES],
+            hosted=hosted,
+            software=self._software,
+            protocol=PROTOCOL_VERSION,
+            admission=self._admission,
+            load_s=min(1e6, self._load_s()),
+        )

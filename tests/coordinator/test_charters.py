@@ -1,0 +1,364 @@
+"""When charters are issued and whom they name.
+
+Oracles: the four rules at the head of `coordinator/founding.py`, as scenes with a fixed clock; for random
+swarms, the rule that must never break: no charter for a stage in which somebody may still be committing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.founding import Decision, Participant, Replica, Standing, View, decide, may_act
+from protocol.control import Leave
+from protocol.ids import Digest, PeerId, RoundId, StageId, Version, digest
+from protocol.rounds.messages import CHARTER_CONTEXT, Charter, Seat
+from protocol.signing import unseal
+from tests.coordinator.office import (
+    INITIAL,
+    Office,
+    StoppedTime,
+    Volunteer,
+    closing,
+    commit,
+    commit_report,
+    lineage_of,
+    open_office,
+    sign_closing,
+    sign_commit,
+    state,
+)
+from tests.protocol.manifests import KEY
+
+A, B, C, D = (Volunteer(name) for name in "abcd")
+LATER = digest(b"a later state")
+
+
+# -- the rules, pure ----------------------------------------------------------------------------------
+
+
+def replica(name: str, stage: int, **changes: object) -> Replica:
+    fields: dict[str, object] = {
+        "seat": Seat(peer=PeerId(name), session=1),
+        "stage": StageId(stage),
+        "round": RoundId(0),
+        "version": Version(0),
+        "ready": True,
+        "acting": False,
+        "state_digest": INITIAL,
+    }
+    return Replica(**(fields | changes))  # type: ignore[arg-type]
+
+
+def participant(name: str, *stages: int, standing: Standing = Standing.HERE, **changes: object) -> Participant:
+    return Participant(
+        peer=PeerId(name),
+        standing=standing,
+        stages=tuple(StageId(stage) for stage in stages),
+        replicas=tuple(replica(name, stage, **changes) for stage in stages),
+    )
+
+
+def view(*participants: Participant, generations: dict[int, int] | None = None, **changes: object) -> View:
+    fields: dict[str, object] = {
+        "num_stages": 2,
+        "participants": participants,
+        "generations": generations or {},
+        "start_peers": 2,
+        "floor": {},
+        "vacant_s": {},
+        "awake_s": 100.0,
+        "settle_s": 10.0,
+        "move_after_s": 5.0,
+    }
+    return View(**(fields | changes))  # type: ignore[arg-type]
+
+
+STARTED = {0: 1, 1: 1}
+
+
+def named(decision: Decision) -> dict[int, list[str]]:
+    return {founding.stage: [seat.peer for seat in founding.seats] for founding in decision.foundings}
+
+
+def test_the_run_starts_when_every_stage_is_ready_and_enough_peers_are() -> None:
+    assert decide(view(participant("a", 0))).waiting_for == "a replica of stage 1"
+    assert decide(view(participant("a", 0), participant("b", 1), start_peers=3)).waiting_for == "1 more of 3 peers"
+    assert decide(view(participant("a", 0), participant("b", 1, ready=False))).waiting_for == "a replica of stage 1"
+    decision = decide(view(participant("a", 0), participant("b", 1), participant("c", 0)))
+    assert named(decision) == {0: ["a", "c"], 1: ["b"]}
+    assert {(f.generation, f.round, f.version, f.state_digest) for f in decision.foundings} == {(1, 0, 0, INITIAL)}
+
+
+def test_nothing_happens_while_all_stages_have_members() -> None:
+    acting = (participant("a", 0, acting=True), participant("b", 1, acting=True), participant("c", 1))
+    assert decide(view(*acting, generations=STARTED)) == Decision()
+
+
+def test_a_dead_stage_is_founded_again_at_the_round_of_the_living() -> None:
+    living = participant("a", 0, acting=True, round=RoundId(7), version=Version(7))
+    restored = participant("c", 1, round=RoundId(5), version=Version(5), state_digest=LATER)
+    (founding,) = decide(view(living, restored, generations={0: 1, 1: 3})).foundings
+    assert (founding.stage, founding.generation, founding.round, founding.version) == (1, 4, 7, 5)
+    assert founding.seats == (Seat(peer=PeerId("c"), session=1),)
+    assert founding.state_digest == LATER
+
+
+def test_a_dead_stage_waits_for_somebody_to_restore_it() -> None:
+    decision = decide(view(participant("a", 0, acting=True), participant("c", 1, ready=False), generations=STARTED))
+    assert (decision.foundings, decision.moves) == ((), ())
+    assert decision.waiting_for == "somebody to restore stage 1"
+
+
+@pytest.mark.parametrize("standing", [Standing.MISSING, Standing.UNHEARD])
+def test_no_charter_over_a_member_who_may_only_have_lost_the_way_to_us(standing: Standing) -> None:
+    gone = participant("b", 1, acting=True, standing=standing)
+    scene = view(participant("a", 0, acting=True), gone, participant("c", 1), generations=STARTED)
+    assert decide(scene) == Decision()
+
+
+def test_an_unheard_peer_blocks_its_stages_even_if_nothing_is_known_of_its_replicas() -> None:
+    unheard = Participant(peer=PeerId("b"), standing=Standing.UNHEARD, stages=(StageId(1),))
+    scene = view(participant("a", 0, acting=True), unheard, participant("c", 1), generations=STARTED)
+    assert decide(scene) == Decision()
+
+
+def test_nobody_is_replaced_before_everybody_had_time_to_report_after_an_interruption() -> None:
+    restored = (participant("a", 0), participant("b", 1))
+    assert decide(view(*restored, generations=STARTED, awake_s=9.0)).foundings == ()
+    assert len(decide(view(*restored, generations=STARTED, awake_s=10.0)).foundings) == 2
+
+
+def test_when_everything_died_all_stages_start_from_the_newest_round_they_share() -> None:
+    both = participant("b", 1, round=RoundId(8), version=Version(8))
+    scene = view(
+        participant("a", 0, round=RoundId(8), version=Version(8)),
+        participant("d", 0, round=RoundId(12), version=Version(12)),
+        both,
+        generations=STARTED,
+        start_peers=50,
+    )
+    decision = decide(scene)
+    assert named(decision) == {0: ["a"], 1: ["b"]}
+    assert {(f.generation, f.round, f.version) for f in decision.foundings} == {(2, 8, 8)}
+
+
+def test_stages_without_a_common_round_wait() -> None:
+    scene = view(participant("a", 0, round=RoundId(8)), participant("b", 1, round=RoundId(4)), generations=STARTED)
+    assert decide(scene).waiting_for == "replicas that hold one and the same round"
+
+
+def test_a_state_older_than_the_newest_checkpoint_is_never_founded_on() -> None:
+    """A peer that could not fetch the checkpoint offers the initial weights: taking them would be a disaster."""
+    scene = view(
+        participant("a", 0, acting=True, round=RoundId(9), version=Version(9)),
+        participant("c", 1),
+        generations=STARTED,
+        floor={StageId(1): Version(8)},
+    )
+    assert decide(scene).waiting_for == "somebody to restore stage 1"
+
+
+def test_the_newest_version_wins_then_the_state_that_most_hold_then_the_lower_digest() -> None:
+    old = participant("a", 1, version=Version(4))
+    lone = participant("b", 1, version=Version(5), state_digest=Digest(bytes(32)))
+    pair = [participant(name, 1, version=Version(5), state_digest=LATER) for name in ("c", "d")]
+    living = participant("z", 0, acting=True, round=RoundId(6))
+    (founding,) = decide(view(living, old, lone, *pair, generations=STARTED)).foundings
+    assert ([seat.peer for seat in founding.seats], founding.state_digest) == (["c", "d"], LATER)
+    (tied,) = decide(view(living, lone, pair[0], generations=STARTED)).foundings
+    assert tied.state_digest == Digest(bytes(32))
+
+
+def test_a_vacant_stage_gets_a_peer_from_elsewhere_after_a_while() -> None:
+    pair = (participant("a", 0, acting=True), participant("b", 0, acting=True))
+    assert decide(view(*pair, generations=STARTED, vacant_s={StageId(1): 4.9})).moves == ()
+    (move,) = decide(view(*pair, generations=STARTED, vacant_s={StageId(1): 5.0})).moves
+    assert (move.peer, move.stage) == ("b", 1)
+    alone = decide(view(pair[0], generations=STARTED, vacant_s={StageId(1): 60.0}))
+    assert alone.moves == ()
+
+
+peers_of_a_swarm = st.lists(
+    st.tuples(
+        st.integers(0, 2), st.sampled_from(Standing), st.booleans(), st.booleans(), st.integers(0, 5), st.integers(0, 3)
+    ),
+    max_size=8,
+)
+
+
+@given(peers_of_a_swarm, st.booleans(), st.floats(0, 30))
+def test_no_charter_ever_for_a_stage_that_may_have_members(
+    swarm: list[tuple[int, Standing, bool, bool, int, int]], started: bool, awake_s: float
+) -> None:
+    """Oracle: `may_act`, and that only peers which are here and ready are named."""
+    participants = [
+        participant(
+            str(number),
+            stage,
+            standing=standing,
+            ready=ready,
+            acting=acting,
+            round=RoundId(round_id),
+            version=Version(version),
+        )
+        for number, (stage, standing, ready, acting, round_id, version) in enumerate(swarm)
+    ]
+    scene = view(
+        *participants, num_stages=3, generations={0: 1, 1: 1, 2: 1} if started else {}, awake_s=awake_s, start_peers=1
+    )
+    here = {one.peer for one in participants if one.standing is Standing.HERE and one.replicas[0].ready}
+    for founding in decide(scene).foundings:
+        assert not may_act(scene, founding.stage)
+        assert founding.seats
+        assert {seat.peer for seat in founding.seats} <= here
+
+
+# -- the office ---------------------------------------------------------------------------------------
+
+
+async def start(office: Office, *volunteers: Volunteer) -> None:
+    """Register and make ready; the stages are 0, 1, 0, 1, ..."""
+    for number, volunteer in enumerate(volunteers):
+        assert (await office.join(volunteer)).stages == (number % 2,)
+        office.time.advance(0.01)
+    for number, volunteer in enumerate(volunteers):
+        await office.beat(volunteer, state(number % 2))
+    await office.tick()
+
+
+async def test_charters_are_signed_kept_and_handed_to_everybody(tmp_path: Path) -> None:
+    async with open_office(tmp_path, start_peers=2) as office:
+        await office.join(A)
+        await office.beat(A, state(0))
+        await office.tick()
+        assert office.charters() == {}
+        assert office.services.journal.notes == {"run": "waiting for a replica of stage 1"}
+        await office.join(B)
+        await office.beat(B, state(1))
+        await office.tick()
+        reply = await office.beat(A, state(0))
+        charters = [unseal(signed, CHARTER_CONTEXT, Charter, signer=KEY.peer_id) for signed in reply.charters]
+        assert [(c.stage, c.generation, c.seats) for c in charters] == [(0, 1, (A.seat,)), (1, 1, (B.seat,))]
+        assert (await office.join(C)).charters == reply.charters
+        assert office.services.journal.notes == {}
+
+
+async def test_a_charter_is_issued_once_though_its_members_have_not_heard_of_it_yet(tmp_path: Path) -> None:
+    async with open_office(tmp_path, start_peers=2) as office:
+        await start(office, A, B)
+        for _ in range(3):
+            await office.tick(0.5)
+            await office.beat(A, state(0))
+            await office.beat(B, state(1))
+        assert {charter.generation for charter in office.charters().values()} == {1}
+
+
+async def test_a_restarted_coordinator_hands_out_the_same_charters(tmp_path: Path) -> None:
+    time = StoppedTime()
+    async with open_office(tmp_path, time=time, start_peers=2) as office:
+        await start(office, A, B)
+        before = office.services.charters.newest()
+    async with open_office(tmp_path, time=time, start_peers=2) as office:
+        assert office.services.charters.newest() == before
+        for _ in range(20):  # A is heard soon, B only later: nobody takes its stage meanwhile
+            await office.tick(1.0)
+            await office.beat(A, state(0, lineage=office.charter_lineage(0), members=1))
+        assert office.services.charters.newest() == before
+
+
+async def test_a_dead_stage_comes_back_with_a_joiner(tmp_path: Path) -> None:
+    """B, the only replica of stage 1, is killed; A misses it; C arrives and restores the checkpoint."""
+    async with open_office(tmp_path, start_peers=2, lost_after_s=10.0) as office:
+        await start(office, A, B)
+        acting = state(0, lineage=office.charter_lineage(0), members=1, round=3, version=3)
+        await office.tick(8.0)
+        await office.beat(A, acting, suspects=(B.peer,))
+        assert (await office.join(C)).stages == (1,)
+        await office.beat(C, state(1, version=2, round=2, state_digest=LATER))
+        await office.tick()
+        assert office.charters()[StageId(1)].generation == 1, "B may still be there"
+        await office.tick(2.1)
+        await office.beat(A, acting, suspects=(B.peer,))
+        await office.tick(0.5)
+        again = office.charters()[StageId(1)]
+        assert (again.generation, again.round, again.version, again.seats) == (2, 3, 2, (C.seat,))
+        assert office.charters()[StageId(0)].generation == 1
+
+
+async def test_without_a_witness_a_silent_member_keeps_its_place_longer(tmp_path: Path) -> None:
+    async with open_office(tmp_path, start_peers=2, lost_after_s=10.0, bury_factor=3.0) as office:
+        await start(office, A, B)
+        await office.join(C)
+        await office.join(D)
+        acting = state(0, lineage=office.charter_lineage(0), members=1)
+        generations = []
+        for _ in range(10):
+            await office.tick(4.0)
+            await office.beat(A, acting)
+            await office.beat(D, state(1))
+            generations.append(office.charters()[StageId(1)].generation)
+        assert generations == [1] * 7 + [2] * 3, "B was silent for 28 s, and then for 32 s"
+
+
+async def test_a_peer_that_said_goodbye_is_replaced_at_once(tmp_path: Path) -> None:
+    async with open_office(tmp_path, start_peers=2) as office:
+        await start(office, A, B)
+        await office.services.registry.leave(B.peer, Leave(reason="stopped"))
+        assert (await office.join(C)).stages == (1,)
+        await office.beat(A, state(0, lineage=office.charter_lineage(0), members=1))
+        await office.beat(C, state(1))
+        await office.tick(9.5)
+        assert office.charters()[StageId(1)].generation == 1, "everybody else may still be about to report"
+        await office.beat(A, state(0, lineage=office.charter_lineage(0), members=1))
+        await office.beat(C, state(1))
+        await office.tick(1.0)
+        assert office.charters()[StageId(1)].seats == (C.seat,)
+
+
+async def test_a_joiner_that_no_commit_has_seated_is_not_a_member(tmp_path: Path) -> None:
+    """B dies; C followed B's lineage and says it has members, but it was never given a seat in it."""
+    async with open_office(tmp_path, start_peers=2, lost_after_s=10.0) as office:
+        await start(office, A, B)
+        under = sign_closing(A, closing(office.manifest, 0))
+        signed = sign_commit(B, commit(office.manifest, 1, under, members=[B], parent=office.charter_lineage(1)))
+        await office.beat(B, state(1), reports=((1, commit_report(signed)),))
+        await office.join(C)
+        await office.join(D)
+        for _ in range(12):
+            await office.tick(1.0)
+            await office.beat(A, state(0, lineage=office.charter_lineage(0), members=1, round=1), suspects=(B.peer,))
+            await office.beat(D, state(1, lineage=lineage_of(signed), members=1, version=1, round=1))
+        assert office.charters()[StageId(1)].seats == (D.seat,)
+
+
+async def test_a_restarted_member_is_somebody_else(tmp_path: Path) -> None:
+    """Oracle: the seat in the charter names a session; the same peer with another one has no seat."""
+    async with open_office(tmp_path, start_peers=2) as office:
+        await start(office, A, B)
+        reborn = Volunteer("b", session=2)
+        await office.join(reborn)
+        lineages = office.charter_lineage(0), office.charter_lineage(1)
+        for _ in range(12):
+            await office.tick(1.0)
+            await office.beat(A, state(0, lineage=lineages[0], members=1))
+            await office.beat(reborn, state(1, lineage=lineages[1], members=0))
+        assert office.charters()[StageId(1)].seats == (reborn.seat,)
+
+
+async def test_an_empty_stage_takes_a_peer_from_a_full_one(tmp_path: Path) -> None:
+    async with open_office(tmp_path, start_peers=2, move_after_s=5.0) as office:
+        await start(office, A, B, C)
+        lineage = office.charter_lineage(0)
+        await office.services.registry.leave(B.peer, Leave())
+        for _ in range(18):
+            await office.tick(1.0)
+            await office.beat(A, state(0, lineage=lineage, members=2))
+            reply = await office.beat(C, state(0, lineage=lineage, members=2))
+        assert reply.stages == (1,)
+        await office.beat(C, state(1))
+        await office.tick(1.0)
+        assert office.charters()[StageId(1)].seats == (C.seat,)

@@ -1,0 +1,257 @@
+"""Reports become counters once, and only if they can be believed.
+
+Oracles: numbers that were put into the reports, added up by hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator.store import tallies
+from protocol.control import Report
+from protocol.errors import PeerFault
+from protocol.ids import RoundId
+from protocol.signing import Signed, seal
+from tests.coordinator.office import (
+    NO_LINEAGE,
+    Office,
+    StoppedTime,
+    Volunteer,
+    averaging,
+    closing,
+    closing_report,
+    commit,
+    commit_report,
+    open_office,
+    sign_closing,
+    sign_commit,
+    state,
+    work,
+)
+
+A, B, C = Volunteer("a"), Volunteer("b"), Volunteer("c")
+FIRST = 10
+
+
+async def ready_office(office: Office) -> None:
+    """Let A, B and C in, and found both stages so that commits have a generation to belong to."""
+    for number, volunteer in enumerate((A, B, C)):
+        await office.join(volunteer)
+        await office.beat(volunteer, state(number % 2))
+    await office.tick()
+
+
+async def report(office: Office, by: Volunteer, *reports: Report, first: int = FIRST) -> int:
+    """Send reports with rising numbers; return what was acknowledged."""
+    numbered = tuple((first + offset, one) for offset, one in enumerate(reports))
+    return (await office.beat(by, state(0), reports=numbered)).acknowledged
+
+
+async def counters(office: Office) -> tallies.Counters:
+    return await office.services.database.run(tallies.counters)
+
+
+def committed(office: Office, under: Signed, *members: Volunteer, stage: int = 0, **changes: Any) -> Signed:
+    message = commit(office.manifest, stage, under, members=members, parent=NO_LINEAGE, **changes)
+    return sign_commit(members[0], message)
+
+
+async def test_every_counter_counts(tmp_path: Path) -> None:
+    """Each counter of the ledger is made non-zero by the reports that it stands for, with a value of its own."""
+    async with open_office(tmp_path) as office:
+        await ready_office(office)
+        short = sign_closing(A, closing(office.manifest, 0, tasks=3))
+        full = sign_closing(A, closing(office.manifest, 1))
+        both = committed(office, short, A, C, tokens_dropped=17, double_counted=5)
+        alone = committed(office, full, A, tokens_dropped=2)
+        await report(
+            office,
+            A,
+            closing_report(short),
+            closing_report(full),
+            commit_report(both),
+            commit_report(alone),
+            averaging(0, 0, ballot=1, ok=False, reason="b was gone"),
+            averaging(0, 0, ballot=2),
+            work(0, tasks_resent=2, hops=6, activation_bytes=1000),
+            work(1, tasks_resent=1, hops=5, activation_bytes=500),
+        )
+        await report(office, C, commit_report(both), averaging(0, 0, ballot=2), work(0, hops=7, activation_bytes=10))
+        office.time.advance(60.0)
+        await office.tick()
+        found = asdict(await counters(office))
+        assert found == {
+            "tasks_done": 7,
+            "tasks_lost": 1,
+            "tasks_resent": 3,
+            "tokens": 7 * 64,
+            "tokens_dropped": 19,
+            "double_counted": 5,
+            "averagings_ok": 1,
+            "averagings_failed": 1,
+            "rounds_solo": 1,
+            "hops": 18,
+            "activation_bytes": 1510,
+            "peers_joined": 3,
+            "peers_lost": 3,
+            "peers_left": 0,
+        }
+
+
+async def test_a_report_that_is_repeated_counts_once_also_after_a_restart(tmp_path: Path) -> None:
+    time = StoppedTime()
+    async with open_office(tmp_path, time=time) as office:
+        await ready_office(office)
+        assert await report(office, A, work(0, hops=3), work(1, hops=4)) == FIRST + 1
+        assert await report(office, A, work(0, hops=3), work(1, hops=4)) == FIRST + 1
+    async with open_office(tmp_path, time=time) as office:
+        assert await report(office, A, work(0, hops=3), work(1, hops=4), work(2, hops=5)) == FIRST + 2
+        assert (await counters(office)).hops == 12
+
+
+async def test_a_closing_that_many_report_is_one_round(tmp_path: Path) -> None:
+    async with open_office(tmp_path) as office:
+        await ready_office(office)
+        signed = sign_closing(A, closing(office.manifest, 0))
+        for volunteer in (A, B, C):
+            await report(office, volunteer, closing_report(signed))
+        assert (await counters(office)).tasks_done == 4
+
+
+async def test_two_members_must_have_taken_the_same_bytes(tmp_path: Path) -> None:
+    """Oracle: the definition of `averagings_ok`: a joiner or one member alone is not enough."""
+    async with open_office(tmp_path) as office:
+        await ready_office(office)
+        under = sign_closing(A, closing(office.manifest, 0))
+        signed = committed(office, under, A, B, joiners=[C])
+        await report(office, A, commit_report(signed))
+        await report(office, C, commit_report(signed))
+        assert (await counters(office)).averagings_ok == 0
+        await report(office, B, commit_report(signed))
+        assert (await counters(office)).averagings_ok == 1
+
+
+async def test_commits_alone_tell_of_a_round_whose_closing_never_arrived(tmp_path: Path) -> None:
+    async with open_office(tmp_path) as office:
+        await ready_office(office)
+        under = sign_closing(A, closing(office.manifest, 0, tasks=2))
+        await report(office, B, commit_report(committed(office, under, B, stage=1)))
+        found = await counters(office)
+        assert (found.tasks_done, found.tasks_lost, found.tokens) == (2, 2, 128)
+
+
+async def test_a_round_that_was_trained_again_counts_as_it_stands(tmp_path: Path) -> None:
+    """After a restart from a checkpoint the commits of the higher generation name the closing that stands."""
+    async with open_office(tmp_path) as office:
+        await ready_office(office)
+        first = sign_closing(A, closing(office.manifest, 0, tasks=3, loss_sum=900.0))
+        await report(office, A, closing_report(first), commit_report(committed(office, first, A)))
+        for volunteer in (A, B, C):  # everything died, and came back
+            await office.join(volunteer, session=2)
+            await office.beat(volunteer, state(0 if volunteer is not B else 1, version=0))
+        for _ in range(5):
+            await office.tick(5.0)
+            for volunteer in (A, B, C):
+                await office.beat(volunteer, state(0 if volunteer is not B else 1, version=0))
+        assert {charter.generation for charter in office.charters().values()} == {2}
+        again = sign_closing(A, closing(office.manifest, 0, loss_sum=800.0))
+        redone = committed(office, again, A, generation=2)
+        await report(office, A, closing_report(again), commit_report(redone), first=FIRST + 10)
+        await report(office, C, closing_report(first))  # a late repetition of the past changes nothing
+        (tally,) = await office.services.database.run(tallies.round_tallies)
+        assert (tally.tasks_done, tally.loss) == (4, 800.0 / 256)
+
+
+async def test_losses_are_means_over_tokens(tmp_path: Path) -> None:
+    async with open_office(tmp_path) as office:
+        await ready_office(office)
+        evaluated = closing(
+            office.manifest, 4, num_eval=4, done=b"\xff", loss_sum=1280.0, eval_loss_sum=512.0, eval_tokens=256
+        )
+        await report(office, A, closing_report(sign_closing(A, evaluated)))
+        (tally,) = await office.services.database.run(tallies.round_tallies)
+        assert (tally.round, tally.loss, tally.heldout_loss, tally.heldout_tokens) == (4, 5.0, 2.0, 256)
+        assert await office.services.database.run(tallies.is_evaluated, RoundId(4))
+        assert not await office.services.database.run(tallies.is_evaluated, RoundId(0))
+
+
+async def test_throughput_is_measured_by_the_peers_clocks(tmp_path: Path) -> None:
+    """Oracle: 256 tokens a round, peers say 2 s and once 4 s; that all of it arrives at one moment is no matter."""
+    async with open_office(tmp_path) as office:
+        await ready_office(office)
+        assert await office.services.database.run(tallies.tokens_per_s) is None
+        closings = [closing_report(sign_closing(A, closing(office.manifest, number))) for number in range(2)]
+        await report(office, A, *closings, work(0, seconds=2.0), work(1, seconds=4.0))
+        assert await office.services.database.run(tallies.tokens_per_s) == pytest.approx(512 / 6)
+
+
+async def test_the_last_averaging_of_a_stage_is_its_newest_attempt(tmp_path: Path) -> None:
+    async with open_office(tmp_path) as office:
+        await ready_office(office)
+        await report(
+            office,
+            A,
+            averaging(0, 3, ballot=1, ok=False, reason="late"),
+            averaging(0, 3, ballot=2, members=3, asked=4, bytes_sent=100, seconds=1.5),
+            averaging(1, 2, ok=False, reason="nobody there", members=1, asked=2, bytes_sent=0, seconds=0.0),
+        )
+        await report(office, C, averaging(0, 3, ballot=2, members=3, asked=4, bytes_sent=50, seconds=1.0))
+        zero, one = await office.services.database.run(tallies.last_averagings)
+        assert (zero.round, zero.ballot, zero.ok, zero.took_part, zero.asked) == (3, 2, True, 3, 4)
+        assert (zero.num_bytes, zero.seconds) == (150, 1.5)
+        assert (one.ok, one.reason) == (False, "nobody there")
+
+
+async def test_reports_that_cannot_be_believed_are_acknowledged_and_count_nothing(tmp_path: Path) -> None:
+    """Each differs in one point from a report that is believed."""
+    async with open_office(tmp_path) as office:
+        await ready_office(office)
+        run = office.manifest
+        stranger = Volunteer("stranger")
+        fine = sign_closing(A, closing(run, 0))
+        forged = Signed(payload=closing(run, 1).to_bytes(), signer=fine.signer, signature=fine.signature)
+        unbelievable: list[Report] = [
+            closing_report(forged),
+            closing_report(sign_closing(stranger, closing(run, 1))),
+            closing_report(sign_closing(A, closing(run, 1, run="0" * 32))),
+            closing_report(sign_closing(A, closing(run, 99))),
+            closing_report(sign_closing(A, closing(run, 1, target_tokens=10**9))),
+            closing_report(sign_closing(A, closing(run, 1, num_train=3, done=b"\x07"))),
+            closing_report(seal(A.key, "another context", closing(run, 1))),
+            commit_report(committed(office, fine, stranger)),
+            commit_report(committed(office, fine, A, generation=2)),
+            commit_report(committed(office, fine, A, run="0" * 32)),
+            commit_report(committed(office, fine, A, stage=2)),
+            commit_report(committed(office, fine, A, tokens_dropped=1 << 60)),
+            averaging(2, 0),
+            averaging(0, 99),
+            averaging(0, 0, bytes_sent=(1 << 64) - 1),
+            work(99),
+            work(0, activation_bytes=(1 << 64) - 1),
+        ]
+        before = asdict(await counters(office))
+        assert await report(office, A, *unbelievable) == FIRST + len(unbelievable) - 1
+        assert asdict(await counters(office)) == before
+        await report(office, A, closing_report(fine), first=FIRST + 100)
+        assert (await counters(office)).tasks_done == 4
+
+
+async def test_numbers_beyond_reason_are_refused_before_they_reach_the_database(tmp_path: Path) -> None:
+    async with open_office(tmp_path) as office:
+        await ready_office(office)
+        with pytest.raises(PeerFault, match="beyond reason"):
+            await report(office, A, work(0), first=(1 << 64) - 1)
+
+
+async def test_many_huge_but_possible_numbers_add_up_without_an_error(tmp_path: Path) -> None:
+    """SQLite's SUM raises on overflow; the ledger must show something whatever a few peers claim."""
+    async with open_office(tmp_path) as office:
+        await ready_office(office)
+        largest = (1 << 53) - 1
+        for first in range(0, 1100, 50):
+            await report(office, A, *[work(0, hops=largest)] * 50, first=FIRST + first)
+        assert (await counters(office)).hops > largest
