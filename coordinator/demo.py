@@ -40,7 +40,7 @@ LOGS, PEERS, EXPORT, RECORD = "logs", "peers", "export", "demo.json"
 INVITE_TIMEOUT_S = 90.0  # hivemind takes seconds to import on a busy machine, p2pd up to a minute to start
 POLL_S = 0.5
 PROGRESS_EVERY_S = 5.0
-STALL_S = 900.0  # no round for so long means that something is broken, not slow
+STALL_S = 900.0  # no finished work for so long means that something is broken, not slow
 LEAVE_TIMEOUT_S = 30.0
 SAMPLE_TIMEOUT_S = 180.0
 SAMPLE_PROMPT = "def "
@@ -158,15 +158,15 @@ class Demo:
 
     async def _watch(self) -> None:
         next_kill_s: float | None = None
-        shown_s, progressed_s, rounds = float("-inf"), time.monotonic(), -1
+        shown_s, progressed_s, hops = float("-inf"), time.monotonic(), -1
         while not await self._coordinator_is_done():
             await self._replace_the_dead()
             status = self._status()
             now_s = time.monotonic()
             if status is not None:
                 self._note_replicas(status)
-                if status["rounds_closed"] != rounds:
-                    rounds, progressed_s = status["rounds_closed"], now_s
+                if status["ledger"]["hops"] != hops:  # it also grows while rounds are trained again
+                    hops, progressed_s = status["ledger"]["hops"], now_s
                 if now_s - shown_s >= PROGRESS_EVERY_S:
                     shown_s = now_s
                     self._say(progress(status, peers_killed=self._record.peers_killed))
@@ -175,7 +175,7 @@ class Demo:
                 await self._kill_one()
                 next_kill_s += self._plan.kill_every_s or 0.0
             if now_s - progressed_s > STALL_S:
-                raise DeadlineError(f"no round was finished for {STALL_S:.0f} s.", hint=f"Look into {self._logs}.")
+                raise DeadlineError(f"nothing was finished for {STALL_S:.0f} s.", hint=f"Look into {self._logs}.")
             await asyncio.sleep(POLL_S)
 
     def _next_kill(self, status: Mapping[str, Any], planned_s: float | None, now_s: float) -> float | None:

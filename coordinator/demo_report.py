@@ -96,7 +96,7 @@ def progress(status: Mapping[str, Any], *, peers_killed: int) -> str:
         return f"{here} peers here, {waiting}"
     heldout, speed = status["heldout"], status["tokens_per_s"]
     words = [
-        f"round {status['rounds_closed']}/{status['num_rounds']}",
+        f"round {status['round']}/{status['num_rounds']}",
         f"loss {_nats(status['loss'])}",
         f"held-out {_nats(heldout['loss'] if heldout else None)}",
         f"{UNKNOWN if speed is None else f'{speed:,.0f}'} tok/s",

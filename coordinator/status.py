@@ -43,7 +43,7 @@ def document(db: Connection, manifest: Manifest, *, now_s: float) -> Document:
         "name": manifest.name,
         "coordinator": manifest.coordinator,
         "state": _state(db, started=bool(charters)),
-        "round": _round(rounds, replicas, charters),
+        "round": _round(manifest, rounds, replicas, charters),
         "rounds_closed": len(trained),
         "num_rounds": manifest.batch.num_rounds,
         "loss": trained[-1].loss if trained else None,
@@ -83,13 +83,20 @@ def _state(db: Connection, *, started: bool) -> str:
 
 
 def _round(
-    rounds: list[tallies.RoundTally], replicas: Iterable[peers.ReplicaRow], charters: Iterable[history.CharterRow]
+    manifest: Manifest,
+    rounds: list[tallies.RoundTally],
+    replicas: Iterable[peers.ReplicaRow],
+    charters: Iterable[history.CharterRow],
 ) -> int | None:
-    """Return the round that is being worked on: by the replicas, the charters or the newest closing."""
+    """Return the round that is being worked on.
+
+    Members know best: after a restart from a checkpoint they are behind the newest closing. The round after
+    the last one only evaluates.
+    """
     known: list[int] = [replica.round for replica in replicas if replica.members]
-    known += [charter.round for charter in charters]
-    known += [tally.round + 1 for tally in rounds[-1:]]
-    return max(known, default=None)
+    if not known:
+        known = [charter.round for charter in charters] + [tally.round + 1 for tally in rounds[-1:]]
+    return min(max(known), manifest.batch.num_rounds) if known else None
 
 
 def _heldout(tally: tallies.RoundTally, manifest: Manifest) -> Document:

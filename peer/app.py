@@ -21,8 +21,9 @@ from typing import Any
 import psutil
 import structlog
 
+from peer.averaging.history import kept_snapshots
 from peer.coordination import Admitted, keep_beating, register, say_goodbye
-from peer.engine.build import build_span
+from peer.engine.build import build_span, choose_device
 from peer.link import Link, connected
 from peer.pipeline.compute import ComputeThread, Priority
 from peer.presence import Presence
@@ -33,7 +34,7 @@ from peer.span_parts import SpanParts
 from peer.ui.live import Line, show_live
 from protocol.control import Capability
 from protocol.errors import StorageError, SwarmError
-from protocol.ids import StageId
+from protocol.ids import RunId, StageId
 from protocol.invite import Invite
 
 log = structlog.get_logger()
@@ -47,7 +48,14 @@ async def join_run(invite: Invite, settings: PeerSettings) -> None:
     with _data_dir_lock(settings.data_dir):
         async with _interruptible() as stop, connected(invite, settings) as link:
             session = secrets.randbits(62)
-            admitted = await register(link, invite, settings, capability=_capability(settings), session=session)
+            admitted = await register(
+                link,
+                invite,
+                settings,
+                capability=_capability(settings),
+                session=session,
+                kept=kept_snapshots(_run_folder(settings, invite.run)),
+            )
             try:
                 await _unwrap(_live(link, settings, admitted, session=session, stop=stop))
             finally:
@@ -92,7 +100,7 @@ async def _one_session(
         compute=compute,
         reports=reports,
         session=session,
-        folder=settings.data_dir / "runs" / manifest.run_id,
+        folder=_run_folder(settings, manifest.run_id),
     )
     tenure = Session(parts, link=link, session=session, charters=admitted.welcome.charters)
     presence = Presence(
@@ -122,6 +130,10 @@ async def _one_session(
     return ending, tenure.wanted_stages
 
 
+def _run_folder(settings: PeerSettings, run: RunId) -> Path:
+    return settings.data_dir / "runs" / run
+
+
 def _line(tenure: Session, settings: PeerSettings, num_rounds: int) -> Line:
     tally = tenure.tally
     condition = tenure.condition()
@@ -142,7 +154,7 @@ def _line(tenure: Session, settings: PeerSettings, num_rounds: int) -> Line:
 
 def _capability(settings: PeerSettings) -> Capability:
     return Capability(
-        device=settings.device,
+        device=choose_device(settings.device),
         threads=settings.threads,
         memory_bytes=psutil.virtual_memory().available,
         software=f"handcar {version('handcar')} Python {platform.python_version()} {settings.system}",

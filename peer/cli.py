@@ -7,6 +7,7 @@ answers at once.
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 
 import click
 
-from peer.settings import MAX_NAME_CHARS, PeerSettings, default_data_dir, default_name
+from peer.settings import PeerSettings, default_data_dir, default_name
 from protocol.console import run_command, set_up_logging
+from protocol.control import NAME_PATTERN
 from protocol.errors import ConfigError
 from protocol.invite import Invite
 
@@ -32,7 +34,7 @@ def peer() -> None:
 @click.argument("invite")
 @click.option("--name", default=None, help="Shown to others. [default: peer-XXXX]")
 @click.option("--data-dir", type=click.Path(path_type=Path, file_okay=False), default=None, help="Keys, tokens, state.")
-@click.option("--device", default="cpu", show_default=True, help="torch device: cpu, cuda, cuda:1, ...")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--threads", type=click.IntRange(1, 1024), default=None, help="CPU threads. [default: all but one]")
 @click.option("--stage", "stages", type=click.IntRange(min=0), multiple=True, help="Ask for this stage; repeatable.")
 @click.option("--listen", multiple=True, help="Multiaddr to listen on; repeatable. [default: any TCP port]")
@@ -105,8 +107,10 @@ def _settings(
     listen: tuple[str, ...],
     announce: tuple[str, ...],
 ) -> PeerSettings:
-    if name is not None and not 1 <= len(name) <= MAX_NAME_CHARS:
-        raise ConfigError(f"a name has 1 to {MAX_NAME_CHARS} characters, not {len(name)}.")
+    if name is not None and not re.fullmatch(NAME_PATTERN, name):
+        raise ConfigError(
+            f"'{name[:40]}' cannot be a name.", hint="Use 1 to 32 letters, digits, dots, dashes or underscores."
+        )
     defaults = PeerSettings()
     return PeerSettings(
         name=name or default_name(),

@@ -33,6 +33,7 @@ log = structlog.get_logger()
 
 RETRY_S = 1.0
 DRAIN_TIMEOUT_S = 60.0
+MOVE_TIMEOUT_S = 5.0  # a peer is moved to a stage that has nobody: the round it would finish may be waiting for that
 
 
 class Ending(Enum):
@@ -121,7 +122,7 @@ class Session:
             running = tasks.create_task(self._train(), name="session")
             ending = await self._wait_ending(stop)
             if ending is not Ending.FINISHED:
-                await self._drain()
+                await self._drain(DRAIN_TIMEOUT_S if ending is Ending.LEFT else MOVE_TIMEOUT_S)
             running.cancel()
         await self._parts.stop()
         return ending
@@ -210,17 +211,17 @@ class Session:
         finally:
             stopped.cancel()
 
-    async def _drain(self) -> None:
+    async def _drain(self, timeout_s: float) -> None:
         """Finish this round's work where we have any, so that nothing of it is lost, and say goodbye."""
         self._say(PeerState.DRAINING, "")
         waiting = [self._parts.drivers[stage] for stage in self._joined]
         for driver in waiting:
             driver.post(events.Drain())
         try:
-            async with asyncio.timeout(DRAIN_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 await asyncio.gather(*(driver.wait_left() for driver in waiting))
         except TimeoutError:
-            log.warning("drain.timeout", after_s=DRAIN_TIMEOUT_S)
+            log.warning("drain.timeout", after_s=timeout_s)
 
     # -- private --------------------------------------------------------------------------------------
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import platformdirs
 
-MAX_NAME_CHARS = 32
-
 
 def default_data_dir() -> Path:
     """Return the per-user data folder of this platform."""
@@ -28,8 +26,8 @@ class PeerSettings:
 
     name: str = field(default_factory=default_name)
     data_dir: Path = field(default_factory=default_data_dir)
-    device: str = "cpu"
-    """A torch device, e.g. `cuda` or `cpu`."""
+    device: str = "auto"
+    """A torch device, or `auto`: the first CUDA device if there is one, else the CPU."""
     threads: int = field(default_factory=lambda: max(1, (os.cpu_count() or 2) - 1))
     """CPU threads for compute; one core is left to the volunteer."""
     stages: tuple[int, ...] = ()

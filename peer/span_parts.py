@@ -12,7 +12,6 @@ from collections.abc import Coroutine, Iterable
 from pathlib import Path
 
 import structlog
-from protocol.rounds.machine import RoundMachine
 
 from peer.averaging.butterfly import ButterflyReduce
 from peer.averaging.driver import Hooks, StageDriver, membership_of
@@ -46,6 +45,7 @@ from protocol.ids import Lineage, PeerId, RoundId, StageId, Version
 from protocol.manifest import Manifest
 from protocol.rounds import events
 from protocol.rounds.lineage import next_lineage
+from protocol.rounds.machine import RoundMachine
 from protocol.rounds.messages import (
     CHARTER_CONTEXT,
     COMMIT_CONTEXT,

@@ -20,7 +20,8 @@ from protocol.ids import Digest, Lineage, PeerId, RoundId, RunId, StageId, Versi
 from protocol.signing import Signed
 from protocol.wire import Message
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,32}$")]
+NAME_PATTERN = r"^[A-Za-z0-9._-]{1,32}$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Text = Annotated[str, Field(max_length=200)]
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]

@@ -115,8 +115,8 @@ class AveragingSpec(Message):
     """How replicas of a stage agree. `diloco`, overlap and more codecs plug in here."""
 
     mode: Literal["gradient"] = "gradient"
-    codec: str
-    activation_codec: str
+    codec: Literal["fp32", "fp16", "int8"]
+    activation_codec: Literal["fp32", "fp16", "bf16", "int8"]
 
 
 class TimingSpec(Message):

@@ -14,7 +14,6 @@ from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 
 import structlog
-from protocol.rounds.machine import RoundMachine
 
 from peer.averaging.absorb import Update, update_norm
 from peer.averaging.history import History
@@ -31,6 +30,7 @@ from protocol.history import MAX_COMMITS_PER_ANSWER, LogAnswer, LogRequest, Stat
 from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, Version
 from protocol.manifest import Manifest
 from protocol.rounds import events
+from protocol.rounds.machine import RoundMachine
 from protocol.rounds.messages import Closing, Commit, StageMessage
 from protocol.signing import Signed
 from protocol.transport.calls import Calls
@@ -144,9 +144,7 @@ class StageDriver:
         """Tell a joiner where this replica stands."""
         chain, applied = self._machine.chain, self._machine.applied
         if chain is None or applied is None:
-            return StateAnswer(
-                charter=None, commit=None, version=Version(0), lineage=Lineage(bytes(32)), snapshots=()
-            )
+            return StateAnswer(charter=None, commit=None, version=Version(0), lineage=Lineage(bytes(32)), snapshots=())
         return StateAnswer(
             charter=chain.signed_charter,
             commit=None if applied.step is None else applied.step.signed,

@@ -33,6 +33,16 @@ SNAPSHOTS_KEPT = 2  # the newest may be in the middle of being written or fetche
 PARTS = ("weights", "optimizer")
 
 
+def kept_snapshots(run_folder: Path) -> tuple[Snapshot, ...]:
+    """List the newest snapshot of every stage that an earlier process left in a run's folder."""
+    kept: list[Snapshot] = []
+    for folder in sorted(run_folder.glob("stage-*")):
+        number = folder.name.removeprefix("stage-")
+        if number.isdecimal():
+            kept += History(folder, stage=StageId(int(number))).snapshots()[:1]
+    return tuple(kept)
+
+
 class History:
     """The snapshots and updates of one stage in one folder."""
 

@@ -98,8 +98,10 @@ class StageSync:
 
     async def from_checkpoint(self, snapshot: Snapshot, *, source: PeerId, folder: str) -> Place:
         """Become a checkpoint that `source` (the coordinator) serves under the blob folder `folder`."""
-        names = {file.part: f"{folder}/stage-{self._stage}.{file.part}.safetensors" for file in snapshot.files}
-        await self._fetch_parts(snapshot, names, [source])
+        if not self._has(snapshot):
+            names = {file.part: f"{folder}/stage-{self._stage}.{file.part}.safetensors" for file in snapshot.files}
+            await self._fetch_parts(snapshot, names, [source])
+            await asyncio.to_thread(self._history.adopt_snapshot, snapshot)
         await self._load(snapshot)
         return Place(charter=None, commits=(), round=snapshot.round, version=snapshot.version, lineage=snapshot.lineage)
 
@@ -141,7 +143,10 @@ class StageSync:
             ),
             priority=Priority.CONTROL,
         )
-        await asyncio.to_thread(self._history.append, Version(commit.version - 1), update.data, signed)
+        try:
+            await asyncio.to_thread(self._history.append, Version(commit.version - 1), update.data, signed)
+        except StorageError as error:  # costs joiners a source, not us the round
+            log.error("update.unlogged", stage=self._stage, version=commit.version, error=error.one_line())
 
     # -- private --------------------------------------------------------------------------------------
 
@@ -196,7 +201,7 @@ class StageSync:
         snapshots = [one for one in answer.snapshots if charter.version <= one.version <= answer.version]
         if snapshots:
             newest = max(snapshots, key=lambda one: one.version)
-            if newest not in self._history.snapshots():
+            if not self._has(newest):
                 parts = {file.part: f"state/{self._stage}/{newest.version}/{file.part}" for file in newest.files}
                 await self._fetch_parts(newest, parts, [source, *peers])
                 await asyncio.to_thread(self._history.adopt_snapshot, newest)
@@ -207,6 +212,10 @@ class StageSync:
         if not charter.version == self._engine.version == 0:
             raise UnreachableError(f"{source} serves no snapshot of stage {self._stage} yet.")
         return root_lineage(signed_charter), charter.version, charter.round
+
+    def _has(self, snapshot: Snapshot) -> bool:
+        """Tell whether our own disk holds these very files from before."""
+        return any((own.version, own.files) == (snapshot.version, snapshot.files) for own in self._history.snapshots())
 
     async def _load(self, snapshot: Snapshot) -> None:
         tensors = await asyncio.to_thread(self._history.load_snapshot, snapshot)

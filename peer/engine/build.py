@@ -23,6 +23,7 @@ def build_span(manifest: Manifest, stages: Sequence[StageId], settings: PeerSett
     Raises `LocalFault` if the device is not there or too small.
     """
     torch.set_num_threads(settings.threads)
+    device = choose_device(settings.device)
     spec = manifest.optimizer
     optimizer = OptimizerSpec(
         name=spec.name.value,
@@ -38,20 +39,27 @@ def build_span(manifest: Manifest, stages: Sequence[StageId], settings: PeerSett
                 stage=stage,
                 optimizer=optimizer,
                 seed=manifest.model.init_seed,
-                device=settings.device,
+                device=device,
                 keep_budget_bytes=settings.activation_bytes // len(stages),
             )
             for stage in stages
         }
     except (RuntimeError, AssertionError) as error:  # torch's ways of saying "no such device" and "out of memory"
         reason = " ".join(str(error).split())[:200]
-        raise LocalFault(f"cannot build stages {list(stages)} on '{settings.device}': {reason}.") from None
+        raise LocalFault(f"cannot build stages {list(stages)} on '{device}': {reason}.") from None
     return SpanEngine(
         engines,
         codec=codec(manifest.averaging.activation_codec),
         hidden_size=manifest.model.config["hidden_size"],
         num_stages=manifest.model.num_stages,
     )
+
+
+def choose_device(wanted: str) -> str:
+    """Resolve `auto`."""
+    if wanted != "auto":
+        return wanted
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def learning_rate(manifest: Manifest) -> LearningRate:

@@ -277,7 +277,7 @@ async def test_the_summary_holds_what_is_promised(tmp_path: Path) -> None:
     show_summary(summary, say=lines.append)
     assert "    def main():" in lines
     assert any("2 rounds, 512 tokens in 4 s (128 tok/s)" in line for line in lines)
-    assert "round 2/10" in progress(status, peers_killed=1)
+    assert "round 10/10" in progress(status, peers_killed=1)
 
 
 async def test_progress_says_what_is_waited_for(tmp_path: Path) -> None:

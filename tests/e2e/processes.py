@@ -30,7 +30,7 @@ import psutil
 Program = Literal["peer", "coordinator", "swarm"]
 
 ENTRY_POINTS: dict[Program, str] = {"peer": "peer.cli", "coordinator": "coordinator.cli", "swarm": "coordinator.monitor.cli"}
-PRELOADED = ["peer.app", "coordinator.app", "coordinator.init", "coordinator.export"]
+PRELOADED = ["peer.app", "coordinator.app", "coordinator.init", "coordinator.export", "bitsandbytes"]
 IS_COLD = os.environ.get("HANDCAR_E2E_COLD") == "1"
 POLL_S = 0.05
 KILL_TIMEOUT_S = 10.0

@@ -76,7 +76,9 @@ def write_initial_model(manifest: Manifest, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def ask_plain_loop(folder: Path, *specs: dict[str, Any]) -> list[dict[str, Any]]:
+def ask_plain_loop(
+    folder: Path, *specs: dict[str, Any], timeout_s: float = TIMEOUT_S, threads: int = 1
+) -> list[dict[str, Any]]:
     """Run the yardstick, one process for all specs."""
     paths = [folder / f"spec-{number}.json" for number in range(len(specs))]
     for path, spec in zip(paths, specs, strict=True):
@@ -85,9 +87,9 @@ def ask_plain_loop(folder: Path, *specs: dict[str, Any]) -> list[dict[str, Any]]
         [sys.executable, "-I", str(PLAIN_LOOP), *map(str, paths)],
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=timeout_s,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -29,8 +29,17 @@ START_TIMEOUT_S = 90.0  # cold starts of five processes on two busy cores take h
 class Swarm:
     """One run and its processes. Use it as a context: nothing outlives the block."""
 
-    def __init__(self, folder: Path, *, corpus: Path, rounds: int, stages: int = 2, settings: Sequence[str] = ()) -> None:
-        """Make the run in `folder`; `settings` are `section.field=value` on top of the preset `tiny`."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        corpus: Path,
+        rounds: int,
+        stages: int = 2,
+        settings: Sequence[str] = (),
+        preset: str = "tiny",
+    ) -> None:
+        """Make the run in `folder`; `settings` are `section.field=value` on top of the preset."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.directory = folder / "run"
@@ -38,7 +47,7 @@ class Swarm:
         self.coordinator: Command | None = None
         self.peers: dict[str, Command] = {}
         self._ended: list[Command] = []
-        flags = ["--corpus", str(corpus), "--preset", "tiny", "--stages", str(stages), "--rounds", str(rounds)]
+        flags = ["--corpus", str(corpus), "--preset", preset, "--stages", str(stages), "--rounds", str(rounds)]
         for setting in settings:
             flags += ["--set", setting]
         run_to_end("coordinator", ["init", str(self.directory), *flags], name="init", folder=folder, timeout_s=INIT_TIMEOUT_S)

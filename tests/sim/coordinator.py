@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from protocol.ids import PeerId, RoundId, StageId, Version, digest
-from protocol.rounds import Chain
+from protocol.rounds import Chain, Standing
 from protocol.rounds.events import Received
 from protocol.rounds.messages import CHARTER_CONTEXT, Charter, CharterNotice, Closing, ClosingNotice, Seat
 from protocol.signing import Signed
@@ -114,10 +114,10 @@ class Coordinator:
                 self.kept[stage] = held
 
     def _restore_if_dead(self, stage: StageId, replicas: list[Replica]) -> None:
-        """No member left for a while: the newest state at hand becomes a new beginning."""
+        """No member able to work for a while: the newest state at hand becomes a new beginning."""
         world = self._world
-        seated = [each for each in replicas if each.machine.statistics().round is not None]
-        if seated or not replicas:
+        working = (Standing.OPEN, Standing.FROZEN)
+        if not replicas or any(each.machine.statistics().standing in working for each in replicas):
             self._dead_since_s.pop(stage, None)
             return
         since_s = self._dead_since_s.setdefault(stage, world.now_s)

@@ -262,10 +262,8 @@ def cut_streams(world: World, name: PeerId) -> None:
         return
     for process in world.processes.values():
         for hop in list(process.pipeline.hops):
-            if name in (hop.caller.name, hop.callee.name) and hop.caller is not hop.callee and not hop.answered:
-                hop.given_up = True
-                world.num_resent += 1
-                hop.caller.pipeline.call(hop.task, hop.first, hop.on_answer, tries=1)
+            if name in (hop.caller.name, hop.callee.name) and hop.caller is not hop.callee:
+                hop.caller.pipeline.give_up(hop)
 
 
 def _cuts(world: World, fault: Partition) -> list[Cut]:

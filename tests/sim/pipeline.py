@@ -70,6 +70,8 @@ class Hop:
     first: StageId
     last: StageId
     on_answer: Callable[[], None]
+    again: Callable[[], None]
+    """Sends the task to another replica."""
     given_up: bool = False
     answered: bool = False
     bad_since_s: float | None = None
@@ -195,11 +197,12 @@ class Pipeline:
         if last is None:
             self._process.later(0.15, again)
             return
-        hop = Hop(task, self._process, self._process.session, callee, callee.session, stage, last, on_answer)
+        session = self._process.session
+        hop = Hop(task, self._process, session, callee, callee.session, stage, last, on_answer, again)
         callee.later(delay_s, lambda: callee.pipeline.serve(hop))
-        self._watch(hop, again)
+        self._watch(hop)
 
-    def _watch(self, hop: Hop, again: Callable[[], None]) -> None:
+    def _watch(self, hop: Hop) -> None:
         """Look at the callee now and then; send the task elsewhere when it cannot be reached any more."""
         if hop.answered or hop.given_up:
             return
@@ -213,15 +216,16 @@ class Pipeline:
         now_s = self._world.now_s
         hop.bad_since_s = (hop.bad_since_s if hop.bad_since_s is not None else now_s) if bad else None
         if hop.bad_since_s is not None and now_s - hop.bad_since_s >= self._rules.hop_silence_s:
-            self.give_up(hop, again)
+            self.give_up(hop)
             return
-        self._process.later(LOOK_EVERY_S, lambda: self._watch(hop, again))
+        self._process.later(LOOK_EVERY_S, lambda: self._watch(hop))
 
-    def give_up(self, hop: Hop, again: Callable[[], None]) -> None:
+    def give_up(self, hop: Hop) -> None:
         """Send the task to another replica; whatever the callee does with it is work done twice."""
-        hop.given_up = True
-        self._world.num_resent += 1
-        again()
+        if not hop.answered and not hop.given_up:
+            hop.given_up = True
+            self._world.num_resent += 1
+            hop.again()
 
     # -- serving -----------------------------------------------------------------------------------
 
@@ -279,13 +283,20 @@ class Pipeline:
             stage = StageId(each)
             replica = self._process.replicas[stage]
             version = task.versions[stage, name]
-            if not replica.takes(task.round):
-                self._drop(hop)
+            opened = replica.opened
+            if opened is None or opened.version != version or not replica.takes(task.round):
+                self._refuse(hop)
                 return
             if task.carries_gradient:
-                kept = replica.accumulate(task.round, version, task.number, task.tokens)
-                assert kept, "an optimizer step came between forward and backward"
+                replica.accumulate(task.round, version, task.number, task.tokens)
         self._answer(hop)
+
+    def _refuse(self, hop: Hop) -> None:
+        """The round, or the state that the forward pass used, is no more: the caller may try elsewhere."""
+        self._drop(hop)
+        caller = hop.caller
+        if caller.alive and caller.session == hop.caller_session:
+            caller.later(self._world.network.link.delay_s, lambda: caller.pipeline.give_up(hop))
 
     def _answer(self, hop: Hop) -> None:
         """Hand the gradient back. The caller may be gone, or out of reach for a while: then it resumes."""

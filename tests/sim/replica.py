@@ -84,12 +84,12 @@ class Replica:
             self.world.checks.on_action(self, action)
             self._perform(action)
 
-    def accumulate(self, round_id: RoundId, version: Version, number: int, tokens: int) -> bool:
-        """Add a microbatch's gradient; False if its round is over here."""
-        if not self.takes(round_id) or self.opened is None or self.opened.version != version:
-            return False
+    def accumulate(self, round_id: RoundId, version: Version, number: int, tokens: int) -> None:
+        """Add a microbatch's gradient, which was computed at `version`."""
+        assert self.takes(round_id), "a gradient was added to a closed round"
+        assert self.opened is not None
+        assert self.opened.version == version, "an optimizer step came between forward and backward"
         self.entries.append((round_id, number, tokens))
-        return True
 
     def takes(self, round_id: RoundId) -> bool:
         """Tell whether tasks of this round are welcome."""
