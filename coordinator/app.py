@@ -34,9 +34,10 @@ from coordinator.serving import Shelf
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import peers
 from coordinator.store.database import DATABASE_FILE, Database
-from protocol.control import Beat, Leave, Register, StatusAnswer, StatusRequest
+from protocol.control import Beat, Leave, Register, Snapshot, StatusAnswer, StatusRequest
 from protocol.errors import FinishedError, StorageError
-from protocol.ids import PeerId
+from protocol.history import StateAnswer, StateRequest
+from protocol.ids import PeerId, StageId
 from protocol.invite import Invite
 from protocol.transport.blobs import Blobs
 from protocol.transport.calls import Calls
@@ -162,9 +163,10 @@ async def _serve(
     streams = Streams(node.p2p)
     try:
         blobs = Blobs(streams, run=services.run.manifest.run_id)
-        collector = _make_collector(services, blobs)
+        calls = Calls(streams, run=services.run.manifest.run_id)
+        collector = _make_collector(services, blobs, calls)
         await collector.load()
-        await _answer_calls(services, Calls(streams, run=services.run.manifest.run_id))
+        await _answer_calls(services, calls)
         await blobs.serve(Shelf(services.run, newest=lambda: collector.newest).resolve)
         on_invite(invite)
         async with asyncio.TaskGroup() as tasks:
@@ -219,9 +221,12 @@ async def _answer_calls(services: Services, calls: Calls) -> None:
     await calls.serve()
 
 
-def _make_collector(services: Services, blobs: Blobs) -> Collector:
+def _make_collector(services: Services, blobs: Blobs, calls: Calls) -> Collector:
     async def fetch_range(peer: PeerId, name: str, offset: int, length: int) -> tuple[bytes, int]:
         return await blobs.fetch_range(peer, name, offset=offset, length=length)
+
+    async def ask_snapshots(peer: PeerId, stage: StageId) -> tuple[Snapshot, ...]:
+        return (await calls.call(peer, StateRequest(stage=stage), StateAnswer)).snapshots
 
     def on_checkpoint(checkpoint: Checkpoint) -> None:
         services.charters.floor = versions(checkpoint)
@@ -233,6 +238,7 @@ def _make_collector(services: Services, blobs: Blobs) -> Collector:
         journal=services.journal,
         clock=services.clock,
         fetch_range=fetch_range,
+        ask_snapshots=ask_snapshots,
         on_checkpoint=on_checkpoint,
     )
 

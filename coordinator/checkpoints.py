@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import structlog
@@ -26,8 +27,9 @@ from coordinator.registry import Registry
 from coordinator.rundir import RunDir
 from coordinator.store import history
 from coordinator.store.database import Database
-from protocol.errors import StorageError, TransientError
-from protocol.ids import RoundId, StageId, Version
+from protocol.control import Snapshot
+from protocol.errors import PeerFault, RefusedError, StorageError, TransientError
+from protocol.ids import PeerId, RoundId, StageId, Version
 
 log = structlog.get_logger()
 
@@ -35,6 +37,10 @@ INCOMING = "incoming"
 NOTE = "checkpoint"
 POLL_S = 0.5
 RETRY_S = 5.0
+MAX_ASKED = 64
+
+AskSnapshots = Callable[[PeerId, StageId], Awaitable[tuple[Snapshot, ...]]]
+"""Ask a replica which snapshots it serves now; raises `TransientError` kinds or `PeerFault` like any call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,7 @@ class Collector:
         journal: Journal,
         clock: Clock,
         fetch_range: FetchRange,
+        ask_snapshots: AskSnapshots,
         on_checkpoint: Callable[[Checkpoint], None],
     ) -> None:
         self._run = run
@@ -65,6 +72,7 @@ class Collector:
         self._journal = journal
         self._clock = clock
         self._fetch_range = fetch_range
+        self._ask_snapshots = ask_snapshots
         self._on_checkpoint = on_checkpoint
         self._offers = Offers(num_stages=run.manifest.model.num_stages)
         self._dissent_told: set[tuple[RoundId, StageId]] = set()
@@ -91,16 +99,15 @@ class Collector:
     async def poll(self) -> bool:
         """Look at the offers, and collect the newest complete checkpoint; False if that failed."""
         self._learn_offers()
-        round_id = self._offers.newest_complete(after=-1 if self.newest is None else self.newest.round)
+        after = -1 if self.newest is None else self.newest.round
+        await self._ask_again(self._offers.out_of_step(after=after))
+        round_id = self._offers.newest_complete(after=after)
         if round_id is None:
             return True
         started_s = self._clock.monotonic()
         try:
             checkpoint = await self._collect(round_id)
-        except WrongHashError as fault:
-            await self._journal.event("checkpoint.wrong_file", fault.peer, str(fault))
-            return False
-        except (TransientError, StorageError) as error:
+        except (TransientError, StorageError, WrongHashError) as error:
             self._failed += 1
             self._journal.note(NOTE, f"round {round_id}: {error}")
             await self._journal.event("checkpoint.failed", detail=f"round {round_id}: {error.one_line()}")
@@ -125,6 +132,21 @@ class Collector:
                 if state.snapshot is not None and state.snapshot.stage == state.stage:
                     self._offers.learn(peer.peer, state.snapshot)
 
+    async def _ask_again(self, replicas: Iterable[tuple[PeerId, StageId]]) -> None:
+        """Ask all of them at the same moment what they have, rather than wait for beats that never match."""
+
+        async def ask(peer: PeerId, stage: StageId) -> None:
+            try:
+                snapshots = await self._ask_snapshots(peer, stage)
+            except (TransientError, PeerFault, RefusedError) as error:
+                log.debug("snapshots.unanswered", peer=peer, error=error.one_line())
+                return
+            for snapshot in sorted(snapshots, key=lambda one: one.round):
+                if snapshot.stage == stage:
+                    self._offers.learn(peer, snapshot)
+
+        await asyncio.gather(*(ask(peer, stage) for peer, stage in islice(replicas, MAX_ASKED)))
+
     async def _collect(self, round_id: RoundId) -> Checkpoint:
         agreements = self._offers.agreements(round_id)
         await self._tell_dissent(round_id, agreements)
@@ -138,7 +160,7 @@ class Collector:
         for file in snapshot.files:
             parts[file.part] = folder / f"stage-{snapshot.stage}.{file.part}"
             try:
-                await fetch_file(
+                liars = await fetch_file(
                     f"state/{snapshot.stage}/{snapshot.version}/{file.part}",
                     parts[file.part],
                     num_bytes=file.num_bytes,
@@ -147,9 +169,17 @@ class Collector:
                     fetch_range=self._fetch_range,
                 )
             except WrongHashError as fault:
-                self._offers.withdraw(fault.peer, snapshot.stage, round_id)
+                await self._expose(fault.liars, snapshot, file.part)
                 raise
+            await self._expose(liars, snapshot, file.part)
         return StageFiles(snapshot.stage, snapshot.version, snapshot.lineage, parts)
+
+    async def _expose(self, liars: Iterable[PeerId], snapshot: Snapshot, part: str) -> None:
+        """Drop the offers of peers that serve another file than they offered, and say so."""
+        for peer in liars:
+            self._offers.deny(peer, snapshot.stage, snapshot.round)
+            detail = f"stage {snapshot.stage}, round {snapshot.round}: serves other {part} than it offered"
+            await self._journal.event("checkpoint.wrong_file", peer, detail)
 
     async def _tell_dissent(self, round_id: RoundId, agreements: Mapping[StageId, Agreement]) -> None:
         for stage, agreement in agreements.items():

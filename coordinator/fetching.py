@@ -29,29 +29,35 @@ FetchRange = Callable[[PeerId, str, int, int], Awaitable[tuple[bytes, int]]]
 
 
 class WrongHashError(PeerFault):
-    """A source alone brought bytes that do not have the hash it offered."""
+    """Nobody brings the file, and these bring another one than they offered."""
 
-    def __init__(self, message: str, *, peer: PeerId) -> None:
+    def __init__(self, message: str, *, liars: tuple[PeerId, ...]) -> None:
         super().__init__(message)
-        self.peer = peer
+        self.liars = liars
 
 
 async def fetch_file(
     name: str, target: Path, *, num_bytes: int, sha256: Digest, sources: Sequence[PeerId], fetch_range: FetchRange
-) -> None:
-    """Write the blob `name` to `target`, verified.
+) -> tuple[PeerId, ...]:
+    """Write the blob `name` to `target`, verified; return which sources were found out to serve another file.
 
-    Raises `UnreachableError` if nobody can bring it, `WrongHashError` if a source lies, `StorageError` if it
-    cannot be written. First all sources share the work; if the result is wrong, each has to do it alone.
+    First all sources share the work; if the result is wrong, they are asked one after the other. Raises
+    `UnreachableError` if nobody can bring it, `WrongHashError` if only liars can, `StorageError` if it cannot
+    be written.
     """
     await _fetch_once(name, target, num_bytes=num_bytes, sources=sources, fetch_range=fetch_range)
     if await asyncio.to_thread(_hash, target) == sha256:
-        return
+        return ()
+    liars: list[PeerId] = []
     for source in sources:
-        await _fetch_once(name, target, num_bytes=num_bytes, sources=[source], fetch_range=fetch_range)
-        if await asyncio.to_thread(_hash, target) != sha256:
-            raise WrongHashError(f"{source} serves {name} with another hash than it offered", peer=source)
-    log.info("file.changed_underway", name=name)
+        try:
+            await _fetch_once(name, target, num_bytes=num_bytes, sources=[source], fetch_range=fetch_range)
+        except UnreachableError:
+            continue
+        if await asyncio.to_thread(_hash, target) == sha256:
+            return tuple(liars)
+        liars.append(source)
+    raise WrongHashError(f"{name} is not what was offered", liars=tuple(liars))
 
 
 async def _fetch_once(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from protocol.control import Snapshot
 from protocol.ids import PeerId, RoundId, StageId
 
-REMEMBERED = 2  # of each peer and stage; peers keep their newest two
+REMEMBERED = 2  # of each peer and stage: that is how many a peer keeps
 Parts = frozenset[str]
 PARTS: Parts = frozenset({"weights", "optimizer"})
 
@@ -37,10 +37,12 @@ class Offers:
         self._num_stages = num_stages
         self._parts = parts
         self._offers: dict[tuple[PeerId, StageId], dict[RoundId, Snapshot]] = {}
+        self._denied: set[tuple[PeerId, StageId, RoundId]] = set()
 
     def learn(self, peer: PeerId, snapshot: Snapshot) -> None:
-        """Take an offer over. One that lacks a part, or has one twice, is no offer."""
-        if sorted(file.part for file in snapshot.files) != sorted(self._parts):
+        """Take an offer over. One that lacks a part, or has one twice, is no offer, nor is one that was denied."""
+        is_whole = sorted(file.part for file in snapshot.files) == sorted(self._parts)
+        if not is_whole or (peer, snapshot.stage, snapshot.round) in self._denied:
             return
         known = self._offers.setdefault((peer, snapshot.stage), {})
         known[snapshot.round] = snapshot
@@ -52,9 +54,11 @@ class Offers:
         kept = set(peers)
         for key in [key for key in self._offers if key[0] not in kept]:
             del self._offers[key]
+        self._denied = {entry for entry in self._denied if entry[0] in kept}
 
-    def withdraw(self, peer: PeerId, stage: StageId, round_id: RoundId) -> None:
-        """Forget one offer that turned out to be none."""
+    def deny(self, peer: PeerId, stage: StageId, round_id: RoundId) -> None:
+        """Forget one offer that turned out to be none, however often it is repeated."""
+        self._denied.add((peer, stage, round_id))
         self._offers.get((peer, stage), {}).pop(round_id, None)
 
     def newest_complete(self, *, after: int) -> RoundId | None:
@@ -67,6 +71,15 @@ class Offers:
             round_id for round_id, stages in rounds.items() if len(stages) == self._num_stages and round_id > after
         ]
         return max(complete, default=None)
+
+    def out_of_step(self, *, after: int) -> tuple[tuple[PeerId, StageId], ...]:
+        """Return who should be asked again when every stage offers something after `after`, but no common round.
+
+        Peers speak at different moments, so that short rounds can pass each other by for ever.
+        """
+        newer = [key for key, known in self._offers.items() if max(known, default=-1) > after]
+        covered = {stage for _, stage in newer}
+        return tuple(newer) if len(covered) == self._num_stages and self.newest_complete(after=after) is None else ()
 
     def agreements(self, round_id: RoundId) -> Mapping[StageId, Agreement]:
         """Settle what counts for every stage that is offered at a round."""

@@ -61,12 +61,12 @@ def _batch(
 
 
 def _adamw(name: OptimizerName, *, learning_rate: float, warmup_rounds: int) -> OptimizerSpec:
-    """AdamW as small language models are usually trained: betas .9/.95, decay .1, clip 1, cosine tail at a tenth."""
+    """AdamW as small language models are usually trained: betas .9/.95, decay .1, clip 1; a cosine tail that still learns."""
     return OptimizerSpec(
         name=name,
         learning_rate=learning_rate,
         warmup_rounds=warmup_rounds,
-        final_lr_fraction=0.1,
+        final_lr_fraction=0.3,
         weight_decay=0.1,
         beta1=0.9,
         beta2=0.95,

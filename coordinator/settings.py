@@ -13,6 +13,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from protocol.errors import ConfigError
 
+FLAGS = {"host_maddrs": "--host-maddr", "announce_maddrs": "--announce", "lost_after_s": "--lost-after"}
+
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
@@ -48,6 +50,5 @@ def read_settings(**flags: Any) -> CoordinatorSettings:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         name = str(first["loc"][0]) if first["loc"] else "settings"
-        raise ConfigError(
-            f"--{name.replace('_', '-')}: {first['msg']}.", hint=f"It can also come from SWARM_{name.upper()}."
-        ) from None
+        flag = FLAGS.get(name, "--" + name.replace("_", "-"))
+        raise ConfigError(f"{flag}: {first['msg']}.", hint=f"It can also come from SWARM_{name.upper()}.") from None

@@ -51,13 +51,15 @@ def read_status(source: str) -> dict[str, Any]:
     """Return the status document of an invite's run or of a run directory."""
     from protocol.invite import PREFIX, Invite
 
-    path = Path(source)
-    if path.is_dir():
-        from coordinator.monitor.local import status_of_directory
+    # the prefix decides: an invite is longer than a file name may be, and asking the system about it fails
+    if not source.strip().startswith(PREFIX):
+        path = Path(source)
+        if path.is_dir():
+            from coordinator.monitor.local import status_of_directory
 
-        return status_of_directory(path)
-    if not source.startswith(PREFIX) and (path.exists() or "/" in source):
-        raise ConfigError(f"{source} is neither an invite nor a run directory.")
+            return status_of_directory(path)
+        if path.exists() or "/" in source:
+            raise ConfigError(f"{source} is neither an invite nor a run directory.")
     invite = Invite.from_text(source)
     from coordinator.monitor.remote import ask_status  # imports hivemind
     from coordinator.process import run_loop

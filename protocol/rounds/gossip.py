@@ -7,7 +7,7 @@ not know: ballots. Everything that was lost on the way, or missed while away, is
 from __future__ import annotations
 
 from protocol.ids import Digest, Lineage, PeerId, Version
-from protocol.rounds.events import Report, Send, Step, Trouble
+from protocol.rounds.events import CommitStep, Report, Send, Step, Trouble
 from protocol.rounds.lineage import Chain, Link, Relation
 from protocol.rounds.member import Member, Standing
 from protocol.rounds.messages import (
@@ -24,6 +24,9 @@ from protocol.rounds.messages import (
 )
 from protocol.rounds.neighbours import Neighbours
 from protocol.rounds.settings import Settings
+from protocol.signing import Signed
+
+MAX_ANSWER_BYTES = 128 * 1024  # of commits in one answer: half a message
 
 
 class Gossip:
@@ -66,6 +69,7 @@ class Gossip:
             actions += self.on_ask_closing(sender, hello.closed)
         if hello.lineage == chain.head.lineage:
             actions += self._compare_state(sender, hello)
+            actions += self._member.note_heir(sender) if hello.applied else []
         return actions
 
     def on_ready(self, sender: PeerId, ready: Ready, now_s: float) -> list[Step]:
@@ -167,6 +171,7 @@ class Gossip:
             generation=generation,
             lineage=head.lineage,
             version=head.version,
+            applied=self._member.applied is head,
             state_digest=self._state_digest_at(head),
             closed=self._member.newest_closed,
         )
@@ -220,7 +225,7 @@ class Gossip:
             stage=self._settings.stage,
             known=steps is not None,
             charter=chain.signed_charter,
-            commits=tuple(step.signed for step in (steps or ())[:MAX_COMMITS_PER_ANSWER]),
+            commits=_as_many_as_fit(steps or ()),
             lineage=chain.head.lineage,
             version=chain.head.version,
             oldest_version=chain.oldest.version,
@@ -247,3 +252,13 @@ class Gossip:
             return []
         self._forks.add((peer, lineage))
         return [Report(Trouble.FORKED, peer, f"{lineage.hex()[:12]} against our {chain.head.lineage.hex()[:12]}")]
+
+
+def _as_many_as_fit(steps: tuple[CommitStep, ...]) -> tuple[Signed, ...]:
+    """Return the first commits, one at least, that together leave room in a message for the charter."""
+    chosen: list[Signed] = []
+    for step in steps[:MAX_COMMITS_PER_ANSWER]:
+        if chosen and sum(len(each.payload) for each in [*chosen, step.signed]) > MAX_ANSWER_BYTES:
+            break
+        chosen.append(step.signed)
+    return tuple(chosen)

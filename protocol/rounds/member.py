@@ -96,10 +96,13 @@ class Member:
         self.num_failed_ballots = 0
         self._generation = 0
         self._awaiting: Lineage | None = None  # what the driver is applying
+        self._stood_generation = 0
+        self._given_up: Lineage | None = None
         self._syncing = False
         self._attempts = 0
         self._retry_from: tuple[PeerId, ...] | None = None
         self._draining = False
+        self._heirs: set[PeerId] = set()
 
     # -- where we are ------------------------------------------------------------------------------
 
@@ -158,6 +161,8 @@ class Member:
         if chain.generation < self._generation:
             return self.resync(None)
         actions = self._end_slot()
+        if chain.generation == self._stood_generation:
+            self._given_up = chain.head.lineage  # what we promised there is forgotten: that seat is not ours any more
         self._generation, self._syncing, self._awaiting = chain.generation, False, None
         self.state_digest = event.state_digest
         self._stand_at(chain, now_s)
@@ -223,6 +228,7 @@ class Member:
         actions = self._report_if_left_out(signed)
         actions += self._end_slot()
         link = self.chain.extend(signed)
+        self._heirs.clear()
         self.num_commits += 1
         self.last_commit = LastCommit(
             commit.round,
@@ -265,9 +271,23 @@ class Member:
         """Leave with the next commit; at once if no work of ours is waiting for one."""
         self._draining = True
         if self.slot is None:
-            return [Left()]
+            return self.leave_if_safe() if self.chain is not None else [Left()]
         self.slot.leaving = True
         return []
+
+    def note_heir(self, peer: PeerId) -> list[Step]:
+        """Somebody else has applied our head as well."""
+        self._heirs.add(peer)
+        return self.leave_if_safe()
+
+    def leave_if_safe(self) -> list[Step]:
+        """Say that we may go, unless we are the only ones who hold what the next members still have to fetch."""
+        if not self._draining or self.chain is None or self.applied is not self.chain.head:
+            return []
+        head, me = self.chain.head, self._settings.me.peer
+        others = {peer for peer in head.members if peer != me}
+        summed = {each.peer for each in head.step.commit.contributors} if head.step is not None else others
+        return [Left()] if not others or others & (summed | self._heirs) else []
 
     def on_quit(self) -> list[Step]:
         """Say goodbye to who may still count on us."""
@@ -331,6 +351,7 @@ class Member:
 
     def _stand_at(self, chain: Chain, now_s: float) -> None:
         self.chain, self.applied = chain, chain.head
+        self._stood_generation = chain.generation
         self._new_slot(now_s)
 
     def _new_slot(self, now_s: float) -> None:
@@ -338,7 +359,7 @@ class Member:
         assert self.chain is not None
         settings, head = self._settings, self.chain.head
         self._neighbours.keep_only(head.seats)
-        if settings.me not in head.seats:
+        if settings.me not in head.seats or head.lineage == self._given_up:
             return
         order = steward_order(settings.run, settings.stage, head.lineage, head.members)
         slot = Slot(parent=head, order=order, round=head.next_round, heard_s=now_s, leaving=self._draining)
@@ -361,7 +382,7 @@ class Member:
     def _open(self, now_s: float, *, fresh: bool) -> list[Step]:
         """Take tasks of the slot's round; freeze again at once if that round is already over."""
         slot = self.slot
-        left: list[Step] = [Left()] if self._draining and fresh else []
+        left = self.leave_if_safe() if fresh else []
         if slot is None:
             return left
         slot.applied = True  # also when leaving: until the process ends, a stage may have nobody else

@@ -345,6 +345,8 @@ class Hello(StageMessage):
     generation: Annotated[int, Field(ge=1)]
     lineage: Parent
     version: StageVersion
+    applied: bool
+    """The state of `lineage` is in place, not only known."""
     state_digest: Hash | None
     closed: Annotated[int, Field(ge=-1)]
     """The newest round whose closing I hold; -1: none."""

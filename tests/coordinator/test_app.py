@@ -8,7 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from coordinator.app import run_coordinator
-from coordinator.monitor.cli import read_status
+from coordinator.monitor.cli import read_status, swarm
 from coordinator.monitor.remote import ask_status
 from coordinator.rundir import RunDir
 from coordinator.settings import CoordinatorSettings
@@ -249,6 +253,32 @@ async def test_a_wrong_fingerprint_reaches_nobody(run: RunDir) -> None:
         forged = invite.model_copy(update={"coordinator": other, "addresses": addresses})
         with pytest.raises(UnreachableError):
             await ask_status(forged)
+
+
+def test_the_command_prints_its_invite_survives_kill_9_and_ends_cleanly(tmp_path: Path) -> None:
+    """Oracle: the invite is all that stands on stdout, and after a kill it is the same; SIGTERM exits with 0."""
+    run = make_run(tmp_path)
+    command = [sys.executable, "-m", "coordinator.cli", "run", str(run.path)]
+    invites = []
+    for arguments, number in ((["--host-maddr", *LOOPBACK], signal.SIGKILL), ([], signal.SIGTERM)):
+        process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        invites.append(process.stdout.readline())
+        process.send_signal(number)
+        rest, errors = process.communicate(timeout=30)
+        assert (process.returncode, rest) == (0 if number is signal.SIGTERM else -number, ""), errors
+        assert "Traceback" not in errors
+    assert invites[0] == invites[1]
+    assert Invite.from_text(invites[0]).coordinator == run.manifest.coordinator
+
+
+async def test_a_coordinator_that_is_not_there_is_one_clear_error(run: RunDir) -> None:
+    async with serving(run.path) as invite:
+        pass
+    done = await asyncio.to_thread(CliRunner().invoke, swarm, ["status", invite.to_text()])
+    assert (done.exit_code, done.stdout) == (6, "")
+    assert done.stderr.startswith("swarm status: E-NET")
+    assert len(done.stderr.splitlines()) == 1
 
 
 async def test_a_finished_run_is_not_served_again(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ class FakePeers:
         self.blobs: dict[tuple[PeerId, str], bytes] = {}
         self.dead: set[PeerId] = set()
         self.asked: list[tuple[PeerId, str, int, int]] = []
+        self.kept: dict[tuple[PeerId, int], list[Snapshot]] = {}
         self.short = 0
         """Bring at most so many bytes at once; 0 for what was asked."""
 
@@ -48,6 +49,11 @@ class FakePeers:
         blob = self.blobs[peer, name]
         return blob[offset : offset + min(length, self.short or length)], len(blob)
 
+    async def ask_snapshots(self, peer: PeerId, stage: StageId) -> tuple[Snapshot, ...]:
+        if peer in self.dead:
+            raise UnreachableError(f"{peer} is gone")
+        return tuple(self.kept[peer, stage][-2:])
+
     def offer(self, peer: PeerId, stage: int, round_id: int, *, seed: int = 0, version: int | None = None) -> Snapshot:
         """Give a peer a snapshot to serve, the same bytes for the same seed."""
         at = round_id if version is None else version
@@ -56,7 +62,9 @@ class FakePeers:
             data = random.Random(f"{stage}/{at}/{part}/{seed}").randbytes(1000 + stage)
             self.blobs[peer, f"state/{stage}/{at}/{part}"] = data
             files.append(StateFile(part=part, num_bytes=len(data), digest=digest(data)))
-        return snapshot(stage, round_id, files=files, version=at)
+        made = snapshot(stage, round_id, files=files, version=at)
+        self.kept.setdefault((peer, stage), []).append(made)
+        return made
 
 
 # -- offers -------------------------------------------------------------------------------------------
@@ -155,12 +163,27 @@ async def test_without_a_source_there_is_one_clear_error(tmp_path: Path) -> None
         await fetch(fake, tmp_path / "file", [A, B])
 
 
-async def test_a_liar_among_the_sources_is_found(tmp_path: Path) -> None:
+async def test_a_liar_among_the_sources_is_found_and_the_file_comes_all_the_same(tmp_path: Path) -> None:
     fake = FakePeers()
-    fake.blobs = {(A.peer, "file"): LARGE, (B.peer, "file"): LARGE[:-1] + b"?"}
+    fake.blobs = {(B.peer, "file"): bytes(len(LARGE)), (A.peer, "file"): LARGE}
+    liars = await fetch_file(
+        "file",
+        tmp_path / "file",
+        num_bytes=len(LARGE),
+        sha256=digest(LARGE),
+        sources=[B.peer, A.peer],
+        fetch_range=fake.fetch_range,
+    )
+    assert (tmp_path / "file").read_bytes() == LARGE
+    assert liars == (B.peer,)
+
+
+async def test_if_only_liars_are_there_they_are_named(tmp_path: Path) -> None:
+    fake = FakePeers()
+    fake.blobs = {(B.peer, "file"): LARGE[:-1] + b"?"}
     with pytest.raises(WrongHashError) as caught:
         await fetch(fake, tmp_path / "file", [A, B])
-    assert caught.value.peer == B.peer
+    assert caught.value.liars == (B.peer,)
 
 
 async def test_a_source_that_brings_nothing_or_too_much_is_dropped(tmp_path: Path) -> None:
@@ -211,6 +234,7 @@ def make_collector(office: Office, fake: FakePeers) -> Collector:
         journal=services.journal,
         clock=services.clock,
         fetch_range=fake.fetch_range,
+        ask_snapshots=fake.ask_snapshots,
         on_checkpoint=on_checkpoint,
     )
     return collector
@@ -294,7 +318,6 @@ async def test_who_offers_one_hash_and_serves_another_is_found_out(tmp_path: Pat
         assert "checkpoint.wrong_file" in await kinds(office)
         fake.dead.clear()
         fake.asked.clear()
-        await office.beat(A, state(0))
         assert await collector.poll()
         assert A.peer not in {peer for peer, *_ in fake.asked}
         assert collector.newest is not None
@@ -344,6 +367,23 @@ async def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path: Pat
         assert "checkpoint.damaged" in await kinds(office)
         assert await restarted.poll(), "the peers still offer round 10: it replaces the damaged one"
         assert restarted.newest.round == 10
+
+
+async def test_peers_whose_beats_never_match_are_asked_at_the_same_moment(tmp_path: Path) -> None:
+    """Rounds shorter than a beat: A's beat told of round 8, B's of round 6, though both have had both."""
+    async with collecting(tmp_path) as (office, fake, collector):
+        await office.join(A)
+        await office.join(B)
+        await offering(office, fake, A, 0, 6, 8)
+        fake.offer(B.peer, 1, 4)
+        await offering(office, fake, B, 1, 6)
+        await collector.poll()
+        await office.beat(A, state(0, snapshot=fake.offer(A.peer, 0, 12)))
+        await office.beat(B, state(1, snapshot=fake.offer(B.peer, 1, 10)))
+        fake.offer(B.peer, 1, 12)
+        assert await collector.poll()
+        assert collector.newest is not None
+        assert collector.newest.round == 12
 
 
 async def test_an_unreachable_peer_costs_a_try(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_directory_without_a_run_is_refused(command: tuple[str, ...], tmp_path
 
 
 def test_a_bad_flag_value_is_named(tmp_path: Path) -> None:
-    assert_one_line(call("run", tmp_path, "--lost-after", "-1"), 3, "--lost-after-s")
+    assert_one_line(call("run", tmp_path, "--lost-after", "-1"), 3, "--lost-after: ")
     assert call("run", tmp_path, "--start-peers", "many").exit_code == 2
 
 

@@ -16,6 +16,7 @@ eps, clip_groups (list of {names, threshold}), threads, optional heldout ({token
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -47,7 +48,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
         for windows in microbatches:
             inputs, labels = batch(tokens, windows, spec["sequence_length"])
             loss = summed_loss(model, inputs, labels)
-            loss.backward()
+            torch.autograd.backward(loss)
             loss_sum += loss.item()
             target_tokens += labels.numel()
         clip_scales.append(
@@ -105,7 +106,7 @@ def summed_loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
 def clip(parameters: list[nn.Parameter], *, threshold: float, divisor: int) -> float:
     """Turn summed gradients into means and clip their joint norm; return the factor that clipping took."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = sum(float((gradient.double() ** 2).sum()) for gradient in gradients) ** 0.5 / divisor
+    norm = math.sqrt(sum(float((gradient.double() ** 2).sum()) for gradient in gradients)) / divisor
     scale = min(1.0, threshold / norm)
     for gradient in gradients:
         gradient.mul_(scale / divisor)

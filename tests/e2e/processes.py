@@ -29,7 +29,11 @@ import psutil
 
 Program = Literal["peer", "coordinator", "swarm"]
 
-ENTRY_POINTS: dict[Program, str] = {"peer": "peer.cli", "coordinator": "coordinator.cli", "swarm": "coordinator.monitor.cli"}
+ENTRY_POINTS: dict[Program, str] = {
+    "peer": "peer.cli",
+    "coordinator": "coordinator.cli",
+    "swarm": "coordinator.monitor.cli",
+}
 PRELOADED = ["peer.app", "coordinator.app", "coordinator.init", "coordinator.export", "bitsandbytes"]
 IS_COLD = os.environ.get("HANDCAR_E2E_COLD") == "1"
 POLL_S = 0.05
@@ -169,7 +173,7 @@ def _run_entry_point(program: Program, arguments: list[str], out: str, err: str)
 
 def _descendants(pid: int) -> list[psutil.Process]:
     try:
-        return psutil.Process(pid).children(recursive=True)
+        return list(psutil.Process(pid).children(recursive=True))
     except psutil.NoSuchProcess:
         return []
 

@@ -71,7 +71,9 @@ def write_initial_model(manifest: Manifest, folder: Path) -> None:
     span = build_span(manifest, stages, PeerSettings(name="reference", data_dir=folder, threads=1))
     weights = {name: tensor for engine in span.engines.values() for name, tensor in engine.weight_tensors().items()}
     folder.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
     config = {**manifest.model.config, "tie_word_embeddings": False, "torch_dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 

@@ -50,7 +50,9 @@ class Swarm:
         flags = ["--corpus", str(corpus), "--preset", preset, "--stages", str(stages), "--rounds", str(rounds)]
         for setting in settings:
             flags += ["--set", setting]
-        run_to_end("coordinator", ["init", str(self.directory), *flags], name="init", folder=folder, timeout_s=INIT_TIMEOUT_S)
+        run_to_end(
+            "coordinator", ["init", str(self.directory), *flags], name="init", folder=folder, timeout_s=INIT_TIMEOUT_S
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -24,8 +24,8 @@ LOOK_EVERY_S = 1.0
 class Coordinator:
     """The organiser's process."""
 
-    def __init__(self, world: World) -> None:
-        self.name = PeerId("coordinator")
+    def __init__(self, world: World, name: PeerId) -> None:
+        self.name = name
         self.alive = True
         self.resolves_forks = False
         self.kept: dict[StageId, Held] = {}

@@ -104,6 +104,8 @@ class Process:
         target = self.world.processes.get(to)
         if target is None:
             return
+        if self.world.options.through_wire:
+            message = type(message).from_bytes(message.to_bytes())
         for delay_s in self.world.network.fates(self.name, to, type(message).__name__):
             self.world.at(delay_s, lambda: target.receive(self, message))
 

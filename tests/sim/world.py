@@ -7,13 +7,13 @@ The same seed gives the same run.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from random import Random
 
 from protocol.ids import PeerId, RoundId, RunId, StageId, digest
-from protocol.rounds.messages import COMMIT_CONTEXT, Charter, Commit, Seat
+from protocol.rounds.messages import COMMIT_CONTEXT, Charter, Commit, DoneTask, Seat
 from protocol.rounds.settings import Notary, RoundRules, RoundSize, RoundTimers, Settings
 from protocol.signing import Signed
 from tests.sim.checks import Checks
@@ -26,6 +26,7 @@ from tests.sim.reduces import Reduces, Sum
 from tests.sim.replica import Held
 
 RUN = RunId("0123456789abcdef0123456789abcdef")
+COORDINATOR = PeerId("coordinator")
 GHOSTS_S = 60.0  # how long a vanished peer stays in the DHT
 FAST_TIMERS = RoundTimers(round_deadline_s=60.0, reduce_timeout_s=20.0, accept_timeout_s=10.0, freeze_timeout_s=10.0)
 
@@ -56,12 +57,23 @@ class Options:
     allow_forks: bool = False
     num_founders: int | None = None
     """How many processes of each stage the first charter names; the others join."""
+    commits_kept: int = 64
+    through_wire: bool = False
+    """Encode and decode every message, as a real network does."""
 
 
 class World:
     """Everything there is."""
 
-    def __init__(self, seed: int, options: Options, notaries: Callable[[PeerId], Notary] = FakeNotary) -> None:
+    def __init__(
+        self,
+        seed: int,
+        options: Options,
+        *,
+        notaries: Callable[[PeerId], Notary] = FakeNotary,
+        names: Sequence[PeerId] = (),
+        coordinator: PeerId = COORDINATOR,
+    ) -> None:
         self.rng = Random(seed)
         self.options = options
         self.timers = options.timers
@@ -76,17 +88,17 @@ class World:
         self.forked: set[StageId] = set()
         self.num_resent = 0
         self.rules = RoundRules(
-            size_of=self._size_of, check_done=self._check_done, clip_threshold=options.clip_threshold
+            size_of=self._size_of, check_done=self._check_done, clip_threshold=options.clip_threshold, commits_kept=options.commits_kept
         )
         self.checks = Checks(self)
         self.reduces = Reduces(self)
-        names = [PeerId(f"p{index:02d}") for index in range(len(options.spans))]
+        names = names or [PeerId(f"p{index:02d}") for index in range(len(options.spans))]
         self.processes = {
             name: Process(self, name, tuple(StageId(stage) for stage in span))
             for name, span in zip(names, options.spans, strict=True)
         }
         self.last_stage = max(stage for span in options.spans for stage in span)
-        self.coordinator = Coordinator(self)
+        self.coordinator = Coordinator(self, coordinator)
         for process in self.processes.values():
             process.start()
         self.coordinator.found_run()
@@ -185,10 +197,8 @@ class World:
         """Make what stands for the last stage's signed answer."""
         return digest(b"evidence", repr((round_id, number)).encode())[:8]
 
-    def _check_done(self, round_id: RoundId, task: object) -> bool:
-        number: int = task.number  # type: ignore[attr-defined]
-        evidence: bytes = task.evidence  # type: ignore[attr-defined]
-        return evidence == self.evidence_of(round_id, number)
+    def _check_done(self, round_id: RoundId, task: DoneTask) -> bool:
+        return task.evidence == self.evidence_of(round_id, task.number)
 
     # -- records and settings ----------------------------------------------------------------------
 
