@@ -61,7 +61,7 @@ def _batch(
 
 
 def _adamw(name: OptimizerName, *, learning_rate: float, warmup_rounds: int) -> OptimizerSpec:
-    """AdamW as small language models are usually trained: betas .9/.95, decay .1, clip 1; a cosine tail that still learns."""
+    """AdamW as small language models are usually trained; the tail of the cosine still learns."""
     return OptimizerSpec(
         name=name,
         learning_rate=learning_rate,

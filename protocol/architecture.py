@@ -11,8 +11,8 @@ own classes (tests/protocol/test_architecture.py compares them for every archite
 
 from __future__ import annotations
 
-import math
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum

@@ -20,7 +20,7 @@ from peer.pipeline.compute import ComputeThread, Priority
 from protocol.control import Snapshot, StateFile
 from protocol.errors import PeerFault, UnreachableError, WireError
 from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, Version
-from protocol.transport.blobs import Blobs
+from protocol.transport.blobs import Blobs, MissingBlobError
 
 log = structlog.get_logger()
 
@@ -75,10 +75,13 @@ class Restorer:
         return await self._compute.run(engine.state_digest, priority=Priority.CONTROL)
 
     async def _newest_checkpoint(self) -> Snapshot | None:
-        """Ask the coordinator which checkpoint is the newest; None if it has none, or is not there."""
+        """Ask the coordinator which checkpoint is the newest; None if it has none.
+
+        Raises `UnreachableError` if it does not answer: initial weights would then be a guess.
+        """
         try:
             data = await self._blobs.fetch(self._coordinator, NEWEST, max_bytes=MAX_RECORD_BYTES)
-        except UnreachableError as error:
+        except MissingBlobError as error:
             log.debug("checkpoint.none", error=error.one_line())
             return None
         return _read_record(data, self._stage)

@@ -61,6 +61,7 @@ class SpanEngine:
         self._codec = codec
         self._hidden_size = hidden_size
         self._open: dict[StageId, RoundId] = {}
+        self._waiting: dict[int, SpanTicket] = {}
         self.accumulated_tokens: dict[StageId, int] = dict.fromkeys(self.engines, 0)
 
     # -- rounds ---------------------------------------------------------------------------------------
@@ -74,7 +75,9 @@ class SpanEngine:
 
     def freeze(self, stage: StageId) -> int:
         """End a stage's contribution to its round; return the target tokens in it."""
-        self._open.pop(stage, None)
+        frozen = self._open.pop(stage, None)
+        for ticket in [ticket for ticket in self._waiting.values() if ticket.round == frozen]:
+            self.discard(ticket)  # their backward would be refused; who asked for it may be gone already
         return self.accumulated_tokens[stage]
 
     # -- tasks ----------------------------------------------------------------------------------------
@@ -89,11 +92,13 @@ class SpanEngine:
         self, source: Source, shape: tuple[int, ...], *, round_id: RoundId
     ) -> tuple[bytes, tuple[int, ...], SpanTicket]:
         """Run a training task through the span; return the encoded output, its shape and what backward needs."""
+        self._check_open(round_id)
         hidden_BTD = self._decode(source, shape)
         ticket = SpanTicket(round_id, [], tuple(hidden_BTD.shape))
         for engine in self.engines.values():
             hidden_BTD, kept = engine.forward(hidden_BTD)
             ticket.tickets.append(kept)
+        self._waiting[id(ticket)] = ticket
         return self._encode(hidden_BTD), tuple(hidden_BTD.shape), ticket
 
     def forward_only(self, source: Source, shape: tuple[int, ...]) -> tuple[bytes, tuple[int, ...]]:
@@ -111,6 +116,7 @@ class SpanEngine:
         Raises `RoundOver`, with nothing added anywhere, if a stage of the span has been frozen meanwhile.
         """
         self._check_open(ticket.round)
+        self._waiting.pop(id(ticket))
         grad_BTD: torch.Tensor | None = self._decode(gradient, shape)
         for engine, kept in zip(reversed(self.engines.values()), reversed(ticket.tickets), strict=True):
             assert grad_BTD is not None
@@ -147,7 +153,9 @@ class SpanEngine:
         return SpanLoss(result.loss_sum, result.target_tokens, None)
 
     def discard(self, ticket: SpanTicket) -> None:
-        """Free what a task kept that will never go backward."""
+        """Free what a task kept that will never go backward. Does nothing for a task that has."""
+        if self._waiting.pop(id(ticket), None) is None:
+            return
         for engine, kept in zip(self.engines.values(), ticket.tickets, strict=True):
             engine.discard(kept)
 

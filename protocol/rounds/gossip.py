@@ -49,12 +49,19 @@ class Gossip:
             return []
         actions: list[Step] = []
         if self._member.standing is Standing.LISTENING and now_s - self._ready_s >= timers.ready_s:
-            self._ready_s = now_s
-            actions += [Send(peer, self._ready(chain)) for peer in self._peers(chain)]
+            actions += self.ask_for_seat(now_s)
         if now_s - self._hello_s >= timers.gossip_s:
             self._hello_s = now_s
             actions += self._say_hello(chain)
         return actions
+
+    def ask_for_seat(self, now_s: float) -> list[Step]:
+        """Tell the members where we stand, if we have no seat. Also at once after each replay: rounds are short."""
+        chain = self._member.chain
+        if chain is None or self._member.standing is not Standing.LISTENING or self._member.is_draining:
+            return []
+        self._ready_s = now_s
+        return [Send(peer, self._ready(chain)) for peer in sorted(self._peers(chain))]
 
     # -- what others say ---------------------------------------------------------------------------
 
@@ -78,12 +85,12 @@ class Gossip:
         if chain is None:
             return []
         self._neighbours.note_session(chain.head.seats, sender, ready.session)
-        if ready.generation != chain.generation or ready.lineage != chain.head.lineage:
-            return self.compare(sender, ready.generation, ready.lineage, ready.version, now_s)
-        differs = self._compare_state(sender, ready)
-        if not differs:
-            self._neighbours.note_ready(sender, ready, now_s)
-        return differs
+        if ready.lineage == chain.head.lineage:
+            differs = self._compare_state(sender, ready)
+            if differs:
+                return differs
+        self._neighbours.note_ready(sender, ready, now_s)
+        return self.compare(sender, ready.generation, ready.lineage, ready.version, now_s)
 
     def on_goodbye(self, sender: PeerId, _goodbye: Goodbye) -> list[Step]:
         """Stop waiting for that process."""

@@ -135,6 +135,11 @@ class RoundMachine:
         """The closing of the newest round that is over, as far as we know."""
         return self._member.closings.get(RoundId(self._member.newest_closed))
 
+    @property
+    def conductors(self) -> tuple[PeerId, ...]:
+        """The members in the order in which they would conduct the open round, ourselves among them; else none."""
+        return self._member.slot.order if self._member.slot is not None else ()
+
     def statistics(self) -> RoundStatistics:
         """Describe this moment."""
         member = self._member
@@ -203,7 +208,7 @@ class RoundMachine:
             case Fetched() | FetchFailed():
                 return member.voter.on_fetched(event) if member.voter is not None else []
             case Applied():
-                return member.on_applied(event, now_s)
+                return [*member.on_applied(event, now_s), *self._gossip.ask_for_seat(now_s)]
             case ApplyFailed():
                 return member.on_apply_failed(event)
             case Synced():
@@ -219,6 +224,8 @@ class RoundMachine:
     def _on_message(self, sender: PeerId, message: StageMessage, now_s: float) -> list[Step]:
         if sender in self._neighbours.banned:
             return []
+        if sender != self._settings.me.peer:
+            self._neighbours.heard_s = now_s
         match message:
             case BallotMessage():
                 return self._on_ballot(sender, message, now_s)
@@ -332,8 +339,8 @@ class RoundMachine:
         return [Send(sender, Ack.model_validate({"stage": stage, "of": digest(signed.payload)}))]
 
     def _announce(self, what: Announce, now_s: float) -> list[Step]:
-        """A closing concerns the whole run, so everybody that we know of hears it."""
-        if isinstance(what.message, ClosingNotice):
-            everybody = what.to | self._neighbours.everybody()
-            what = Announce(to=everybody, message=what.message, key=what.key)
-        return self._notices.announce(what, now_s)
+        """A closing concerns the whole run, so everybody that we know of hears it; a commit also the joiners."""
+        is_closing = isinstance(what.message, ClosingNotice)
+        more = self._neighbours.everybody() if is_closing else self._neighbours.listeners()
+        to = (what.to | more) - {self._settings.me.peer}
+        return self._notices.announce(Announce(to=to, message=what.message, key=what.key), now_s)

@@ -101,7 +101,7 @@ class Member:
         self._syncing = False
         self._attempts = 0
         self._retry_from: tuple[PeerId, ...] | None = None
-        self._draining = False
+        self.is_draining = False
         self._heirs: set[PeerId] = set()
 
     # -- where we are ------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ class Member:
         if self.steward is not None:
             self.steward.stop()
         self.num_voids += 1
-        if self._draining and not slot.tokens:
+        if self.is_draining and not slot.tokens:
             actions.append(Left())
         slot.round, slot.frozen, slot.tokens = RoundId(void.round + 1), False, None
         return [*actions, *self._open(now_s, fresh=False)] if slot.applied else actions
@@ -269,7 +269,7 @@ class Member:
 
     def on_drain(self, _event: Drain) -> list[Step]:
         """Leave with the next commit; at once if no work of ours is waiting for one."""
-        self._draining = True
+        self.is_draining = True
         if self.slot is None:
             return self.leave_if_safe() if self.chain is not None else [Left()]
         self.slot.leaving = True
@@ -282,7 +282,7 @@ class Member:
 
     def leave_if_safe(self) -> list[Step]:
         """Say that we may go, unless we are the only ones who hold what the next members still have to fetch."""
-        if not self._draining or self.chain is None or self.applied is not self.chain.head:
+        if not self.is_draining or self.chain is None or self.applied is not self.chain.head:
             return []
         head, me = self.chain.head, self._settings.me.peer
         others = {peer for peer in head.members if peer != me}
@@ -340,6 +340,7 @@ class Member:
         slot = self.slot
         if slot is None:
             return
+        slot.company_s = self._neighbours.heard_s
         slot.gone = self._neighbours.gone(slot.parent.seats) - {self._settings.me.peer}
         seated = {(seat.peer, seat.session) for seat in slot.parent.seats}
         ready = self._neighbours.ready_at(slot.parent.lineage, now_s)
@@ -362,7 +363,7 @@ class Member:
         if settings.me not in head.seats or head.lineage == self._given_up:
             return
         order = steward_order(settings.run, settings.stage, head.lineage, head.members)
-        slot = Slot(parent=head, order=order, round=head.next_round, heard_s=now_s, leaving=self._draining)
+        slot = Slot(parent=head, order=order, round=head.next_round, heard_s=now_s, leaving=self.is_draining)
         for round_id, signed in self.closings.items():
             if round_id >= slot.round:
                 closing = self._settings.notary.unseal(signed, CLOSING_CONTEXT, Closing)

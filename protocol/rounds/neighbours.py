@@ -1,6 +1,6 @@
 """What a replica knows about other peers: who hosts what, who is banned, who has died, who wants a seat.
 
-Owns: these four sets and their expiry. Must not know: ballots, lineages' contents.
+Owns: these sets and their expiry. Must not know: ballots, lineages' contents.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ class Neighbours:
         self._settings = settings
         self.replicas: Mapping[StageId, tuple[PeerId, ...]] = {}
         self.banned: frozenset[PeerId] = frozenset()
+        self.heard_s = 0.0
+        """When anybody at all was last heard."""
         self._dead: set[Seat] = set()
         self._ready: dict[PeerId, tuple[Ready, float]] = {}
 
@@ -51,7 +53,7 @@ class Neighbours:
         self._dead &= set(seats)
 
     def note_ready(self, sender: PeerId, ready: Ready, now_s: float) -> None:
-        """Remember a joiner."""
+        """Remember a joiner, wherever it stands."""
         if sender not in self.banned:
             self._ready[sender] = (ready, now_s)
 
@@ -60,6 +62,10 @@ class Neighbours:
         fresh_s = READY_BEATS * self._settings.timers.ready_s
         self._ready = {peer: (ready, at_s) for peer, (ready, at_s) in self._ready.items() if now_s - at_s <= fresh_s}
         return {peer: ready for peer, (ready, _) in self._ready.items() if ready.lineage == lineage}
+
+    def listeners(self) -> set[PeerId]:
+        """Return the joiners heard lately, wherever they stand: they want to hear of commits, too."""
+        return set(self._ready)
 
     def hosts(self, stage: StageId) -> tuple[PeerId, ...]:
         """Return the known replicas of a stage without ourselves."""

@@ -19,7 +19,7 @@ M = TypeVar("M", bound=Message)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundTimers:
-    """How long to wait for what. Only `patience_s` bears on safety (docs/decisions/0005)."""
+    """How long to wait for what. Only patience and isolation bear on safety (docs/decisions/0005)."""
 
     beat_s: float = 0.5
     """The driver's `Tick` interval; unanswered messages are repeated at every tick."""
@@ -27,8 +27,10 @@ class RoundTimers:
     """A steward or clock that misses so many beats is replaced; a gap of our own as long counts as sleep."""
     ping_timeout_s: float = 2.0
     """After this, those who did not answer are left out, if the others are a quorum."""
-    patience_s: float = 6.0
+    patience_s: float = 10.0
     """Without a quorum, so long must the others have been silent before the rest goes on alone."""
+    isolation_s: float = 120.0
+    """The same for who hears nobody at all: then the broken link is most likely its own."""
     freeze_timeout_s: float = 60.0
     """How long a member that answers may still be busy with the last tasks of the round."""
     reduce_timeout_s: float = 600.0
@@ -42,8 +44,8 @@ class RoundTimers:
     """How long a closing or a commit is repeated to those who do not acknowledge; gossip does the rest."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.beat_s * 2 <= self.ping_timeout_s < self.patience_s:
-            raise ValueError("timers need 0 < 2 * beat_s <= ping_timeout_s < patience_s")
+        if not 0 < self.beat_s * 2 <= self.ping_timeout_s < self.patience_s <= self.isolation_s:
+            raise ValueError("timers need 0 < 2 * beat_s <= ping_timeout_s < patience_s <= isolation_s")
 
     @property
     def silence_s(self) -> float:
@@ -52,7 +54,7 @@ class RoundTimers:
     @property
     def ballot_limit_s(self) -> float:
         """A steward that needs longer than this for one ballot is treated as silent, however loud it is."""
-        waits = (self.freeze_timeout_s, self.patience_s, self.reduce_timeout_s, self.accept_timeout_s)
+        waits = (self.freeze_timeout_s, self.isolation_s, self.reduce_timeout_s, self.accept_timeout_s)
         return self.ping_timeout_s + sum(waits)
 
 

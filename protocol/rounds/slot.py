@@ -60,6 +60,8 @@ class Slot:
     """Members whose process is certainly dead."""
     ready: dict[PeerId, Ready] = field(default_factory=dict)
     """Joiners that hold the parent's state."""
+    company_s: float = 0.0
+    """When anybody at all was last heard."""
     leaving: bool = False
     """We want to leave with the next commit."""
 

@@ -220,14 +220,19 @@ class Steward:
         return self._begin(now_s)
 
     def _enough(self, voters: set[PeerId], now_s: float) -> bool:
-        """A quorum is enough at once; fewer are when all the others have been missing for long (0005)."""
+        """A quorum is enough at once; fewer are when all the others have been missing for long (0005).
+
+        A home whose own line is down sees everybody else missing. It waits much longer, and mostly in vain.
+        """
         slot = self._slot
         if self._settings.me.peer not in voters:
             return False
         if is_quorum(voters, slot.living, break_tie=not slot.slept):
             return True
-        others = set(slot.living) - voters
-        return all(now_s - self._missing_since_s[peer] >= self._settings.timers.patience_s for peer in others)
+        timers, others = self._settings.timers, set(slot.living) - voters
+        alone = now_s - slot.company_s >= timers.patience_s
+        wait_s = timers.isolation_s if alone else timers.patience_s
+        return all(now_s - self._missing_since_s[peer] >= wait_s for peer in others)
 
     # -- begin, propose, fail ----------------------------------------------------------------------
 

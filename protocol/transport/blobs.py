@@ -42,6 +42,10 @@ class RangeAnswer(Message):
     total_bytes: Annotated[int, Field(ge=0)]
 
 
+class MissingBlobError(UnreachableError):
+    """The peer answered, and does not have that blob."""
+
+
 class Blobs:
     """Serves and fetches ranges of named blobs within one run."""
 
@@ -59,13 +63,13 @@ class Blobs:
     async def fetch_range(self, peer: PeerId, name: str, *, offset: int, length: int) -> tuple[bytes, int]:
         """Return up to `length` bytes from `offset`, and the blob's total size.
 
-        Raises `UnreachableError` if the peer does not have it, other `TransientError`s if the link fails.
+        Raises `MissingBlobError` if the peer does not have it, other `TransientError`s if the link fails.
         """
         async with self._streams.open(peer, self._name, timeout_s=OPEN_TIMEOUT_S) as stream:
             await stream.send(RangeRequest(name=name, offset=offset, length=length))
             answer = await stream.receive(RangeAnswer, timeout_s=ANSWER_TIMEOUT_S)
             if not answer.found:
-                raise UnreachableError(f"{peer} does not have {name}")
+                raise MissingBlobError(f"{peer} does not have {name}")
             if answer.length > length:
                 raise WireError(f"{peer} wants to send {answer.length} bytes where {length} were asked for")
             body, _ = await stream.receive_body(answer.length)

@@ -13,7 +13,15 @@ from typing import Any, TypeVar
 
 import structlog
 
-from protocol.errors import BusyError, IncompatibleError, RefusedError, SwarmError, TransientError, WireError
+from protocol.errors import (
+    BusyError,
+    ClockError,
+    IncompatibleError,
+    RefusedError,
+    SwarmError,
+    TransientError,
+    WireError,
+)
 from protocol.ids import PeerId
 from protocol.transport.streams import Stream, Streams
 from protocol.wire import PROTOCOL_VERSION, Message
@@ -98,6 +106,8 @@ def _error_of(peer: PeerId, failure: Failure) -> SwarmError:
         return IncompatibleError(failure.detail, hint=failure.hint)
     if failure.code == RefusedError.code:
         return RefusedError(failure.detail, hint=failure.hint)
+    if failure.code == ClockError.code:
+        return ClockError(failure.detail)
     if failure.code == BusyError.code:
         return BusyError(failure.detail, retry_after_s=max(0.0, failure.retry_after_s))
     if failure.code == WireError.code:

@@ -53,7 +53,8 @@ def plain_tokens_per_s(run_dir: RunDir, folder: Path) -> float:
     spec |= {"learning_rates": spec["learning_rates"][: ROUNDS - 1]}
     del spec["heldout"]
     (answer,) = ask_plain_loop(folder, spec, timeout_s=600.0, threads=THREADS)
-    return run_dir.manifest.batch.tokens_per_round / statistics.median(answer["seconds"][WARM_ROUNDS:])
+    seconds: list[float] = answer["seconds"]
+    return run_dir.manifest.batch.tokens_per_round / statistics.median(seconds[WARM_ROUNDS:])
 
 
 def measure(options: Options) -> Iterator[Row]:
@@ -76,7 +77,9 @@ def measure(options: Options) -> Iterator[Row]:
             return plain_tokens_per_s(run_dir, place)
 
         pairs = measure_pairs(ours, reference, repeats=options.repeats_or(quick=1, full=5), warmup=0)
-        yield compare("pipeline", pairs, unit="tokens/s", bar=BAR, note="2 stages x 1 thread against 1 process x 2 threads")
+        yield compare(
+            "pipeline", pairs, unit="tokens/s", bar=BAR, note="2 stages x 1 thread against 1 process x 2 threads"
+        )
 
 
 def _opened(events: list[dict[str, object]], *, stage: int) -> list[float]:

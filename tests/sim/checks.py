@@ -108,16 +108,19 @@ class Checks:
 
     def _living(self, parent: tuple[StageId, Lineage]) -> list[Lineage]:
         """Return the successors of a lineage that some life still going on has applied and not given up."""
-        stage, found = parent[0], []
-        for lineage, lives in self.appliers[parent].items():
-            for name, session in lives:
-                process = self._world.processes[name]
-                replica = process.replicas.get(stage)
-                if process.alive and process.session == session and replica is not None and replica.held is not None:
-                    if replica.held.generation == self.commits[stage, lineage].generation:
-                        found.append(lineage)
-                        break
-        return found
+        stage = parent[0]
+        return [
+            lineage
+            for lineage, lives in self.appliers[parent].items()
+            if any(self._still_holds(stage, lineage, life) for life in lives)
+        ]
+
+    def _still_holds(self, stage: StageId, lineage: Lineage, life: tuple[PeerId, int]) -> bool:
+        process = self._world.processes[life[0]]
+        replica = process.replicas.get(stage)
+        if not process.alive or process.session != life[1] or replica is None or replica.held is None:
+            return False
+        return replica.held.generation == self.commits[stage, lineage].generation
 
     def _fork_message(self, parent: tuple[StageId, Lineage]) -> str:
         sides = {lineage.hex()[:6]: sorted(who) for lineage, who in self.appliers[parent].items()}

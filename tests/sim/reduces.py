@@ -46,6 +46,7 @@ class Reduces:
         self.broken_links: set[frozenset[PeerId]] = set()
         self.fail_next = 0
         self.corrupt: set[PeerId] = set()
+        self.wrong_norm: dict[PeerId, float] = {}
 
     def join(self, replica: Replica, start: StartReduce, entries: tuple[Entry, ...]) -> None:
         """Take part; the end comes as an event."""
@@ -90,7 +91,9 @@ class Reduces:
         total = self._sum(group, name)
         replica = group.joined[name][0]
         replica.staged = {total.digest}
-        replica.feed(ReduceDone(group.start.group_id, total.digest, total.norm))
+        noise = 1.0 + self._world.options.norm_noise * self._world.rng.uniform(-1.0, 1.0)
+        norm = total.norm * noise * self.wrong_norm.get(name, 1.0)
+        replica.feed(ReduceDone(group.start.group_id, total.digest, norm))
 
     def _fail(self, group: _Group, name: PeerId, suspect: PeerId | None) -> None:
         if name not in group.ended:

@@ -28,7 +28,14 @@ from tests.sim.replica import Held
 RUN = RunId("0123456789abcdef0123456789abcdef")
 COORDINATOR = PeerId("coordinator")
 GHOSTS_S = 60.0  # how long a vanished peer stays in the DHT
-FAST_TIMERS = RoundTimers(round_deadline_s=60.0, reduce_timeout_s=20.0, accept_timeout_s=10.0, freeze_timeout_s=10.0)
+FAST_TIMERS = RoundTimers(
+    patience_s=6.0,
+    isolation_s=20.0,
+    round_deadline_s=60.0,
+    reduce_timeout_s=20.0,
+    accept_timeout_s=10.0,
+    freeze_timeout_s=10.0,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +65,8 @@ class Options:
     num_founders: int | None = None
     """How many processes of each stage the first charter names; the others join."""
     commits_kept: int = 64
+    norm_noise: float = 0.0
+    """How differently members compute the norm of the same bytes, relative."""
     through_wire: bool = False
     """Encode and decode every message, as a real network does."""
 
@@ -88,7 +97,10 @@ class World:
         self.forked: set[StageId] = set()
         self.num_resent = 0
         self.rules = RoundRules(
-            size_of=self._size_of, check_done=self._check_done, clip_threshold=options.clip_threshold, commits_kept=options.commits_kept
+            size_of=self._size_of,
+            check_done=self._check_done,
+            clip_threshold=options.clip_threshold,
+            commits_kept=options.commits_kept,
         )
         self.checks = Checks(self)
         self.reduces = Reduces(self)
@@ -103,6 +115,7 @@ class World:
             process.start()
         self.coordinator.found_run()
         self._refresh_directories()
+        self.run(options.resync_s)  # the founders load the initial state; a plan's times count from here
 
     # -- time --------------------------------------------------------------------------------------
 

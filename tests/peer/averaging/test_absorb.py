@@ -1,0 +1,130 @@
+"""From committed bytes to the next version, and back from disk: replicas that do the same stay the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from peer.averaging.absorb import Update, absorb, update_bytes, update_norm
+from peer.averaging.history import SNAPSHOTS_KEPT, History, kept_snapshots
+from peer.averaging.reduce import encoded_shard_bytes
+from peer.codecs import codec
+from peer.engine.optimizer import OptimizerSpec
+from peer.engine.schedule import LearningRate
+from peer.engine.span import SpanEngine
+from peer.engine.stage_engine import StageEngine
+from protocol.architecture import preset
+from protocol.errors import StorageError, WireError
+from protocol.ids import Lineage, RoundId, StageId, Version
+from protocol.signing import Signed, SigningKey
+
+SCHEDULE = LearningRate(peak=1e-2, warmup=0, total=10)
+STAGE = StageId(0)
+LINEAGE = Lineage(bytes(32))
+
+
+def engine() -> StageEngine:
+    return StageEngine.build(preset("tiny"), num_stages=2, stage=0, optimizer=OptimizerSpec(name="adamw8bit"), seed=3)
+
+
+def update(target: StageEngine, name: str = "fp16", seed: int = 0) -> Update:
+    """Encode a random sum for every shard, the way a reduce does."""
+    random = torch.Generator().manual_seed(seed)
+    data = b""
+    for shard in target.shards:
+        values = torch.randn(shard.gradient.numel(), generator=random)
+        encoded = codec(name).encode(values)
+        assert len(encoded) == encoded_shard_bytes(name, len(values)), "tiny shards are one part each"
+        data += encoded
+    return Update(name, data)
+
+
+def test_two_replicas_that_absorb_the_same_bytes_are_equal() -> None:
+    """Oracle: digests over weights and moments; a different clip scale must show."""
+    one, two, other = engine(), engine(), engine()
+    for target, scale in ((one, 0.5), (two, 0.5), (other, 0.25)):
+        absorb(target, update(target), total_tokens=100, clip_scale=scale, schedule=SCHEDULE)
+    assert one.version == 1
+    assert one.state_digest() == two.state_digest()
+    assert one.state_digest() != other.state_digest()
+
+
+def test_the_norm_is_that_of_what_everybody_decodes() -> None:
+    """Oracle: torch's own norm over the decoded values."""
+    target = engine()
+    sum_ = update(target)
+    decoded, offset = [], 0
+    for shard in target.shards:
+        size = encoded_shard_bytes("fp16", shard.gradient.numel())
+        decoded.append(codec("fp16").decode(sum_.data[offset : offset + size], shard.gradient.numel()))
+        offset += size
+    expected = float(torch.cat(decoded).double().norm())
+    assert update_norm(target, sum_) == pytest.approx(expected, rel=1e-12)
+
+
+def test_an_update_of_the_wrong_length_changes_nothing() -> None:
+    """Oracle: the digest before and after."""
+    target = engine()
+    before = target.state_digest()
+    broken = Update("fp16", update(target).data[:-1])
+    assert update_bytes(target, "fp16") == len(broken.data) + 1
+    with pytest.raises(WireError):
+        absorb(target, broken, total_tokens=1, clip_scale=1.0, schedule=SCHEDULE)
+    assert target.state_digest() == before
+
+
+def signed() -> Signed:
+    key = SigningKey(bytes(32))
+    return Signed(payload=b"commit", signer=key.peer_id, signature=key.sign("c", b"commit"))
+
+
+def test_a_snapshot_and_its_log_lead_to_the_same_state(tmp_path: Path) -> None:
+    """Oracle: an undisturbed engine; the other one starts from disk at version 1 and replays the rest."""
+    target, history = engine(), History(tmp_path, stage=STAGE)
+    span = SpanEngine({STAGE: target}, codec=codec("fp32"), hidden_size=64, num_stages=2)
+    for version in range(3):
+        if version == 1:
+            history.save_snapshot(span.state_parts(STAGE), round_id=RoundId(1), version=Version(1), lineage=LINEAGE)
+        step = update(target, seed=version)
+        absorb(target, step, total_tokens=50, clip_scale=1.0, schedule=SCHEDULE)
+        history.append(Version(version), step.data, signed())
+    again, reopened = engine(), History(tmp_path, stage=STAGE)
+    (snapshot,) = reopened.snapshots()
+    tensors = reopened.load_snapshot(snapshot)
+    again.load_state_tensors({**tensors["weights"], **tensors["optimizer"]}, version=snapshot.version)
+    for version in (1, 2):
+        path = reopened.resolve("update", Version(version), "")
+        assert path is not None
+        absorb(again, Update("fp16", path.read_bytes()), total_tokens=50, clip_scale=1.0, schedule=SCHEDULE)
+    assert again.state_digest() == target.state_digest()
+    assert kept_snapshots(tmp_path.parent) == ()
+
+
+def test_a_flipped_byte_on_disk_is_never_loaded(tmp_path: Path) -> None:
+    """Oracle: the snapshot's digests."""
+    history = History(tmp_path, stage=STAGE)
+    span = SpanEngine({STAGE: engine()}, codec=codec("fp32"), hidden_size=64, num_stages=2)
+    snapshot = history.save_snapshot(span.state_parts(STAGE), round_id=RoundId(0), version=Version(0), lineage=LINEAGE)
+    path = history.incoming_path(Version(0), "weights")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StorageError, match="damaged"):
+        history.load_snapshot(snapshot)
+
+
+def test_old_snapshots_and_the_updates_before_them_are_pruned(tmp_path: Path) -> None:
+    """Oracle: the number of snapshots kept, and that the log reaches back to the oldest of them."""
+    history = History(tmp_path / "stage-0", stage=STAGE)
+    span = SpanEngine({STAGE: engine()}, codec=codec("fp32"), hidden_size=64, num_stages=2)
+    for version in range(4):
+        history.save_snapshot(
+            span.state_parts(STAGE), round_id=RoundId(version), version=Version(version), lineage=LINEAGE
+        )
+        history.append(Version(version), b"update", signed())
+    assert [snapshot.version for snapshot in history.snapshots()] == [3, 2][:SNAPSHOTS_KEPT]
+    assert history.commit_of(Version(1)) is None
+    assert history.commit_of(Version(2)) == signed()
+    assert [snapshot.version for snapshot in kept_snapshots(tmp_path)] == [3]
