@@ -42,6 +42,7 @@ from protocol.rounds.lineage import Chain, Link, read_charter
 from protocol.rounds.messages import CLOSING_CONTEXT, Closing, Goodbye, VoidRound
 from protocol.rounds.neighbours import Neighbours
 from protocol.rounds.quorum import steward_order
+from protocol.rounds.records import check_scale
 from protocol.rounds.settings import RoundSize, Settings
 from protocol.rounds.slot import HeardClosing, Slot
 from protocol.rounds.steward import Steward
@@ -225,6 +226,8 @@ class Member:
             and slot.staged is not None
             and slot.staged.digest == commit.digest
         )
+        if slot is not None and slot.staged is not None and slot.staged.digest == commit.digest:
+            check_scale(self._settings.rules, commit, slot.staged)  # final or not: we apply nothing that is wrong
         actions = self._report_if_left_out(signed)
         actions += self._end_slot()
         link = self.chain.extend(signed)

@@ -312,9 +312,10 @@ class Accept(BallotMessage):
 
 
 class Decline(BallotMessage):
-    """I cannot accept that."""
+    """I cannot accept that: its bytes are out of reach, or (`objection`) I hold it for wrong."""
 
     reason: Text
+    objection: bool
 
 
 class StillHere(BallotMessage):

@@ -142,10 +142,11 @@ def check_proposal(
         if seat not in slot.parent.seats and seat.peer not in commit.joiners:
             raise PeerFault(f"it seats {seat.peer}, who is neither a member nor a joiner")
     if staged is not None and staged.digest == commit.digest:
-        _check_scale(settings.rules, commit, staged)
+        check_scale(settings.rules, commit, staged)
 
 
-def _check_scale(rules: RoundRules, commit: Commit, staged: StagedBytes) -> None:
+def check_scale(rules: RoundRules, commit: Commit, staged: StagedBytes) -> None:
+    """Raise `PeerFault` unless the commit's scale fits our own norm of the same bytes."""
     own = clip_scale(staged.norm / commit.total_tokens, rules)
     if abs(commit.clip_scale - own) > rules.scale_tolerance * own:
         raise PeerFault(f"its clip scale is {commit.clip_scale:.6g}, ours is {own:.6g}")

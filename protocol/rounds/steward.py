@@ -79,6 +79,8 @@ class Steward:
         self._accepted: set[PeerId] = set()
         self._left_out: set[PeerId] = set()
         self._unable: set[PeerId] = set()
+        self._objectors: set[PeerId] = set()
+        self._strange: set[PeerId] = set()
         self._blamed: dict[PeerId, PeerId] = {}
         self.banned: frozenset[PeerId] = frozenset()
 
@@ -151,11 +153,15 @@ class Steward:
         return [Announce(to=frozenset(targets), message=message, key=digest(signed.payload)), Send(me, message)]
 
     def on_decline(self, sender: PeerId, decline: Decline, now_s: float) -> list[Step]:
-        """Try again, without that one's vote if the others are enough."""
+        """Try again, without that one's vote if the others are enough. After an objection, let others try first."""
         if self.phase is not Phase.PROPOSING or decline.ballot != self.ballot:
             return []
         self._unable.add(sender)
-        return self._fail(f"{sender} declined: {decline.reason}", now_s)
+        failed = self._fail(f"{sender} declined: {decline.reason}", now_s)
+        if decline.objection:
+            self._objectors.add(sender)
+            self._retry = is_quorum(self._ready() - self._objectors, self._slot.living, break_tie=False)
+        return failed
 
     def tick(self, now_s: float) -> list[Step]:
         """Repeat what is unanswered, and give up on what takes too long."""
@@ -230,6 +236,8 @@ class Steward:
         if is_quorum(voters, slot.living, break_tie=not slot.slept):
             return True
         timers, others = self._settings.timers, set(slot.living) - voters
+        if others & self._objectors:
+            return False  # they are there, and they are against it
         alone = now_s - slot.company_s >= timers.patience_s
         wait_s = timers.isolation_s if alone else timers.patience_s
         return all(now_s - self._missing_since_s[peer] >= wait_s for peer in others)
@@ -254,7 +262,7 @@ class Steward:
         progress and not about guilt: whoever is left out still votes, stays a member, and may report it.
         """
         slot, ready = self._slot, self._ready()
-        voters = [peer for peer in slot.order if peer in ready]
+        voters = [peer for peer in slot.order if peer in ready - self._strange]
         me = self._settings.me.peer
         if self.num_failed >= SOLO_AFTER_FAILURES:
             best = max(voters, key=lambda peer: (self._pongs[peer].tokens or 0, peer == me))
@@ -329,12 +337,12 @@ class Steward:
         return [Report(Trouble.BALLOT_FAILED, detail=f"ballot {self.ballot.number}: {why}"[:200])]
 
     def _report_divergence(self) -> list[Step]:
-        """Name those whose sum differs from most; blame falls on them at the next attempt."""
+        """Name those whose sum differs from most, and sum without them, be it without ourselves."""
         counts = Counter(result.digest for result in self._results.values())
         common, _ = counts.most_common(1)[0]
         strange = [peer for peer, result in self._results.items() if result.digest != common]
-        for peer in strange:
-            self._blamed.update({other: peer for other in self._results if other != peer})
+        if 2 * len(strange) < len(self._results):  # of two, nobody can say which one is wrong
+            self._strange.update(strange)
         return [Report(Trouble.DIVERGED, peer, "another sum than most of its group") for peer in strange]
 
     # -- messages ----------------------------------------------------------------------------------

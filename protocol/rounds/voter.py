@@ -112,7 +112,7 @@ class Voter:
             check_proposal(self._settings, slot, commit, staged=slot.staged, banned=self.banned)
         except PeerFault as error:
             fault = Report(Trouble.FAULT, sender, str(error))
-            return [*actions, fault, self._decline(propose.ballot, str(error))]
+            return [*actions, fault, self._decline(propose.ballot, str(error), objection=True)]
         if slot.staged is not None and slot.staged.digest == commit.digest:
             slot.vote = Vote(ballot=propose.ballot, commit=propose.commit)
             return [*actions, self._accept(propose)]
@@ -169,14 +169,16 @@ class Voter:
             return []
         self._fetching = None
         if isinstance(event, FetchFailed):
-            return [self._decline(propose.ballot, event.reason)] if propose.ballot == slot.promised else []
+            late = propose.ballot != slot.promised
+            return [] if late else [self._decline(propose.ballot, event.reason, objection=False)]
         slot.staged = StagedBytes(event.digest, event.norm)
         if propose.ballot != slot.promised:
             return []
         try:
             check_proposal(self._settings, slot, commit, staged=slot.staged, banned=self.banned)
         except PeerFault as error:
-            return [self._decline(propose.ballot, str(error))]
+            fault = Report(Trouble.FAULT, propose.ballot.steward, str(error))
+            return [fault, self._decline(propose.ballot, str(error), objection=True)]
         slot.vote = Vote(ballot=propose.ballot, commit=propose.commit)
         return [self._accept(propose)]
 
@@ -223,9 +225,12 @@ class Voter:
         message = Accept(stage=propose.stage, parent=propose.parent, ballot=propose.ballot)
         return Send(propose.ballot.steward, message)
 
-    def _decline(self, ballot: Ballot, reason: str) -> Send:
-        slot = self._slot
+    def _decline(self, ballot: Ballot, reason: str, *, objection: bool) -> Send:
         message = Decline(
-            stage=self._settings.stage, parent=slot.parent.lineage, ballot=ballot, reason=reason[:MAX_REASON_CHARS]
+            stage=self._settings.stage,
+            parent=self._slot.parent.lineage,
+            ballot=ballot,
+            reason=reason[:MAX_REASON_CHARS],
+            objection=objection,
         )
         return Send(ballot.steward, message)

@@ -8,6 +8,7 @@ state, so starting processes is not counted on either side.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import sysconfig
@@ -42,7 +43,7 @@ def swarm_tokens_per_s(folder: Path) -> float:
         feeder = next(peer for peer in swarm.peers.values() if _opened(peer.events("round.open"), stage=0))
         opened = _opened(feeder.events("round.open"), stage=0)
         tokens = swarm.run_dir().manifest.batch.tokens_per_round
-    seconds = [later - earlier for earlier, later in zip(opened, opened[1:], strict=False)]
+    seconds = [later - earlier for earlier, later in itertools.pairwise(opened)]
     return tokens / statistics.median(seconds[WARM_ROUNDS : ROUNDS - 1])
 
 

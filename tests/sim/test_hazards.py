@@ -54,7 +54,7 @@ seeds = pytest.mark.parametrize("seed", SEEDS)
 @seeds
 def test_hazard_1a_an_answer_lost_after_the_last_stage_is_redone_and_the_round_still_closes(seed: int) -> None:
     """Streams of a last-stage replica break: work is done twice there, nothing is lost. Oracle: the books."""
-    plan = [CutStreams("p02", at_s) for at_s in (0.6, 0.9, 1.2)]
+    plan = [CutStreams("p02", at_s) for at_s in (0.25, 0.35, 0.45)]
     world = suffer(seed, plan, pipeline=PipelineRules(resume=False))
     assert world.num_resent > 0
     assert world.checks.total("double_counted") > 0
@@ -302,7 +302,7 @@ def test_hazard_8_a_stage_without_replicas_is_waited_for_without_an_avalanche(se
 @seeds
 def test_hazard_9_broken_streams_cost_nothing_if_tasks_outlive_them(seed: int) -> None:
     """The plan of hazard 1a with resumption: no number is done twice."""
-    plan = [CutStreams(peer, at_s) for peer in ("p02", "p03") for at_s in (0.6, 0.9, 1.2)]
+    plan = [CutStreams(peer, at_s) for peer in ("p02", "p03") for at_s in (0.25, 0.35, 0.45)]
     world = suffer(seed, plan, pipeline=PipelineRules(resume=True))
     assert world.num_resent == 0
     assert world.checks.total("double_counted") == 0
@@ -373,11 +373,11 @@ def test_hazard_11_all_members_scale_by_the_stewards_number(seed: int) -> None:
 
 
 def test_hazard_11b_a_scale_that_does_not_fit_the_bytes_is_declined() -> None:
-    """A steward whose norm is far off is reported by the others and outvoted; its number is never applied."""
+    """A member whose norms are far off is reported, outvoted and left behind; its number is never applied."""
     world = World(1, Options(spans=TRIPLES))
     world.reduces.wrong_norm[PeerId("p04")] = 3.0
     world.run_rounds(4, within_s=60.0)
-    settle(world)
+    assert {seat.peer for seat in commits_of(world, 1)[-1].seats} == {"p03", "p05"}
     assert PeerId("p04") in {each.peer for each in reports(world, Trouble.FAULT)}
     for commit in commits_of(world, 1):
         assert commit.clip_scale == pytest.approx(1e-3 / commit.norm)

@@ -203,7 +203,8 @@ class World:
 
     def _size_of(self, round_id: RoundId) -> RoundSize:
         options = self.options
-        evaluates = options.eval_every > 0 and round_id > 0 and round_id % options.eval_every == 0
+        first = 0 if options.num_train == 0 else 1
+        evaluates = options.eval_every > 0 and round_id >= first and round_id % options.eval_every == 0
         return RoundSize(options.num_train, options.num_eval if evaluates else 0)
 
     def evidence_of(self, round_id: RoundId, number: int) -> bytes:
