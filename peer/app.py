@@ -22,7 +22,7 @@ import psutil
 import structlog
 
 from peer.averaging.history import kept_snapshots
-from peer.coordination import Admitted, keep_beating, register, say_goodbye
+from peer.coordination import Admitted, Condition, keep_beating, register, say_goodbye
 from peer.engine.build import build_span, choose_device
 from peer.link import Link, connected
 from peer.pipeline.compute import ComputeThread, Priority
@@ -32,7 +32,7 @@ from peer.session import Ending, Session
 from peer.settings import PeerSettings
 from peer.span_parts import SpanParts
 from peer.ui.live import Line, show_live
-from protocol.control import Capability
+from protocol.control import BeatReply, Capability, PeerState
 from protocol.errors import StorageError, SwarmError
 from protocol.ids import RunId, StageId
 from protocol.invite import Invite
@@ -67,15 +67,49 @@ async def _live(link: Link, settings: PeerSettings, admitted: Admitted, *, sessi
     reports = ReportQueue()
     compute = ComputeThread()
     stages = admitted.welcome.stages
+    present = _Present()
     try:
-        ending = Ending.REASSIGNED
-        while ending is Ending.REASSIGNED and not stop.is_set():
-            ending, stages = await _one_session(
-                link, settings, admitted, stages, session=session, stop=stop, reports=reports, compute=compute
-            )
-            log.info("session.ended", ending=ending.value)
+        async with asyncio.TaskGroup() as tasks:
+            beside = [
+                tasks.create_task(
+                    keep_beating(link, condition=present.condition, reports=reports, on_reply=present.on_reply)
+                ),
+                tasks.create_task(link.node.wait_failed()),
+            ]
+            ending = Ending.REASSIGNED
+            while ending is Ending.REASSIGNED and not stop.is_set():
+                ending, stages = await _one_session(
+                    link,
+                    settings,
+                    admitted,
+                    stages,
+                    session=session,
+                    stop=stop,
+                    reports=reports,
+                    compute=compute,
+                    present=present,
+                )
+                log.info("session.ended", ending=ending.value)
+            for task in beside:
+                task.cancel()
     finally:
         await compute.stop()
+
+
+class _Present:
+    """The session of the moment, for the beat, which goes on while there is none: building can take minutes."""
+
+    def __init__(self) -> None:
+        self.session: Session | None = None
+
+    def condition(self) -> Condition:
+        if self.session is None:
+            return Condition(PeerState.STARTING, "building", ())
+        return self.session.condition()
+
+    def on_reply(self, reply: BeatReply) -> None:
+        if self.session is not None:
+            self.session.on_reply(reply)
 
 
 async def _one_session(
@@ -88,6 +122,7 @@ async def _one_session(
     stop: asyncio.Event,
     reports: ReportQueue,
     compute: ComputeThread,
+    present: _Present,
 ) -> tuple[Ending, tuple[StageId, ...]]:
     """Host one span; return why that ended and which stages are wanted next."""
     manifest = admitted.manifest
@@ -114,16 +149,14 @@ async def _one_session(
         on_found=tenure.on_found,
     )
     async with asyncio.TaskGroup() as tasks:
+        present.session = tenure
         beside = [
-            tasks.create_task(
-                keep_beating(link, condition=tenure.condition, reports=reports, on_reply=tenure.on_reply)
-            ),
-            tasks.create_task(link.node.wait_failed()),
             tasks.create_task(presence.keep_published()),
             tasks.create_task(presence.keep_looking()),
             tasks.create_task(show_live(lambda: _line(tenure, settings, manifest.batch.num_rounds))),
         ]
         ending = await tenure.run(stop)
+        present.session = None
         for task in beside:
             task.cancel()
     await presence.withdraw()

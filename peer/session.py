@@ -62,6 +62,7 @@ class Session:
         self.state, self.reason = PeerState.STARTING, ""
         self._take_charters(charters)
         parts.view.on_change = self._post_roster
+        parts.sources_of = self._members_of
 
     # -- what others see ------------------------------------------------------------------------------
 

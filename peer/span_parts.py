@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 
 import structlog
@@ -89,6 +89,8 @@ class SpanParts:
         run = manifest.run_id
         self.stages = tuple(engine.engines)
         self.num_stages = manifest.model.num_stages
+        self.sources_of: Callable[[StageId], tuple[PeerId, ...]] = lambda stage: ()
+        """Whom to ask for a stage's state; the session knows."""
         self.tally = Tally()
         self.view = View()
         self.gate = Gate(run=run)
@@ -253,6 +255,7 @@ class SpanParts:
             hooks=Hooks(
                 on_freeze=self._on_freeze,
                 on_commit=self._on_commit,
+                sources=lambda: self.sources_of(stage),
                 on_own_closing=self._on_own_closing,
                 on_bits=self._on_bits,
             ),

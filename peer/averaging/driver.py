@@ -60,6 +60,8 @@ class Hooks:
     on_freeze: Callable[[Closing], None]
     """The round is over: no task of it or of one before counts any more."""
     on_commit: Callable[[Commit, Signed], None]
+    sources: Callable[[], tuple[PeerId, ...]]
+    """Everybody who may hold this stage's state, by what is known now."""
     on_own_closing: Callable[[StageMessage], None]
     """Our clock closed the round: the other stages that are hosted here should hear it too."""
     on_bits: Callable[[RoundId, int], None] = field(default=lambda round_id, done: None)
@@ -340,7 +342,7 @@ class StageDriver:
         self._staged.clear()
         while True:
             try:
-                place = await self._sync.from_members(sources)
+                place = await self._sync.from_members([*sources, *self._hooks.sources()])
             except UnreachableError as error:
                 log.info("resync.waiting", stage=self.stage, error=error.one_line())
                 await asyncio.sleep(self._beat_s * 4)

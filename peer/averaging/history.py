@@ -70,7 +70,11 @@ class History:
         return snapshot
 
     def adopt_snapshot(self, snapshot: Snapshot) -> None:
-        """Make a snapshot real whose part files are in place (written here, or fetched by `incoming_path`)."""
+        """Make a snapshot real whose part files are in place (written here, or fetched by `incoming_path`).
+
+        Whatever is newer belongs to a lineage that was given up: nobody must be led there.
+        """
+        self._forget_after(snapshot.version)
         self._write(self._snapshot_path(snapshot.version), snapshot.to_bytes())
         self._prune()
 
@@ -107,6 +111,10 @@ class History:
     def append(self, version: Version, update: bytes, commit: Signed) -> None:
         """Keep the update that was applied to `version`."""
         self._write(self._folder / f"u{version:08d}.bin", update)
+        self._write(self._folder / f"u{version:08d}.commit", commit.to_bytes())
+
+    def keep_commit(self, version: Version, commit: Signed) -> None:
+        """Keep the commit that led from `version` to a snapshot which was fetched: it says who the members are."""
         self._write(self._folder / f"u{version:08d}.commit", commit.to_bytes())
 
     def commit_of(self, version: Version) -> Signed | None:
@@ -147,8 +155,16 @@ class History:
             temporary.unlink(missing_ok=True)
             raise StorageError(f"cannot write {path.name}: {error.strerror}.", hint="Free some disk space.") from None
 
+    def _forget_after(self, version: Version) -> None:
+        for path in [*self._folder.glob("v*.json"), *self._folder.glob("v*.safetensors")]:
+            if int(path.name[1:9]) > version:
+                path.unlink(missing_ok=True)
+        for path in self._folder.glob("u*"):
+            if int(path.name[1:9]) >= version:
+                path.unlink(missing_ok=True)
+
     def _prune(self) -> None:
-        """Drop old snapshots, and the updates that no kept snapshot needs."""
+        """Drop old snapshots, the updates that no kept snapshot needs, and the commits before the oldest snapshot's own."""
         versions = sorted((int(path.stem[1:]) for path in self._folder.glob("v*.json")), reverse=True)
         for version in versions[SNAPSHOTS_KEPT:]:
             self._snapshot_path(Version(version)).unlink(missing_ok=True)
@@ -156,5 +172,5 @@ class History:
                 self._part_path(Version(version), part).unlink(missing_ok=True)
         oldest = versions[:SNAPSHOTS_KEPT][-1]
         for path in self._folder.glob("u*"):
-            if int(path.name[1:9]) < oldest:
+            if int(path.name[1:9]) < oldest - path.name.endswith(".commit"):
                 path.unlink(missing_ok=True)

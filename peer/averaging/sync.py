@@ -180,7 +180,7 @@ class StageSync:
         """Load the best starting point that `source` vouches for, then replay until it has nothing newer."""
         charter = self._read_charter(signed_charter)
         lineage, version, round_id = await self._start_from(source, peers, answer, signed_charter, charter)
-        commits: list[Signed] = []
+        commits = [] if version == charter.version else [await self._commit_before(source, lineage, version)]
         for _ in range(MAX_STEPS):
             answered = await self._calls.call(source, LogRequest(stage=self._stage, since=version), LogAnswer)
             if not answered.commits:
@@ -194,6 +194,19 @@ class StageSync:
                 version, round_id = commit.version, RoundId(commit.round + 1)
                 commits.append(signed)
         return Place(charter=signed_charter, commits=tuple(commits), round=round_id, version=version, lineage=lineage)
+
+    async def _commit_before(self, source: PeerId, lineage: Lineage, version: Version) -> Signed:
+        """Bring the commit that led to a snapshot: without it nobody knows who follows it up."""
+        before = Version(version - 1)
+        answered = await self._calls.call(source, LogRequest(stage=self._stage, since=before), LogAnswer)
+        if not answered.commits:
+            raise UnreachableError(f"{source} does not have the commit that led to version {version}.")
+        signed = answered.commits[0]
+        commit = unseal(signed, COMMIT_CONTEXT, Commit)
+        if (commit.version, next_lineage(commit.parent, signed.payload)) != (version, lineage):
+            raise PeerFault(f"{source} sent a commit that does not lead to version {version}")
+        await asyncio.to_thread(self._history.keep_commit, before, signed)
+        return signed
 
     async def _start_from(
         self, source: PeerId, peers: list[PeerId], answer: StateAnswer, signed_charter: Signed, charter: Charter

@@ -332,7 +332,7 @@ class Member:
         is_conducted = slot.promised is not None and slot.promised_s >= slot.frozen_s
         silent = slot.promised.steward if slot.promised is not None and is_conducted else None
         before = [peer for peer in slot.living if peer == me or peer != silent]
-        turn = before.index(me) + is_conducted
+        turn = len(before) if steward.has_stepped_down else before.index(me) + is_conducted
         if now_s - slot.heard_s < turn * self._settings.timers.silence_s:
             return []
         self.num_ballots += 1

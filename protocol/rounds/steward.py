@@ -18,6 +18,7 @@ from collections.abc import Collection
 from enum import Enum
 from typing import Any
 
+from protocol.errors import PeerFault
 from protocol.ids import PeerId, digest
 from protocol.rounds.events import Announce, Report, Send, Step, Trouble
 from protocol.rounds.lineage import Chain
@@ -39,9 +40,10 @@ from protocol.rounds.messages import (
     Seat,
     StillHere,
     VoidRound,
+    Vote,
 )
 from protocol.rounds.quorum import is_quorum
-from protocol.rounds.records import Draft, draw_commit, group_id
+from protocol.rounds.records import Draft, check_proposal, draw_commit, group_id
 from protocol.rounds.settings import Settings
 from protocol.rounds.slot import HeardClosing, Slot, StagedBytes
 from protocol.signing import Signed
@@ -68,6 +70,8 @@ class Steward:
         self.phase = Phase.IDLE
         self.ballot: Ballot | None = None
         self.num_failed = 0
+        self.has_stepped_down = False
+        """Others objected to what we proposed: they shall try before we do again."""
         self._heard: HeardClosing | None = None
         self._retry = False
         self._since_s = 0.0
@@ -161,6 +165,7 @@ class Steward:
         if decline.objection:
             self._objectors.add(sender)
             self._retry = is_quorum(self._ready() - self._objectors, self._slot.living, break_tie=False)
+            self.has_stepped_down = not self._retry
         return failed
 
     def tick(self, now_s: float) -> list[Step]:
@@ -218,12 +223,29 @@ class Steward:
         if not self._enough(self._voters(), now_s):
             return []
         votes = [pong.vote for pong in self._pongs.values() if pong.vote is not None]
+        votes = [vote for vote in votes if not self._cannot_be_final(vote)]
         if votes:
             newest = max(votes, key=lambda vote: (vote.ballot.number, vote.ballot.steward))
             return self._propose_again(newest.commit, now_s)
         if sum(pong.tokens or 0 for pong in self._pongs.values()) == 0:
             return self._void()
         return self._begin(now_s)
+
+    def _cannot_be_final(self, vote: Vote) -> bool:
+        """Tell whether we may pass over a vote: we object to it, and too few can have accepted it.
+
+        Whoever answered this ballot without that vote can never accept it in its own.
+        """
+        slot = self._slot
+        try:
+            commit = self._chain.follows_head(vote.commit)
+            check_proposal(self._settings, slot, commit, staged=slot.staged, banned=self.banned)
+        except PeerFault:
+            others = {
+                peer for peer, pong in self._pongs.items() if pong.vote is None or pong.vote.commit != vote.commit
+            }
+            return not is_quorum(set(slot.living) - others, slot.living, break_tie=True)
+        return False
 
     def _enough(self, voters: set[PeerId], now_s: float) -> bool:
         """A quorum is enough at once; fewer are when all the others have been missing for long (0005).

@@ -142,6 +142,7 @@ class Streams:
         self._p2p = p2p
         self._open_by_caller: dict[PeerId, int] = {}
         self._num_open = 0
+        self._handlers: dict[str, Handler] = {}
         self._serving: set[asyncio.Task[None]] = set()
         self._is_stopping = False
 
@@ -166,14 +167,23 @@ class Streams:
             writer.close()
 
     async def serve(self, name: str, handler: Handler) -> None:
-        """Register `handler` for streams called `name`. Its errors end that stream and nothing else."""
+        """Let `handler` serve streams called `name`, instead of whoever did before.
 
+        Its errors end that stream and nothing else. A daemon takes one registration per name for its whole
+        life, so a peer that changes its stages changes the handler behind it.
+        """
+        is_new = name not in self._handlers
+        self._handlers[name] = handler
+        if is_new:
+            await self._register(name)
+
+    async def _register(self, name: str) -> None:
         async def on_stream(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             task = asyncio.current_task()
             assert task is not None
             self._serving.add(task)
             try:
-                await self._serve_one(name, handler, Stream(PeerId(str(info.peer_id)), reader, writer))
+                await self._serve_one(name, self._handlers[name], Stream(PeerId(str(info.peer_id)), reader, writer))
             except asyncio.CancelledError:
                 if not self._is_stopping:
                     raise

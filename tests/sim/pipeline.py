@@ -174,11 +174,10 @@ class Pipeline:
         if task.over or self._world.is_over(task):
             self._flying.pop(task.number, None)
             return
-        mine = self._process.replicas.get(stage)
-        hosts = self._world.hosts(stage)
-        order = candidates(f"{task.round}", task.number, stage, dict.fromkeys(hosts, 1.0))
-        stays = mine is not None and mine.takes(task.round) and self._rules.run_through
-        name = self._process.name if stays else order[tries % len(order)]
+        order = candidates(f"{task.round}", task.number, stage, dict.fromkeys(self._world.hosts(stage), 1.0))
+        name = order[tries % len(order)]
+        if self._process.name in order and tries == 0 and stage == 0:
+            name = self._process.name  # a feeder starts at home if it can
         callee = self._world.processes[name]
         task.num_sent += 1
         self.num_sent += 1
@@ -193,12 +192,11 @@ class Pipeline:
         if delay_s is None or callee.paused:
             self._process.later(0.5, again)
             return
-        last = callee.pipeline.accepts(task, stage)
-        if last is None:
+        if not callee.pipeline.accepts(task, stage):
             self._process.later(0.15, again)
             return
         session = self._process.session
-        hop = Hop(task, self._process, session, callee, callee.session, stage, last, on_answer, again)
+        hop = Hop(task, self._process, session, callee, callee.session, stage, stage, on_answer, again)
         callee.later(delay_s, lambda: callee.pipeline.serve(hop))
         self._watch(hop)
 
@@ -229,28 +227,28 @@ class Pipeline:
 
     # -- serving -----------------------------------------------------------------------------------
 
-    def accepts(self, task: Task, stage: StageId) -> StageId | None:
-        """Promise a slot: return the last stage of ours that the task will pass, or None for BUSY."""
-        last = stage
-        replicas = self._process.replicas
-        if self._slots <= 0 or stage not in replicas or not replicas[stage].takes(task.round):
-            return None
-        while self._rules.run_through and last + 1 in replicas and replicas[StageId(last + 1)].takes(task.round):
-            last = StageId(last + 1)
+    def accepts(self, task: Task, stage: StageId) -> bool:
+        """Promise a slot, or say BUSY."""
+        replica = self._process.replicas.get(stage)
+        if self._slots <= 0 or replica is None or not replica.takes(task.round):
+            return False
         self._slots -= 1
-        return last
+        return True
 
     def serve(self, hop: Hop) -> None:
         """Forward through our span; then onwards, or the loss."""
         self.hops.add(hop)
-        for each in range(hop.first, hop.last + 1):
-            opened = self._process.replicas[StageId(each)].opened
-            hop.task.versions[StageId(each), self._process.name] = opened.version if opened is not None else -1
+        self._forward(hop)
+
+    def _forward(self, hop: Hop) -> None:
+        """Pass one stage of ours; remember at which version."""
+        opened = self._process.replicas[hop.last].opened
+        hop.task.versions[hop.last, self._process.name] = opened.version if opened is not None else -1
         self._compute(hop, lambda: self._after_forward(hop))
 
     def _compute(self, hop: Hop, then: Callable[[], None]) -> None:
         """Spend the time of a task; tasks start in waves if the run says so."""
-        took_s = self._world.task_s(self._process.name) * (hop.last - hop.first + 1)
+        took_s = self._world.task_s(self._process.name)
         self._wave.append((self._world.now_s, lambda: self._process.later(took_s, then)))
         if len(self._wave) >= self._rules.wave:
             self._start_wave()
@@ -267,10 +265,21 @@ class Pipeline:
             start()
 
     def _after_forward(self, hop: Hop) -> None:
+        if hop not in self.hops:
+            return
         if hop.last == self._world.last_stage:
             self._backward(hop)
+            return
+        following = StageId(hop.last + 1)
+        ours = self._process.replicas.get(following)
+        if ours is not None and self._rules.run_through and ours.machine.statistics().round is not None:
+            if ours.takes(hop.task.round):
+                hop.last = following
+                self._forward(hop)
+            elif not hop.task.over and not self._world.is_over(hop.task):  # not open yet: nobody else's slot is taken while we wait for ourselves
+                self._process.later(0.1, lambda: self._after_forward(hop))
         else:
-            self.call(hop.task, StageId(hop.last + 1), lambda: self._backward(hop))
+            self.call(hop.task, following, lambda: self._backward(hop))
 
     def _backward(self, hop: Hop) -> None:
         if hop in self.hops:

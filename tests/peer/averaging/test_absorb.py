@@ -125,6 +125,8 @@ def test_old_snapshots_and_the_updates_before_them_are_pruned(tmp_path: Path) ->
         )
         history.append(Version(version), b"update", signed())
     assert [snapshot.version for snapshot in history.snapshots()] == [3, 2][:SNAPSHOTS_KEPT]
-    assert history.commit_of(Version(1)) is None
+    assert history.resolve("update", Version(1), "") is None
+    assert history.commit_of(Version(0)) is None
+    assert history.commit_of(Version(1)) == signed(), "it says who the members at version 2 are"
     assert history.commit_of(Version(2)) == signed()
     assert [snapshot.version for snapshot in kept_snapshots(tmp_path)] == [3]
