@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
 import structlog
@@ -114,11 +114,11 @@ class Link:
                         await _serve(
                             handler, _requests(BoundedReader(reader), request_type, info.peer_id), context, writer
                         )
+                await _flush_and_close(writer)
             except asyncio.CancelledError:  # by the runner that is done with this stream, or by `remove_...`
-                writer.transport.abort()  # closing would wait for a peer that does not read
                 return  # asyncio 3.11 stumbles over a connection whose task ends as cancelled
             finally:
-                writer.close()
+                writer.transport.abort()
 
         await self._p2p.add_binary_stream_handler(name, on_stream)
 
@@ -302,6 +302,14 @@ async def _requests(
         if request is None:  # hivemind's end-of-stream message
             return
         yield request
+
+
+async def _flush_and_close(writer: asyncio.StreamWriter) -> None:
+    """Close, but do not wait for ever for a peer that does not read what is still to be sent."""
+    writer.close()
+    with suppress(TimeoutError, *WRITE_ENDED):
+        async with asyncio.timeout(LAST_WORD_S):
+            await writer.wait_closed()
 
 
 async def _send(message: Message, writer: asyncio.StreamWriter) -> bool:

@@ -435,7 +435,7 @@ async def test_garbage_ends_its_stream_and_nothing_else(swarm: list[Member], kin
     if kind == "a terabyte announced":
         async with asyncio.timeout(5):
             assert await reader.read() == b""  # refused before a single byte of it was waited for
-    writer.close()
+    writer.transport.abort()
     second = await swarm[1].reduce.reduce(group, inputs[1])
     assert joined(second) == joined(await first) == b"".join(reference("fp32", inputs))
 
@@ -447,7 +447,7 @@ async def test_caller_gets_only_so_many_streams(swarm: list[Member], monkeypatch
     held = [(await swarm[3].p2p.call_binary_stream_handler(swarm[0].p2p.peer_id, name))[1:] for _ in range(2)]
     assert await call(swarm[3], swarm[0], hello(b"")) == []
     for _, writer in held:
-        writer.close()
+        writer.transport.abort()
     await asyncio.sleep(0.2)
     assert [answer.code for answer in await call(swarm[3], swarm[0], hello(b""))] == [PROTOCOL_VIOLATION]
 

@@ -14,6 +14,8 @@ from protocol.errors import TransientError
 from protocol.ids import Lineage, RoundId, StageId, Version
 from tests.peer.pipeline.swarm import BODY, LINEAGE, STAGE, Host, echo, hosts, task
 
+pytestmark = pytest.mark.slow  # every test starts two or three real daemons
+
 
 async def send(host: Host, number: int = 0, *, within_s: float = 20.0, retries: int = 2) -> Outcome:
     return await host.caller.send(

@@ -24,6 +24,8 @@ from protocol.transport.streams import Stream, Streams
 from protocol.wire import HEADER, MAX_MESSAGE_BYTES, FrameKind, Message
 from tests.protocol.transport.network import RUN, StartNode
 
+pytestmark = pytest.mark.slow  # every test starts two real nodes
+
 
 class Question(Message):
     number: int
