@@ -164,7 +164,7 @@ class History:
                 path.unlink(missing_ok=True)
 
     def _prune(self) -> None:
-        """Drop old snapshots, the updates that none of the kept ones needs, and the commits before the oldest one's own."""
+        """Drop old snapshots, updates that none of the kept ones needs, and commits before the oldest one's own."""
         versions = sorted((int(path.stem[1:]) for path in self._folder.glob("v*.json")), reverse=True)
         for version in versions[SNAPSHOTS_KEPT:]:
             self._snapshot_path(Version(version)).unlink(missing_ok=True)

@@ -55,8 +55,10 @@ class OrderedMerger:
         self._add_in_order()
         return await asyncio.shield(merged)  # shared by all senders: one that is cancelled must not cancel it
 
-    def missing(self) -> list[int]:
-        """Which senders have not contributed to the part at hand."""
+    def missing(self, part_index: int) -> list[int]:
+        """Which senders have not contributed to a part; nobody, if its sum is made."""
+        if part_index < self._part:
+            return []
         return [sender for sender in range(self._next_sender, self._num_senders) if sender not in self._early]
 
     def finalize(self) -> None:

@@ -41,7 +41,7 @@ from hivemind.proto.averaging_pb2 import (
 from hivemind.proto.runtime_pb2 import Tensor as WireTensor
 from torch import Tensor
 
-from peer.averaging.link import LAST_WORD_S, Exchange, Inbox, Link, from_hivemind, to_hivemind
+from peer.averaging.link import LAST_WORD_S, Exchange, Inbox, Link, to_hivemind
 from peer.averaging.merge import MergeStopped, OrderedMerger
 from peer.averaging.parts import Part, cut
 from peer.averaging.reduce import ReduceError, ReduceGroup, contribution
@@ -162,17 +162,19 @@ class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
         """Contribute to the parts we reduce, and see to it that the others do so in time."""
         for slot, part in enumerate(self._parts_of(self._me)):
             values = contribution(self._values(part), using=self._codec)
+            merging = asyncio.create_task(self.tensor_part_reducer.accumulate_part(self._me, slot, values))
             try:
-                async with asyncio.timeout(self.sender_timeout):
-                    merged = await self.tensor_part_reducer.accumulate_part(self._me, slot, values)
-            except TimeoutError:
-                late = self.tensor_part_reducer.missing()[0]
-                raise self._blame(late, f"sent no part for {self.sender_timeout:g} s") from None
+                await asyncio.wait({merging}, timeout=self.sender_timeout)
+                if not merging.done() and (late := self.tensor_part_reducer.missing(slot)):
+                    raise self._blame(late[0], f"sent no part for {self.sender_timeout:g} s")
+                self._take_result(part, await merging)
             except WireError as error:
                 raise LocalFault(f"our own shards cannot be summed: {error}") from None
             except MergeStopped:
                 return
-            self._take_result(part, merged)
+            finally:
+                merging.cancel()
+                await asyncio.gather(merging, return_exceptions=True)  # its `MergeStopped` is nobody's news
 
     async def _communicate_with_peer(self, peer_id: PeerID) -> None:
         """Send a reducer our parts, take its sums, accept, and wait for it to end the stream."""
@@ -366,10 +368,10 @@ class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
     def _relayed_blame(self, member: int, message: AveragingData) -> ReduceError:
         """Read a CANCELLED message. A name from outside the group is the messenger's own doing."""
         witness = self._group.members[member]
-        blamed = PeerID(message.peer_id)
-        if blamed not in self.ordered_peer_ids or blamed == to_hivemind(witness):
+        named = [m for m, peer_id in enumerate(self.ordered_peer_ids) if peer_id.to_bytes() == message.peer_id]
+        if named in ([], [member]):
             return self._blame(member, "gave up")
-        peer = from_hivemind(blamed)
+        peer = self._group.members[named[0]]
         return ReduceError(f"reduce failed: {witness} gave up because of {peer}", peer=peer, witness=witness)
 
     def _not_accepted(self) -> list[int]:

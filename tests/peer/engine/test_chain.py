@@ -153,7 +153,7 @@ def test_twenty_steps_follow_a_plain_pytorch_loop() -> None:
         torch.autograd.backward([expected])
         adamw.step()
         loss = sum(train(engines, *microbatch).loss_sum for microbatch in microbatches) / num_targets
-        assert loss == pytest.approx(expected.item(), rel=1e-6), step
+        assert loss == pytest.approx(expected.item(), rel=1e-5), step
         losses.append(loss)
         for engine in engines:
             engine.step(3e-3, scale=1 / num_targets)
