@@ -38,6 +38,7 @@ class Board:
         self._plan = {microbatch.number: microbatch for microbatch in plan}
         self._orders = {number: rendezvous(f"{seed}/{round_id}/{number}", feeders) for number in self._plan}
         self._done: set[int] = set()
+        self._own: set[int] = set()
         self._in_flight: set[int] = set()
         self._not_before_s: dict[int, float] = {}
         self._moved_s: dict[PeerId, float] = dict.fromkeys(feeders, now_s)
@@ -55,7 +56,8 @@ class Board:
     def finish(self, microbatch: Microbatch, *, now_s: float) -> None:
         """Set a bit: this feeder holds the last stage's signed answer."""
         self._in_flight.discard(microbatch.number)
-        self.learn_done((microbatch.number,), now_s=now_s)
+        self._own.add(microbatch.number)
+        self.learn_done(self._done, now_s=now_s)
 
     def give_back(self, microbatch: Microbatch, *, not_before_s: float) -> None:
         """Return a number whose attempt failed; it may be tried again from `not_before_s` on."""
@@ -63,11 +65,14 @@ class Board:
         self._not_before_s[microbatch.number] = not_before_s
 
     def learn_done(self, numbers: Iterable[int], *, now_s: float) -> None:
-        """Take over bits that others have set, as the clock tells them."""
-        news = set(numbers) & set(self._plan) - self._done
-        if not news:
+        """Take over what is done by anybody, as the clock tells it: all of it, not only the news.
+
+        A bit may fall again, when only a clock that died had vouched for it; our own never do.
+        """
+        before, self._done = self._done, set(numbers) & set(self._plan) | self._own
+        news = self._done - before
+        if self._done == before:
             return
-        self._done |= news
         for number in news:
             self._moved_s[self._orders[number][0]] = now_s
         self._changed.set()

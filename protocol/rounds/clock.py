@@ -71,7 +71,7 @@ class Clock:
             return []
         check = self._settings.rules.check_done
         fresh = [task for task in report.tasks if task.number not in self._tasks]
-        proved = [task for task in fresh if self._is_number(task) and check(self.round, task)]
+        proved = [task for task in fresh if self._is_sound(task) and check(self.round, task)]
         actions: list[Step] = []
         if len(proved) < len(fresh):
             actions.append(Report(Trouble.FAULT, sender, f"{len(fresh) - len(proved)} numbers without proof"))
@@ -130,8 +130,11 @@ class Clock:
         """A round without any number is never full: it waits for its deadline instead of spinning."""
         return self._own_bits == self.size.all_bits != 0
 
-    def _is_number(self, task: DoneTask) -> bool:
-        return task.number < self.size.num_train + self.size.num_eval
+    def _is_sound(self, task: DoneTask) -> bool:
+        """A number of this round, with one credit per stage at most, and none above its tokens."""
+        stages = {credit.stage for credit in task.credits}
+        fits = all(credit.tokens <= task.target_tokens for credit in task.credits)
+        return fits and len(stages) == len(task.credits) and task.number < self.size.num_train + self.size.num_eval
 
     def _add(self, tasks: Iterable[DoneTask]) -> list[Step]:
         """Add proofs. Whoever holds them all may close at once, clock or not: the proofs decide, not the rank."""
@@ -139,7 +142,7 @@ class Clock:
             return []
         before = self.bits
         for task in tasks:
-            if self._is_number(task):
+            if self._is_sound(task):
                 self._tasks[task.number] = task
                 self._own_bits |= 1 << task.number
         actions = self._tell_change(before)

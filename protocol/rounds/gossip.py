@@ -40,7 +40,7 @@ class Gossip:
         self._ready_s = 0.0
         self._turn = 0
         self._asked_s: dict[PeerId, float] = {}
-        self._forks: set[tuple[PeerId, Lineage]] = set()
+        self._forks: dict[PeerId, Lineage] = {}
 
     def tick(self, now_s: float) -> list[Step]:
         """Say hello to somebody now and then; ask for a seat if we have none."""
@@ -255,9 +255,9 @@ class Gossip:
 
     def _report_fork(self, peer: PeerId, lineage: Lineage) -> list[Step]:
         chain = self._member.chain
-        if (peer, lineage) in self._forks or chain is None:
+        if self._forks.get(peer) == lineage or chain is None:
             return []
-        self._forks.add((peer, lineage))
+        self._forks[peer] = lineage
         return [Report(Trouble.FORKED, peer, f"{lineage.hex()[:12]} against our {chain.head.lineage.hex()[:12]}")]
 
 

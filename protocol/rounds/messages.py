@@ -28,6 +28,8 @@ MAX_NUMBERS = 1 << 17  # training and evaluation microbatches of one round
 MAX_DONE_PER_MESSAGE = 64  # with 1 KiB of evidence each, well below the size limit of a message
 MAX_EVIDENCE_BYTES = 16 * 1024
 MAX_COMMITS_PER_ANSWER = 16
+MAX_COUNT = 1 << 56
+MAX_NORM = 1e30  # the bounds of numbers keep sums and quotients of them finite and packable
 
 Peer = Annotated[PeerId, Field(min_length=1, max_length=MAX_PEER_ID_CHARS)]
 Run = Annotated[RunId, Field(min_length=1, max_length=64)]
@@ -36,11 +38,16 @@ Round = Annotated[RoundId, Field(ge=0)]
 StageVersion = Annotated[Version, Field(ge=0)]
 Hash = Annotated[Digest, Field(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 Parent = Annotated[Lineage, Field(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
-Count = Annotated[int, Field(ge=0)]
-Amount = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+TaskTokens = Annotated[int, Field(ge=0, le=1 << 32)]
+Norm = Annotated[float, Field(ge=0, le=MAX_NORM)]
+LossSum = Annotated[float, Field(ge=-1e15, le=1e15)]
 Text = Annotated[str, Field(max_length=200)]
 Session = Annotated[int, Field(ge=0, lt=1 << 63)]
-"""A random number per process start. A restarted peer has forgotten its promises, so it is somebody else."""
+"""Names one life of a peer; later lives have larger ones (say, the Unix time of the start in microseconds).
+
+A restarted peer has forgotten its promises, so it is somebody else.
+"""
 
 
 class Seat(Message):
@@ -172,7 +179,7 @@ class Commit(Message):
     """In the order in which they were summed."""
     digest: Hash
     """Of the summed bytes."""
-    norm: Amount
+    norm: Norm
     """Of the sum divided by the total tokens, as the steward computed it."""
     clip_scale: Annotated[float, Field(gt=0, le=1)]
     seats: Seats
@@ -204,8 +211,8 @@ class DoneTask(Message):
 
     number: Annotated[int, Field(ge=0, lt=2 * MAX_NUMBERS)]
     evidence: Annotated[bytes, Field(max_length=MAX_EVIDENCE_BYTES)]
-    loss_sum: float
-    target_tokens: Count
+    loss_sum: LossSum
+    target_tokens: TaskTokens
     credits: Annotated[tuple[Credit, ...], Field(max_length=256)]
 
 
@@ -295,7 +302,7 @@ class ReduceResult(BallotMessage):
 
     group_id: Hash
     digest: Hash | None
-    norm: Amount = 0.0
+    norm: Norm = 0.0
     reason: Text = ""
     suspect: Peer | None = None
 

@@ -32,8 +32,8 @@ class Neighbours:
         self.replicas, self.banned = event.replicas, event.banned
 
     def note_session(self, seats: Seats, peer: PeerId, session: int) -> None:
-        """A peer that speaks under another session than its seat's has been restarted: that seat is dead."""
-        self._dead.update(seat for seat in seats if seat.peer == peer and seat.session != session)
+        """A peer that speaks under a later session than its seat's has been restarted: that seat is dead."""
+        self._dead.update(seat for seat in seats if seat.peer == peer and seat.session < session)
 
     def note_gone(self, seats: Seats, peer: PeerId) -> None:
         """Believe the driver that this peer's process is dead."""

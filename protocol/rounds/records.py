@@ -15,6 +15,7 @@ from protocol.errors import PeerFault
 from protocol.ids import Digest, PeerId, RoundId, RunId, StageId, Version, digest
 from protocol.rounds.lineage import Chain
 from protocol.rounds.messages import (
+    MAX_COUNT,
     MAX_CREDITS,
     Ballot,
     Closing,
@@ -115,7 +116,7 @@ def count_losses(stage: StageId, contributors: Sequence[Contribution], closings:
     accumulated = {contribution.peer: contribution.tokens for contribution in contributors}
     dropped = sum(tokens for peer, tokens in credited.items() if peer not in accumulated)
     doubled = sum(max(0, tokens - credited[peer]) for peer, tokens in accumulated.items())
-    return dropped, doubled
+    return min(dropped, MAX_COUNT), min(doubled, MAX_COUNT)  # a closing may lie; a record must stay a record
 
 
 def group_id(slot: Slot, ballot: Ballot, group: Sequence[Contribution]) -> Digest:

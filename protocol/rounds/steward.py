@@ -24,6 +24,7 @@ from protocol.rounds.events import Announce, Report, Send, Step, Trouble
 from protocol.rounds.lineage import Chain
 from protocol.rounds.messages import (
     COMMIT_CONTEXT,
+    MAX_SEATS,
     Accept,
     Ballot,
     BallotMessage,
@@ -285,6 +286,8 @@ class Steward:
         """
         slot, ready = self._slot, self._ready()
         voters = [peer for peer in slot.order if peer in ready - self._strange]
+        if not any(self._pongs[peer].tokens for peer in voters):
+            voters = [peer for peer in slot.order if peer in ready]
         me = self._settings.me.peer
         if self.num_failed >= SOLO_AFTER_FAILURES:
             best = max(voters, key=lambda peer: (self._pongs[peer].tokens or 0, peer == me))
@@ -340,7 +343,7 @@ class Steward:
             Seat(peer=peer, session=ready.session)
             for peer, ready in sorted(slot.ready.items())
             if peer not in voters and peer not in self.banned
-        )
+        )[: MAX_SEATS - len(staying)]
         seats = (*staying, *joiners) or tuple(present)  # the last one out leaves its name on the door
         return seats, tuple(seat.peer for seat in joiners)
 

@@ -7,8 +7,6 @@ Must not know: who conducts, how many answers are enough, what follows a commit.
 
 from __future__ import annotations
 
-import math
-
 from protocol.errors import PeerFault
 from protocol.ids import PeerId
 from protocol.rounds.events import (
@@ -26,6 +24,7 @@ from protocol.rounds.events import (
 )
 from protocol.rounds.lineage import Chain
 from protocol.rounds.messages import (
+    MAX_NORM,
     Accept,
     Ballot,
     Begin,
@@ -141,7 +140,7 @@ class Voter:
         if begin is None or begin.group_id != event.group_id:
             return []
         slot.reducing = None
-        if isinstance(event, ReduceDone) and math.isfinite(event.norm) and event.norm >= 0:
+        if isinstance(event, ReduceDone) and 0 <= event.norm <= MAX_NORM:
             slot.staged = StagedBytes(event.digest, event.norm)
             outcome = {"digest": event.digest, "norm": event.norm}
         elif isinstance(event, ReduceDone):

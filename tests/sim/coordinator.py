@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 from protocol.ids import PeerId, RoundId, StageId, Version, digest
 from protocol.rounds import Chain, Standing
 from protocol.rounds.events import Received
-from protocol.rounds.messages import CHARTER_CONTEXT, Charter, CharterNotice, Closing, ClosingNotice, Seat
+from protocol.rounds.messages import (
+    CHARTER_CONTEXT,
+    CLOSING_CONTEXT,
+    Charter,
+    CharterNotice,
+    Closing,
+    ClosingNotice,
+    Seat,
+)
 from protocol.signing import Signed
 from tests.sim.replica import Held, Replica
 
@@ -105,7 +113,9 @@ class Coordinator:
             replica.feed(Received(self.name, ClosingNotice(stage=replica.stage, closing=self.closing)))
 
     def _round_of(self, closing: Signed | None) -> int:
-        return -1 if closing is None else Closing.from_bytes(closing.payload).round
+        if closing is None:
+            return -1
+        return self._world.notary_of(self.name).unseal(closing, CLOSING_CONTEXT, Closing).round
 
     def _keep_copy(self, stage: StageId, replicas: list[Replica]) -> None:
         for replica in replicas:

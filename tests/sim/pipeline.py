@@ -276,7 +276,9 @@ class Pipeline:
             if ours.takes(hop.task.round):
                 hop.last = following
                 self._forward(hop)
-            elif not hop.task.over and not self._world.is_over(hop.task):  # not open yet: nobody else's slot is taken while we wait for ourselves
+            elif not hop.task.over and not self._world.is_over(
+                hop.task
+            ):  # not open yet: nobody else's slot is taken while we wait for ourselves
                 self._process.later(0.1, lambda: self._after_forward(hop))
         else:
             self.call(hop.task, following, lambda: self._backward(hop))

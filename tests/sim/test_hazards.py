@@ -11,9 +11,10 @@ from dataclasses import replace
 import pytest
 
 from protocol.ids import PeerId, RoundId, StageId
-from protocol.rounds.events import Trouble
+from protocol.rounds.events import Send, Trouble
 from protocol.rounds.messages import CLOSING_CONTEXT, ClosingNotice, DoneReport, DoneTask
 from protocol.rounds.records import draw_closing
+from protocol.rounds.voter import Voter
 from tests.sim.faults import (
     BreakLink,
     CoordinatorAway,
@@ -175,6 +176,23 @@ def test_hazard_3b_a_steward_cut_off_in_mid_ballot_comes_back_to_the_same_lineag
     world.run(12.0)
     settle(world)
     assert not world.checks.forks()
+
+
+def test_hazard_3b_shows_the_fork_if_votes_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The counter-proof: without the rule the same plan parts the lineages, and the checks see it."""
+    honest = Voter._pong
+
+    def pong_without_vote(voter: Voter) -> Send:
+        vote, voter._slot.vote = voter._slot.vote, None
+        pong = honest(voter)
+        voter._slot.vote = vote
+        return pong
+
+    monkeypatch.setattr(Voter, "_pong", pong_without_vote)
+    world = World(1, Options(spans=TRIPLES, allow_forks=True))
+    torment(world, [When("Committed", 3, Partition(("@sender",), 0.0, 9.0))])
+    world.run(20.0)
+    assert world.checks.forks()
 
 
 @seeds

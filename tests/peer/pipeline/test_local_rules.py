@@ -197,3 +197,16 @@ def test_only_real_progress_moves_the_pulse() -> None:
     pulse.tick(3)
     pulse.tick(3)
     assert pulse.work == 6
+
+
+def test_a_bit_that_only_a_dead_clock_vouched_for_falls_again() -> None:
+    """Oracle: a later word of the clock without that bit; what we finished ourselves stays done."""
+    anne = board(ANNE, feeders=(ANNE,), count=3)
+    first = anne.take_next(now_s=0.0)
+    assert first is not None
+    anne.finish(first, now_s=0.1)
+    anne.learn_done((0, 1, 2), now_s=0.2)
+    assert anne.is_complete
+    anne.learn_done((), now_s=0.3)
+    assert anne.num_done == 1
+    assert take_all(anne, now_s=0.3) == {1, 2}

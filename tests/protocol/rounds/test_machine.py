@@ -1,0 +1,424 @@
+"""The whole machine from outside: events in, actions out. Longer stories are told in tests/sim."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+import protocol.rounds
+from protocol.ids import PeerId, RoundId, StageId, digest
+from protocol.rounds import ROUND_MESSAGES, RoundMachine, RoundSize, Standing
+from protocol.rounds.events import (
+    Action,
+    Applied,
+    Apply,
+    Drain,
+    Event,
+    Fetched,
+    Freeze,
+    Frozen,
+    Left,
+    NewLineage,
+    OpenRound,
+    Quit,
+    Received,
+    ReduceDone,
+    Rejoin,
+    Replay,
+    Report,
+    Resync,
+    RosterChanged,
+    Send,
+    StartReduce,
+    Synced,
+    TaskDone,
+    Tick,
+    Trouble,
+)
+from protocol.rounds.messages import (
+    Ack,
+    Ballot,
+    CharterNotice,
+    ClosingNotice,
+    Committed,
+    Goodbye,
+    Hello,
+    Ping,
+    Pong,
+    Propose,
+    StageMessage,
+    VoidRound,
+)
+from tests.protocol.rounds.builders import (
+    COORDINATOR,
+    RULES,
+    STAGE,
+    STATE,
+    A,
+    B,
+    C,
+    chain,
+    charter,
+    closing,
+    commit,
+    done,
+    seat,
+    settings,
+)
+
+FEEDER = PeerId("feeder")
+
+
+def machine(*members: PeerId, stage: StageId = STAGE, **changes: Any) -> tuple[RoundMachine, list[Action]]:
+    """Make a's machine, standing at a fresh charter; return it with what it wanted at the start."""
+    made = RoundMachine(settings(A, stage=stage, **changes))
+    made.handle(RosterChanged({StageId(0): (FEEDER,), stage: members}), 0.0)
+    return made, made.handle(Synced(charter(*members, stage=stage), (), STATE), 0.0)
+
+
+def close(made: RoundMachine, round_id: int = 0, now_s: float = 0.0) -> list[Action]:
+    notice = ClosingNotice(stage=StageId(0), closing=closing(round_id, clock=FEEDER))
+    return made.handle(Received(FEEDER, notice), now_s)
+
+
+def kinds(actions: list[Action]) -> list[str]:
+    return [type(action).__name__ for action in actions if not isinstance(action, Send)]
+
+
+def test_a_stage_with_one_replica_needs_nobody() -> None:
+    """From opening to opening without a single message but acknowledgements, and without waiting for any tick."""
+    made, actions = machine(A)
+    assert kinds(actions) == ["OpenRound"]
+    assert kinds(close(made)) == ["Freeze"]
+    (start,) = made.handle(Frozen(RoundId(0), 40), 0.0)
+    assert isinstance(start, StartReduce)
+    (apply,) = made.handle(ReduceDone(start.group_id, digest(b"sum"), 400.0), 0.0)
+    assert isinstance(apply, Apply)
+    assert (apply.commit.norm, apply.commit.clip_scale) == (10.0, 0.1)
+    (opened,) = made.handle(Applied(apply.lineage, digest(b"next")), 0.0)
+    assert isinstance(opened, OpenRound)
+    assert (opened.round, opened.version, opened.fresh) == (1, 1, True)
+    facts = made.statistics()
+    assert (facts.standing, facts.num_commits, facts.num_ballots, facts.num_voids) == (Standing.OPEN, 1, 1, 0)
+
+
+def test_a_void_round_opens_the_next_with_the_same_version_and_what_was_accumulated() -> None:
+    """Nothing has changed but the number."""
+    made, actions = machine(A)
+    close(made)
+    (opened,) = [a for a in made.handle(Frozen(RoundId(0), 0), 0.0) if isinstance(a, OpenRound)]
+    assert (opened.round, opened.version, opened.fresh) == (1, 0, False)
+    assert isinstance(actions[0], OpenRound)
+    assert opened.lineage == actions[0].lineage
+    assert made.statistics().num_voids == 1
+
+
+def test_a_closing_of_a_later_round_covers_those_that_were_missed() -> None:
+    """The commit says so in `first_round`, and the next round follows the closing."""
+    made, _ = machine(A)
+    close(made, 5)
+    (start,) = made.handle(Frozen(RoundId(5), 40), 0.0)
+    assert isinstance(start, StartReduce)
+    (apply,) = made.handle(ReduceDone(start.group_id, digest(b"sum"), 1.0), 0.0)
+    assert isinstance(apply, Apply)
+    assert (apply.commit.first_round, apply.commit.round, apply.commit.version) == (0, 5, 1)
+    assert close(made, 3) == [Send(FEEDER, Ack(stage=StageId(0), of=digest(closing(3, clock=FEEDER).payload)))]
+
+
+def test_a_restarted_member_has_no_seat_and_says_so_to_who_pings_it() -> None:
+    """Its seat belongs to an earlier session; the answer tells the steward that this one has died."""
+    made = RoundMachine(replace(settings(A), me=seat(A, session=2)))
+    made.handle(Synced(charter(A, B), (), STATE), 0.0)
+    assert made.statistics().standing is Standing.LISTENING
+    ping = Ping(
+        stage=STAGE,
+        parent=chain(A, A, B).head.lineage,
+        ballot=Ballot(number=1, steward=B),
+        generation=1,
+        closing=closing(clock=FEEDER),
+    )
+    (answer,) = made.handle(Received(B, ping), 1.0)
+    assert isinstance(answer, Send)
+    assert isinstance(answer.message, Hello)
+    assert answer.message.session == 2
+
+
+def test_a_member_whose_state_was_fetched_anew_does_not_sit_where_it_sat() -> None:
+    """It has forgotten what it promised in that seat."""
+    made, _ = machine(A, B)
+    assert made.statistics().standing is Standing.OPEN
+    (resync,) = made.handle(Rejoin(), 1.0)
+    assert isinstance(resync, Resync)
+    made.handle(Synced(charter(A, B), (), STATE), 2.0)
+    assert made.statistics().standing is Standing.LISTENING
+
+
+def test_a_final_commit_that_was_not_summed_here_is_replayed() -> None:
+    """The bytes are fetched from those who summed them; afterwards the next round opens."""
+    made, actions = machine(A, B, C)
+    (opened,) = actions
+    assert isinstance(opened, OpenRound)
+    signed = commit(opened.lineage, signer=B)
+    steps = made.handle(Received(B, Committed(stage=STAGE, commit=signed)), 0.0)
+    (replay,) = [step for step in steps if isinstance(step, Replay)]
+    assert replay.sources == (B, C)
+    assert Send(B, Ack(stage=STAGE, of=digest(signed.payload))) in steps
+    assert kinds(made.handle(Applied(replay.steps[-1].lineage, None), 0.0)) == ["OpenRound"]
+
+
+def test_a_newer_charter_is_followed_in_place_if_the_state_is_the_same() -> None:
+    """And fetched otherwise; an older generation is ignored."""
+    made, _ = machine(A, B)
+    same = made.handle(Received(COORDINATOR, CharterNotice(stage=STAGE, charter=charter(A, generation=2))), 0.0)
+    assert kinds(same) == ["NewLineage", "OpenRound"]
+    assert isinstance(same[0], NewLineage)
+    old = made.handle(Received(COORDINATOR, CharterNotice(stage=STAGE, charter=charter(A, B))), 0.0)
+    assert old == []
+    other = charter(A, generation=3, state_digest=digest(b"other"))
+    assert kinds(made.handle(Received(B, CharterNotice(stage=STAGE, charter=other)), 0.0)) == ["Resync"]
+    assert made.statistics().standing is Standing.OUT
+
+
+def test_leaving_waits_for_the_commit_and_ends_with_a_goodbye() -> None:
+    """The work of the round counts; then the seat is empty."""
+    made, _ = machine(A, B)
+    assert made.handle(Drain(), 0.0) == []
+    close(made)
+    pongs = [a.message for a in made.handle(Frozen(RoundId(0), 40), 0.0) if isinstance(a, Send)]
+    assert all(not isinstance(each, Pong) or each.leaving for each in pongs)
+    signed = commit(chain(A, A, B).head.lineage, signer=B, members=(B,))
+    (replay,) = [
+        a for a in made.handle(Received(B, Committed(stage=STAGE, commit=signed)), 0.0) if isinstance(a, Replay)
+    ]
+    assert kinds(made.handle(Applied(replay.steps[-1].lineage, None), 0.0)) == ["Left"]
+    assert [a.to for a in made.handle(Quit(), 0.0) if isinstance(a, Send) and isinstance(a.message, Goodbye)] == [B]
+
+
+def test_an_only_replica_may_leave_after_its_commit() -> None:
+    """Nobody else holds the state, but nobody is there to fetch it either; it keeps working until it ends."""
+    made, _ = machine(A)
+    made.handle(Drain(), 0.0)
+    close(made)
+    (start,) = made.handle(Frozen(RoundId(0), 40), 0.0)
+    assert isinstance(start, StartReduce)
+    (apply,) = made.handle(ReduceDone(start.group_id, digest(b"sum"), 1.0), 0.0)
+    assert isinstance(apply, Apply)
+    assert kinds(made.handle(Applied(apply.lineage, None), 0.0)) == ["Left", "OpenRound"]
+    assert Left() not in made.handle(Tick(), 0.5)
+
+
+def test_the_first_stage_counts_and_closes_by_itself() -> None:
+    """The closing is also handed to ourselves, for the other stages that this peer may host."""
+    rules = replace(RULES, size_of=lambda _round: RoundSize(1))
+    made = RoundMachine(settings(A, stage=StageId(0), rules=rules))
+    made.handle(RosterChanged({StageId(0): (A,), STAGE: (B, C)}), 0.0)
+    made.handle(Synced(charter(A, stage=StageId(0)), (), STATE), 0.0)
+    actions = made.handle(TaskDone(RoundId(0), done(0)), 0.0)
+    notices = {
+        action.to for action in actions if isinstance(action, Send) and isinstance(action.message, ClosingNotice)
+    }
+    assert notices == {A, B, C}
+    assert any(isinstance(action, Freeze) for action in actions)
+    late = made.handle(TaskDone(RoundId(0), done(0)), 0.0)
+    assert late == []
+
+
+def test_a_closing_by_a_stranger_is_reported_and_neither_followed_nor_acknowledged() -> None:
+    """So that its sender repeats it until the DHT has told us who it is."""
+    made, _ = machine(A)
+    notice = ClosingNotice(stage=StageId(0), closing=closing(clock=B))
+    (report,) = made.handle(Received(B, notice), 0.0)
+    assert isinstance(report, Report)
+    assert report.trouble is Trouble.STRANGE_CLOCK
+    assert made.statistics().standing is Standing.OPEN
+
+
+def test_the_banned_are_not_heard() -> None:
+    """Whatever they say."""
+    made, _ = machine(A, B)
+    made.handle(RosterChanged({StageId(0): (FEEDER,)}, frozenset({B})), 0.0)
+    assert made.handle(Received(B, CharterNotice(stage=STAGE, charter=charter(A, generation=9))), 0.0) == []
+
+
+def test_a_fork_is_reported_once_and_refused() -> None:
+    """Same version, other lineage: no state is exchanged."""
+    made, _ = machine(A, B)
+    hello = Hello(
+        stage=STAGE,
+        session=1,
+        generation=1,
+        lineage=digest(b"another branch"),  # type: ignore[arg-type]
+        version=chain().head.version,
+        applied=True,
+        state_digest=None,
+        closed=-1,
+    )
+    first, second = made.handle(Received(B, hello), 0.0), made.handle(Received(B, hello), 1.0)
+    assert [each.trouble for each in first if isinstance(each, Report)] == [Trouble.FORKED]
+    assert not [each for each in second if isinstance(each, Report)]
+
+
+def test_equal_lineages_with_different_states_are_reported() -> None:
+    """Broken memory, or another kind of device: the trust layer decides."""
+    made, _ = machine(A, B)
+    hello = Hello(
+        stage=STAGE,
+        session=1,
+        generation=1,
+        lineage=chain(A, A, B).head.lineage,
+        version=chain().head.version,
+        applied=True,
+        state_digest=digest(b"other"),
+        closed=-1,
+    )
+    assert [each.trouble for each in made.handle(Received(B, hello), 0.0) if isinstance(each, Report)] == [
+        Trouble.DIVERGED
+    ]
+
+
+def test_a_message_in_the_name_of_another_steward_is_a_fault() -> None:
+    """Ballots belong to who conducts them."""
+    made, _ = machine(A, B, C)
+    void_of_b = Ping(
+        stage=STAGE,
+        parent=chain().head.lineage,
+        ballot=Ballot(number=1, steward=B),
+        generation=1,
+        closing=closing(clock=FEEDER),
+    )
+    (report,) = made.handle(Received(C, void_of_b), 0.0)
+    assert isinstance(report, Report)
+    assert (report.trouble, report.peer) == (Trouble.FAULT, C)
+
+
+def test_a_void_does_not_undo_a_vote() -> None:
+    """What a member has accepted may be final elsewhere."""
+    made, _ = machine(A, B, C)
+    close(made)
+    made.handle(Frozen(RoundId(0), 10), 0.0)
+    member = made._member
+    assert member.slot is not None
+    member.slot.promised = None
+    signed = commit(member.slot.parent.lineage, signer=B, members=(B, C))
+    propose = Propose(
+        stage=STAGE,
+        parent=member.slot.parent.lineage,
+        ballot=Ballot(number=9, steward=B),
+        commit=signed,
+        sources=(B,),
+    )
+    made.handle(Received(B, propose), 0.0)
+    made.handle(Fetched(digest(b"sum"), 40.0), 0.0)
+    assert member.slot.vote is not None
+    void = VoidRound(
+        stage=STAGE, parent=member.slot.parent.lineage, ballot=Ballot(number=10, steward=C), round=RoundId(0)
+    )
+    assert made.handle(Received(C, void), 0.0) == []
+    assert made.statistics().standing is Standing.FROZEN
+
+
+EVENTS: st.SearchStrategy[Event] = st.one_of(
+    st.just(Tick()),
+    st.just(Drain()),
+    st.just(Rejoin()),
+    st.builds(Frozen, st.just(RoundId(0)), st.integers(0, 100)),
+    st.builds(ReduceDone, st.binary(min_size=32, max_size=32), st.just(digest(b"sum")), st.floats()),
+    st.builds(Applied, st.just(chain().head.lineage), st.none()),
+    st.builds(Synced, st.sampled_from([charter(A, B), charter(B), closing()]), st.just(()), st.just(STATE)),
+)
+
+
+def _plain(kind: type[StageMessage]) -> st.SearchStrategy[StageMessage]:
+    """Make messages that are well formed and otherwise mostly nonsense."""
+    lineage = chain(A, A, B).head.lineage
+    known: dict[str, st.SearchStrategy[Any]] = {
+        "stage": st.just(STAGE),
+        "parent": st.sampled_from([lineage, digest(b"x")]),
+        "lineage": st.sampled_from([lineage, digest(b"x")]),
+        "ballot": st.builds(Ballot, number=st.integers(1, 3), steward=st.sampled_from([A, B])),
+        "promised": st.builds(Ballot, number=st.integers(1, 3), steward=st.sampled_from([A, B])),
+        "closing": st.sampled_from([closing(clock=FEEDER), closing(2, clock=FEEDER), charter(A, B)]),
+        "charter": st.sampled_from([charter(A, B), charter(A, B, generation=2), closing()]),
+        "commit": st.sampled_from([commit(lineage, signer=B, members=(A, B)), commit(lineage, signer=C), closing()]),
+        "commits": st.lists(st.just(commit(lineage, signer=B, members=(A, B))), max_size=2).map(tuple),
+        "sources": st.just((A, B)),
+        "group": st.just(()),
+        "vote": st.none(),
+        "tasks": st.just((done(0),)),
+        "suspect": st.sampled_from([None, A, B]),
+        "reason": st.just("why"),
+        "done": st.binary(max_size=4),
+        "credits": st.just(()),
+    }
+    fields = {
+        name: known[name] if name in known else _of_type(field.annotation, field.metadata)
+        for name, field in kind.model_fields.items()
+    }
+    return st.fixed_dictionaries(fields).map(lambda values: kind.model_construct(**values))
+
+
+def _of_type(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
+    if annotation is bool:
+        return st.booleans()
+    if annotation is int or "int" in str(annotation) or "Id" in str(annotation) or "Version" in str(annotation):
+        return st.integers(1, 3)
+    if "None" in str(annotation):
+        return st.none()
+    if annotation is float:
+        return st.floats(0, 10)
+    return st.binary(min_size=32, max_size=32)
+
+
+MESSAGES = st.one_of([_plain(kind) for kind in ROUND_MESSAGES])
+HISTORIES = st.lists(
+    st.one_of(EVENTS, st.builds(Received, st.sampled_from([A, B, C, FEEDER]), MESSAGES)), min_size=1, max_size=25
+)
+
+
+@given(HISTORIES)
+def test_nothing_that_a_peer_says_raises_in_us_and_equal_histories_give_equal_actions(history: list[Event]) -> None:
+    """Well-formed nonsense in any order. Purity: two machines that see the same do the same."""
+    for members in ((A,), (A, B)):
+        twins = [machine(*members)[0] for _ in range(2)]
+        for number, event in enumerate(history):
+            one, other = (twin.handle(event, 0.4 * number) for twin in twins)
+            assert one == other
+        assert twins[0].statistics() == twins[1].statistics()
+
+
+def test_the_package_touches_no_clock_no_chance_no_network() -> None:
+    """Purity is a property of the imports. Oracle: the syntax trees."""
+    forbidden = {
+        "time",
+        "random",
+        "secrets",
+        "os",
+        "socket",
+        "asyncio",
+        "logging",
+        "structlog",
+        "datetime",
+        "threading",
+    }
+    for path in Path(protocol.rounds.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            assert not {name.split(".")[0] for name in names} & forbidden, path.name
+
+
+@given(MESSAGES)
+def test_messages_before_we_have_a_state_do_no_harm(message: StageMessage) -> None:
+    """A machine that waits for its first charter keeps waiting, whatever it is told except a charter."""
+    made = RoundMachine(settings(A))
+    wants = kinds(made.handle(Received(B, message), 0.0))
+    assert set(wants) <= {"Report", "Resync"}
+    assert made.statistics().standing is Standing.OUT

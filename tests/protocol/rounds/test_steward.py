@@ -1,0 +1,352 @@
+"""The conductor: whom it waits for, whom it leaves out, and when it must not go on."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import pytest
+
+from protocol.ids import Digest, PeerId, digest
+from protocol.rounds.events import Announce, Report, Send, Step, Trouble
+from protocol.rounds.messages import (
+    Accept,
+    Ballot,
+    Begin,
+    Committed,
+    Decline,
+    Outbid,
+    Ping,
+    Pong,
+    Propose,
+    Ready,
+    ReduceResult,
+    StageMessage,
+    StillHere,
+    VoidRound,
+    Vote,
+)
+from protocol.rounds.steward import Phase, Steward
+from protocol.signing import Signed
+from tests.protocol.rounds.builders import STAGE, TIMERS, A, B, C, chain, commit, settings, slot
+
+M = TypeVar("M", bound=StageMessage)
+SUM = digest(b"sum")
+
+
+class Case:
+    """The steward is the first in order of three members, unless told otherwise."""
+
+    def __init__(self, members: tuple[PeerId, ...] = (A, B, C), *, rank: int = 0, company: bool = True) -> None:
+        self.chain = chain(A, *members)
+        self.slot = slot(self.chain)
+        self.me = self.slot.order[rank]
+        self.others = [peer for peer in self.slot.order if peer != self.me]
+        self.steward = Steward(settings(self.me), self.slot, self.chain)
+        self.address: dict[str, Any] = {"stage": STAGE, "parent": self.chain.head.lineage}
+        self.now_s = 0.0
+        self.company = company
+
+    @property
+    def ballot(self) -> Ballot:
+        assert self.steward.ballot is not None
+        return self.steward.ballot
+
+    def start(self) -> list[Step]:
+        return self.steward.start(self.now_s)
+
+    def pong(self, peer: PeerId, tokens: int | None = 10, vote: Vote | None = None, **fields: Any) -> list[Step]:
+        fields = {"leaving": False, **fields}
+        pong = Pong(**self.address, ballot=self.ballot, tokens=tokens, vote=vote, **fields)
+        return self.steward.on_pong(peer, pong, self.now_s)
+
+    def result(
+        self, peer: PeerId, group: Begin, total: Digest | None = SUM, suspect: PeerId | None = None
+    ) -> list[Step]:
+        result = ReduceResult(
+            **self.address, ballot=self.ballot, group_id=group.group_id, digest=total, norm=60.0, suspect=suspect
+        )
+        return self.steward.on_result(peer, result, self.now_s)
+
+    def accept(self, peer: PeerId) -> list[Step]:
+        return self.steward.on_accept(peer, Accept(**self.address, ballot=self.ballot))
+
+    def wait(self, seconds: float) -> list[Step]:
+        """Tick by beats and return the steps of the last tick."""
+        steps: list[Step] = []
+        until_s = self.now_s + seconds
+        while self.now_s < until_s - 1e-9:
+            self.now_s += TIMERS.beat_s
+            if self.company:
+                self.slot.company_s = self.now_s
+            steps = self.steward.tick(self.now_s)
+            if any(isinstance(step, Send) and isinstance(step.message, Begin | Propose | VoidRound) for step in steps):
+                return steps
+        return steps
+
+    def to_begin(self) -> Begin:
+        """Ping, and have everybody answer."""
+        self.start()
+        for peer in self.slot.order:
+            steps = self.pong(peer)
+        return only(Begin, steps)
+
+    def to_propose(self) -> Propose:
+        """And sum."""
+        begin = self.to_begin()
+        for each in begin.group:
+            steps = self.result(each.peer, begin)
+        return only(Propose, steps)
+
+
+def only(kind: type[M], steps: list[Step]) -> M:
+    """Return the one message of a kind, which may go to several."""
+    found = [step.message for step in steps if isinstance(step, Send) and isinstance(step.message, kind)]
+    assert found, f"no {kind.__name__} in {steps}"
+    assert all(each == found[0] for each in found)
+    return found[0]
+
+
+def targets(kind: type[object], steps: list[Step]) -> set[PeerId]:
+    """Return who gets a kind of message."""
+    return {step.to for step in steps if isinstance(step, Send) and isinstance(step.message, kind)}
+
+
+def test_an_undisturbed_round_goes_ping_begin_propose_commit() -> None:
+    """Everybody is asked each time, itself included, and the commit names everybody."""
+    case = Case()
+    assert targets(Ping, case.start()) == {A, B, C}
+    for peer in case.slot.order:
+        steps = case.pong(peer)
+    assert targets(Begin, steps) == {A, B, C}
+    begin = only(Begin, steps)
+    for peer in case.slot.order:
+        steps = case.result(peer, begin)
+    assert targets(Propose, steps) == {A, B, C}
+    for peer in case.slot.order:
+        steps = case.accept(peer)
+    (announce,) = [step for step in steps if isinstance(step, Announce)]
+    assert announce.to == frozenset(case.others)
+    record = case.chain.follows_head(only(Committed, steps).commit)
+    assert [each.peer for each in record.contributors] == list(case.slot.order)
+    assert {each.peer for each in record.seats} == {A, B, C}
+    assert case.steward.phase is Phase.IDLE
+
+
+def test_a_majority_need_not_wait_for_the_rest_longer_than_the_ping_timeout() -> None:
+    """Two of three; the third is neither summed nor seated."""
+    case = Case()
+    case.start()
+    for peer in case.slot.order[:2]:
+        assert not case.pong(peer)
+    steps = case.wait(TIMERS.ping_timeout_s)
+    assert {each.peer for each in only(Begin, steps).group} == set(case.slot.order[:2])
+
+
+@pytest.mark.parametrize(("company", "wait_s"), [(True, TIMERS.patience_s), (False, TIMERS.isolation_s)])
+def test_a_minority_goes_on_only_when_its_patience_is_at_an_end(company: bool, wait_s: float) -> None:
+    """One of three; much later still if it hears nobody at all, because then its own line may be down."""
+    case = Case(company=company)
+    case.start()
+    case.pong(case.me)
+    assert not targets(Begin, case.wait(wait_s - 1.0))
+    assert targets(Begin, case.wait(1.5)) == {case.me}
+
+
+def test_the_certainly_dead_are_not_waited_for() -> None:
+    """Their hosts refuse, so the one that is left is everybody there is."""
+    case = Case()
+    case.slot.gone = set(case.others)
+    case.start()
+    assert targets(Begin, case.pong(case.me)) == {case.me}
+
+
+def test_who_is_busy_is_waited_for_longer_than_who_is_silent() -> None:
+    """A slow card that finishes its last task is no absentee."""
+    case = Case()
+    case.start()
+    case.pong(case.me)
+    case.pong(case.others[0])
+    case.pong(case.others[1], tokens=None)
+    assert not targets(Begin, case.wait(TIMERS.ping_timeout_s + 5.0))
+    assert len(only(Begin, case.pong(case.others[1], tokens=3)).group) == 3
+
+
+def test_half_the_members_suffice_only_with_the_first_and_only_if_it_never_slept() -> None:
+    """Of two: the first may go on at once, the second may not, nor the first after it was stopped."""
+    for rank, slept, goes_on in ((0, False, True), (1, False, False), (0, True, False)):
+        case = Case((A, B), rank=rank)
+        case.slot.slept = slept
+        case.start()
+        case.pong(case.me)
+        assert bool(targets(Begin, case.wait(TIMERS.ping_timeout_s + 1.0))) is goes_on
+
+
+def test_waking_up_starts_all_waiting_over() -> None:
+    """While we were stopped nobody could have answered: the patience of before counts for nothing."""
+    case = Case()
+    case.start()
+    case.pong(case.me)
+    case.now_s += 10 * TIMERS.patience_s
+    case.slot.slept = True
+    case.steward.wake(case.now_s)
+    assert not targets(Begin, case.wait(TIMERS.patience_s - 1.0))
+
+
+def test_a_vote_is_proposed_again_unchanged_and_without_a_reduce() -> None:
+    """The newest one, if there are several: an earlier steward may have made it final."""
+    case = Case()
+    old, new = (_voted(case, number) for number in (1, 2))
+    case.steward.ballot = Ballot(number=7, steward=case.others[0])
+    case.start()
+    case.pong(case.me)
+    case.pong(case.others[0], vote=old)
+    propose = only(Propose, case.pong(case.others[1], vote=new))
+    assert propose.commit == new.commit
+    assert propose.ballot == Ballot(number=8, steward=case.me)
+
+
+def _voted(case: Case, number: int) -> Vote:
+    ballot = Ballot(number=number, steward=case.others[0])
+    signed: Signed = commit(case.chain.head.lineage, signer=case.others[0], ballot=ballot)
+    return Vote(ballot=ballot, commit=signed)
+
+
+def test_nothing_accumulated_is_a_void_round() -> None:
+    """No reduce, no division by zero, no commit."""
+    case = Case()
+    case.start()
+    for peer in case.slot.order:
+        steps = case.pong(peer, tokens=0)
+    assert targets(VoidRound, steps) == {A, B, C}
+    assert only(VoidRound, steps).round == 0
+
+
+def test_a_failed_reduce_leaves_out_one_scapegoat_and_in_the_end_all_but_one() -> None:
+    """Who is left out still votes. Oracle: the groups of five attempts, every one of which fails."""
+    case = Case()
+    suspect = case.others[0]
+    sizes = []
+    begin = case.to_begin()
+    for _ in range(5):
+        sizes.append(len(begin.group))
+        failed = case.result(begin.group[-1].peer, begin, total=None, suspect=suspect)
+        assert [step.trouble for step in failed if isinstance(step, Report)] == [Trouble.BALLOT_FAILED]
+        assert targets(Ping, case.wait(TIMERS.beat_s)) == {A, B, C}
+        for peer in case.slot.order:
+            steps = case.pong(peer)
+        begin = only(Begin, steps)
+        assert suspect not in {each.peer for each in begin.group} or len(begin.group) == 1
+    assert sizes == [3, 2, 2, 1, 1]
+
+
+def test_sums_that_differ_are_not_committed_and_the_odd_one_is_named() -> None:
+    """And left out of the next attempt."""
+    case = Case()
+    odd = case.others[1]
+    begin = case.to_begin()
+    for peer in case.slot.order:
+        steps = case.result(peer, begin, total=digest(b"other") if peer == odd else SUM)
+    assert [step.peer for step in steps if isinstance(step, Report) and step.trouble is Trouble.DIVERGED] == [odd]
+    assert not targets(Propose, steps)
+    case.wait(TIMERS.beat_s)
+    for peer in case.slot.order:
+        steps = case.pong(peer)
+    assert odd not in {each.peer for each in only(Begin, steps).group}
+
+
+def test_a_newer_ballot_silences_us_and_ours_is_newer_next_time() -> None:
+    """Ballots only grow."""
+    case = Case()
+    case.start()
+    newer = Ballot(number=5, steward=case.others[0])
+    outbid = Outbid(**case.address, promised=newer)
+    assert case.steward.on_outbid(outbid, case.now_s) == []
+    assert case.steward.phase is Phase.IDLE
+    assert case.steward.tick(case.now_s + 1.0) == []
+    case.start()
+    assert case.ballot.outranks(newer)
+
+
+def test_the_last_acceptance_makes_a_commit_final_and_not_one_earlier() -> None:
+    """Whoever answered the ping must accept: a later steward may meet only that one."""
+    case = Case()
+    case.to_propose()
+    for peer in case.slot.order[:2]:
+        assert case.accept(peer) == []
+    assert case.accept(case.slot.order[2])
+
+
+def test_who_cannot_get_the_bytes_is_left_out_if_the_others_are_enough() -> None:
+    """The same commit is proposed to the others; its seat stays in the record, which is unchanged."""
+    case = Case()
+    propose = case.to_propose()
+    unable = case.others[0]
+    decline = Decline(**case.address, ballot=case.ballot, reason="nobody has them", objection=False)
+    case.steward.on_decline(unable, decline, case.now_s)
+    case.wait(TIMERS.beat_s)
+    vote = Vote(ballot=propose.ballot, commit=propose.commit)
+    for peer in case.slot.order:
+        steps = case.pong(peer, vote=None if peer == unable else vote)
+    assert targets(Propose, steps) == {A, B, C} - {unable}
+    assert only(Propose, steps).commit == propose.commit
+
+
+def test_an_objection_of_the_others_makes_the_steward_step_down() -> None:
+    """It neither repeats itself nor goes on alone when its patience is at an end."""
+    case = Case()
+    case.to_propose()
+    decline = Decline(**case.address, ballot=case.ballot, reason="wrong scale", objection=True)
+    for peer in case.others:
+        case.steward.phase = Phase.PROPOSING
+        case.steward.on_decline(peer, decline, case.now_s)
+    assert case.steward.has_stepped_down
+    assert not case.steward.is_conducting
+    case.start()
+    case.pong(case.me)
+    assert not targets(Begin, case.wait(3 * TIMERS.patience_s))
+
+
+def test_joiners_get_a_seat_and_leavers_lose_theirs() -> None:
+    """The joiner is listed as one who has to fetch; the last member never leaves an empty stage behind."""
+    case = Case((A,))
+    ready = Ready(
+        stage=STAGE,
+        session=5,
+        generation=1,
+        lineage=case.chain.head.lineage,
+        version=case.chain.head.version,
+        state_digest=None,
+    )
+    for joiners, seats in (({C: ready}, [C]), ({}, [A])):
+        case.slot.ready = joiners
+        case.start()
+        begin = only(Begin, case.pong(A, leaving=True))
+        record = case.chain.follows_head(only(Propose, case.result(A, begin)).commit)
+        assert [each.peer for each in record.seats] == seats
+        assert list(record.joiners) == list(joiners)
+
+
+def test_unanswered_questions_are_repeated_and_the_others_hear_that_we_live() -> None:
+    """At every beat."""
+    case = Case()
+    case.start()
+    case.pong(case.others[0])
+    steps = case.wait(TIMERS.beat_s)
+    assert targets(Ping, steps) == {A, B, C} - {case.others[0]}
+    assert targets(StillHere, steps) == {case.others[0]}
+
+
+def test_a_member_that_never_ends_its_reduce_is_given_up() -> None:
+    """After the reduce timeout the next ballot begins, and the missing one is the scapegoat."""
+    case = Case()
+    begin = case.to_begin()
+    late = begin.group[-1].peer if begin.group[-1].peer != case.me else begin.group[0].peer
+    for each in begin.group:
+        if each.peer != late:
+            case.result(each.peer, begin)
+    case.now_s += TIMERS.reduce_timeout_s + 1.0
+    assert any(isinstance(step, Report) for step in case.steward.tick(case.now_s))
+    assert targets(Ping, case.wait(TIMERS.beat_s)) == {A, B, C}
+    for peer in case.slot.order:
+        steps = case.pong(peer)
+    assert late not in {each.peer for each in only(Begin, steps).group}

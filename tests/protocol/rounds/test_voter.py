@@ -1,0 +1,224 @@
+"""The acceptor's rules, one by one. Together they are what keeps a stage in one lineage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from protocol.errors import PeerFault
+from protocol.ids import digest
+from protocol.rounds.events import (
+    AbortReduce,
+    Fetch,
+    Fetched,
+    FetchFailed,
+    ReduceDone,
+    ReduceFailed,
+    Report,
+    Send,
+    StartReduce,
+    Step,
+)
+from protocol.rounds.lineage import Chain
+from protocol.rounds.messages import (
+    Accept,
+    Ballot,
+    Begin,
+    Contribution,
+    Decline,
+    Outbid,
+    Ping,
+    Pong,
+    Propose,
+    ReduceResult,
+    StillHere,
+    Vote,
+)
+from protocol.rounds.slot import Slot, StagedBytes
+from protocol.rounds.voter import Voter
+from protocol.signing import Signed
+from tests.protocol.rounds.builders import STAGE, TIMERS, A, B, C, chain, closing, commit, settings, slot
+
+OLD, NEW = Ballot(number=1, steward=B), Ballot(number=2, steward=C)
+GROUP = (Contribution(peer=A, tokens=10), Contribution(peer=B, tokens=5))
+
+
+class Case:
+    """Member a in a stage of three, frozen with 10 tokens."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.chain: Chain = chain()
+        self.slot: Slot = slot(self.chain, **fields)
+        self.voter = Voter(settings(), self.slot, self.chain)
+        self.address: dict[str, Any] = {"stage": STAGE, "parent": self.chain.head.lineage}
+
+    def ping(self, ballot: Ballot = OLD, now_s: float = 0.0) -> list[Step]:
+        ping = Ping(**self.address, ballot=ballot, generation=1, closing=closing())
+        return self.voter.on_ping(ballot.steward, ping, now_s)
+
+    def begin(self, ballot: Ballot = OLD, group: tuple[Contribution, ...] = GROUP) -> list[Step]:
+        begin = Begin(**self.address, ballot=ballot, group_id=digest(ballot.to_bytes()), group=group)
+        return self.voter.on_begin(ballot.steward, begin, 0.0)
+
+    def propose(self, ballot: Ballot = OLD, signed: Signed | None = None) -> list[Step]:
+        signed = signed or commit(self.chain.head.lineage)
+        propose = Propose(**self.address, ballot=ballot, commit=signed, sources=(A, B))
+        return self.voter.on_propose(ballot.steward, propose, 0.0)
+
+    def reduced(self, ballot: Ballot = OLD) -> list[Step]:
+        return self.voter.on_reduced(ReduceDone(digest(ballot.to_bytes()), digest(b"sum"), 60.0))
+
+
+def sent(steps: list[Step]) -> list[object]:
+    return [step.message for step in steps if isinstance(step, Send)]
+
+
+def test_a_ping_is_answered_with_tokens_and_without_a_vote_at_first() -> None:
+    """And the promise is remembered."""
+    case = Case()
+    (pong,) = sent(case.ping())
+    assert isinstance(pong, Pong)
+    assert (pong.ballot, pong.tokens, pong.vote) == (OLD, 10, None)
+    assert case.slot.promised == OLD
+
+
+@pytest.mark.parametrize("message", ["ping", "begin", "propose"])
+def test_an_older_ballot_is_never_answered(message: str) -> None:
+    """Whatever it asks: the only word is which newer ballot has been promised, and nothing else changes."""
+    case = Case(staged=StagedBytes(digest(b"sum"), 60.0))
+    case.ping(NEW)
+    steps = getattr(case, message)(OLD)
+    assert sent(steps) == [Outbid(**case.address, promised=NEW)]
+    assert len(steps) == 1
+    assert (case.slot.promised, case.slot.vote, case.slot.reducing) == (NEW, None, None)
+
+
+def test_who_is_still_finishing_tasks_says_that_it_is_there() -> None:
+    """And tells the tokens as soon as they are known, without being asked again."""
+    case = Case(tokens=None)
+    (busy,) = sent(case.ping())
+    case.slot.tokens = 7
+    (pong,) = sent(case.voter.on_frozen())
+    assert isinstance(busy, Pong)
+    assert isinstance(pong, Pong)
+    assert (busy.tokens, pong.tokens) == (None, 7)
+
+
+def test_a_reduce_begins_once_and_its_end_is_repeated() -> None:
+    """Messages are repeated at every beat, work is not."""
+    case = Case()
+    case.ping()
+    (start,) = case.begin()
+    assert isinstance(start, StartReduce)
+    assert start.group == GROUP
+    assert start.num_asked == 3
+    assert case.begin() == []
+    (result,) = sent(case.reduced())
+    assert isinstance(result, ReduceResult)
+    assert result.digest == digest(b"sum")
+    assert sent(case.begin()) == [result]
+
+
+def test_a_newer_ballot_aborts_the_reduce_and_its_late_end_is_ignored() -> None:
+    """The bytes of an aborted group never get staged."""
+    case = Case()
+    case.ping()
+    case.begin()
+    assert AbortReduce(digest(OLD.to_bytes())) in case.ping(NEW)
+    assert case.reduced(OLD) == []
+    assert case.slot.staged is None
+
+
+def test_a_group_that_weighs_us_wrongly_fails_at_once() -> None:
+    """Instead of summing something else than was announced."""
+    case = Case()
+    case.ping()
+    (result,) = sent(case.begin(group=(Contribution(peer=A, tokens=11),)))
+    assert isinstance(result, ReduceResult)
+    assert result.digest is None
+    assert "11" in result.reason
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0])
+def test_a_sum_that_is_not_a_number_is_a_failed_reduce(norm: float) -> None:
+    """It must not become an update."""
+    case = Case()
+    case.ping()
+    case.begin()
+    (result,) = sent(case.voter.on_reduced(ReduceDone(digest(OLD.to_bytes()), digest(b"sum"), norm)))
+    assert isinstance(result, ReduceResult)
+    assert result.digest is None
+    assert case.slot.staged is None
+
+
+def test_a_failed_reduce_names_its_suspect() -> None:
+    """The steward decides what to make of it."""
+    case = Case()
+    case.ping()
+    case.begin()
+    (result,) = sent(case.voter.on_reduced(ReduceFailed(digest(OLD.to_bytes()), "x" * 999, B)))
+    assert isinstance(result, ReduceResult)
+    assert result.suspect == B
+    assert len(result.reason) == 200
+
+
+def test_with_the_bytes_at_hand_a_proposal_is_accepted_and_named_ever_after() -> None:
+    """The vote is in the answer to the next steward: that is what lets it finish the same commit."""
+    case = Case(staged=StagedBytes(digest(b"sum"), 60.0))
+    signed = commit(case.chain.head.lineage)
+    assert sent(case.propose(OLD, signed)) == [Accept(**case.address, ballot=OLD)]
+    (pong,) = sent(case.ping(NEW))
+    assert isinstance(pong, Pong)
+    assert pong.vote == Vote(ballot=OLD, commit=signed)
+
+
+def test_without_the_bytes_they_are_fetched_first() -> None:
+    """No acceptance before that, and a decline if nobody has them."""
+    for outcome, answer in ((Fetched(digest(b"sum"), 60.0), Accept), (FetchFailed(digest(b"sum"), "gone"), Decline)):
+        case = Case()
+        (fetch,) = case.propose()
+        assert isinstance(fetch, Fetch)
+        assert fetch.sources == (B,)
+        assert case.propose() == [], "asked twice"
+        (message,) = sent(case.voter.on_fetched(outcome))
+        assert isinstance(message, answer)
+        assert not isinstance(message, Decline) or not message.objection
+
+
+def test_bytes_that_come_after_a_newer_promise_accept_nothing() -> None:
+    """They stay in staging, which is no harm."""
+    case = Case()
+    case.propose(OLD)
+    case.ping(NEW)
+    assert case.voter.on_fetched(Fetched(digest(b"sum"), 60.0)) == []
+    assert case.slot.vote is None
+
+
+def test_a_wrong_commit_is_declined_with_an_objection_and_reported() -> None:
+    """Wrong by our own norm of the same bytes."""
+    case = Case(staged=StagedBytes(digest(b"sum"), 600.0))
+    steps = case.propose()
+    (decline,) = sent(steps)
+    assert isinstance(decline, Decline)
+    assert decline.objection
+    assert any(isinstance(step, Report) and step.peer == B for step in steps)
+    assert case.slot.vote is None
+
+
+def test_two_commits_in_one_ballot_are_a_fault() -> None:
+    """A steward that says different things to different members is caught by whoever hears both."""
+    case = Case(staged=StagedBytes(digest(b"sum"), 60.0))
+    case.propose()
+    with pytest.raises(PeerFault, match="two commits"):
+        case.propose(signed=commit(case.chain.head.lineage, tokens_dropped=5))
+
+
+def test_a_ballot_that_takes_for_ever_stops_counting_as_a_sign_of_life() -> None:
+    """A wedged steward beats on; its members stop believing it after the limit."""
+    case = Case()
+    case.ping(OLD, now_s=0.0)
+    limit_s = TIMERS.ballot_limit_s
+    for now_s in (limit_s - 1, limit_s + 1):
+        assert case.voter.on_still_here(B, StillHere(**case.address, ballot=OLD).ballot, now_s) == []
+    assert case.slot.heard_s == limit_s - 1

@@ -1,0 +1,96 @@
+"""Two hundred random swarms under random plans: kills at random moments of ballots and whatever else is in stock.
+
+The oracle is `tests/sim/checks.py`, plus: afterwards every stage commits two more rounds, all living replicas
+of a stage have one state, and nothing was lost. A failure names its seed: `trial(SEED)` repeats it exactly.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from random import Random
+
+import pytest
+
+from protocol.ids import PeerId
+from protocol.rounds.settings import KeyNotary
+from protocol.signing import SigningKey
+from tests.sim.faults import Kill, Restart, random_plan, torment
+from tests.sim.network import Link
+from tests.sim.trial import PAIRS, TRIPLES, commits_of, settle
+from tests.sim.world import Options, World
+
+NUM_TRIALS = 200
+BLOCK = 20
+SWARMS = (
+    PAIRS,
+    TRIPLES,
+    ((0, 1), (1,), (0,), (1,)),
+    ((0,), (0,), (0,), (0,), (1,)),
+    ((0,), (1,), (2,), (0, 1, 2), (1, 2)),
+)
+
+
+def trial(seed: int) -> World:
+    """Eight seconds of trouble, then peace; at least one more round of every stage has to be committed."""
+    rng = Random(seed)
+    world = World(seed, Options(spans=rng.choice(SWARMS), hosts_refuse=rng.random() < 0.5))
+    ends_s = torment(world, random_plan(rng, world, until_s=8.0, num_faults=8))
+    world.run(max(8.0, ends_s) + 0.01)
+    world.run_rounds(2, within_s=60.0)
+    settle(world)
+    assert world.checks.num_lost() == 0
+    return world
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, NUM_TRIALS, BLOCK))
+def test_random_plans_end_in_one_lineage(first: int) -> None:
+    """Every phase of a round must have been hit by deaths, or the plans are too tame."""
+    deaths: Counter[str] = Counter()
+    for seed in range(first, first + BLOCK):
+        try:
+            deaths += trial(seed).checks.phases_at_death
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+    assert {"open", "frozen"} <= set(deaths)
+
+
+@pytest.mark.slow
+def test_forty_eight_peers_survive_a_death_every_second() -> None:
+    """Six stages of eight; a random peer dies each second for twenty and is replaced at once."""
+    spans = tuple((index % 6,) for index in range(48))
+    world = World(7, Options(spans=spans, num_train=48, link=Link(loss=0.01, duplicates=0.01)))
+    names = list(world.processes)
+    plan: list[Kill | Restart] = []
+    for second in range(20):
+        peer = str(world.rng.choice(names))
+        plan += [Kill(peer, second + 0.3), Restart(peer, second + 0.8)]
+    world.run(torment(world, plan))
+    world.run_rounds(2, within_s=60.0)
+    settle(world)
+    assert world.checks.num_lost() == 0
+    world.run_until(lambda: len(commits_of(world, 3)[-1].contributors) == 8, within_s=60.0)
+
+
+def test_real_signatures_and_real_bytes_make_no_difference() -> None:
+    """Ed25519 keys, every message encoded and decoded: the same machines commit, lose a peer, and go on."""
+    keys = [SigningKey(bytes([number]) * 32) for number in range(5)]
+    by_name = {key.peer_id: KeyNotary(key) for key in keys}
+    world = World(
+        1,
+        Options(spans=PAIRS, through_wire=True),
+        notaries=by_name.__getitem__,
+        names=[key.peer_id for key in keys[:4]],
+        coordinator=keys[4].peer_id,
+    )
+    victim = PeerId(keys[3].peer_id)
+    torment(world, [Kill(victim, 2.0), Restart(victim, 3.0)])
+    world.run_until(lambda: any(commit.joiners for commit in commits_of(world, 1)), within_s=40.0)
+    settle(world)
+
+
+def test_the_same_seed_gives_the_same_run() -> None:
+    """Otherwise a seed in a failure message is worth nothing. Oracle: all lineages and the number of messages."""
+    first, second = trial(11), trial(11)
+    assert first.checks.commits.keys() == second.checks.commits.keys()
+    assert first.network.num_sent == second.network.num_sent
