@@ -226,7 +226,7 @@ async def test_reports_that_cannot_be_believed_are_acknowledged_and_count_nothin
             commit_report(committed(office, fine, A, generation=2)),
             commit_report(committed(office, fine, A, run="0" * 32)),
             commit_report(committed(office, fine, A, stage=2)),
-            commit_report(committed(office, fine, A, tokens_dropped=1 << 60)),
+            commit_report(committed(office, fine, A, tokens_dropped=1 << 55)),
             averaging(2, 0),
             averaging(0, 99),
             averaging(0, 0, bytes_sent=(1 << 64) - 1),

@@ -299,7 +299,7 @@ class Pipeline:
                 self._refuse(hop)
                 return
             if task.carries_gradient:
-                replica.accumulate(task.round, version, task.number, task.tokens)
+                replica.accumulate(task.round, version, task.number, task.tokens)  # type: ignore[arg-type]
         self._answer(hop)
 
     def _refuse(self, hop: Hop) -> None:

@@ -211,7 +211,7 @@ def test_hazard_3c_a_stopped_steward_does_not_go_on_with_an_old_ballot(moment: s
 def test_hazard_3d_a_commit_heard_by_one_who_dies_is_made_by_the_others_as_well(seed: int) -> None:
     """The steward dies right after its commit reached nobody, and a partner right after: the sum is the same."""
     plan = [DropKind("Committed", 0.0001, 3.0), When("Committed", 1, Kill("@sender", 0.0))]
-    world = suffer(seed, plan, rounds=1, within_s=30.0, spans=TRIPLES)
+    world = suffer(seed, plan, rounds=1, within_s=30.0, spans=TRIPLES)  # type: ignore[arg-type]
     first = [c for (stage, _), c in world.checks.commits.items() if c.version == 1]
     assert len(first) == 2, "one commit per stage took every replica to version 1, the dead ones included"
 
@@ -284,8 +284,8 @@ def test_hazard_6_spans_do_not_wait_for_each_other_in_a_circle() -> None:
     """A hosts 0-2, B hosts 1-3, few slots. With the rule the round closes; without it nothing ever finishes."""
     spans = ((0, 1, 2), (1, 2, 3))
     slots = {"width": 8, "slots": 4}
-    suffer(1, [], rounds=2, within_s=40.0, spans=spans, num_train=16, pipeline=PipelineRules(**slots))
-    stuck = World(1, Options(spans=spans, num_train=16, pipeline=PipelineRules(run_through=False, **slots)))
+    suffer(1, [], rounds=2, within_s=40.0, spans=spans, num_train=16, pipeline=PipelineRules(**slots))  # type: ignore[arg-type]
+    stuck = World(1, Options(spans=spans, num_train=16, pipeline=PipelineRules(run_through=False, **slots)))  # type: ignore[arg-type]
     stuck.run(40.0)
     assert stuck.newest_round(StageId(0)) == 0, "the counter-example does not bite any more"
 
@@ -312,7 +312,7 @@ def test_hazard_8_a_stage_without_replicas_is_waited_for_without_an_avalanche(se
     """All replicas of the middle stage die and one comes back later: every number is re-sent a few times at most."""
     plan = [Kill("p02", 0.6), Kill("p03", 0.6), Restart("p02", 8.0)]
     spans = ((0,), (0,), (1,), (1,), (2,), (2,))
-    world = suffer(seed, plan, rounds=2, within_s=40.0, spans=spans)
+    world = suffer(seed, plan, rounds=2, within_s=40.0, spans=spans)  # type: ignore[arg-type]
     assert world.checks.num_lost() == 0
     assert world.num_resent <= 3 * 8
 
@@ -354,7 +354,7 @@ def test_hazard_10c_a_restarted_peer_is_a_joiner_and_never_an_old_member(seed: i
     """It is back within a beat, under the same identity, in mid-ballot, with all its promises forgotten."""
     plan = [When("Pong", 2, Kill("@sender", 0.0)), Restart("p00", 3.0), Restart("p01", 3.0)]
     plan += [Restart(peer, 3.0) for peer in ("p02", "p03")]
-    world = suffer(seed, plan, rounds=4, within_s=60.0)
+    world = suffer(seed, plan, rounds=4, within_s=60.0)  # type: ignore[arg-type]
     settle(world)
 
 
@@ -372,7 +372,7 @@ def test_hazard_10d_a_leaver_is_not_waited_for_and_loses_nothing(seed: int) -> N
 def test_hazard_10e_a_stage_that_has_died_out_is_restored_by_a_charter(seed: int) -> None:
     """All replicas of a stage die and come back empty: the newest kept state becomes a new generation."""
     plan = [Kill("p02", 4.0), Kill("p03", 4.1), Restart("p02", 6.0), Restart("p03", 6.5)]
-    world = suffer(seed, plan, rounds=3, within_s=60.0)
+    world = suffer(seed, plan, rounds=3, within_s=60.0)  # type: ignore[arg-type]
     settle(world)
     assert commits_of(world, 1)[-1].generation == 2
 
@@ -474,7 +474,7 @@ def test_hazard_20_weights_are_target_tokens() -> None:
 def test_hazard_21_rounds_go_on_for_as_long_as_the_coordinator_is_away(seed: int) -> None:
     """Sixty seconds without it, with a death and a return meanwhile."""
     plan = [CoordinatorAway(0.5, 60.0), Kill("p03", 5.0), Restart("p03", 9.0)]
-    world = suffer(seed, plan, rounds=1)
+    world = suffer(seed, plan, rounds=1)  # type: ignore[arg-type]
     assert len(commits_of(world, 1)) > 15
     assert any(len(commit.joiners) for commit in commits_of(world, 1))
 
@@ -483,7 +483,7 @@ def test_hazard_23_a_stage_with_one_replica_does_not_wait() -> None:
     """Between closing and opening lies nothing but freezing, summing and applying."""
     world = World(1, Options(spans=((0,), (1,)), link=Link(jitter_s=0.0), drain_s=0.0))
     began: dict[int, float] = {}
-    gaps = []
+    gaps: list[float] = []
     opened = world.processes[PeerId("p01")].replicas[StageId(1)]
     while len(gaps) < 3:
         world.run(0.01)

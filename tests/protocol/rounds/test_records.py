@@ -148,7 +148,7 @@ def test_a_member_objects_to_what_it_can_check(changes: dict[str, object], compl
     """Its own weight, the scale of bytes that it has, and who gets a seat."""
     lineages = chain()
     here = slot(lineages)
-    record = lineages.follows_head(commit(lineages.head.lineage, **changes))
+    record = lineages.follows_head(commit(lineages.head.lineage, **changes))  # type: ignore[arg-type]
     staged = StagedBytes(record.digest, 2.0 * record.total_tokens)
     with pytest.raises(PeerFault, match=complaint):
         check_proposal(settings(), here, record, staged=staged, banned=frozenset({C} if complaint == "banned" else ()))
