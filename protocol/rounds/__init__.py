@@ -2,7 +2,8 @@
 
 A driver creates it, calls `handle(event, now_s)` for every fact (`events.py`), and performs the returned
 actions in order. `now_s` is any monotonic clock. The machine never blocks, raises for no remote fault, and
-forgets everything with its process: `Settings.me.session` is larger for every later start of a peer.
+forgets everything with its process. `Settings.me.session` must be larger for every machine that is made later
+for the same stage and peer, also within one process: promises are kept in memory only.
 
     machine = RoundMachine(Settings(run=..., stage=stage, me=Seat(peer=me, session=session),
                                     coordinator=..., timers=..., rules=..., notary=KeyNotary(key)))

@@ -58,7 +58,7 @@ class Gossip:
     def ask_for_seat(self, now_s: float) -> list[Step]:
         """Tell the members where we stand, if we have no seat. Also at once after each replay: rounds are short."""
         chain = self._member.chain
-        if chain is None or self._member.standing is not Standing.LISTENING or self._member.is_draining:
+        if chain is None or self._member.standing is not Standing.LISTENING or self._member.leaving.is_wanted:
             return []
         self._ready_s = now_s
         return [Send(peer, self._ready(chain)) for peer in sorted(self._peers(chain))]
@@ -72,7 +72,7 @@ class Gossip:
             return []
         self._neighbours.note_session(chain.head.seats, sender, hello.session)
         actions = self.compare(sender, hello.generation, hello.lineage, hello.version, now_s)
-        if self._member.newest_closed > hello.closed:
+        if self._member.closings.newest_round > hello.closed:
             actions += self.on_ask_closing(sender, hello.closed)
         if hello.lineage == chain.head.lineage:
             actions += self._compare_state(sender, hello)
@@ -100,9 +100,9 @@ class Gossip:
 
     def on_ask_closing(self, sender: PeerId, newest: int) -> list[Step]:
         """Send our newest closing to who has an older one."""
-        if self._member.newest_closed <= newest:
+        signed = self._member.closings.newest
+        if signed is None or self._member.closings.newest_round <= newest:
             return []
-        signed = max(self._member.closings.items())[1]
         return [Send(sender, ClosingNotice(stage=self._settings.stage, closing=signed))]
 
     def on_ask_chain(self, sender: PeerId, ask: AskChain, now_s: float) -> list[Step]:
@@ -180,7 +180,7 @@ class Gossip:
             version=head.version,
             applied=self._member.applied is head,
             state_digest=self._state_digest_at(head),
-            closed=self._member.newest_closed,
+            closed=self._member.closings.newest_round,
         )
 
     def _say_hello(self, chain: Chain) -> list[Step]:
@@ -198,7 +198,7 @@ class Gossip:
         if others:
             stage = others[self._turn % len(others)]
             hosts = sorted(self._neighbours.hosts(stage))
-            question = AskClosing(stage=stage, newest=self._member.newest_closed)
+            question = AskClosing(stage=stage, newest=self._member.closings.newest_round)
             actions += [Send(peer, question) for peer in hosts[self._turn // len(others) % max(1, len(hosts)) :][:1]]
         return actions
 

@@ -133,7 +133,7 @@ class RoundMachine:
     @property
     def newest_closing(self) -> Signed | None:
         """The closing of the newest round that is over, as far as we know."""
-        return self._member.closings.get(RoundId(self._member.newest_closed))
+        return self._member.closings.newest
 
     @property
     def conductors(self) -> tuple[PeerId, ...]:
@@ -216,7 +216,7 @@ class RoundMachine:
             case Drain():
                 return member.on_drain(event)
             case Quit():
-                return member.on_quit()
+                return member.leaving.goodbyes(member.chain)
             case Rejoin():
                 return member.resync(None)
         return []
@@ -238,7 +238,7 @@ class RoundMachine:
                 return self._on_done(sender, message, now_s)
             case ClosingNotice(stage=stage, closing=closing):
                 actions = self._member.on_closing(closing, now_s)
-                has_it = closing in self._member.closings.values()
+                has_it = self._member.closings.has(closing)
                 return [*actions, *(self._ack(sender, stage, closing) if has_it else [])]
             case Committed(commit=commit):
                 actions = self._gossip.on_committed(sender, message, now_s)

@@ -16,9 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from protocol.errors import PeerFault
-from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId
+from protocol.ids import Digest, Lineage, PeerId, RoundId
 from protocol.rounds.clock import Clock
+from protocol.rounds.closings import FIRST_STAGE, Closings
 from protocol.rounds.events import (
     AbortReduce,
     Applied,
@@ -33,24 +33,22 @@ from protocol.rounds.events import (
     Replay,
     Report,
     Resync,
-    Send,
     Step,
     Synced,
     Trouble,
 )
+from protocol.rounds.leaving import Leaving
 from protocol.rounds.lineage import Chain, Link, read_charter
-from protocol.rounds.messages import CLOSING_CONTEXT, Closing, Goodbye, VoidRound
+from protocol.rounds.messages import VoidRound
 from protocol.rounds.neighbours import Neighbours
 from protocol.rounds.quorum import steward_order
 from protocol.rounds.records import check_scale
-from protocol.rounds.settings import RoundSize, Settings
-from protocol.rounds.slot import HeardClosing, Slot
+from protocol.rounds.settings import Settings
+from protocol.rounds.slot import Slot
 from protocol.rounds.steward import Steward
 from protocol.rounds.voter import Voter
 from protocol.signing import Signed
 
-FIRST_STAGE = StageId(0)  # its members feed the run and keep its clock
-CLOSINGS_KEPT = 16  # for those who missed one; a later closing covers the earlier ones
 APPLY_ATTEMPTS = 3
 
 
@@ -89,7 +87,8 @@ class Member:
         self.voter: Voter | None = None
         self.steward: Steward | None = None
         self.clock: Clock | None = None
-        self.closings: dict[RoundId, Signed] = {}
+        self.closings = Closings(settings, neighbours)
+        self.leaving = Leaving(settings)
         self.last_commit: LastCommit | None = None
         self.num_commits = 0
         self.num_voids = 0
@@ -102,8 +101,6 @@ class Member:
         self._syncing = False
         self._attempts = 0
         self._retry_from: tuple[PeerId, ...] | None = None
-        self.is_draining = False
-        self._heirs: set[PeerId] = set()
 
     # -- where we are ------------------------------------------------------------------------------
 
@@ -116,10 +113,6 @@ class Member:
         if self.slot is None:
             return Standing.LISTENING
         return Standing.FROZEN if self.slot.frozen else Standing.OPEN
-
-    @property
-    def newest_closed(self) -> int:
-        return max(self.closings, default=-1)
 
     # -- charter and state -------------------------------------------------------------------------
 
@@ -173,25 +166,24 @@ class Member:
 
     def on_closing(self, signed: Signed, now_s: float) -> list[Step]:
         """Note that a round is over; if it is ours, freeze what we have accumulated."""
-        closing = self._read_closing(signed)
-        if isinstance(closing, Report):
-            return [closing]
-        self.closings.setdefault(closing.round, signed)
-        while len(self.closings) > CLOSINGS_KEPT:
-            del self.closings[min(self.closings)]
+        heard = self.closings.add(signed, self.chain.head.members if self.chain is not None else ())
+        if isinstance(heard, Report):
+            return [heard]
+        closing = heard.closing
         if self.clock is not None and self.clock.round <= closing.round:
             self.clock.is_closed = True
         slot = self.slot
         if slot is None or closing.round < slot.round or closing.round in slot.closings:
             return []
-        slot.closings[closing.round] = HeardClosing(closing, signed)
+        slot.closings[closing.round] = heard
         return self._freeze(now_s)
 
     def on_frozen(self, event: Frozen) -> list[Step]:
-        """Answer the pings that waited for it."""
-        if self.slot is None or self.voter is None or not self.slot.frozen or self.slot.tokens is not None:
+        """Answer the pings that waited for it. A void round's answer may come when the next is frozen already."""
+        slot = self.slot
+        if slot is None or self.voter is None or slot.freezing != event.round:
             return []
-        self.slot.tokens = event.tokens
+        slot.freezing, slot.tokens = None, event.tokens
         return self.voter.on_frozen()
 
     def on_void(self, sender: PeerId, void: VoidRound, now_s: float) -> list[Step]:
@@ -207,9 +199,9 @@ class Member:
         if self.steward is not None:
             self.steward.stop()
         self.num_voids += 1
-        if self.is_draining and not slot.tokens:
+        if self.leaving.is_wanted and not slot.tokens:
             actions.append(Left())
-        slot.round, slot.frozen, slot.tokens = RoundId(void.round + 1), False, None
+        slot.round, slot.frozen, slot.freezing, slot.tokens = RoundId(void.round + 1), False, None, None
         return [*actions, *self._open(now_s, fresh=False)] if slot.applied else actions
 
     # -- commits -----------------------------------------------------------------------------------
@@ -231,7 +223,7 @@ class Member:
         actions = self._report_if_left_out(signed)
         actions += self._end_slot()
         link = self.chain.extend(signed)
-        self._heirs.clear()
+        self.leaving.forget_heirs()
         self.num_commits += 1
         self.last_commit = LastCommit(
             commit.round,
@@ -272,31 +264,16 @@ class Member:
 
     def on_drain(self, _event: Drain) -> list[Step]:
         """Leave with the next commit; at once if no work of ours is waiting for one."""
-        self.is_draining = True
+        self.leaving.is_wanted = True
         if self.slot is None:
-            return self.leave_if_safe() if self.chain is not None else [Left()]
+            return self.leaving.if_safe(self.chain, self.applied)
         self.slot.leaving = True
         return []
 
     def note_heir(self, peer: PeerId) -> list[Step]:
         """Somebody else has applied our head as well."""
-        self._heirs.add(peer)
-        return self.leave_if_safe()
-
-    def leave_if_safe(self) -> list[Step]:
-        """Say that we may go, unless we are the only ones who hold what the next members still have to fetch."""
-        if not self.is_draining or self.chain is None or self.applied is not self.chain.head:
-            return []
-        head, me = self.chain.head, self._settings.me.peer
-        others = {peer for peer in head.members if peer != me}
-        summed = {each.peer for each in head.step.commit.contributors} if head.step is not None else others
-        return [Left()] if not others or others & (summed | self._heirs) else []
-
-    def on_quit(self) -> list[Step]:
-        """Say goodbye to who may still count on us."""
-        members = self.chain.head.members if self.chain is not None else ()
-        goodbye = Goodbye(stage=self._settings.stage, session=self._settings.me.session)
-        return [Send(peer, goodbye) for peer in members if peer != self._settings.me.peer]
+        self.leaving.note_heir(peer)
+        return self.leaving.if_safe(self.chain, self.applied)
 
     # -- time --------------------------------------------------------------------------------------
 
@@ -366,11 +343,8 @@ class Member:
         if settings.me not in head.seats or head.lineage == self._given_up:
             return
         order = steward_order(settings.run, settings.stage, head.lineage, head.members)
-        slot = Slot(parent=head, order=order, round=head.next_round, heard_s=now_s, leaving=self.is_draining)
-        for round_id, signed in self.closings.items():
-            if round_id >= slot.round:
-                closing = self._settings.notary.unseal(signed, CLOSING_CONTEXT, Closing)
-                slot.closings[round_id] = HeardClosing(closing, signed)
+        slot = Slot(parent=head, order=order, round=head.next_round, heard_s=now_s, leaving=self.leaving.is_wanted)
+        slot.closings.update(self.closings.since(slot.round))
         self.slot = slot
         self.voter = Voter(settings, slot, self.chain)
         self.steward = Steward(settings, slot, self.chain)
@@ -386,7 +360,7 @@ class Member:
     def _open(self, now_s: float, *, fresh: bool) -> list[Step]:
         """Take tasks of the slot's round; freeze again at once if that round is already over."""
         slot = self.slot
-        left = self.leave_if_safe() if fresh else []
+        left = self.leaving.if_safe(self.chain, self.applied) if fresh else []
         if slot is None:
             return left
         slot.applied = True  # also when leaving: until the process ends, a stage may have nobody else
@@ -409,6 +383,7 @@ class Member:
         if heard is None:
             return []
         slot.frozen, slot.frozen_s, slot.heard_s = True, now_s, now_s
+        slot.freezing = heard.closing.round
         if self.clock is not None:
             self.clock.is_closed = True
         return [Freeze(heard.closing, heard.signed), *self.conduct_if_due(now_s)]
@@ -426,23 +401,6 @@ class Member:
         holders = dict.fromkeys([*sources, *contributors, *self._neighbours.hosts(self._settings.stage)])
         holders.pop(self._settings.me.peer, None)
         return [Replay(steps, tuple(holders))]
-
-    def _read_closing(self, signed: Signed) -> Closing | Report:
-        """Return the closing, or what is wrong with it; raise `PeerFault` if it is not even one of this run."""
-        known = self.closings.values()
-        closing = self._settings.notary.unseal(signed, CLOSING_CONTEXT, Closing)
-        if signed in known:
-            return closing
-        if closing.run != self._settings.run:
-            raise PeerFault("that closing is of another run")
-        if self._settings.rules.size_of(closing.round) != RoundSize(closing.num_train, closing.num_eval):
-            raise PeerFault(f"round {closing.round} has other numbers than its closing says")
-        clocks = {*self._neighbours.hosts(FIRST_STAGE), self._settings.me.peer}
-        if self._settings.stage == FIRST_STAGE and self.chain is not None:
-            clocks.update(self.chain.head.members)
-        if signed.signer not in clocks or signed.signer in self._neighbours.banned:
-            return Report(Trouble.STRANGE_CLOCK, signed.signer, f"closing of round {closing.round}")
-        return closing
 
     def _report_if_left_out(self, signed: Signed) -> list[Step]:
         slot, me = self.slot, self._settings.me.peer

@@ -44,9 +44,9 @@ Norm = Annotated[float, Field(ge=0, le=MAX_NORM)]
 LossSum = Annotated[float, Field(ge=-1e15, le=1e15)]
 Text = Annotated[str, Field(max_length=200)]
 Session = Annotated[int, Field(ge=0, lt=1 << 63)]
-"""Names one life of a peer; later lives have larger ones (say, the Unix time of the start in microseconds).
+"""Names one life of a replica; later lives have larger ones (say, the Unix time of its start in microseconds).
 
-A restarted peer has forgotten its promises, so it is somebody else.
+A machine that was made anew has forgotten its promises, so it is somebody else.
 """
 
 

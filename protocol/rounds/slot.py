@@ -45,6 +45,8 @@ class Slot:
     """The state of `parent` is in place."""
     frozen: bool = False
     frozen_s: float = 0.0
+    freezing: RoundId | None = None
+    """The round that the driver is asked to freeze, until it has."""
     tokens: int | None = None
     """Known once the driver has frozen the accumulator."""
     closings: dict[RoundId, HeardClosing] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId
-from protocol.rounds.events import Action, CommitStep, Event, Freeze, OpenRound, Send, StartReduce
+from protocol.rounds.events import Action, CommitStep, Freeze, OpenRound, Send, StartReduce
 from protocol.rounds.messages import Accept, Ballot, Closing, Commit, Pong
 
 if TYPE_CHECKING:
@@ -45,9 +45,6 @@ class Checks:
 
     # -- as it happens -----------------------------------------------------------------------------
 
-    def on_event(self, replica: Replica, event: Event) -> None:
-        """Nothing yet: events are facts."""
-
     def on_action(self, replica: Replica, action: Action) -> None:
         """Look at what a machine wants to do."""
         match action:
@@ -77,6 +74,13 @@ class Checks:
         self._commit_is_true(replica.stage, step.commit)
         if not self._world.options.allow_forks:
             assert len(self._living(parent)) <= 1, self._fork_message(parent)
+
+    def on_given_up(self, replica: Replica) -> None:
+        """It fetches its state anew: it no longer stands by what it applied."""
+        for (stage, _), successors in self.appliers.items():
+            if stage == replica.stage:
+                for lives in successors.values():
+                    lives.discard((replica.process.name, replica.process.session))
 
     def on_done(self, task: Task) -> None:
         """A feeder holds the last stage's answer."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from protocol.ids import PeerId, RoundId, StageId
+from protocol.ids import PeerId, RoundId, StageId, Version
 from protocol.ownership import candidates, owners
 from protocol.rounds.events import OpenRound, TaskDone
 from protocol.rounds.messages import Credit, DoneTask
@@ -53,7 +53,7 @@ class Task:
     tokens: int
     carries_gradient: bool
     num_sent: int = 0
-    versions: dict[tuple[StageId, PeerId], int] = field(default_factory=dict)
+    versions: dict[tuple[StageId, PeerId], Version] = field(default_factory=dict)
     path: dict[StageId, PeerId] = field(default_factory=dict)
     over: bool = False
 
@@ -243,7 +243,7 @@ class Pipeline:
     def _forward(self, hop: Hop) -> None:
         """Pass one stage of ours; remember at which version."""
         opened = self._process.replicas[hop.last].opened
-        hop.task.versions[hop.last, self._process.name] = opened.version if opened is not None else -1
+        hop.task.versions[hop.last, self._process.name] = opened.version if opened is not None else Version(-1)
         self._compute(hop, lambda: self._after_forward(hop))
 
     def _compute(self, hop: Hop, then: Callable[[], None]) -> None:
@@ -299,7 +299,7 @@ class Pipeline:
                 self._refuse(hop)
                 return
             if task.carries_gradient:
-                replica.accumulate(task.round, version, task.number, task.tokens)  # type: ignore[arg-type]
+                replica.accumulate(task.round, version, task.number, task.tokens)
         self._answer(hop)
 
     def _refuse(self, hop: Hop) -> None:

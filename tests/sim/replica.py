@@ -79,7 +79,6 @@ class Replica:
 
     def feed(self, event: Event) -> None:
         """Give the machine an event, and perform what it wants."""
-        self.world.checks.on_event(self, event)
         for action in self.machine.handle(event, self.world.now_s):
             self.world.checks.on_action(self, action)
             self._perform(action)
@@ -124,6 +123,7 @@ class Replica:
             case Replay(steps, sources):
                 self._start(options.fetch_s * len(steps), lambda: self._replay(steps, sources))
             case Resync(charter):
+                self.world.checks.on_given_up(self)
                 self.is_frozen, self.opened, self.held = True, None, None
                 self._start(options.resync_s, lambda: self._resync(charter))
             case NewLineage():

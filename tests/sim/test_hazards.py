@@ -25,6 +25,7 @@ from tests.sim.faults import (
     Leave,
     Partition,
     Pause,
+    Plan,
     Restart,
     Slow,
     When,
@@ -46,6 +47,7 @@ from tests.sim.trial import (
 )
 from tests.sim.world import FAST_TIMERS, RUN, Options, World
 
+pytestmark = pytest.mark.slow  # a tenth to half a second each
 seeds = pytest.mark.parametrize("seed", SEEDS)
 
 
@@ -55,7 +57,7 @@ seeds = pytest.mark.parametrize("seed", SEEDS)
 @seeds
 def test_hazard_1a_an_answer_lost_after_the_last_stage_is_redone_and_the_round_still_closes(seed: int) -> None:
     """Streams of a last-stage replica break: work is done twice there, nothing is lost. Oracle: the books."""
-    plan = [CutStreams("p02", at_s) for at_s in (0.25, 0.35, 0.45)]
+    plan: Plan = [CutStreams("p02", at_s) for at_s in (0.25, 0.35, 0.45)]
     world = suffer(seed, plan, pipeline=PipelineRules(resume=False))
     assert world.num_resent > 0
     assert world.checks.total("double_counted") > 0
@@ -169,7 +171,7 @@ def test_hazard_3a_whoever_dies_at_whatever_moment_of_a_ballot_the_round_ends_on
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_hazard_3b_a_steward_cut_off_in_mid_ballot_comes_back_to_the_same_lineage(moment: str, seed: int) -> None:
     """Even longer than the patience: what it had made final is what the others made final too."""
-    plan = [When(moment, 3, Partition(("@sender",), 0.0, 9.0))]
+    plan: Plan = [When(moment, 3, Partition(("@sender",), 0.0, 9.0))]
     world = World(seed, Options(spans=TRIPLES, allow_forks=True))
     torment(world, plan)
     world.run_rounds(2, within_s=60.0)
@@ -210,8 +212,8 @@ def test_hazard_3c_a_stopped_steward_does_not_go_on_with_an_old_ballot(moment: s
 @seeds
 def test_hazard_3d_a_commit_heard_by_one_who_dies_is_made_by_the_others_as_well(seed: int) -> None:
     """The steward dies right after its commit reached nobody, and a partner right after: the sum is the same."""
-    plan = [DropKind("Committed", 0.0001, 3.0), When("Committed", 1, Kill("@sender", 0.0))]
-    world = suffer(seed, plan, rounds=1, within_s=30.0, spans=TRIPLES)  # type: ignore[arg-type]
+    plan: Plan = [DropKind("Committed", 0.0001, 3.0), When("Committed", 1, Kill("@sender", 0.0))]
+    world = suffer(seed, plan, rounds=1, within_s=30.0, spans=TRIPLES)
     first = [c for (stage, _), c in world.checks.commits.items() if c.version == 1]
     assert len(first) == 2, "one commit per stage took every replica to version 1, the dead ones included"
 
@@ -219,7 +221,7 @@ def test_hazard_3d_a_commit_heard_by_one_who_dies_is_made_by_the_others_as_well(
 @seeds
 def test_hazard_3e_two_stewards_at_once_do_no_harm(seed: int) -> None:
     """Pings get lost and are late, so that several members conduct; the newest ballot wins."""
-    plan = [Worsen(0.01, 12.0, loss=0.15, duplicates=0.3, jitter_s=1.2)]
+    plan: Plan = [Worsen(0.01, 12.0, loss=0.15, duplicates=0.3, jitter_s=1.2)]
     world = suffer(seed, plan, rounds=2, within_s=60.0, spans=TRIPLES)
     assert world.checks.num_lost() == 0
 
@@ -283,9 +285,9 @@ def test_hazard_3j_a_minority_waits_for_the_majority_and_follows_it(seed: int) -
 def test_hazard_6_spans_do_not_wait_for_each_other_in_a_circle() -> None:
     """A hosts 0-2, B hosts 1-3, few slots. With the rule the round closes; without it nothing ever finishes."""
     spans = ((0, 1, 2), (1, 2, 3))
-    slots = {"width": 8, "slots": 4}
-    suffer(1, [], rounds=2, within_s=40.0, spans=spans, num_train=16, pipeline=PipelineRules(**slots))  # type: ignore[arg-type]
-    stuck = World(1, Options(spans=spans, num_train=16, pipeline=PipelineRules(run_through=False, **slots)))  # type: ignore[arg-type]
+    rules = PipelineRules(width=8, slots=4)
+    suffer(1, [], rounds=2, within_s=40.0, spans=spans, num_train=16, pipeline=rules)
+    stuck = World(1, Options(spans=spans, num_train=16, pipeline=replace(rules, run_through=False)))
     stuck.run(40.0)
     assert stuck.newest_round(StageId(0)) == 0, "the counter-example does not bite any more"
 
@@ -310,9 +312,9 @@ def test_hazard_7_a_round_ends_although_its_waves_never_fill(seed: int) -> None:
 @seeds
 def test_hazard_8_a_stage_without_replicas_is_waited_for_without_an_avalanche(seed: int) -> None:
     """All replicas of the middle stage die and one comes back later: every number is re-sent a few times at most."""
-    plan = [Kill("p02", 0.6), Kill("p03", 0.6), Restart("p02", 8.0)]
+    plan: Plan = [Kill("p02", 0.6), Kill("p03", 0.6), Restart("p02", 8.0)]
     spans = ((0,), (0,), (1,), (1,), (2,), (2,))
-    world = suffer(seed, plan, rounds=2, within_s=40.0, spans=spans)  # type: ignore[arg-type]
+    world = suffer(seed, plan, rounds=2, within_s=40.0, spans=spans)
     assert world.checks.num_lost() == 0
     assert world.num_resent <= 3 * 8
 
@@ -320,7 +322,7 @@ def test_hazard_8_a_stage_without_replicas_is_waited_for_without_an_avalanche(se
 @seeds
 def test_hazard_9_broken_streams_cost_nothing_if_tasks_outlive_them(seed: int) -> None:
     """The plan of hazard 1a with resumption: no number is done twice."""
-    plan = [CutStreams(peer, at_s) for peer in ("p02", "p03") for at_s in (0.25, 0.35, 0.45)]
+    plan: Plan = [CutStreams(peer, at_s) for peer in ("p02", "p03") for at_s in (0.25, 0.35, 0.45)]
     world = suffer(seed, plan, pipeline=PipelineRules(resume=True))
     assert world.num_resent == 0
     assert world.checks.total("double_counted") == 0
@@ -352,9 +354,11 @@ def test_hazard_10b_who_was_away_for_many_rounds_comes_back_by_history(seed: int
 @seeds
 def test_hazard_10c_a_restarted_peer_is_a_joiner_and_never_an_old_member(seed: int) -> None:
     """It is back within a beat, under the same identity, in mid-ballot, with all its promises forgotten."""
-    plan = [When("Pong", 2, Kill("@sender", 0.0)), Restart("p00", 3.0), Restart("p01", 3.0)]
-    plan += [Restart(peer, 3.0) for peer in ("p02", "p03")]
-    world = suffer(seed, plan, rounds=4, within_s=60.0)  # type: ignore[arg-type]
+    plan: Plan = [
+        When("Pong", 2, Kill("@sender", 0.0)),
+        *(Restart(peer, 3.0) for peer in ("p00", "p01", "p02", "p03")),
+    ]
+    world = suffer(seed, plan, rounds=4, within_s=60.0)
     settle(world)
 
 
@@ -371,8 +375,8 @@ def test_hazard_10d_a_leaver_is_not_waited_for_and_loses_nothing(seed: int) -> N
 @seeds
 def test_hazard_10e_a_stage_that_has_died_out_is_restored_by_a_charter(seed: int) -> None:
     """All replicas of a stage die and come back empty: the newest kept state becomes a new generation."""
-    plan = [Kill("p02", 4.0), Kill("p03", 4.1), Restart("p02", 6.0), Restart("p03", 6.5)]
-    world = suffer(seed, plan, rounds=3, within_s=60.0)  # type: ignore[arg-type]
+    plan: Plan = [Kill("p02", 4.0), Kill("p03", 4.1), Restart("p02", 6.0), Restart("p03", 6.5)]
+    world = suffer(seed, plan, rounds=3, within_s=60.0)
     settle(world)
     assert commits_of(world, 1)[-1].generation == 2
 
@@ -457,7 +461,7 @@ def test_hazard_18_a_void_round_changes_nothing_and_loses_nothing(seed: int) -> 
 def test_hazard_18b_work_that_was_out_of_reach_in_a_void_round_counts_in_the_next(seed: int) -> None:
     """The whole last stage but an idle newcomer is unreachable when the round closes; its sums are not lost."""
     world = World(seed, Options(spans=TRIPLES))
-    plan = [When("ClosingNotice", 1, Pause(peer, 0.0, 4.0)) for peer in ("p03", "p04")]
+    plan: Plan = [When("ClosingNotice", 1, Pause(peer, 0.0, 4.0)) for peer in ("p03", "p04")]
     torment(world, plan)
     world.run_rounds(2, within_s=40.0)
     settle(world)
@@ -473,8 +477,8 @@ def test_hazard_20_weights_are_target_tokens() -> None:
 @seeds
 def test_hazard_21_rounds_go_on_for_as_long_as_the_coordinator_is_away(seed: int) -> None:
     """Sixty seconds without it, with a death and a return meanwhile."""
-    plan = [CoordinatorAway(0.5, 60.0), Kill("p03", 5.0), Restart("p03", 9.0)]
-    world = suffer(seed, plan, rounds=1)  # type: ignore[arg-type]
+    plan: Plan = [CoordinatorAway(0.5, 60.0), Kill("p03", 5.0), Restart("p03", 9.0)]
+    world = suffer(seed, plan, rounds=1)
     assert len(commits_of(world, 1)) > 15
     assert any(len(commit.joiners) for commit in commits_of(world, 1))
 

@@ -14,7 +14,7 @@ import pytest
 from protocol.ids import PeerId
 from protocol.rounds.settings import KeyNotary
 from protocol.signing import SigningKey
-from tests.sim.faults import Kill, Restart, random_plan, torment
+from tests.sim.faults import Kill, Partition, Pause, Restart, Worsen, random_plan, torment
 from tests.sim.network import Link
 from tests.sim.trial import PAIRS, TRIPLES, commits_of, settle
 from tests.sim.world import Options, World
@@ -53,6 +53,34 @@ def test_random_plans_end_in_one_lineage(first: int) -> None:
         except AssertionError as error:
             raise AssertionError(f"seed {seed}: {error}") from error
     assert {"open", "frozen"} <= set(deaths)
+
+
+def wild_trial(seed: int) -> bool:
+    """As above, but with cuts and stops that may last for half a minute; return whether a stage forked."""
+    rng = Random(seed)
+    options = Options(spans=rng.choice(SWARMS), hosts_refuse=rng.random() < 0.5, allow_forks=True)
+    world = World(seed, options)
+    world.coordinator.resolves_forks = True
+    names = sorted(world.processes)
+    plan = list(random_plan(rng, world, until_s=8.0, num_faults=4))
+    for _ in range(3):
+        at_s, for_s = rng.uniform(0.1, 6.0), rng.uniform(6.0, 30.0)
+        group = tuple(rng.sample(names, rng.randint(1, len(names) - 1)))
+        worse = Worsen(at_s, for_s, loss=0.4, duplicates=0.2, jitter_s=2.0)
+        plan.append(rng.choice((Partition(group, at_s, for_s), Pause(rng.choice(names), at_s, for_s), worse)))
+    world.run(torment(world, plan) + 0.01)
+    forked = bool(world.checks.forks())
+    world.run_rounds(2, within_s=120.0)
+    settle(world, within_s=120.0)
+    assert not world.checks.forks()
+    return forked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, 40, BLOCK))
+def test_torn_swarms_are_one_again_afterwards(first: int) -> None:
+    """Forks are allowed here; they must be noticed and ended. Some must occur, or the plans are too tame."""
+    assert sum(wild_trial(seed) for seed in range(first, first + BLOCK)) > 0
 
 
 @pytest.mark.slow

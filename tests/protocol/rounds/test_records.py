@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -144,11 +145,11 @@ def test_another_ballot_or_another_list_is_another_group() -> None:
         ({"seats": (seat(A), seat(C))}, "banned"),
     ],
 )
-def test_a_member_objects_to_what_it_can_check(changes: dict[str, object], complaint: str) -> None:
+def test_a_member_objects_to_what_it_can_check(changes: dict[str, Any], complaint: str) -> None:
     """Its own weight, the scale of bytes that it has, and who gets a seat."""
     lineages = chain()
     here = slot(lineages)
-    record = lineages.follows_head(commit(lineages.head.lineage, **changes))  # type: ignore[arg-type]
+    record = lineages.follows_head(commit(lineages.head.lineage, **changes))
     staged = StagedBytes(record.digest, 2.0 * record.total_tokens)
     with pytest.raises(PeerFault, match=complaint):
         check_proposal(settings(), here, record, staged=staged, banned=frozenset({C} if complaint == "banned" else ()))
