@@ -27,7 +27,6 @@ from coordinator.clock import Clock
 from coordinator.finish import Finish
 from coordinator.journal import Journal
 from coordinator.ledger import Ledger
-from coordinator.process import directory_lock, interruptible, unwrapped
 from coordinator.registry import Registry
 from coordinator.rundir import KEY, RunDir
 from coordinator.serving import Shelf
@@ -39,12 +38,15 @@ from protocol.errors import FinishedError, StorageError
 from protocol.history import StateAnswer, StateRequest
 from protocol.ids import PeerId, StageId
 from protocol.invite import Invite
+from protocol.process import folder_lock, interruptible, unwrapped
 from protocol.transport.blobs import Blobs
 from protocol.transport.calls import Calls
 from protocol.transport.node import Node
 from protocol.transport.streams import Streams
 
 log = structlog.get_logger()
+
+LOCK = "coordinator.lock"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -141,7 +143,7 @@ async def run_coordinator(
     Raises an error of the tree if that is not possible: no run there, finished, port in use, disk, ...
     """
     run = RunDir.open(directory)
-    with directory_lock(directory):
+    with folder_lock(directory / LOCK, owner="coordinator", otherwise="Stop it first."):
         async with interruptible() as stop:
             database = await Database.open(directory / DATABASE_FILE)
             try:

@@ -160,7 +160,7 @@ def run(
         )
         set_up_logging(level=log_level, file=log_file)
         from coordinator.app import run_coordinator  # imports hivemind
-        from coordinator.process import run_loop
+        from protocol.process import run_loop
 
         def on_invite(invite: Any) -> None:
             click.echo(invite.to_text())
@@ -290,7 +290,7 @@ def demo(
     def command() -> None:
         from coordinator.demo import DemoPlan, run_demo
         from coordinator.demo_report import SCHEMA, show_summary
-        from coordinator.process import run_loop
+        from protocol.process import run_loop
 
         plan = DemoPlan(
             corpus=corpus,

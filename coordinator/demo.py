@@ -28,12 +28,12 @@ from coordinator.export import export
 from coordinator.init import init_run
 from coordinator.monitor.local import status_of_directory
 from coordinator.presets import DEFAULT_PRESET
-from coordinator.process import interruptible
 from coordinator.rundir import SIGNED_MANIFEST, RunDir
 from coordinator.status import FINISHED
 from coordinator.store import peers
 from coordinator.store.database import DATABASE_FILE, open_readonly
 from protocol.errors import ConfigError, DeadlineError, FinishedError, LocalFault, StorageError
+from protocol.process import interruptible
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 LOGS, PEERS, EXPORT, RECORD = "logs", "peers", "export", "demo.json"

@@ -7,16 +7,10 @@ line. Must not know: how a session works. This is the composition root of a peer
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import os
 import platform
 import secrets
-import signal
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import psutil
 import structlog
@@ -33,11 +27,14 @@ from peer.settings import PeerSettings
 from peer.span_parts import SpanParts
 from peer.ui.live import Line, show_live
 from protocol.control import BeatReply, Capability, PeerState
-from protocol.errors import StorageError, SwarmError
 from protocol.ids import RunId, StageId
 from protocol.invite import Invite
+from protocol.process import folder_lock, interruptible, unwrapped
 
 log = structlog.get_logger()
+
+LOCK = "lock"
+OTHER_FOLDER = "Choose another folder with --data-dir, or stop the peer that runs there."
 
 
 async def join_run(invite: Invite, settings: PeerSettings) -> None:
@@ -45,8 +42,8 @@ async def join_run(invite: Invite, settings: PeerSettings) -> None:
 
     Raises an error of the tree if this machine cannot take part or is not wanted.
     """
-    with _data_dir_lock(settings.data_dir):
-        async with _interruptible() as stop, connected(invite, settings) as link:
+    with folder_lock(settings.data_dir / LOCK, owner="peer", otherwise=OTHER_FOLDER):
+        async with interruptible() as stop, connected(invite, settings) as link:
             session = secrets.randbits(62)
             admitted = await register(
                 link,
@@ -57,7 +54,7 @@ async def join_run(invite: Invite, settings: PeerSettings) -> None:
                 kept=kept_snapshots(_run_folder(settings, invite.run)),
             )
             try:
-                await _unwrap(_live(link, settings, admitted, session=session, stop=stop))
+                await unwrapped(_live(link, settings, admitted, session=session, stop=stop))
             finally:
                 await say_goodbye(link, reason="stopped")
 
@@ -192,64 +189,3 @@ def _capability(settings: PeerSettings) -> Capability:
         memory_bytes=psutil.virtual_memory().available,
         software=f"handcar {version('handcar')} Python {platform.python_version()} {settings.system}",
     )
-
-
-async def _unwrap(work: Coroutine[Any, Any, None]) -> None:
-    """Await work made of task groups; raise the first error of our tree out of their wrapping."""
-    try:
-        await work
-    except BaseExceptionGroup as group:
-        found = _first_known(group)
-        if found is None:
-            raise
-        raise found from group
-
-
-def _first_known(group: BaseExceptionGroup[BaseException]) -> SwarmError | None:
-    for error in group.exceptions:
-        found = _first_known(error) if isinstance(error, BaseExceptionGroup) else error
-        if isinstance(found, SwarmError):
-            return found
-    return None
-
-
-@contextmanager
-def _data_dir_lock(folder: Path) -> Iterator[None]:
-    """Hold the data folder for this process: two peers with one identity would fight for it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise StorageError(
-            f"cannot write to {folder}: {error.strerror}.", hint="Choose another folder with --data-dir."
-        ) from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise StorageError(
-                f"another peer is running in {folder}.", hint="Stop it, or give this one its own --data-dir."
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@asynccontextmanager
-async def _interruptible() -> AsyncIterator[asyncio.Event]:
-    """Turn the first SIGINT or SIGTERM into an event; the second one ends the process at once."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def on_signal() -> None:
-        if stop.is_set():
-            os._exit(130)
-        stop.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
-    try:
-        yield stop
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)

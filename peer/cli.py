@@ -6,12 +6,9 @@ answers at once.
 
 from __future__ import annotations
 
-import asyncio
 import re
 import sys
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -20,6 +17,7 @@ from protocol.console import run_command, set_up_logging
 from protocol.control import NAME_PATTERN
 from protocol.errors import ConfigError
 from protocol.invite import Invite
+from protocol.process import run_loop
 
 LEVELS = click.Choice(["debug", "info", "warning", "error"])
 
@@ -68,7 +66,7 @@ def join(
         set_up_logging(level=log_level, file=log_file)
         from peer.app import join_run  # imports torch and hivemind
 
-        _event_loop()(join_run(parsed, settings))
+        run_loop(join_run(parsed, settings))
 
     sys.exit(run_command(command, program="peer join", debug=debug))
 
@@ -121,15 +119,6 @@ def _settings(
         listen=listen or defaults.listen,
         announce=announce,
     )
-
-
-def _event_loop() -> Callable[[Coroutine[Any, Any, None]], None]:
-    """Return uvloop's runner where there is uvloop, asyncio's elsewhere."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run
-    return uvloop.run
 
 
 if __name__ == "__main__":

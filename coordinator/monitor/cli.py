@@ -62,7 +62,7 @@ def read_status(source: str) -> dict[str, Any]:
             raise ConfigError(f"{source} is neither an invite nor a run directory.")
     invite = Invite.from_text(source)
     from coordinator.monitor.remote import ask_status  # imports hivemind
-    from coordinator.process import run_loop
+    from protocol.process import run_loop
 
     document: dict[str, Any] = run_loop(ask_status(invite))
     return document

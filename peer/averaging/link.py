@@ -21,11 +21,10 @@ import structlog
 from google.protobuf.message import DecodeError, Message
 from hivemind.p2p import P2P, P2PContext, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
-from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, raise_if_failed, read_pbmsg_safe, write_pbmsg
-from hivemind.proto import p2pd_pb2
 
-from protocol.errors import DeadlineError, RefusedError, SwarmError, UnreachableError, WireError
+from protocol.errors import RefusedError, SwarmError, UnreachableError, WireError
 from protocol.ids import PeerId
+from protocol.transport.dial import dial
 
 log = structlog.get_logger()
 
@@ -33,7 +32,6 @@ T = TypeVar("T")
 Handler = Callable[[AsyncGenerator[Message, None], P2PContext], AsyncGenerator[Message, None]]
 
 MAX_MESSAGE_BYTES = 1024 * 1024  # the largest honest message is one fp32 part (512 KiB) and a few bytes
-OPEN_TIMEOUT_S = 10.0
 LAST_WORD_S = 1.0  # how long a message that ends a talk gets to arrive: closing may destroy what is under way
 MAX_STREAMS_PER_CALLER = 32  # an honest peer has one per stage that we share
 
@@ -83,14 +81,7 @@ class Link:
 
         Raises `UnreachableError` if the peer or the handler is not there, `DeadlineError` if it takes too long.
         """
-        try:
-            async with asyncio.timeout(OPEN_TIMEOUT_S):
-                reader, writer = await self._dial(peer, name)
-        except TimeoutError:
-            raise DeadlineError(f"{peer} could not be reached within {OPEN_TIMEOUT_S:g} s") from None
-        except (P2PDaemonError, OSError, EOFError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-            raise UnreachableError(f"{peer} cannot be reached: {reason}") from None
+        reader, writer = await dial(self._p2p, peer, name)
         return Exchange(peer, BoundedReader(reader), writer, requests, answer_type)
 
     async def add_protobuf_handler(
@@ -152,20 +143,6 @@ class Link:
     @property
     def _connector(self) -> Any:
         return self._p2p._client.control.daemon_connector
-
-    async def _dial(self, peer: PeerID, name: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Do what hivemind's `stream_open` does, but close the socket when it fails."""
-        reader, writer = await self._connector.open_connection()
-        try:
-            request = p2pd_pb2.StreamOpenRequest(peer=peer.to_bytes(), proto=[name])
-            await write_pbmsg(writer, p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=request))
-            response = p2pd_pb2.Response()
-            await read_pbmsg_safe(reader, response)
-            raise_if_failed(response)
-        except BaseException:
-            writer.close()
-            raise
-        return reader, writer
 
 
 class BoundedReader:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from protocol.errors import TransientError, UnreachableError, WireError
 from protocol.ids import PeerId
-from protocol.transport.streams import OPEN_TIMEOUT_S, Stream, Streams
+from protocol.transport.streams import Stream, Streams
 from protocol.wire import PROTOCOL_VERSION, Message
 
 MAX_RANGE_BYTES = 8 * 1024 * 1024  # what one request may bring; bounds memory on both sides
@@ -65,7 +65,7 @@ class Blobs:
 
         Raises `MissingBlobError` if the peer does not have it, other `TransientError`s if the link fails.
         """
-        async with self._streams.open(peer, self._name, timeout_s=OPEN_TIMEOUT_S) as stream:
+        async with self._streams.open(peer, self._name) as stream:
             await stream.send(RangeRequest(name=name, offset=offset, length=length))
             answer = await stream.receive(RangeAnswer, timeout_s=ANSWER_TIMEOUT_S)
             if not answer.found:

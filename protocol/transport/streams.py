@@ -20,11 +20,10 @@ from typing import TypeVar
 import structlog
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
-from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, raise_if_failed, read_pbmsg_safe, write_pbmsg
-from hivemind.proto import p2pd_pb2
 
 from protocol.errors import DeadlineError, PeerFault, SwarmError, TransientError, UnreachableError, WireError
 from protocol.ids import Digest, PeerId
+from protocol.transport.dial import OPEN_TIMEOUT_S, dial
 from protocol.wire import (
     HEADER,
     MAX_CHUNK_BYTES,
@@ -38,7 +37,6 @@ from protocol.wire import (
 
 log = structlog.get_logger()
 
-OPEN_TIMEOUT_S = 10.0
 CHUNK_TIMEOUT_S = 60.0  # 1 MiB at 0.14 Mbit/s: slower than that is not a link
 MAX_STREAMS_PER_CALLER = 64  # far above what an honest peer keeps open; bounds memory under a flood
 MAX_STREAMS = 1024
@@ -152,15 +150,7 @@ class Streams:
 
         Raises `UnreachableError` if the peer or its handler is not there, `DeadlineError` if it takes too long.
         """
-        try:
-            async with asyncio.timeout(timeout_s):
-                reader, writer = await self._dial(peer, name)
-        except TimeoutError:
-            raise DeadlineError(f"{peer} did not answer within {timeout_s:g} s") from None
-        except (ControlFailure, OSError, EOFError, ValueError) as error:
-            raise UnreachableError(
-                f"{peer} cannot be reached: {_first_line(error)}", is_certain=_is_refused(str(error))
-            ) from None
+        reader, writer = await dial(self._p2p, _peer_id(peer), name, timeout_s=timeout_s)
         try:
             yield Stream(peer, reader, writer)
         finally:
@@ -222,25 +212,10 @@ class Streams:
             if not self._open_by_caller[caller]:
                 del self._open_by_caller[caller]
 
-    async def _dial(self, peer: PeerId, name: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Do what hivemind's `stream_open` does, but close the socket when the daemon says no."""
-        reader, writer = await self._p2p._client.control.daemon_connector.open_connection()
-        try:
-            request = p2pd_pb2.StreamOpenRequest(peer=PeerID.from_base58(peer).to_bytes(), proto=[name])
-            await write_pbmsg(writer, p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=request))
-            response = p2pd_pb2.Response()
-            await read_pbmsg_safe(reader, response)
-            raise_if_failed(response)
-        except BaseException:
-            writer.close()
-            raise
-        return reader, writer
 
-
-def _is_refused(reason: str) -> bool:
-    """Tell whether the peer's own machine refused the connection at every address: its process is gone."""
-    return "connection refused" in reason and "timeout" not in reason and "backoff" not in reason
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+def _peer_id(peer: PeerId) -> PeerID:
+    """Return hivemind's object for a peer id. Raises `UnreachableError` if nobody can have it."""
+    try:
+        return PeerID.from_base58(peer)
+    except ValueError as error:
+        raise UnreachableError(f"'{peer[:64]}' is not a peer id: {error}") from None

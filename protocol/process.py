@@ -1,7 +1,7 @@
-"""The coordinator as a process of an operating system: one per directory, stoppable, with one error at a time.
+"""A long-running command as a process of the operating system: one per folder, stoppable, with one error at a time.
 
-Owns: the directory's lock, signals, and picking the telling error out of a task group. Must not know: what the
-process does.
+Owns: the folder's lock, signals, the event loop, and picking the telling error out of a task group. Shared by
+`peer` and `coordinator`, so that Ctrl-C means the same to both. Must not know: what the process does.
 """
 
 from __future__ import annotations
@@ -15,24 +15,28 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from protocol.console import EXIT_INTERRUPTED
 from protocol.errors import StorageError, SwarmError
-
-LOCK = "coordinator.lock"
-EXIT_INTERRUPTED = 130
 
 
 @contextmanager
-def directory_lock(folder: Path) -> Iterator[None]:
-    """Hold a run directory for this process: two coordinators with one key would fight for it."""
+def folder_lock(path: Path, *, owner: str, otherwise: str) -> Iterator[None]:
+    """Hold the lock file `path` for this process: two processes with one key would fight for its folder.
+
+    Raises `StorageError` if the folder cannot be written or another `owner` runs there; `otherwise` says what
+    to do then.
+    """
+    folder = path.parent
     try:
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise StorageError(f"cannot write to {folder}: {error.strerror}.") from None
+        raise StorageError(f"cannot write to {folder}: {error.strerror}.", hint=otherwise) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise StorageError(f"another coordinator is running in {folder}.", hint="Stop it first.") from None
+            raise StorageError(f"another {owner} is running in {folder}.", hint=otherwise) from None
         yield
     finally:
         os.close(descriptor)
