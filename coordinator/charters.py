@@ -199,9 +199,8 @@ class CharterOffice:
         )
 
     def _is_member(self, seat: Seat, state: StageState) -> bool:
-        """Ask the lineage; of one that we have not heard of yet (reports are on their way) believe the peer."""
-        seated = self._ledger.is_seated(seat.peer, seat.session, state.lineage)
-        return state.members > 0 if seated is None else seated
+        """Ask the peer, which may have lost its state, and the lineage, if we have heard of it (reports take time)."""
+        return state.members > 0 and self._ledger.is_seated(seat.peer, seat.session, state.lineage) is not False
 
     def _is_freshly_seated(self, seat: Seat, stage: StageId) -> bool:
         """Whoever the newest charter names has some time to hear of it before it could be replaced."""

@@ -160,7 +160,10 @@ class Registry:
         ]
 
     async def register(self, caller: PeerId, request: Register) -> Welcome:
-        """Let a peer in: check it, place it, write it down, and give it its pass."""
+        """Let a peer in: check it, place it, write it down, and give it its pass.
+
+        One that is in already gets a new pass: for the same tenure, or for one on the stages it was moved to.
+        """
         self._check_request(request)
         known = self._peers.get(caller)
         wall_s = self._clock.wall()
@@ -176,6 +179,10 @@ class Registry:
             addresses=request.addresses,
             acknowledged=known.acknowledged if known else 0,
         )
+        is_renewal = known is not None and known.session == request.session
+        if known is not None and is_renewal:  # nothing has happened to it but that it was given a new pass
+            newcomer.state, newcomer.reason, newcomer.suspects = known.state, known.reason, known.suspects
+            newcomer.replicas = known.replicas
         admission = self._admit(caller, request.name, issued_s=int(wall_s))
         self._peers[caller] = newcomer  # before the first await, or two joiners would be given the same place
         self._wake()
@@ -186,7 +193,8 @@ class Registry:
             self._forget(newcomer, known)
             self._journal.note(DISK_NOTE, str(error))
             raise
-        await self._journal.event("peer.joined", caller, f"{request.name}: stages {_listed(newcomer.stages)}")
+        if not is_renewal:
+            await self._journal.event("peer.joined", caller, f"{request.name}: stages {_listed(newcomer.stages)}")
         return Welcome(
             manifest=self._signed_manifest,
             admission=admission,
@@ -264,8 +272,13 @@ class Registry:
         await self.save()
 
     def _place(self, caller: PeerId, request: Register) -> tuple[StageId, ...]:
+        """Choose a newcomer's stages; who hosts some already keeps what it was last told."""
+        known = self._peers.get(caller)
+        hosting = request.hosting
+        if hosting and known is not None and known.presence == "live":
+            hosting = known.stages
         return place(
-            request.wanted_stages,
+            request.wanted_stages or hosting,
             self.hosts(without=caller),
             num_stages=self._manifest.model.num_stages,
             span=self._settings.stages_per_peer,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import platform
-import secrets
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import psutil
 import structlog
 
 from peer.averaging.history import kept_snapshots
-from peer.coordination import Admitted, Condition, keep_beating, register, say_goodbye
+from peer.coordination import Condition, Registration, keep_beating, say_goodbye
 from peer.engine.build import build_span, choose_device
 from peer.link import Link, connected
 from peer.pipeline.compute import ComputeThread, Priority
@@ -27,6 +26,7 @@ from peer.settings import PeerSettings
 from peer.span_parts import SpanParts
 from peer.ui.live import Line, show_live
 from protocol.control import BeatReply, Capability, PeerState
+from protocol.errors import TransientError
 from protocol.ids import RunId, StageId
 from protocol.invite import Invite
 from protocol.process import folder_lock, interruptible, unwrapped
@@ -44,53 +44,62 @@ async def join_run(invite: Invite, settings: PeerSettings) -> None:
     """
     with folder_lock(settings.data_dir / LOCK, owner="peer", otherwise=OTHER_FOLDER):
         async with interruptible() as stop, connected(invite, settings) as link:
-            session = secrets.randbits(62)
-            admitted = await register(
-                link,
-                invite,
-                settings,
-                capability=_capability(settings),
-                session=session,
-                kept=kept_snapshots(_run_folder(settings, invite.run)),
-            )
+            registration = Registration(link, invite, settings, capability=_capability(settings))
+            await registration.enter(kept=kept_snapshots(_run_folder(settings, invite.run)))
             try:
-                await unwrapped(_live(link, settings, admitted, session=session, stop=stop))
+                await unwrapped(_live(link, settings, registration, stop=stop))
             finally:
                 await say_goodbye(link, reason="stopped")
 
 
-async def _live(link: Link, settings: PeerSettings, admitted: Admitted, *, session: int, stop: asyncio.Event) -> None:
+async def _live(link: Link, settings: PeerSettings, registration: Registration, *, stop: asyncio.Event) -> None:
     """Run sessions until one ends for good."""
     reports = ReportQueue()
     compute = ComputeThread()
-    stages = admitted.welcome.stages
     present = _Present()
     try:
         async with asyncio.TaskGroup() as tasks:
             beside = [
                 tasks.create_task(
-                    keep_beating(link, condition=present.condition, reports=reports, on_reply=present.on_reply)
+                    keep_beating(
+                        link, registration, condition=present.condition, reports=reports, on_reply=present.on_reply
+                    )
                 ),
                 tasks.create_task(link.node.wait_failed()),
             ]
-            ending = Ending.REASSIGNED
-            while ending is Ending.REASSIGNED and not stop.is_set():
+            while True:
                 ending, stages = await _one_session(
-                    link,
-                    settings,
-                    admitted,
-                    stages,
-                    session=session,
-                    stop=stop,
-                    reports=reports,
-                    compute=compute,
-                    present=present,
+                    link, settings, registration, stop=stop, reports=reports, compute=compute, present=present
                 )
                 log.info("session.ended", ending=ending.value)
+                is_over = ending in (Ending.LEFT, Ending.FINISHED)
+                if is_over or not await _moved(registration, stages, stop=stop):
+                    break
             for task in beside:
                 task.cancel()
     finally:
         await compute.stop()
+
+
+async def _moved(registration: Registration, stages: tuple[StageId, ...], *, stop: asyncio.Event) -> bool:
+    """Begin a new tenure, perhaps on other stages, however long that takes; False if stopped before."""
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        while not stop.is_set():
+            entering = asyncio.create_task(registration.enter(hosting=stages))
+            await asyncio.wait({entering, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not entering.done():
+                entering.cancel()
+                return False
+            try:
+                entering.result()
+            except TransientError as error:
+                log.warning("coordinator.silent", error=error.one_line())
+            else:
+                return True
+        return False
+    finally:
+        stopped.cancel()
 
 
 class _Present:
@@ -112,17 +121,16 @@ class _Present:
 async def _one_session(
     link: Link,
     settings: PeerSettings,
-    admitted: Admitted,
-    stages: tuple[StageId, ...],
+    registration: Registration,
     *,
-    session: int,
     stop: asyncio.Event,
     reports: ReportQueue,
     compute: ComputeThread,
     present: _Present,
 ) -> tuple[Ending, tuple[StageId, ...]]:
-    """Host one span; return why that ended and which stages are wanted next."""
-    manifest = admitted.manifest
+    """Host the span that the coordinator gave us; return why that ended and which stages are wanted next."""
+    manifest, session = registration.manifest, registration.session
+    stages = registration.welcome.stages
     engine = await compute.run(lambda: build_span(manifest, stages, settings), priority=Priority.CONTROL)
     parts = SpanParts(
         link=link,
@@ -134,12 +142,12 @@ async def _one_session(
         session=session,
         folder=_run_folder(settings, manifest.run_id),
     )
-    tenure = Session(parts, link=link, session=session, charters=admitted.welcome.charters)
+    tenure = Session(parts, link=link, session=session, charters=registration.welcome.charters)
     presence = Presence(
         link,
         name=settings.name,
         software=f"handcar {version('handcar')}",
-        admission=admitted.welcome.admission,
+        admission=lambda: registration.welcome.admission,
         num_stages=manifest.model.num_stages,
         hosted=tenure.hosted,
         load_s=parts.load_s,

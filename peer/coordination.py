@@ -28,10 +28,19 @@ from protocol.control import (
     StageState,
     Welcome,
 )
-from protocol.errors import BusyError, ClockError, RefusedError, SwarmError, TransientError, UnreachableError
+from protocol.errors import (
+    BusyError,
+    ClockError,
+    PeerFault,
+    RefusedError,
+    SwarmError,
+    TransientError,
+    UnreachableError,
+)
 from protocol.ids import PeerId, RunId, StageId
 from protocol.invite import Invite
 from protocol.manifest import MANIFEST_CONTEXT, Manifest
+from protocol.records import ADMISSION_CONTEXT, Admission
 from protocol.signing import unseal
 from protocol.wire import PROTOCOL_VERSION
 
@@ -45,14 +54,6 @@ LEAVE_TIMEOUT_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
-class Admitted:
-    """What a successful registration brings, verified."""
-
-    manifest: Manifest
-    welcome: Welcome
-
-
-@dataclass(frozen=True, slots=True)
 class Condition:
     """What a beat says about this peer."""
 
@@ -62,35 +63,80 @@ class Condition:
     suspects: tuple[PeerId, ...] = ()
 
 
-async def register(
-    link: Link,
-    invite: Invite,
-    settings: PeerSettings,
-    *,
-    capability: Capability,
-    session: int,
-    kept: tuple[Snapshot, ...] = (),
-) -> Admitted:
-    """Ask the coordinator to take part; check what it answers.
+class Registration:
+    """This peer's standing with the coordinator: entered once per tenure, renewed before its pass runs out.
 
-    Raises `RefusedError` kinds if it says no, `UnreachableError` if it stays silent, `ClockError` on skew.
+    A session number belongs to one tenure: what a round machine has promised is forgotten with it, so a seat that
+    was given to an earlier tenure, of this process or of one before, must not be taken for ours.
     """
-    request = Register(
-        protocol=PROTOCOL_VERSION,
-        run=invite.run,
-        session=session,
-        name=settings.name,
-        token=invite.token,
-        capability=capability,
-        clock_s=time.time(),
-        addresses=await link.node.addresses(),
-        wanted_stages=tuple(StageId(stage) for stage in settings.stages),
-        kept=kept,
-    )
-    asked_s = time.time()
-    welcome = await _ask_patiently(link, request)
-    check_clock(welcome.clock_s, asked_s=asked_s, answered_s=time.time())
-    return Admitted(check_manifest(welcome, invite), welcome)
+
+    def __init__(self, link: Link, invite: Invite, settings: PeerSettings, *, capability: Capability) -> None:
+        self._link = link
+        self._invite = invite
+        self._settings = settings
+        self._capability = capability
+        self._session = 0
+        self._welcome: Welcome | None = None
+        self._renew_at_s = float("inf")
+        self._manifest: Manifest | None = None
+
+    @property
+    def session(self) -> int:
+        """Of the present tenure; larger than that of every earlier one."""
+        return self._session
+
+    @property
+    def manifest(self) -> Manifest:
+        """The run, as signed by the invite's coordinator. Only after `enter`."""
+        assert self._manifest is not None
+        return self._manifest
+
+    @property
+    def welcome(self) -> Welcome:
+        """The coordinator's newest answer. Only after `enter`."""
+        assert self._welcome is not None
+        return self._welcome
+
+    @property
+    def is_due(self) -> bool:
+        """Half of the pass's life is over."""
+        return time.time() >= self._renew_at_s
+
+    async def enter(self, *, kept: tuple[Snapshot, ...] = (), hosting: tuple[StageId, ...] = ()) -> Welcome:
+        """Begin a tenure: a process that starts says what it has `kept`, one that was moved what it is `hosting` now.
+
+        Raises `RefusedError` kinds if the coordinator says no, `UnreachableError` if it stays silent, `ClockError`
+        on skew.
+        """
+        self._session = max(self._session + 1, time.time_ns() // 1_000_000)
+        return await self._register(kept, hosting)
+
+    async def renew(self, *, hosting: tuple[StageId, ...]) -> Welcome:
+        """Get a new pass for the present tenure, which goes on as it is. Raises like `enter`."""
+        return await self._register((), hosting)
+
+    async def _register(self, kept: tuple[Snapshot, ...], hosting: tuple[StageId, ...]) -> Welcome:
+        asked_s = time.time()
+        request = Register(
+            protocol=PROTOCOL_VERSION,
+            run=self._invite.run,
+            session=self._session,
+            name=self._settings.name,
+            token=self._invite.token,
+            capability=self._capability,
+            clock_s=asked_s,
+            addresses=await self._link.node.addresses(),
+            wanted_stages=tuple(StageId(stage) for stage in self._settings.stages),
+            hosting=hosting,
+            kept=kept,
+        )
+        welcome = await _ask_patiently(self._link, request)
+        check_clock(welcome.clock_s, asked_s=asked_s, answered_s=time.time())
+        self._manifest = check_manifest(welcome, self._invite)
+        admission = unseal(welcome.admission, ADMISSION_CONTEXT, Admission, signer=self._link.coordinator)
+        self._renew_at_s = (admission.issued_s + admission.expires_s) / 2
+        self._welcome = welcome
+        return welcome
 
 
 def check_clock(theirs_s: float, *, asked_s: float, answered_s: float) -> None:
@@ -119,17 +165,25 @@ def check_manifest(welcome: Welcome, invite: Invite) -> Manifest:
 
 async def keep_beating(
     link: Link,
+    registration: Registration,
     *,
     condition: Callable[[], Condition],
     reports: ReportQueue,
     on_reply: Callable[[BeatReply], None],
 ) -> None:
-    """Beat until cancelled. An unreachable coordinator is noted and tried again."""
+    """Beat until cancelled. A coordinator that is away is tried again, one that has forgotten us is told once more.
+
+    Raises `RefusedError` if it does not want us any more.
+    """
     was_reachable = True
     while True:
+        now = condition()
+        hosting = tuple(state.stage for state in now.stages) or registration.welcome.stages
         try:
-            reply = await beat_once(link, condition=condition(), reports=reports)
-        except TransientError as error:
+            if registration.is_due:
+                await registration.renew(hosting=hosting)
+            reply = await _beat_or_renew(link, registration, condition=now, hosting=hosting, reports=reports)
+        except (TransientError, PeerFault, ClockError) as error:
             if was_reachable:
                 log.warning("coordinator.silent", error=error.one_line())
             was_reachable = False
@@ -140,6 +194,18 @@ async def keep_beating(
             was_reachable = True
             on_reply(reply)
         await asyncio.sleep(BEAT_S)
+
+
+async def _beat_or_renew(
+    link: Link, registration: Registration, *, condition: Condition, hosting: tuple[StageId, ...], reports: ReportQueue
+) -> BeatReply:
+    """Beat; a coordinator that does not know us has lost its memory, or took us for gone: register again, once."""
+    try:
+        return await beat_once(link, condition=condition, reports=reports)
+    except RefusedError as error:
+        log.warning("coordinator.forgot", error=error.one_line())
+    await registration.renew(hosting=hosting)
+    return await beat_once(link, condition=condition, reports=reports)
 
 
 async def _rejoin(link: Link) -> None:

@@ -34,7 +34,7 @@ class Presence:
         *,
         name: str,
         software: str,
-        admission: Signed,
+        admission: Callable[[], Signed],
         num_stages: int,
         hosted: Callable[[], tuple[HostedStage, ...]],
         load_s: Callable[[], float],
@@ -94,6 +94,6 @@ class Presence:
             hosted=hosted,
             software=self._software,
             protocol=PROTOCOL_VERSION,
-            admission=self._admission,
+            admission=self._admission(),
             load_s=min(1e6, self._load_s()),
         )

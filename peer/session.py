@@ -41,6 +41,8 @@ class Ending(Enum):
 
     LEFT = "left"
     REASSIGNED = "reassigned"
+    LOST = "lost"
+    """Nobody can bring us a stage's state (any more)."""
     FINISHED = "finished"
 
 
@@ -56,13 +58,14 @@ class Session:
         self._found: dict[StageId, tuple[PeerId, ...]] = {}
         self._places: dict[StageId, Place] = {}
         self._joined: set[StageId] = set()
-        self._finished = False
+        self._finished = self._lost = False
         self._wanted = parts.stages
         self._changed = asyncio.Event()
         self.state, self.reason = PeerState.STARTING, ""
         self._take_charters(charters)
         parts.view.on_change = self._post_roster
         parts.sources_of = self._members_of
+        parts.on_lost = self._start_over
 
     # -- what others see ------------------------------------------------------------------------------
 
@@ -118,11 +121,11 @@ class Session:
     # -- life -----------------------------------------------------------------------------------------
 
     async def run(self, stop: asyncio.Event) -> Ending:
-        """Live until `stop` is set (then drain), the assignment changes, or the run is over."""
+        """Live until `stop` is set (then drain), the assignment changes, the state is lost, or the run is over."""
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(self._train(), name="session")
             ending = await self._wait_ending(stop)
-            if ending is not Ending.FINISHED:
+            if ending in (Ending.LEFT, Ending.REASSIGNED):
                 await self._drain(DRAIN_TIMEOUT_S if ending is Ending.LEFT else MOVE_TIMEOUT_S)
             running.cancel()
         await self._parts.stop()
@@ -204,6 +207,8 @@ class Session:
                     return Ending.LEFT
                 if self._finished:
                     return Ending.FINISHED
+                if self._lost:
+                    return Ending.LOST
                 if self._wanted != self._parts.stages:
                     return Ending.REASSIGNED
                 changed = asyncio.create_task(self._changed.wait())
@@ -223,6 +228,7 @@ class Session:
                 await asyncio.gather(*(driver.wait_left() for driver in waiting))
         except TimeoutError:
             log.warning("drain.timeout", after_s=timeout_s)
+        await asyncio.gather(*(driver.say_goodbye() for driver in waiting))
 
     # -- private --------------------------------------------------------------------------------------
 
@@ -270,18 +276,25 @@ class Session:
     def _stage_state(self, stage: StageId) -> StageState:
         driver, place = self._parts.drivers[stage], self._places[stage]
         membership = self._parts.view.membership(stage)
-        is_member = stage in self._joined and membership is not None and self._link.peer_id in membership.members
+        has_state = stage not in self._joined or driver.has_state
+        is_member = (
+            has_state and stage in self._joined and membership is not None and self._link.peer_id in membership.members
+        )
         at = membership if is_member and membership is not None else place
         return StageState(
             stage=stage,
             round=at.round,
             version=at.version,
             lineage=at.lineage,
-            ready=True,
+            ready=has_state,
             members=len(membership.members) if is_member and membership is not None else 0,
             state_digest=driver.state_digest,
             snapshot=driver.snapshot,
         )
+
+    def _start_over(self) -> None:
+        self._lost = True
+        self._notify()
 
     def _say(self, state: PeerState, reason: str) -> None:
         if self.state is not PeerState.DRAINING:

@@ -91,6 +91,8 @@ class SpanParts:
         self.num_stages = manifest.model.num_stages
         self.sources_of: Callable[[StageId], tuple[PeerId, ...]] = lambda stage: ()
         """Whom to ask for a stage's state; the session knows."""
+        self.on_lost: Callable[[], None] = lambda: None
+        """Called when a stage's state cannot be had from anybody; the session knows what then."""
         self.tally = Tally()
         self.view = View()
         self.gate = Gate(run=run)
@@ -253,10 +255,11 @@ class SpanParts:
             view=self.view,
             reports=self._reports,
             hooks=Hooks(
-                on_freeze=self._on_freeze,
+                on_freeze=lambda closing: self._on_freeze(stage, closing),
                 on_commit=self._on_commit,
                 sources=lambda: self.sources_of(stage),
                 on_own_closing=self._on_own_closing,
+                on_lost=lambda: self.on_lost(),
                 on_bits=self._on_bits,
             ),
             beat_s=round_timers(self._manifest).beat_s,
@@ -287,16 +290,21 @@ class SpanParts:
             numbers = (number for number in range(done.bit_length()) if done >> number & 1)
             self._board.learn_done(numbers, now_s=time.monotonic())
 
-    def _on_freeze(self, closing: Closing) -> None:
+    def _on_freeze(self, stage: StageId, closing: Closing) -> None:
         self.tally.learn_closing(closing)
         self._server.end_round(closing.round)
+        if stage == self.stages[0] and not closing.num_train:  # nothing to average: no commit will follow
+            self._report_work(closing.round)
 
     def _on_commit(self, commit: Commit, signed: Signed) -> None:
         """Report the round's work once, and tell the neighbouring stages who goes on."""
         if commit.stage == self.stages[0]:
-            busy_s = self._compute.statistics().busy_s
-            self._reports.add(self.tally.end_round(commit.round, self._caller.statistics, busy_s=busy_s))
+            self._report_work(commit.round)
         self._start(self._tell_neighbours(commit, signed))
+
+    def _report_work(self, round_id: RoundId) -> None:
+        busy_s = self._compute.statistics().busy_s
+        self._reports.add(self.tally.end_round(round_id, self._caller.statistics, busy_s=busy_s))
 
     # -- serving --------------------------------------------------------------------------------------
 

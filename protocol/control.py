@@ -76,7 +76,7 @@ class Register(Message):
     protocol: int
     run: RunId
     session: Annotated[int, Field(ge=0, lt=1 << 63)]
-    """A random number per process start: a seat in a charter belongs to one life of a peer."""
+    """Of this tenure, larger than that of every earlier one: a seat in a charter belongs to one life of a peer."""
     name: Name
     token: Text | None
     capability: Capability
@@ -84,6 +84,8 @@ class Register(Message):
     addresses: Annotated[tuple[Text, ...], Field(max_length=16)]
     wanted_stages: Annotated[tuple[StageId, ...], Field(max_length=256)] = ()
     """Stages that the volunteer asked for; empty leaves the choice to the coordinator."""
+    hosting: Annotated[tuple[StageId, ...], Field(max_length=256)] = ()
+    """Stages that this process was given before: it was moved there, or asks for a new pass, and keeps them."""
     kept: Annotated[tuple[Snapshot, ...], Field(max_length=256)] = ()
     """What this peer still has on disk from before."""
 

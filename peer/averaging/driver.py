@@ -38,6 +38,8 @@ from protocol.transport.calls import Calls
 log = structlog.get_logger()
 
 SEND_TIMEOUT_S = 5.0
+GOODBYE_TIMEOUT_S = 1.0
+RESYNC_PATIENCE_S = 30.0  # nobody to fetch the state from for so long: perhaps nobody has it any more
 MAX_SENDS_PER_PEER = 32  # messages are repeated by the machine, so dropping some of a silent peer's loses nothing
 STAGED_KEPT = 3
 
@@ -64,6 +66,8 @@ class Hooks:
     """Everybody who may hold this stage's state, by what is known now."""
     on_own_closing: Callable[[StageMessage], None]
     """Our clock closed the round: the other stages that are hosted here should hear it too."""
+    on_lost: Callable[[], None]
+    """Nobody whom we know can bring the stage's state: the span has to start over, from a checkpoint if need be."""
     on_bits: Callable[[RoundId, int], None] = field(default=lambda round_id, done: None)
 
 
@@ -110,6 +114,7 @@ class StageDriver:
         self._reducing: dict[Digest, asyncio.Task[None]] = {}
         self._staged: dict[Digest, Update] = {}
         self._snapshot: Snapshot | None = None
+        self._resyncing: asyncio.Task[None] | None = None
         self._left = asyncio.Event()
         self.state_digest: Digest | None = None
         """Of the newest applied state."""
@@ -134,6 +139,21 @@ class StageDriver:
     async def wait_left(self) -> None:
         """Wait until our work of this round is safe and nobody waits for us."""
         await self._left.wait()
+
+    async def say_goodbye(self) -> None:
+        """Tell the stage's members that this replica is gone, so that nobody waits for it."""
+        farewells = self._machine.handle(events.Quit(), time.monotonic())
+        sends = [action for action in farewells if isinstance(action, events.Send)]
+        for action in sends:
+            self._sending[action.to] = self._sending.get(action.to, 0) + 1
+        await asyncio.gather(
+            *(self._deliver(action.to, action.message, timeout_s=GOODBYE_TIMEOUT_S) for action in sends)
+        )
+
+    @property
+    def has_state(self) -> bool:
+        """Stands somewhere in the stage's lineage; False while the state is being fetched anew."""
+        return self._machine.applied is not None
 
     def staged_update(self, digest_hex: str) -> bytes | None:
         """Return update bytes that are summed but not committed yet, for a member that missed the reduce."""
@@ -195,7 +215,12 @@ class StageDriver:
             case events.Replay(steps, sources):
                 await self._replay(steps, sources)
             case events.Resync(_, sources):
-                self._start(self._resync(sources), name=f"resync-{self.stage}")
+                if self._resyncing is not None:  # two of them would load into one engine
+                    self._resyncing.cancel()
+                self._resyncing = self._start(self._resync(sources), name=f"resync-{self.stage}")
+            case events.NewLineage(_, lineage, round_id):  # a joiner finds the charter's state under its new name
+                assert self._machine.applied is not None
+                self._snapshot = await self.take_snapshot(round_id, self._machine.applied.version, lineage)
             case events.BitsChanged(round_id, done):
                 self._hooks.on_bits(round_id, done)
             case events.Left():
@@ -209,6 +234,8 @@ class StageDriver:
         )
         self._gate.open(self.stage, round_id=action.round, version=action.version, lineage=action.lineage)
         log.info("round.open", stage=self.stage, round=action.round, version=action.version, peers=len(action.members))
+        if self._is_snapshot_due(action.round):
+            self._snapshot = await self.take_snapshot(action.round, action.version, action.lineage)
 
     async def _freeze(self, closing: Closing) -> None:
         """Stop adding to the sum, in the thread that adds; then tell the machine what the sum stands for."""
@@ -300,7 +327,6 @@ class StageDriver:
         self._staged.clear()
         self._view.learn(membership_of(commit, lineage))
         self._reports.add(CommitReport(commit=signed))
-        await self._maybe_snapshot(commit, lineage)
         self.state_digest = state_digest = await self._state_digest()
         log.info(
             "round.committed",
@@ -314,12 +340,11 @@ class StageDriver:
         if announce:
             self.post(events.Applied(lineage, state_digest))
 
-    async def _maybe_snapshot(self, commit: Commit, lineage: Lineage) -> None:
-        next_round = commit.round + 1
+    def _is_snapshot_due(self, round_id: RoundId) -> bool:
+        """Every so many rounds, and before the round that only evaluates; also if the one before was void."""
         batch, every = self._manifest.batch, self._manifest.keeping.checkpoint_every
-        if next_round % every and next_round != batch.num_rounds:
-            return
-        self._snapshot = await self.take_snapshot(RoundId(next_round), Version(commit.version), lineage)
+        is_due = round_id == batch.num_rounds or (round_id > 0 and round_id % every == 0)
+        return is_due and (self._snapshot is None or self._snapshot.round != round_id)
 
     async def take_snapshot(self, round_id: RoundId, version: Version, lineage: Lineage) -> Snapshot | None:
         """Write the present state to disk. A full disk costs the snapshot, not the training."""
@@ -337,10 +362,11 @@ class StageDriver:
         return await self._compute.run(engine.state_digest, priority=Priority.CONTROL)
 
     async def _resync(self, sources: Iterable[PeerId]) -> None:
-        """Fetch the state anew until it works: without it this replica is of no use."""
+        """Fetch the state anew: without it this replica is of no use. If nobody can bring it, start over."""
         self._gate.freeze(self.stage)
         self._staged.clear()
-        while True:
+        give_up_s = time.monotonic() + RESYNC_PATIENCE_S
+        while time.monotonic() < give_up_s:
             try:
                 place = await self._sync.from_members([*sources, *self._hooks.sources()])
             except UnreachableError as error:
@@ -348,8 +374,11 @@ class StageDriver:
                 await asyncio.sleep(self._beat_s * 4)
                 continue
             assert place.charter is not None
-            self.post(events.Synced(place.charter, place.commits, await self._state_digest()))
+            self.state_digest = await self._state_digest()
+            self.post(events.Synced(place.charter, place.commits, self.state_digest))
             return
+        log.warning("resync.given_up", stage=self.stage)
+        self._hooks.on_lost()
 
     # -- messages -------------------------------------------------------------------------------------
 
@@ -362,9 +391,9 @@ class StageDriver:
         self._sending[to] = self._sending.get(to, 0) + 1
         self._start(self._deliver(to, message), name=f"send-{type(message).__name__}")
 
-    async def _deliver(self, to: PeerId, message: StageMessage) -> None:
+    async def _deliver(self, to: PeerId, message: StageMessage, *, timeout_s: float = SEND_TIMEOUT_S) -> None:
         try:
-            await self._calls.tell(to, message, timeout_s=SEND_TIMEOUT_S)
+            await self._calls.tell(to, message, timeout_s=timeout_s)
         except SwarmError as error:
             log.debug("round.undelivered", to=to, message=type(message).__name__, error=error.one_line())
             if isinstance(error, UnreachableError) and error.is_certain:

@@ -3,12 +3,17 @@
 Owns: the thread, its priority queue, and how a result gets back to the event loop. Must not know: what
 the work is. Backward goes before forward (it frees memory and unblocks others), and within a class the
 oldest microbatch first, so a round never waits for one forgotten number.
+
+The thread runs at low priority: the machine's owner goes first, and so do this peer's own messages, which
+others wait for.
 """
 
 from __future__ import annotations
 
 import asyncio
 import heapq
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +22,8 @@ from enum import IntEnum
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+NICENESS = 10  # of 19; a thread of normal priority gets about ten times the share
 
 
 class Priority(IntEnum):
@@ -94,6 +101,7 @@ class ComputeThread:
         return ComputeStatistics(jobs_done=self.jobs_done, busy_s=self._busy_s, queued=len(self._jobs))
 
     def _run(self) -> None:
+        _yield_to_others()
         while True:
             with self._changed:
                 while not self._jobs and not self._stopping:
@@ -111,6 +119,12 @@ class ComputeThread:
             self._busy_s += time.perf_counter() - started
             self.jobs_done += 1
             self._loop.call_soon_threadsafe(_settle, job.future, result, error)
+
+
+def _yield_to_others() -> None:
+    """Lower this thread's priority, and with it that of the threads that torch will start from it."""
+    if sys.platform == "linux":  # elsewhere a thread cannot have a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
 
 
 def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:

@@ -44,9 +44,8 @@ Staging holds one set of bytes: what the last ReduceDone or Fetched announced; i
 StartReduce, Fetch, Apply or Replay. The update log (bytes by version, with the signed commit) serves
 others' Fetch and Replay. Tasks are welcome between OpenRound and Freeze, at exactly that round and version.
 
-The coordinator only writes charters. It must give every stage the newest closing that it has been told
-(`ClosingNotice`), and write a charter's `round` as that closing's round + 1: a restored stage that reuses a
-round number waits until gossip brings the closing.
+The coordinator only writes charters. A restored stage may be chartered for a round that is over already: it asks
+the other stages for their newest closing (`AskClosing`), finds its round void, and goes on with the next one.
 
 Read in this order: messages, events, quorum, slot, voter, steward, lineage, member, clock, gossip, machine.
 Why it is so: docs/decisions/0005-round-protocol.md. Tormented in tests/sim.

@@ -166,6 +166,37 @@ async def test_without_doubt_a_joiner_goes_to_the_least_covered_stage(tmp_path: 
 # -- beats --------------------------------------------------------------------------------------------
 
 
+async def test_a_new_pass_for_the_same_tenure_changes_nothing_else(tmp_path: Path) -> None:
+    """Oracle: the roster before. Registering again is how a pass is renewed, so it must not unseat anybody."""
+    async with open_office(tmp_path) as office:
+        await office.join(A, session=7)
+        await office.join(B)
+        await office.beat(A, state(0), addresses=("/ip4/10.0.0.1/tcp/1",))
+        before = office.services.registry.live()
+        welcome = await office.join(A, session=7, hosting=(StageId(0),))
+        assert welcome.stages == (0,)
+        after = {peer.peer: peer for peer in office.services.registry.live()}
+        assert (after[A.peer].replicas, after[A.peer].state) == ((state(0),), PeerState.TRAINING)
+        assert {peer.peer for peer in before} == set(after)
+
+
+async def test_who_was_moved_keeps_the_new_stages_in_its_new_tenure(tmp_path: Path) -> None:
+    """Oracle: the coordinator's own last word, against what its disk and the counts would speak for."""
+    async with open_office(tmp_path) as office:
+        await office.join(A, session=7)
+        await office.join(B)
+        await office.services.registry.assign(A.peer, (StageId(1),))
+        welcome = await office.join(A, session=8, hosting=(StageId(1),))
+        assert welcome.stages == (1,)
+        moved = next(peer for peer in office.services.registry.live() if peer.peer == A.peer)
+        assert (moved.session, moved.replicas) == (8, ())
+
+
+async def test_a_coordinator_without_memory_leaves_a_peer_where_it_is(tmp_path: Path) -> None:
+    async with open_office(tmp_path) as office:
+        assert (await office.join(A, session=7, hosting=(StageId(1),))).stages == (1,)
+
+
 async def test_a_stranger_cannot_beat(tmp_path: Path) -> None:
     async with open_office(tmp_path) as office:
         with pytest.raises(RefusedError, match="does not know you"):

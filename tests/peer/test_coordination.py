@@ -1,0 +1,175 @@
+"""Registering, renewing a pass, beating: the peer's side, against a coordinator that the test plays.
+
+Oracle: what the coordinator was asked, in order. The seam is `Link`: only its calls are answered here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from peer import coordination
+from peer.coordination import Condition, Registration, keep_beating
+from peer.link import Link
+from peer.reports import ReportQueue
+from peer.settings import PeerSettings
+from protocol.control import Beat, BeatReply, Capability, PeerState, Register, Welcome
+from protocol.errors import RefusedError, UnreachableError
+from protocol.ids import StageId
+from protocol.invite import Invite
+from protocol.manifest import MANIFEST_CONTEXT
+from protocol.records import admit
+from protocol.signing import SigningKey, seal
+from tests.protocol.manifests import KEY, manifest
+
+RUN = manifest()
+ME = SigningKey.generate()
+HOUR_S = 3600
+CAPABILITY = Capability(device="cpu", threads=1, memory_bytes=1, software="test")
+TRAINING = Condition(PeerState.TRAINING, "", ())
+INVITE = Invite(run=RUN.run_id, coordinator=KEY.peer_id, addresses=("/ip4/127.0.0.1/tcp/1",), token=None)
+REPLY = BeatReply(acknowledged=0, stages=(StageId(1),), charters=())
+
+
+class Coordinator:
+    """Answers what it is asked from a script; everybody is welcome."""
+
+    def __init__(self, *, age_s: float = 0.0, answers: list[BeatReply | Exception] | None = None) -> None:
+        self.asked: list[Register | Beat] = []
+        self.age_s = age_s
+        self.answers = answers or []
+        self.coordinator = KEY.peer_id
+        self.coordinator_addresses = ()
+        self.calls = self
+        self.node = SimpleNamespace(addresses=self._addresses)
+        self.on_beat: Callable[[], None] = lambda: None
+
+    async def _addresses(self) -> tuple[str, ...]:
+        return ()
+
+    async def call(self, to: object, message: Register | Beat, answer_type: type) -> Any:
+        self.asked.append(message)
+        if isinstance(message, Register):
+            return self._welcome()
+        self.on_beat()
+        answer = self.answers.pop(0) if self.answers else REPLY
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _welcome(self) -> Welcome:
+        issued_s = int(time.time() - self.age_s)
+        return Welcome(
+            manifest=seal(KEY, MANIFEST_CONTEXT, RUN),
+            admission=admit(KEY, run=RUN.run_id, peer=ME.peer_id, name="a", issued_s=issued_s, valid_hours=1),
+            stages=(StageId(1),),
+            charters=(),
+            clock_s=time.time(),
+        )
+
+    @property
+    def kinds(self) -> list[str]:
+        return [type(message).__name__ for message in self.asked]
+
+
+def registration(coordinator: Coordinator) -> Registration:
+    return Registration(cast(Link, coordinator), INVITE, PeerSettings(), capability=CAPABILITY)
+
+
+async def beat_times(coordinator: Coordinator, number: int, registered: Registration) -> list[BeatReply]:
+    """Beat until `number` beats were sent, and return what was taken over."""
+    replies: list[BeatReply] = []
+    enough = asyncio.Event()
+    sent = 0
+
+    def count() -> None:
+        nonlocal sent
+        sent += 1
+        if sent >= number:
+            enough.set()
+
+    coordinator.on_beat = count
+    beating = asyncio.create_task(
+        keep_beating(
+            cast(Link, coordinator),
+            registered,
+            condition=lambda: TRAINING,
+            reports=ReportQueue(),
+            on_reply=replies.append,
+        )
+    )
+    waiting = asyncio.create_task(enough.wait())
+    await asyncio.wait({beating, waiting}, timeout=10.0, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.sleep(0)
+    waiting.cancel()
+    if beating.done():
+        beating.result()
+    beating.cancel()
+    return replies
+
+
+@pytest.fixture(autouse=True)
+def _quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coordination, "BEAT_S", 0.001)
+
+
+async def test_every_tenure_has_a_larger_session_and_a_renewal_none() -> None:
+    coordinator = Coordinator()
+    registered = registration(coordinator)
+    await registered.enter()
+    await registered.renew(hosting=(StageId(1),))
+    await registered.enter(hosting=(StageId(0),))
+    asked = [message for message in coordinator.asked if isinstance(message, Register)]
+    assert asked[0].session == asked[1].session < asked[2].session
+    assert [message.hosting for message in asked] == [(), (1,), (0,)]
+
+
+async def test_a_process_that_starts_later_has_a_larger_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the wall clock; a peer whose clock is off by seconds is not let in at all."""
+    first, second = registration(Coordinator()), registration(Coordinator())
+    await first.enter()
+    monkeypatch.setattr(time, "time_ns", lambda: (first.session + 1) * 1_000_000)
+    await second.enter()
+    assert second.session > first.session
+
+
+async def test_a_pass_is_renewed_when_half_of_it_is_over() -> None:
+    old = Coordinator(age_s=HOUR_S / 2 + 1)
+    registered = registration(old)
+    await registered.enter()
+    assert registered.is_due
+    old.age_s = 0.0
+    await beat_times(old, 3, registered)
+    assert old.kinds[:5] == ["Register", "Register", "Beat", "Beat", "Beat"]
+    assert not registered.is_due
+
+
+async def test_a_coordinator_that_has_forgotten_us_is_told_once_more() -> None:
+    coordinator = Coordinator(answers=[RefusedError("who are you?")])
+    registered = registration(coordinator)
+    await registered.enter()
+    assert REPLY in await beat_times(coordinator, 3, registered)
+    assert coordinator.kinds[:4] == ["Register", "Beat", "Register", "Beat"]
+    again = coordinator.asked[2]
+    assert isinstance(again, Register)
+    assert again.hosting == (1,)
+
+
+async def test_who_is_refused_twice_is_not_wanted() -> None:
+    coordinator = Coordinator(answers=[RefusedError("who are you?"), RefusedError("go away")])
+    registered = registration(coordinator)
+    await registered.enter()
+    with pytest.raises(RefusedError, match="go away"):
+        await beat_times(coordinator, 3, registered)
+
+
+async def test_a_silent_coordinator_is_asked_again() -> None:
+    coordinator = Coordinator(answers=[UnreachableError("nobody"), UnreachableError("nobody")])
+    registered = registration(coordinator)
+    await registered.enter()
+    assert REPLY in await beat_times(coordinator, 4, registered)
