@@ -43,6 +43,7 @@ from protocol.errors import PeerFault, RefusedError, TransientError
 from protocol.history import CommitNews, LogAnswer, LogRequest, StateAnswer, StateRequest
 from protocol.ids import Lineage, PeerId, RoundId, StageId, Version
 from protocol.manifest import Manifest
+from protocol.ownership import rendezvous
 from protocol.rounds import events
 from protocol.rounds.lineage import next_lineage
 from protocol.rounds.machine import RoundMachine
@@ -62,6 +63,7 @@ from protocol.transport.calls import Done
 log = structlog.get_logger()
 
 NEWS_TIMEOUT_S = 3.0
+MAX_INFORMANTS = 8
 
 
 class SpanParts:
@@ -355,11 +357,20 @@ class SpanParts:
         """Ask replicas of a stage for its newest commit whenever a hop shows that ours is stale."""
         while True:
             stage, peer = await self._caller.on_stale_view.get()
-            try:
-                answer = await self._link.calls.call(peer, StateRequest(stage=stage), StateAnswer)
-                self._learn_answer(answer)
-            except (TransientError, PeerFault, RefusedError) as error:
-                log.debug("view.unrefreshed", stage=stage, peer=peer, error=error.one_line())
+            for informant in self._informants(stage) if peer is None else [peer]:
+                try:
+                    answer = await self._link.calls.call(informant, StateRequest(stage=stage), StateAnswer)
+                    self._learn_answer(answer)
+                except (TransientError, PeerFault, RefusedError) as error:
+                    log.debug("view.unrefreshed", stage=stage, peer=informant, error=error.one_line())
+                else:
+                    break
+            self._caller.news_asked(stage, peer)
+
+    def _informants(self, stage: StageId) -> list[PeerId]:
+        """List who may know a stage's newest members: whoever is said to host it, less who did not answer lately."""
+        suspects = set(self.view.suspects(now_s=time.monotonic()))
+        return [peer for peer in self.sources_of(stage) if peer not in suspects][:MAX_INFORMANTS]
 
     def _learn_answer(self, answer: StateAnswer) -> None:
         """Take over another stage's newest membership from one of its replicas."""
@@ -386,19 +397,22 @@ class SpanParts:
     async def _tell_neighbours(self, commit: Commit, signed: Signed) -> None:
         """Spread a commit over the stage that sends to us: each of our members tells its share of theirs.
 
-        Stage 0 keeps the run's clock, so everybody has to know its members.
+        Stage 0 keeps the run's clock, so everybody has to know its members. Who hosts the stage before ours is
+        known from the coordinator and the DHT as well: its own commits do not come our way.
         """
-        listeners = [commit.stage - 1] if commit.stage else list(range(1, self.num_stages))
-        known = [self.view.membership(StageId(stage)) for stage in listeners]
-        mine = sorted(seat.peer for seat in commit.seats)
-        if self._link.peer_id not in mine:
+        ours = [seat.peer for seat in commit.seats]
+        if self._link.peer_id not in ours:
             return
-        theirs = sorted({peer for each in known if each for peer in each.members} - {self._link.peer_id})
-        for peer in theirs[mine.index(self._link.peer_id) :: len(mine)]:
-            try:
-                await self._link.calls.tell(peer, CommitNews(commit=signed), timeout_s=NEWS_TIMEOUT_S)
-            except (TransientError, PeerFault, RefusedError) as error:
-                log.debug("news.undelivered", peer=peer, error=error.one_line())
+        listeners = [commit.stage - 1] if commit.stage else list(range(1, self.num_stages))
+        theirs = {peer for stage in listeners for peer in self.sources_of(StageId(stage))}
+        mine = [peer for peer in sorted(theirs) if rendezvous(peer, dict.fromkeys(ours, 1.0))[0] == self._link.peer_id]
+        await asyncio.gather(*(self._tell(peer, CommitNews(commit=signed)) for peer in mine))
+
+    async def _tell(self, peer: PeerId, news: CommitNews) -> None:
+        try:
+            await self._link.calls.tell(peer, news, timeout_s=NEWS_TIMEOUT_S)
+        except (TransientError, PeerFault, RefusedError) as error:
+            log.debug("news.undelivered", peer=peer, error=error.one_line())
 
     def _token_sources(self) -> list[PeerId]:
         """Ask fellow readers of tokens first and the coordinator last: it has little bandwidth for many."""

@@ -397,6 +397,7 @@ class StageDriver:
         except SwarmError as error:
             log.debug("round.undelivered", to=to, message=type(message).__name__, error=error.one_line())
             if isinstance(error, UnreachableError) and error.is_certain:
+                self._view.suspect(to, now_s=time.monotonic())  # the coordinator hears of it, and may found anew
                 self.post(events.PeerGone(to))
         finally:
             self._sending[to] -= 1

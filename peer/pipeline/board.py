@@ -79,16 +79,9 @@ class Board:
         self._changed = asyncio.Event()
 
     @property
-    def is_complete(self) -> bool:
-        return len(self._done) == len(self._plan)
-
-    @property
-    def num_done(self) -> int:
-        return len(self._done)
-
-    @property
-    def num_planned(self) -> int:
-        return len(self._plan)
+    def num_left(self) -> int:
+        """Numbers that are not done, as far as we know."""
+        return len(self._plan) - len(self._done)
 
     async def wait_changed(self, *, timeout_s: float) -> None:
         """Wait for a bit to be set, at most `timeout_s`."""

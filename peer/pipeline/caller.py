@@ -93,8 +93,9 @@ class HopCaller:
         self._router = router
         self._hop_silence_s = hop_silence_s
         self.statistics = HopStatistics()
-        self.on_stale_view: asyncio.Queue[tuple[StageId, PeerId]] = asyncio.Queue(maxsize=64)
-        """(stage, peer) whose newest membership should be asked for; drained by the rounds driver, overflow dropped."""
+        self.on_stale_view: asyncio.Queue[tuple[StageId, PeerId | None]] = asyncio.Queue()
+        """Whose newest membership should be asked for, and of whom (None: of anybody who may know)."""
+        self._asked: set[tuple[StageId, PeerId | None]] = set()
 
     async def send(
         self, task: TaskId, stage: StageId, body: Body, *, pulse: Pulse, deadline_s: float, retries_left: int
@@ -138,6 +139,9 @@ class HopCaller:
                 if isinstance(answer, Outcome):
                     return answer, ""
                 pause_s = max(pause_s, answer)
+            if not self._view.has_live(errand.stage, now_s=time.monotonic()):
+                self.ask_for_news(errand.stage, None)  # all have gone: what we know of the stage may be old
+                pause_s = IDLE_POLL_S
             await self._view.wait_changed(timeout_s=pause_s * random.uniform(0.5, 1.0))
         return None, "no replica took it in time"
 
@@ -282,10 +286,15 @@ class HopCaller:
         self._view.suspect(peer, now_s=time.monotonic())
         self._router.forget(peer)
 
-    def ask_for_news(self, stage: StageId, peer: PeerId) -> None:
-        """Have somebody ask `peer` for the newest membership of `stage`."""
-        if not self.on_stale_view.full():
+    def ask_for_news(self, stage: StageId, peer: PeerId | None) -> None:
+        """Have somebody ask `peer`, or anybody who may know, for the newest membership of `stage`."""
+        if (stage, peer) not in self._asked:
+            self._asked.add((stage, peer))
             self.on_stale_view.put_nowait((stage, peer))
+
+    def news_asked(self, stage: StageId, peer: PeerId | None) -> None:
+        """The question was put, with or without an answer: it may be put again."""
+        self._asked.discard((stage, peer))
 
 
 def check_answer(

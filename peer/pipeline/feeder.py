@@ -15,13 +15,13 @@ import structlog
 
 from peer.data.source import BatchSource
 from peer.pipeline.board import Board
-from peer.pipeline.gate import Gate
+from peer.pipeline.gate import Gate, Opening
 from peer.pipeline.span import SpanRunner
 from peer.pipeline.view import View
 from peer.tasks import Outcome, Pulse, RoundOver, TaskId
 from protocol.batches import Microbatch
 from protocol.errors import TransientError
-from protocol.ids import PeerId, RoundId, RunId, StageId
+from protocol.ids import PeerId, RunId, StageId
 
 log = structlog.get_logger()
 
@@ -62,12 +62,11 @@ class Feeder:
 
     async def run(self) -> None:
         """Feed rounds until cancelled."""
-        fed: RoundId | None = None
         while True:
-            fed = await self._gate.wait_open(FIRST_STAGE, after=fed)
-            await self._feed_round(fed)
+            await self._feed_round(await self._gate.wait_open(FIRST_STAGE))
 
-    async def _feed_round(self, round_id: RoundId) -> None:
+    async def _feed_round(self, opening: Opening) -> None:
+        round_id = opening.round
         membership = self._view.membership(FIRST_STAGE)
         feeders = {self._me: 1.0} if membership is None else membership.members
         board = Board(
@@ -80,26 +79,29 @@ class Feeder:
         )
         self._on_board(board)
         lanes = [
-            asyncio.create_task(self._feed_lane(board), name=f"feed-{round_id}-{lane}")
+            asyncio.create_task(self._feed_lane(board, opening), name=f"feed-{round_id}-{lane}")
             for lane in range(self._in_flight)
         ]
         fed = asyncio.gather(*lanes)
-        over = asyncio.create_task(self._gate.wait_over(FIRST_STAGE, round_id))
+        over = asyncio.create_task(self._gate.wait_over(opening))
         try:
             waiting: set[asyncio.Future[Any]] = {over, fed}
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             if fed.done():
-                fed.result()  # a lane only ends early by an error of ours
+                fed.result()  # a lane only ends before the round by an error of ours
                 await over
         finally:
             over.cancel()
             fed.cancel()
             await asyncio.gather(over, fed, return_exceptions=True)
 
-    async def _feed_lane(self, board: Board) -> None:
-        """Keep one microbatch in flight until the round is complete or over."""
+    async def _feed_lane(self, board: Board, opening: Opening) -> None:
+        """Keep one microbatch in flight until the round is over.
+
+        Not until everything is done: what only a clock knew to be done has to be fed again if it dies.
+        """
         deadline_s = time.monotonic() + self._round_deadline_s
-        while not board.is_complete and self._gate.is_open(FIRST_STAGE, board.round):
+        while opening.is_open:
             microbatch = board.take_next(now_s=time.monotonic())
             if microbatch is None:
                 await board.wait_changed(timeout_s=IDLE_S)

@@ -18,11 +18,13 @@ AHEAD_HOLD_S = 3.0  # a caller that is a round ahead waits here instead of polli
 
 
 @dataclass(slots=True)
-class _Stage:
+class Opening:
+    """One time at which a stage was opened. A round may be opened again: from a new lineage, with empty sums."""
+
     round: RoundId
     version: Version
     lineage: Lineage
-    is_open: bool
+    is_open: bool = True
 
 
 class Gate:
@@ -30,13 +32,15 @@ class Gate:
 
     def __init__(self, *, run: RunId) -> None:
         self._run = run
-        self._stages: dict[StageId, _Stage] = {}
+        self._stages: dict[StageId, Opening] = {}
         self._changed = asyncio.Event()
         self.is_leaving = False
 
     def open(self, stage: StageId, *, round_id: RoundId, version: Version, lineage: Lineage) -> None:
         """Let tasks of `round_id` in."""
-        self._stages[stage] = _Stage(round_id, version, lineage, is_open=True)
+        if stage in self._stages:
+            self._stages[stage].is_open = False
+        self._stages[stage] = Opening(round_id, version, lineage)
         self._notify()
 
     def freeze(self, stage: StageId) -> None:
@@ -45,32 +49,22 @@ class Gate:
             self._stages[stage].is_open = False
             self._notify()
 
-    def is_open(self, stage: StageId, round_id: RoundId) -> bool:
-        """Tell whether work on `round_id` may still be added at `stage`."""
-        known = self._stages.get(stage)
-        return known is not None and known.is_open and known.round == round_id
-
-    def round_of(self, stage: StageId) -> RoundId | None:
-        """Return the round that a hosted stage works on, or None if it has not begun."""
-        known = self._stages.get(stage)
-        return None if known is None else known.round
-
     def version_of(self, stage: StageId) -> Version:
         """Return a hosted stage's version (0 before it has begun)."""
         known = self._stages.get(stage)
         return Version(0) if known is None else known.version
 
-    async def wait_open(self, stage: StageId, *, after: RoundId | None = None) -> RoundId:
-        """Wait until `stage` is open for a round later than `after`, and return that round."""
+    async def wait_open(self, stage: StageId) -> Opening:
+        """Wait until `stage` is open, and return the opening; it says so itself when it is over."""
         while True:
             known = self._stages.get(stage)
-            if known is not None and known.is_open and (after is None or known.round > after):
-                return known.round
+            if known is not None and known.is_open:
+                return known
             await self._changed.wait()
 
-    async def wait_over(self, stage: StageId, round_id: RoundId) -> None:
-        """Wait until work on `round_id` no longer counts at `stage`."""
-        while self.is_open(stage, round_id):
+    async def wait_over(self, opening: Opening) -> None:
+        """Wait until work that was begun in `opening` no longer counts."""
+        while opening.is_open:
             await self._changed.wait()
 
     async def admit(self, header: OpenTask) -> Refused | None:

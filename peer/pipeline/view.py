@@ -68,6 +68,11 @@ class View:
         live = {peer: weight for peer, weight in known.members.items() if self._suspects.get(peer, 0.0) <= now_s}
         return live or known.members
 
+    def has_live(self, stage: StageId, *, now_s: float) -> bool:
+        """Tell whether a stage has a member that has not failed to answer lately."""
+        known = self._stages.get(stage)
+        return known is not None and any(self._suspects.get(peer, 0.0) <= now_s for peer in known.members)
+
     def suspect(self, peer: PeerId, *, now_s: float) -> None:
         """Note that `peer` did not answer."""
         self._suspects[peer] = now_s + SUSPECT_S

@@ -178,16 +178,20 @@ class Steward:
             actions = self._close_list(now_s)
             return actions or self._remind(set(self._slot.living) - self._ready())
         if self.phase is Phase.REDUCING and self._group is not None:
+            missing = [each.peer for each in self._group.group if each.peer not in self._results]
+            dead = [peer for peer in missing if peer in self._slot.gone]
+            if dead:
+                return self._fail(f"{dead[0]} is gone", now_s)
             if waited_s > timers.reduce_timeout_s:
-                missing = [c.peer for c in self._group.group if c.peer not in self._results]
                 self._blamed.update(dict.fromkeys(self._results, missing[0]))
                 return self._fail(f"no result from {missing[0]}", now_s)
-            return self._remind({c.peer for c in self._group.group} - set(self._results))
+            return self._remind(set(missing))
         if self.phase is Phase.PROPOSING:
             missing_voters = self._voters() - self._accepted
-            if waited_s > timers.accept_timeout_s:
-                self._unable |= missing_voters
-                return self._fail(f"not accepted by {min(missing_voters)}", now_s)
+            given_up = missing_voters if waited_s > timers.accept_timeout_s else missing_voters & self._slot.gone
+            if given_up:
+                self._unable |= given_up
+                return self._fail(f"not accepted by {min(given_up)}", now_s)
             return self._remind(missing_voters)
         return []
 

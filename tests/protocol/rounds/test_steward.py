@@ -350,3 +350,35 @@ def test_a_member_that_never_ends_its_reduce_is_given_up() -> None:
     for peer in case.slot.order:
         steps = case.pong(peer)
     assert late not in {each.peer for each in only(Begin, steps).group}
+
+
+def test_who_dies_after_the_sum_was_made_is_not_waited_for() -> None:
+    """Oracle: the next beat, long before any timeout; the sum is made again by those who live."""
+    case = Case()
+    begin = case.to_begin()
+    dead, alive = case.others
+    for peer in (case.me, alive):
+        case.result(peer, begin)
+    case.slot.gone = {dead}
+    failed = case.wait(TIMERS.beat_s)
+    assert [step.trouble for step in failed if isinstance(step, Report)] == [Trouble.BALLOT_FAILED]
+    assert dead not in targets(Ping, case.wait(TIMERS.beat_s))
+    case.pong(case.me)
+    again = only(Begin, case.pong(alive))
+    assert {each.peer for each in again.group} == {case.me, alive}
+
+
+def test_who_dies_before_it_has_accepted_is_not_waited_for() -> None:
+    """Oracle: the same commit again (somebody may have it already), accepted by those who live."""
+    case = Case()
+    propose = case.to_propose()
+    dead, alive = case.others
+    case.accept(case.me)
+    case.slot.gone = {dead}
+    case.wait(TIMERS.beat_s)
+    case.wait(TIMERS.beat_s)
+    vote = Vote(ballot=propose.ballot, commit=propose.commit)
+    case.pong(case.me, vote=vote)
+    assert only(Propose, case.pong(alive)).commit == propose.commit
+    case.accept(case.me)
+    assert any(isinstance(step, Announce) for step in case.accept(alive))
