@@ -31,6 +31,7 @@ from protocol.control import (
 from protocol.errors import (
     BusyError,
     ClockError,
+    IncompatibleError,
     PeerFault,
     RefusedError,
     SwarmError,
@@ -243,14 +244,18 @@ async def say_goodbye(link: Link, *, reason: str) -> None:
 
 
 async def _ask_patiently(link: Link, request: Register) -> Welcome:
+    is_deaf = False
     for attempt in range(REGISTER_ATTEMPTS):
         try:
             return await link.calls.call(link.coordinator, request, Welcome)
         except BusyError as error:
             await asyncio.sleep(error.retry_after_s)
         except TransientError as error:
+            is_deaf = isinstance(error, UnreachableError) and error.is_deaf
             log.info("coordinator.unreachable", attempt=attempt, error=error.one_line())
             await asyncio.sleep(REGISTER_PAUSE_S)
+    if is_deaf:
+        raise IncompatibleError(f"the coordinator is there, but does not speak protocol {PROTOCOL_VERSION}.")
     raise UnreachableError(
         "the coordinator does not answer.", hint="Is it running? Check the invite and your connection, then try again."
     )

@@ -103,13 +103,20 @@ class TransientError(SwarmError):
 
 
 class UnreachableError(TransientError):
-    """`is_certain` means that the other side's own machine said that nobody is there: not just silence."""
+    """Nobody answers. What the other side's own machine said about that, if anything, is in two flags.
+
+    `is_certain`: nobody is there, which is more than silence. `is_deaf`: somebody is, but it serves nothing under
+    that name: another protocol version, or not ready yet.
+    """
 
     code = "E-NET-01"
 
-    def __init__(self, message: str, *, hint: str | None = None, is_certain: bool = False) -> None:
+    def __init__(
+        self, message: str, *, hint: str | None = None, is_certain: bool = False, is_deaf: bool = False
+    ) -> None:
         super().__init__(message, hint=hint)
         self.is_certain = is_certain
+        self.is_deaf = is_deaf
 
 
 class DeadlineError(TransientError):

@@ -30,8 +30,12 @@ async def dial(
     except TimeoutError:
         raise DeadlineError(f"{peer} did not answer within {timeout_s:g} s") from None
     except (P2PDaemonError, OSError, EOFError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise UnreachableError(f"{peer} cannot be reached: {reason}", is_certain=_is_refused(str(error))) from None
+        said = str(error) or type(error).__name__
+        raise UnreachableError(
+            f"{peer} cannot be reached: {said.splitlines()[0][:200]}",
+            is_certain=_is_refused(said),
+            is_deaf="protocols not supported" in said,
+        ) from None
 
 
 async def _open(p2p: P2P, peer: PeerID, name: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -26,6 +26,7 @@ LOST_AFTER_S = "6"
 PATIENCE_S = 90.0
 DRAIN_S = 15.0
 P2PD_S = 5.0
+STANDSTILL_S = 15.0  # well beyond `LOST_AFTER_S`
 
 
 class Life:
@@ -200,4 +201,26 @@ def _check_restored(life: Life) -> None:
     assert life.generations() == [life.founded[0], life.founded[1] + 1]
     losses = [tally.loss for tally in life.swarm.rounds() if tally.loss is not None]
     assert max(losses[-3:]) < losses[0] - 1.0
+    life.check_ledger()
+
+
+def test_averaging_goes_on_while_the_coordinator_stands_still(life: Life) -> None:
+    """Oracle: the ledger, which hears of those averagings once the coordinator goes on."""
+    life.fill()
+    coordinator, before = life.swarm.coordinator, life.swarm.counters().averagings_ok
+    generations = life.generations()
+    assert coordinator is not None
+    coordinator.send(signal.SIGSTOP)
+    try:
+        time.sleep(STANDSTILL_S)
+        version = life.swarm.version(0)
+    finally:
+        coordinator.send(signal.SIGCONT)
+    life.swarm.wait(
+        "the standstill's averagings", lambda: life.swarm.counters().averagings_ok >= before + 3, timeout_s=PATIENCE_S
+    )
+    life.swarm.wait(
+        "every round of the standstill", lambda: life.swarm.rounds()[-1].round >= version - 1, timeout_s=PATIENCE_S
+    )
+    assert life.generations() == generations
     life.check_ledger()

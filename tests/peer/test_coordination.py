@@ -19,7 +19,7 @@ from peer.link import Link
 from peer.reports import ReportQueue
 from peer.settings import PeerSettings
 from protocol.control import Beat, BeatReply, Capability, PeerState, Register, Welcome
-from protocol.errors import RefusedError, UnreachableError
+from protocol.errors import ClockError, IncompatibleError, RefusedError, UnreachableError
 from protocol.ids import StageId
 from protocol.invite import Invite
 from protocol.manifest import MANIFEST_CONTEXT
@@ -48,6 +48,9 @@ class Coordinator:
         self.calls = self
         self.node = SimpleNamespace(addresses=self._addresses)
         self.on_beat: Callable[[], None] = lambda: None
+        self.manifest_key = KEY
+        self.clock_ahead_s = 0.0
+        self.refusal: Exception | None = None
 
     async def _addresses(self) -> tuple[str, ...]:
         return ()
@@ -55,6 +58,8 @@ class Coordinator:
     async def call(self, to: object, message: Register | Beat, answer_type: type) -> Any:
         self.asked.append(message)
         if isinstance(message, Register):
+            if self.refusal is not None:
+                raise self.refusal
             return self._welcome()
         self.on_beat()
         answer = self.answers.pop(0) if self.answers else REPLY
@@ -65,11 +70,11 @@ class Coordinator:
     def _welcome(self) -> Welcome:
         issued_s = int(time.time() - self.age_s)
         return Welcome(
-            manifest=seal(KEY, MANIFEST_CONTEXT, RUN),
+            manifest=seal(self.manifest_key, MANIFEST_CONTEXT, RUN),
             admission=admit(KEY, run=RUN.run_id, peer=ME.peer_id, name="a", issued_s=issued_s, valid_hours=1),
             stages=(StageId(1),),
             charters=(),
-            clock_s=time.time(),
+            clock_s=time.time() + self.clock_ahead_s,
         )
 
     @property
@@ -173,3 +178,28 @@ async def test_a_silent_coordinator_is_asked_again() -> None:
     registered = registration(coordinator)
     await registered.enter()
     assert REPLY in await beat_times(coordinator, 4, registered)
+
+
+async def test_a_manifest_that_another_key_signed_is_not_trusted() -> None:
+    coordinator = Coordinator()
+    coordinator.manifest_key = SigningKey.generate()
+    with pytest.raises(RefusedError, match="cannot be trusted"):
+        await registration(coordinator).enter()
+
+
+async def test_a_clock_that_is_off_is_refused_with_its_difference() -> None:
+    coordinator = Coordinator()
+    coordinator.clock_ahead_s = -5.0
+    with pytest.raises(ClockError, match="5 s ahead"):
+        await registration(coordinator).enter()
+
+
+async def test_a_coordinator_that_serves_another_version_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coordination, "REGISTER_PAUSE_S", 0.0)
+    coordinator = Coordinator()
+    coordinator.refusal = UnreachableError("protocols not supported", is_deaf=True)
+    with pytest.raises(IncompatibleError, match="does not speak protocol"):
+        await registration(coordinator).enter()
+    coordinator.refusal = UnreachableError("silence")
+    with pytest.raises(UnreachableError, match="does not answer"):
+        await registration(coordinator).enter()

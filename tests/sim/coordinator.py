@@ -13,11 +13,8 @@ from protocol.rounds import Chain, Standing
 from protocol.rounds.events import Received
 from protocol.rounds.messages import (
     CHARTER_CONTEXT,
-    CLOSING_CONTEXT,
     Charter,
     CharterNotice,
-    Closing,
-    ClosingNotice,
     Seat,
 )
 from protocol.signing import Signed
@@ -38,7 +35,6 @@ class Coordinator:
         self.resolves_forks = False
         self.kept: dict[StageId, Held] = {}
         self.charters: dict[StageId, Signed] = {}
-        self.closing: Signed | None = None
         self._world = world
         self._dead_since_s: dict[StageId, float] = {}
         world.at(LOOK_EVERY_S, self._look)
@@ -89,7 +85,6 @@ class Coordinator:
             self._keep_copy(stage, replicas)
             for replica in replicas:
                 self._tell(replica)
-                self._exchange_closings(replica)
             if self.resolves_forks and stage in self._world.forked:
                 self._end_fork(stage, replicas)
             else:
@@ -102,20 +97,6 @@ class Coordinator:
             for process in world.processes.values()
             if stage in process.replicas and process.answers(self.name)
         ]
-
-    def _exchange_closings(self, replica: Replica) -> None:
-        """Peers report closings to the coordinator's books; who lacks the newest one gets it from there."""
-        theirs = replica.machine.newest_closing
-        newest = self._round_of(theirs)
-        if newest > self._round_of(self.closing):
-            self.closing = theirs
-        elif self.closing is not None and newest < self._round_of(self.closing):
-            replica.feed(Received(self.name, ClosingNotice(stage=replica.stage, closing=self.closing)))
-
-    def _round_of(self, closing: Signed | None) -> int:
-        if closing is None:
-            return -1
-        return self._world.notary_of(self.name).unseal(closing, CLOSING_CONTEXT, Closing).round
 
     def _keep_copy(self, stage: StageId, replicas: list[Replica]) -> None:
         for replica in replicas:
@@ -136,7 +117,9 @@ class Coordinator:
         del self._dead_since_s[stage]
         states = [each.held for each in replicas if each.held is not None]
         best = max([*states, self.kept[stage]], key=lambda held: (held.generation, held.version))
-        round_id = RoundId(max(best.next_round, self._round_of(self.closing) + 1))
+        others = [each.machine.statistics() for other in world.stages for each in self._reachable(other)]
+        rounds = [each.round for each in others if each.standing in working and each.round is not None]
+        round_id = RoundId(max([best.next_round, *rounds]))  # over already, perhaps: the others will say so
         self._restart(stage, replicas[:1], best, round_id)
 
     def _end_fork(self, stage: StageId, replicas: list[Replica]) -> None:

@@ -163,3 +163,19 @@ async def test_blobs_come_whole_or_not_at_all(start: StartNode, tmp_path: Path) 
             await fetching.fetch(peer, name, max_bytes=10)
     with pytest.raises(WireError, match="more than"):
         await fetching.fetch(peer, "small", max_bytes=2)
+
+
+async def test_who_serves_nothing_under_a_name_is_told_from_who_is_not_there(start: StartNode) -> None:
+    """Oracle: the same question to a node that lives and to one that has stopped."""
+    second = await start("second")
+    first = await start("first", peers=await second.addresses())
+    streams = Streams(first.p2p)
+    with pytest.raises(UnreachableError) as deaf:
+        async with streams.open(second.peer_id, "/handcar/99/another-version"):
+            pass
+    assert (deaf.value.is_deaf, deaf.value.is_certain) == (True, False)
+    await second.stop()
+    with pytest.raises(UnreachableError) as gone:
+        async with streams.open(second.peer_id, "/handcar/99/another-version"):
+            pass
+    assert not gone.value.is_deaf
