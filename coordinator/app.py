@@ -47,6 +47,8 @@ from protocol.transport.streams import Streams
 log = structlog.get_logger()
 
 LOCK = "coordinator.lock"
+TOKENS_CHECKED = "tokens_checked"  # a key of the settings table
+TOKENS_NOTE = "tokens"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -150,11 +152,20 @@ async def run_coordinator(
                 if await database.run(peers.get_setting, status.FINISHED) is not None:
                     hint = f"Export it: coordinator export {directory} --to HF_DIR"
                     raise FinishedError(f"the run in {directory} has ended.", hint=hint)
+                await _check_tokens(run, database)
                 services = make_services(run, settings, database=database, clock=clock or Clock())
                 await services.load()
                 await unwrapped(_serve(services, stop, on_invite=on_invite, until_finished=until_finished))
             finally:
                 await database.close()
+
+
+async def _check_tokens(run: RunDir, database: Database) -> None:
+    """Raise `CorpusError` if a token file is damaged. Hashes them only if they were written to since the last time."""
+    stamp = run.tokens_stamp()
+    if await database.run(peers.get_setting, TOKENS_CHECKED) != stamp:
+        await asyncio.to_thread(run.verify_tokens)
+        await database.run(peers.put_setting, TOKENS_CHECKED, stamp)
 
 
 async def _serve(
@@ -169,7 +180,12 @@ async def _serve(
         collector = _make_collector(services, blobs, calls)
         await collector.load()
         await _answer_calls(services, calls)
-        await blobs.serve(Shelf(services.run, newest=lambda: collector.newest).resolve)
+        shelf = Shelf(
+            services.run,
+            newest=lambda: collector.newest,
+            on_damage=lambda text: services.journal.note(TOKENS_NOTE, text),
+        )
+        await blobs.serve(shelf.resolve)
         on_invite(invite)
         async with asyncio.TaskGroup() as tasks:
             beside = [

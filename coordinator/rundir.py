@@ -116,6 +116,14 @@ class RunDir:
             if path.stat().st_size != spec.num_bytes:
                 raise CorpusError(f"{path} is longer than the {spec.num_bytes} bytes it should have.", hint=_RESTORE)
 
+    def tokens_stamp(self) -> str:
+        """Return what changes when somebody writes to a token file: sizes and modification times."""
+        try:
+            stats = [(self.path / TOKENS / spec.name).stat() for spec in token_files(self.manifest.data)]
+        except OSError as error:
+            raise CorpusError(f"cannot read {error.filename}: {error.strerror}.", hint=_RESTORE) from error
+        return " ".join(f"{stat.st_size}/{stat.st_mtime_ns}" for stat in stats)
+
     def tokenizer_files(self) -> dict[str, bytes]:
         """Return the tokenizer's files by name, or raise `ConfigError` if they are not the run's."""
         folder = self.path / TOKENIZER

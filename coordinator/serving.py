@@ -13,14 +13,10 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-import structlog
-
 from coordinator.checkpointfiles import RECORD, Checkpoint
 from coordinator.rundir import RunDir
 from protocol.errors import CorpusError
 from protocol.ids import PeerId, RoundId
-
-log = structlog.get_logger()
 
 CACHED_CHUNKS = 8  # newcomers read the same rounds at the same time
 MAX_DIGITS = 12
@@ -29,9 +25,13 @@ MAX_DIGITS = 12
 class Shelf:
     """Resolves blob names within one run directory."""
 
-    def __init__(self, run: RunDir, *, newest: Callable[[], Checkpoint | None]) -> None:
+    def __init__(
+        self, run: RunDir, *, newest: Callable[[], Checkpoint | None], on_damage: Callable[[str], None]
+    ) -> None:
+        """`newest` is the checkpoint to hand out; `on_damage` hears of token files that are no longer the run's."""
         self._run = run
         self._newest = newest
+        self._on_damage = on_damage
         self._chunk = lru_cache(maxsize=CACHED_CHUNKS)(self._read_chunk)
 
     def resolve(self, caller: PeerId, name: str) -> Path | bytes | None:
@@ -52,7 +52,7 @@ class Shelf:
                 return self._run.index(spec).data
             return self._chunk(file, int(piece)) if int(piece) < spec.num_chunks else None
         except CorpusError as error:  # ours is damaged; others have the chunk too
-            log.error("tokens.damaged", error=error.one_line())
+            self._on_damage(error.one_line())
             return None
 
     def _read_chunk(self, file: str, chunk: int) -> bytes:

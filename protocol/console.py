@@ -6,16 +6,17 @@ Owns: turning errors into exit codes, and setting up logging for a command. Shar
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 import structlog
 
-from protocol.errors import SwarmError
+from protocol.errors import StorageError, SwarmError
 
 EXIT_BUG = 1
 EXIT_INTERRUPTED = 130
@@ -41,9 +42,12 @@ def run_command(command: Callable[[], None], *, program: str, debug: bool = Fals
 
 
 def set_up_logging(*, level: str, file: Path | None = None) -> None:
-    """Send structured events of `level` and above to stderr, or as JSON lines to a file."""
+    """Send structured events of `level` and above to stderr, or as JSON lines to a file.
+
+    Raises `StorageError` if the file cannot be opened.
+    """
     number = logging.getLevelNamesMapping()[level.upper()]
-    stream: TextIO = sys.stderr if file is None else file.open("a", buffering=1, encoding="utf-8")
+    stream = _LossyStream(sys.stderr if file is None else _open_log(file))
     renderer = (
         structlog.dev.ConsoleRenderer(colors=stream.isatty()) if file is None else structlog.processors.JSONRenderer()
     )
@@ -56,6 +60,29 @@ def set_up_logging(*, level: str, file: Path | None = None) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.WriteLoggerFactory(file=stream),
+        logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, stream)),
         cache_logger_on_first_use=True,
     )
+
+
+class _LossyStream:
+    """A log that loses lines when its disk is full or its terminal gone, rather than stop whoever wrote them."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.isatty = stream.isatty
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
+def _open_log(file: Path) -> TextIO:
+    try:
+        return file.open("a", buffering=1, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write the log {file}: {error.strerror}.") from None

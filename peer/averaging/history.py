@@ -83,12 +83,19 @@ class History:
         return self._part_path(version, part)
 
     def snapshots(self) -> tuple[Snapshot, ...]:
-        """List the snapshots that are there, newest first. Contents are verified when they are loaded."""
+        """List the snapshots that are there whole, newest first. Contents are verified when they are loaded."""
         found = []
         for path in sorted(self._folder.glob("v*.json"), reverse=True):
             with contextlib.suppress(WireError, OSError):  # a torn or foreign file is simply not a snapshot
-                found.append(Snapshot.from_bytes(path.read_bytes()))
+                snapshot = Snapshot.from_bytes(path.read_bytes())
+                sizes = [self._part_path(snapshot.version, file.part).stat().st_size for file in snapshot.files]
+                if sizes == [file.num_bytes for file in snapshot.files]:
+                    found.append(snapshot)
         return tuple(found)
+
+    def discard_snapshot(self, version: Version) -> None:
+        """Forget a snapshot that turned out to be damaged; its parts stay to be written over."""
+        self._snapshot_path(version).unlink(missing_ok=True)
 
     def load_snapshot(self, snapshot: Snapshot) -> dict[str, dict[str, Tensor]]:
         """Read a snapshot's tensors by part, after checking every byte. Raises `StorageError` if one is off."""
@@ -100,9 +107,7 @@ class History:
             except OSError as error:
                 raise StorageError(f"cannot read {path.name}: {error.strerror}.") from None
             if digest(data) != file.digest:
-                raise StorageError(
-                    f"{path.name} is damaged: its SHA-256 does not fit.", hint="It will be fetched again."
-                )
+                raise StorageError(f"{path.name} is damaged: its SHA-256 does not fit.")
             loaded[file.part] = load_file(path)
         return loaded
 

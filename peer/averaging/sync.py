@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import structlog
 
@@ -98,11 +99,8 @@ class StageSync:
 
     async def from_checkpoint(self, snapshot: Snapshot, *, source: PeerId, folder: str) -> Place:
         """Become a checkpoint that `source` (the coordinator) serves under the blob folder `folder`."""
-        if not self._has(snapshot):
-            names = {file.part: f"{folder}/stage-{self._stage}.{file.part}.safetensors" for file in snapshot.files}
-            await self._fetch_parts(snapshot, names, [source])
-            await asyncio.to_thread(self._history.adopt_snapshot, snapshot)
-        await self._load(snapshot)
+        names = {file.part: f"{folder}/stage-{self._stage}.{file.part}.safetensors" for file in snapshot.files}
+        await self._become(snapshot, names, [source])
         return Place(charter=None, commits=(), round=snapshot.round, version=snapshot.version, lineage=snapshot.lineage)
 
     async def replay(self, commits: Iterable[Signed], *, sources: Iterable[PeerId]) -> None:
@@ -214,17 +212,27 @@ class StageSync:
         snapshots = [one for one in answer.snapshots if charter.version <= one.version <= answer.version]
         if snapshots:
             newest = max(snapshots, key=lambda one: one.version)
-            if not self._has(newest):
-                parts = {file.part: f"state/{self._stage}/{newest.version}/{file.part}" for file in newest.files}
-                await self._fetch_parts(newest, parts, [source, *peers])
-                await asyncio.to_thread(self._history.adopt_snapshot, newest)
-            await self._load(newest)
+            names = {file.part: f"state/{self._stage}/{newest.version}/{file.part}" for file in newest.files}
+            await self._become(newest, names, [source, *peers])
             # the state at the charter's own version is where its lineage begins, whatever it was called before
             lineage = root_lineage(signed_charter) if newest.version == charter.version else newest.lineage
             return lineage, newest.version, max(newest.round, charter.round)
         if not charter.version == self._engine.version == 0:
             raise UnreachableError(f"{source} serves no snapshot of stage {self._stage} yet.")
         return root_lineage(signed_charter), charter.version, charter.round
+
+    async def _become(self, snapshot: Snapshot, names: dict[str, str], sources: list[PeerId]) -> None:
+        """Load a snapshot, from our own disk if it is there and sound; otherwise fetch its files by their `names`."""
+        if self._has(snapshot):
+            try:
+                return await self._load(snapshot)
+            except StorageError as error:
+                log.warning("snapshot.damaged", stage=self._stage, version=snapshot.version, problem=str(error))
+                self._history.discard_snapshot(snapshot.version)
+        for file in snapshot.files:
+            await self._fetch_file(snapshot, file, names[file.part], sources)
+        await asyncio.to_thread(self._history.adopt_snapshot, snapshot)
+        await self._load(snapshot)
 
     def _has(self, snapshot: Snapshot) -> bool:
         """Tell whether our own disk holds these very files from before."""
@@ -237,33 +245,36 @@ class StageSync:
             lambda: self._engine.load_state_tensors(joined, version=snapshot.version), priority=Priority.CONTROL
         )
 
-    async def _fetch_parts(self, snapshot: Snapshot, names: dict[str, str], sources: list[PeerId]) -> None:
-        for file in snapshot.files:
-            await self._fetch_file(snapshot, file, names[file.part], sources)
-
     async def _fetch_file(self, snapshot: Snapshot, file: StateFile, name: str, sources: list[PeerId]) -> None:
         """Fetch a file range by range, going on with another source where one fails."""
         if file.num_bytes > MAX_STATE_BYTES:
             raise PeerFault(f"a {file.part} file of {file.num_bytes} bytes is not believable")
         path = self._history.incoming_path(snapshot.version, file.part)
-        waiting = list(sources)
-        with path.open("wb") as out:
-            while out.tell() < file.num_bytes:
-                if not waiting:
-                    raise UnreachableError(f"nobody could bring the rest of {name}.")
-                try:
-                    piece, _ = await self._blobs.fetch_range(
-                        waiting[0], name, offset=out.tell(), length=min(MAX_RANGE_BYTES, file.num_bytes - out.tell())
-                    )
-                except (TransientError, PeerFault) as error:
-                    log.info("sync.source_failed", source=waiting[0], name=name, error=error.one_line())
-                    waiting.pop(0)
-                    continue
-                if not piece:
-                    waiting.pop(0)
-                    continue
-                out.write(piece)
-        found = digest(await asyncio.to_thread(path.read_bytes))
+        try:
+            with path.open("wb") as out:
+                await self._fetch_into(out, file, name, sources)
+            found = digest(await asyncio.to_thread(path.read_bytes))
+        except OSError as error:
+            hint = "Free some space there, or choose another --data-dir."
+            raise StorageError(f"cannot keep the state of stage {self._stage}: {error.strerror}.", hint=hint) from None
         if found != file.digest:
             path.unlink()
             raise PeerFault(f"{name} does not have the promised SHA-256")
+
+    async def _fetch_into(self, out: BinaryIO, file: StateFile, name: str, sources: list[PeerId]) -> None:
+        waiting = list(sources)
+        while out.tell() < file.num_bytes:
+            if not waiting:
+                raise UnreachableError(f"nobody could bring the rest of {name}.")
+            try:
+                piece, _ = await self._blobs.fetch_range(
+                    waiting[0], name, offset=out.tell(), length=min(MAX_RANGE_BYTES, file.num_bytes - out.tell())
+                )
+            except (TransientError, PeerFault) as error:
+                log.info("sync.source_failed", source=waiting[0], name=name, error=error.one_line())
+                waiting.pop(0)
+                continue
+            if not piece:
+                waiting.pop(0)
+                continue
+            out.write(piece)

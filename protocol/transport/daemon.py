@@ -30,16 +30,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hivemind.p2p import P2P, P2PDaemonError
+from hivemind.p2p import P2P, P2PDaemonError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import DEFAULT_MAX_MSG_SIZE
 from hivemind.utils.logging import use_hivemind_log_handler
 
-from protocol.errors import LocalFault, PortError, UnreachableError
-from protocol.transport.addresses import host_and_port, is_loopback, socket_family
+from protocol.errors import InviteError, LocalFault, PortError, SwarmError, UnreachableError
+from protocol.transport.addresses import encodable, host_and_port, is_loopback, require_peer, socket_family
 
 START_TIMEOUT_S = 60.0  # hivemind's 15 s are not enough on a machine that is busy starting eight of them
 START_ATTEMPTS = 2
 IDLE_TIMEOUT_S = 15.0
+DIAGNOSIS_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 2.0  # a healthy p2pd needs 0.02
 PORT_WAIT_S = 2.0  # a predecessor that was killed a moment ago may still hold the port
 MAX_UNARY_RESPONSE_BYTES = DEFAULT_MAX_MSG_SIZE - 4096  # leaves room for the envelope
@@ -78,7 +79,11 @@ class Daemon(P2P):  # type: ignore[misc]
         initial_peers: tuple[str, ...] = (),
         reach: Reach | None = None,
     ) -> Daemon:
-        """Start p2pd. Raises `PortError`, `UnreachableError` (no initial peer answers) or `LocalFault`."""
+        """Start p2pd.
+
+        Raises `PortError`, `LocalFault`, `UnreachableError` (no initial peer answers) or `InviteError` (none of
+        those who do is the one that was meant).
+        """
         quiet_hivemind()
         await wait_ports_free(host_maddrs)
         options = _options(key_path, host_maddrs, announce_maddrs, initial_peers, reach or Reach())
@@ -87,7 +92,7 @@ class Daemon(P2P):  # type: ignore[misc]
                 return await cls._launch_once(options)
             except P2PDaemonError as error:
                 if "failed to start in" not in str(error) or not attempts_left:
-                    raise _start_error(str(error), initial_peers) from None
+                    raise await cls._start_error(str(error), options) from None
             except OSError as error:
                 raise LocalFault(f"p2pd cannot be started: {error}.") from error
         raise AssertionError("the last attempt either returns or raises")
@@ -104,6 +109,45 @@ class Daemon(P2P):  # type: ignore[misc]
             raise
         daemon._begin_watch()
         return daemon
+
+    @classmethod
+    async def _start_error(cls, text: str, options: dict[str, Any]) -> SwarmError:
+        reason = text.removeprefix("Daemon failed to start: ")
+        if "failed to listen" in reason or "address already in use" in reason:
+            return PortError(f"p2pd cannot listen: {reason}.")
+        initial = options["initial_peers"]
+        if not initial or not ("bootstrap" in reason or "failed to start in" in reason):
+            return LocalFault(f"p2pd did not start: {reason}.")
+        if await cls._is_somebody_else(initial, options):
+            return InviteError(
+                f"another key than the invite names answers at {', '.join(initial)}.",
+                hint="Ask the organiser for the invite that is valid now.",
+            )
+        return UnreachableError(f"no peer of that name answers at {', '.join(initial)}.")
+
+    @classmethod
+    async def _is_somebody_else(cls, initial: list[str], options: dict[str, Any]) -> bool:
+        """Dial initial peers that did not answer again, to hear why: p2pd does not say when it starts."""
+        try:
+            daemon = await cls._launch_once({**options, "initial_peers": None})
+        except (P2PDaemonError, OSError):
+            return False
+        try:
+            async with asyncio.timeout(DIAGNOSIS_TIMEOUT_S):
+                return any([await daemon._is_another(address) for address in initial])
+        except TimeoutError:
+            return False
+        finally:
+            await daemon.stop(timeout_s=STOP_TIMEOUT_S)
+
+    async def _is_another(self, address: str) -> bool:
+        """Tell whether somebody answers at an address who does not hold the key that it names."""
+        way, peer_id = require_peer(address)
+        try:
+            await self._client.connect(PeerID.from_base58(peer_id), [encodable(way)])
+        except (P2PDaemonError, OSError, EOFError) as error:
+            return "peer id mismatch" in str(error)
+        return False
 
     @property
     def pid(self) -> int:
@@ -270,12 +314,3 @@ def _options(
         "use_auto_relay": reach.use_auto_relay,
         "trusted_relays": list(reach.trusted_relays) or None,
     }
-
-
-def _start_error(text: str, initial_peers: tuple[str, ...]) -> PortError | UnreachableError | LocalFault:
-    reason = text.removeprefix("Daemon failed to start: ")
-    if "failed to listen" in reason or "address already in use" in reason:
-        return PortError(f"p2pd cannot listen: {reason}.")
-    if initial_peers and ("bootstrap" in reason or "failed to start in" in reason):
-        return UnreachableError(f"no peer of that name answers at {', '.join(initial_peers)}.")
-    return LocalFault(f"p2pd did not start: {reason}.")

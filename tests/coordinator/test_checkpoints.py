@@ -404,7 +404,7 @@ async def test_an_unreachable_peer_costs_a_try(tmp_path: Path) -> None:
 async def test_the_shelf_serves_tokens_and_checkpoints_and_nothing_else(tmp_path: Path) -> None:
     """Oracle: the files of a real run directory, and a list of names that must lead nowhere."""
     run = make_run(tmp_path)
-    shelf = Shelf(run, newest=lambda: None)
+    shelf = Shelf(run, newest=lambda: None, on_damage=pytest.fail)
     spec = run.manifest.data.train
     whole = (run.path / "tokens" / spec.name).read_bytes()
     chunks = [shelf.resolve(A.peer, f"tokens/{spec.name}/{number}") for number in range(spec.num_chunks)]
@@ -433,7 +433,10 @@ async def test_a_damaged_chunk_is_not_handed_out(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[100] ^= 1
     path.write_bytes(data)
-    assert Shelf(run, newest=lambda: None).resolve(A.peer, f"tokens/{path.name}/0") is None
+    damages: list[str] = []
+    shelf = Shelf(run, newest=lambda: None, on_damage=damages.append)
+    assert shelf.resolve(A.peer, f"tokens/{path.name}/0") is None
+    assert [path.name in text and "chunk 0" in text for text in damages] == [True]
 
 
 async def test_the_newest_checkpoint_and_those_before_can_be_fetched(tmp_path: Path) -> None:
@@ -444,7 +447,7 @@ async def test_the_newest_checkpoint_and_those_before_can_be_fetched(tmp_path: P
             await offering(office, fake, A, 0, round_id)
             await offering(office, fake, B, 1, round_id)
             assert await collector.poll()
-        shelf = Shelf(office.services.run, newest=lambda: collector.newest)
+        shelf = Shelf(office.services.run, newest=lambda: collector.newest, on_damage=pytest.fail)
         name = "stage-0.weights.safetensors"
         newest, same, older = (shelf.resolve(A.peer, f"checkpoint/{at}/{name}") for at in ("newest", "10", "5"))
         assert newest == same

@@ -27,12 +27,13 @@ from typing import Any, Literal
 
 import psutil
 
-Program = Literal["peer", "coordinator", "swarm"]
+Program = Literal["peer", "coordinator", "swarm", "odd-peer"]
 
 ENTRY_POINTS: dict[Program, str] = {
     "peer": "peer.cli",
     "coordinator": "coordinator.cli",
     "swarm": "coordinator.monitor.cli",
+    "odd-peer": "tests.e2e.odd_peer",
 }
 PRELOADED = ["peer.app", "coordinator.app", "coordinator.init", "coordinator.export", "bitsandbytes"]
 IS_COLD = os.environ.get("HANDCAR_E2E_COLD") == "1"

@@ -18,7 +18,7 @@ import pytest
 from hivemind.p2p import P2PDaemonError, PeerID
 from hivemind.proto import dht_pb2
 
-from protocol.errors import ClockError, ConfigError, LocalFault, PortError, StorageError, UnreachableError
+from protocol.errors import ClockError, ConfigError, InviteError, LocalFault, PortError, StorageError, UnreachableError
 from protocol.transport import daemon, identity
 from protocol.transport.daemon import Daemon, wait_ports_free
 from tests.protocol.transport.network import COORDINATOR, ROOT, STRANGER, StartNode, found_by, record_of
@@ -238,11 +238,11 @@ async def test_nobody_at_the_initial_address_is_unreachable(start: StartNode) ->
     assert await found_by(first) == {second.peer_id}
 
 
-async def test_the_wrong_key_at_the_right_address_is_unreachable(start: StartNode) -> None:
-    """Oracle: libp2p's handshake; an impostor at the coordinator's address is nobody to us."""
+async def test_the_wrong_key_at_the_right_address_is_named_as_such(start: StartNode) -> None:
+    """Oracle: libp2p's handshake; an impostor at the coordinator's address is nobody to us, and no mere silence."""
     first = await start("first")
     way = (await first.addresses())[0].split("/p2p/")[0]
-    with pytest.raises(UnreachableError):
+    with pytest.raises(InviteError, match="another key"):
         await start("second", peers=(f"{way}/p2p/{STRANGER.peer_id}",))
 
 
