@@ -33,6 +33,7 @@ from protocol.wire import Message
 ENTRY_CONTEXT = "handcar path entry"
 MAX_DIMENSION = 1 << 24
 MAX_BODY_BYTES = 1 << 32
+MAX_TIME_LEFT_S = 1e6  # no round takes eleven days
 
 Count = Annotated[int, Field(ge=0)]
 Kind = Annotated[TaskKind, Field(strict=False)]
@@ -67,7 +68,7 @@ class OpenTask(Message):
     version: Version
     local_step: Count
     """0 in `gradient` mode; which local step the caller's weights are at in `diloco`."""
-    time_left_s: Annotated[float, Field(ge=0)]
+    time_left_s: Annotated[float, Field(ge=0, le=MAX_TIME_LEFT_S)]
     retries_left: Count
     tensors: Annotated[tuple[TensorSpec, ...], Field(min_length=1, max_length=8)]
     codec: Annotated[str, Field(max_length=16)]

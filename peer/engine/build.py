@@ -52,6 +52,7 @@ def build_span(manifest: Manifest, stages: Sequence[StageId], settings: PeerSett
         codec=codec(manifest.averaging.activation_codec),
         hidden_size=manifest.model.config["hidden_size"],
         num_stages=manifest.model.num_stages,
+        microbatch=(manifest.batch.sequences_per_microbatch, manifest.batch.sequence_length),
     )
 
 

@@ -51,8 +51,15 @@ class SpanEngine:
     """The stages that this peer hosts, as one function with memory."""
 
     def __init__(
-        self, engines: Mapping[StageId, StageEngine], *, codec: Codec, hidden_size: int, num_stages: int
+        self,
+        engines: Mapping[StageId, StageEngine],
+        *,
+        codec: Codec,
+        hidden_size: int,
+        num_stages: int,
+        microbatch: tuple[int, int],
     ) -> None:
+        """`microbatch` is the run's (B, T), which no body may exceed."""
         self.engines = dict(sorted(engines.items()))
         self.first = StageId(min(self.engines))
         self.last = StageId(max(self.engines))
@@ -60,6 +67,7 @@ class SpanEngine:
         self.is_last = self.last == num_stages - 1
         self._codec = codec
         self._hidden_size = hidden_size
+        self._microbatch = microbatch
         self._open: dict[StageId, RoundId] = {}
         self._waiting: dict[int, SpanTicket] = {}
         self.accumulated_tokens: dict[StageId, int] = dict.fromkeys(self.engines, 0)
@@ -84,8 +92,9 @@ class SpanEngine:
 
     def body_bytes(self, shape: tuple[int, ...]) -> int:
         """Return the exact size of an encoded (B, T, D) body, or raise `WireError` if it cannot be one."""
-        if len(shape) != 3 or shape[2] != self._hidden_size:
-            raise WireError(f"a body of shape {shape} cannot enter this stage; (B, T, {self._hidden_size}) can")
+        most = (*self._microbatch, self._hidden_size)
+        if len(shape) != 3 or shape[0] > most[0] or shape[1:] != most[1:]:
+            raise WireError(f"a body of shape {shape} cannot enter this stage; {most} can")
         return self._codec.encoded_bytes(shape[0] * shape[1] * shape[2])
 
     def forward(

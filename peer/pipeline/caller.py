@@ -8,6 +8,7 @@ know: what is computed. The wire side of the same conversation is `callee.py`.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import structlog
 from peer.pipeline.router import Router
 from peer.pipeline.view import Membership, View
 from peer.tasks import Body, DownstreamFailed, Outcome, Pulse, RoundOver, TaskId
+from protocol.batches import TaskKind
 from protocol.errors import DeadlineError, PeerFault, SwarmError, UnreachableError, WireError
 from protocol.hops import (
     ENTRY_CONTEXT,
@@ -226,6 +228,10 @@ class HopCaller:
         if answer.status is AnswerStatus.FAILED:
             await stream.send(Received())
             raise PeerFault(f"{peer} failed at stage {errand.stage}: {answer.detail}")
+        # a gradient looks like what it is the gradient of; anything else would be memory that a stranger makes us take
+        expected = len(errand.body.data) if errand.task.kind is TaskKind.TRAIN else 0
+        if answer.body_bytes != expected:
+            raise WireError(f"{peer} answers with {answer.body_bytes} bytes where {expected} are due")
         gradient, gradient_digest = await stream.receive_body(answer.body_bytes)
         check_answer(answer, gradient_digest, peer=peer, run=self._run, errand_body=errand.body, task=errand.task)
         await stream.send(Received())
@@ -300,7 +306,10 @@ class HopCaller:
 def check_answer(
     answer: Answer, gradient_digest: bytes, *, peer: PeerId, run: RunId, errand_body: Body, task: TaskId
 ) -> None:
-    """Raise `WireError` unless the callee's signed entry names exactly what we sent and what we received."""
+    """Raise `WireError` unless the callee's signed entry names exactly what we sent and what we received.
+
+    The loss must be one that a microbatch of that many tokens can have; whether it is true is for validators.
+    """
     if not answer.path:
         raise WireError(f"{peer} answered without a path")
     entry = unseal(answer.path[0], ENTRY_CONTEXT, PathEntry, signer=peer)
@@ -309,6 +318,9 @@ def check_answer(
     same_result = (entry.loss_sum, entry.target_tokens) == (answer.loss_sum, answer.target_tokens)
     if not (same_task and same_bytes and same_result and entry.behind == path_digest(answer.path[1:])):
         raise WireError(f"{peer} signed something else than it sent")
+    num_tokens = math.prod(errand_body.shape[:2])
+    if not (0 < answer.target_tokens <= num_tokens and 0 <= answer.loss_sum < math.inf):
+        raise WireError(f"{peer} claims a loss of {answer.loss_sum} over {answer.target_tokens} of {num_tokens} tokens")
 
 
 def hop_protocol(run: RunId) -> str:

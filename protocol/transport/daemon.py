@@ -30,12 +30,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import structlog
 from hivemind.p2p import P2P, P2PDaemonError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import DEFAULT_MAX_MSG_SIZE
 from hivemind.utils.logging import use_hivemind_log_handler
 
 from protocol.errors import InviteError, LocalFault, PortError, SwarmError, UnreachableError
 from protocol.transport.addresses import encodable, host_and_port, is_loopback, require_peer, socket_family
+
+log = structlog.get_logger()
 
 START_TIMEOUT_S = 60.0  # hivemind's 15 s are not enough on a machine that is busy starting eight of them
 START_ATTEMPTS = 2
@@ -230,6 +233,12 @@ class Daemon(P2P):  # type: ignore[misc]
             return response
 
         await super()._add_protobuf_unary_handler(handle_name, bounded, input_protobuf_type, balanced=balanced)
+        log.debug("handler.added", name=handle_name)
+
+    async def add_binary_stream_handler(self, name: str, handler: Any, balanced: bool = False) -> None:
+        """Let `handler` serve streams called `name`; like hivemind's, and the log says what strangers can reach."""
+        await super().add_binary_stream_handler(name, handler, balanced)
+        log.debug("handler.added", name=name)
 
     def _terminate(self) -> None:
         super()._terminate()

@@ -23,6 +23,7 @@ from protocol.signing import Signed, SigningKey
 SCHEDULE = LearningRate(peak=1e-2, warmup=0, total=10)
 STAGE = StageId(0)
 LINEAGE = Lineage(bytes(32))
+MICROBATCH = (1, 4)  # sequences, tokens
 
 
 def engine() -> StageEngine:
@@ -83,7 +84,7 @@ def signed() -> Signed:
 def test_a_snapshot_and_its_log_lead_to_the_same_state(tmp_path: Path) -> None:
     """Oracle: an undisturbed engine; the other one starts from disk at version 1 and replays the rest."""
     target, history = engine(), History(tmp_path, stage=STAGE)
-    span = SpanEngine({STAGE: target}, codec=codec("fp32"), hidden_size=64, num_stages=2)
+    span = SpanEngine({STAGE: target}, codec=codec("fp32"), hidden_size=64, num_stages=2, microbatch=MICROBATCH)
     for version in range(3):
         if version == 1:
             history.save_snapshot(span.state_parts(STAGE), round_id=RoundId(1), version=Version(1), lineage=LINEAGE)
@@ -105,7 +106,7 @@ def test_a_snapshot_and_its_log_lead_to_the_same_state(tmp_path: Path) -> None:
 def test_a_flipped_byte_on_disk_is_never_loaded(tmp_path: Path) -> None:
     """Oracle: the snapshot's digests."""
     history = History(tmp_path, stage=STAGE)
-    span = SpanEngine({STAGE: engine()}, codec=codec("fp32"), hidden_size=64, num_stages=2)
+    span = SpanEngine({STAGE: engine()}, codec=codec("fp32"), hidden_size=64, num_stages=2, microbatch=MICROBATCH)
     snapshot = history.save_snapshot(span.state_parts(STAGE), round_id=RoundId(0), version=Version(0), lineage=LINEAGE)
     path = history.incoming_path(Version(0), "weights")
     data = bytearray(path.read_bytes())
@@ -118,7 +119,7 @@ def test_a_flipped_byte_on_disk_is_never_loaded(tmp_path: Path) -> None:
 def test_old_snapshots_and_the_updates_before_them_are_pruned(tmp_path: Path) -> None:
     """Oracle: the number of snapshots kept, and that the log reaches back to the oldest of them."""
     history = History(tmp_path / "stage-0", stage=STAGE)
-    span = SpanEngine({STAGE: engine()}, codec=codec("fp32"), hidden_size=64, num_stages=2)
+    span = SpanEngine({STAGE: engine()}, codec=codec("fp32"), hidden_size=64, num_stages=2, microbatch=MICROBATCH)
     for version in range(4):
         history.save_snapshot(
             span.state_parts(STAGE), round_id=RoundId(version), version=Version(version), lineage=LINEAGE

@@ -136,9 +136,11 @@ CHILD = """
 import asyncio, json, sys
 from pathlib import Path
 import uvloop
+from protocol.console import set_up_logging
 from protocol.transport.node import Node
 
 async def main():
+    set_up_logging(level="warning")
     node = await Node.start(Path(sys.argv[1]), run="0" * 32, coordinator=sys.argv[2], host_maddrs=(sys.argv[3],))
     print(json.dumps({"pid": node.p2p.pid, "addresses": await node.addresses()}), flush=True)
     await asyncio.sleep(600)
