@@ -178,8 +178,8 @@ async def _serve(
         blobs = Blobs(streams, run=services.run.manifest.run_id)
         calls = Calls(streams, run=services.run.manifest.run_id)
         collector = _make_collector(services, blobs, calls)
-        await collector.load()
         await _answer_calls(services, calls)
+        await collector.load()  # hashes gigabytes; until then there is no checkpoint to hand out, not even "none"
         shelf = Shelf(
             services.run,
             newest=lambda: collector.newest,

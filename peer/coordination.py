@@ -49,6 +49,7 @@ log = structlog.get_logger()
 
 MAX_SKEW_S = 3.0  # hivemind's DHT refuses neighbours whose clocks differ by more
 REGISTER_ATTEMPTS = 5
+DEAF_ATTEMPTS = 2  # a coordinator that starts is in the DHT a moment before it serves calls
 REGISTER_PAUSE_S = 2.0
 BEAT_S = 2.0
 LEAVE_TIMEOUT_S = 3.0
@@ -244,18 +245,20 @@ async def say_goodbye(link: Link, *, reason: str) -> None:
 
 
 async def _ask_patiently(link: Link, request: Register) -> Welcome:
-    is_deaf = False
+    deaf_attempts = 0
     for attempt in range(REGISTER_ATTEMPTS):
         try:
             return await link.calls.call(link.coordinator, request, Welcome)
         except BusyError as error:
             await asyncio.sleep(error.retry_after_s)
         except TransientError as error:
-            is_deaf = isinstance(error, UnreachableError) and error.is_deaf
             log.info("coordinator.unreachable", attempt=attempt, error=error.one_line())
+            if isinstance(error, UnreachableError) and error.is_deaf:
+                deaf_attempts += 1
+            if deaf_attempts == DEAF_ATTEMPTS:
+                what = f"the coordinator is there, but does not speak protocol {PROTOCOL_VERSION}."
+                raise IncompatibleError(what) from None
             await asyncio.sleep(REGISTER_PAUSE_S)
-    if is_deaf:
-        raise IncompatibleError(f"the coordinator is there, but does not speak protocol {PROTOCOL_VERSION}.")
     raise UnreachableError(
         "the coordinator does not answer.", hint="Is it running? Check the invite and your connection, then try again."
     )
