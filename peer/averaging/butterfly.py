@@ -17,12 +17,11 @@ from hivemind.p2p import P2P
 from torch import Tensor
 
 from peer.averaging.link import Link, from_hivemind
-from peer.averaging.merge import OrderedMerger
 from peer.averaging.parts import cut
-from peer.averaging.reduce import Reduced, ReduceError, ReduceGroup, contribution
+from peer.averaging.reduce import Reduced, ReduceError, ReduceGroup
 from peer.averaging.reduce_service import ReduceService
 from peer.averaging.runner import ButterflyRunner
-from peer.codecs import codec
+from peer.codecs import Codec, codec
 from protocol.ids import Digest, digest
 
 log = structlog.get_logger()
@@ -56,8 +55,8 @@ class ButterflyReduce:
                 raise ValueError(f"a shard is flat contiguous fp32, not {shard.dtype} {tuple(shard.shape)}")
         started_s = time.monotonic()
         if len(group.members) == 1:
-            parts = await _reduce_alone(group, shards)
-            return _reduced(group, shards, parts, digest(*parts), started_s)
+            parts = await asyncio.to_thread(_encode_alone, codec(group.codec), shards)
+            return _reduced(group, shards, parts, await asyncio.to_thread(digest, *parts), started_s)
         runner = ButterflyRunner(self._link, group=group, shards=shards, namespace=self._namespace)
         with self._service.serving(group.group_id, runner):
             await self._service.announce()
@@ -74,18 +73,10 @@ class ButterflyReduce:
         )
 
 
-async def _reduce_alone(group: ReduceGroup, shards: Sequence[Tensor]) -> tuple[bytes, ...]:
-    """Sum over ourselves: what we send is decoded and encoded just as in a larger group."""
-    using = codec(group.codec)
+def _encode_alone(using: Codec, shards: Sequence[Tensor]) -> tuple[bytes, ...]:
+    """Sum over ourselves: nothing is added to what we have, so it is encoded once. Takes long; not for the loop."""
     parts = cut([len(shard) for shard in shards], num_members=1)
-    merger = OrderedMerger(using, [part.length for part in parts], num_senders=1)
-    results = []
-    for part in parts:
-        values = shards[part.shard][part.start : part.start + part.length]
-        results.append(await merger.accumulate_part(0, part.index, contribution(values, using=using)))
-        await asyncio.sleep(0)  # hops and heartbeats go on
-    merger.finalize()
-    return tuple(results)
+    return tuple(using.encode(shards[part.shard][part.start : part.start + part.length]) for part in parts)
 
 
 def _reduced(

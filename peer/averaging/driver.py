@@ -311,23 +311,28 @@ class StageDriver:
         if update is None:
             self.post(events.ApplyFailed(lineage, "the bytes are not staged here"))
             return
-        await self._sync.apply(commit, signed, update)
-        await self._after_step(commit, signed, lineage)
+        await self._sync.absorb(commit, update)
+        keeping = self._sync.keep(commit, signed, update)
+        state_digest, _ = await asyncio.gather(self._state_digest(), keeping)  # the disk need not wait for the hash
+        self._after_step(commit, signed, lineage, state_digest)
 
     async def _replay(self, steps: tuple[events.CommitStep, ...], sources: tuple[PeerId, ...]) -> None:
         try:
             for step in steps:
                 await self._sync.replay((step.signed,), sources=sources)
-                await self._after_step(step.commit, step.signed, step.lineage, announce=step is steps[-1])
+                is_last = step is steps[-1]
+                self._after_step(step.commit, step.signed, step.lineage, await self._state_digest(), announce=is_last)
         except (TransientError, PeerFault) as error:
             self.post(events.ApplyFailed(steps[-1].lineage, error.one_line()[:200]))
 
-    async def _after_step(self, commit: Commit, signed: Signed, lineage: Lineage, *, announce: bool = True) -> None:
+    def _after_step(
+        self, commit: Commit, signed: Signed, lineage: Lineage, state_digest: Digest, *, announce: bool = True
+    ) -> None:
         self.statistics.committed += 1
         self._staged.clear()
         self._view.learn(membership_of(commit, lineage))
         self._reports.add(CommitReport(commit=signed))
-        self.state_digest = state_digest = await self._state_digest()
+        self.state_digest = state_digest
         log.info(
             "round.committed",
             stage=self.stage,

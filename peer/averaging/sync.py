@@ -108,7 +108,8 @@ class StageSync:
         for signed in commits:
             commit = unseal(signed, COMMIT_CONTEXT, Commit)
             update = await self.fetch_update(commit, sources)
-            await self.apply(commit, signed, update)
+            await self.absorb(commit, update)
+            await self.keep(commit, signed, update)
 
     async def fetch_update(self, commit: Commit, sources: Iterable[PeerId]) -> Update:
         """Bring the bytes of a commit from anybody who has them. Raises `UnreachableError` if nobody has."""
@@ -127,8 +128,8 @@ class StageSync:
                 log.warning("update.wrong", source=source, name=name)
         raise UnreachableError(f"nobody has the update of version {before} of stage {self._stage}.")
 
-    async def apply(self, commit: Commit, signed: Signed, update: Update) -> None:
-        """Absorb an update in the compute thread and log it."""
+    async def absorb(self, commit: Commit, update: Update) -> None:
+        """Take the step to a commit's version, in the compute thread."""
         if commit.version != self._engine.version + 1:
             raise PeerFault(f"commit of version {commit.version} does not follow version {self._engine.version}")
         await self._compute.run(
@@ -141,6 +142,9 @@ class StageSync:
             ),
             priority=Priority.CONTROL,
         )
+
+    async def keep(self, commit: Commit, signed: Signed, update: Update) -> None:
+        """Log an update that was absorbed, for those who come later."""
         try:
             await asyncio.to_thread(self._history.append, Version(commit.version - 1), update.data, signed)
         except StorageError as error:  # costs joiners a source, not us the round
