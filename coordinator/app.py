@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +26,10 @@ from coordinator.checkpointfiles import Checkpoint
 from coordinator.checkpoints import Collector, versions
 from coordinator.clock import Clock
 from coordinator.finish import Finish
+from coordinator.http import serving_status
 from coordinator.journal import Journal
 from coordinator.ledger import Ledger
+from coordinator.monitor.local import status_of_directory
 from coordinator.registry import Registry
 from coordinator.rundir import KEY, RunDir
 from coordinator.serving import Shelf
@@ -155,7 +158,8 @@ async def run_coordinator(
                 await _check_tokens(run, database)
                 services = make_services(run, settings, database=database, clock=clock or Clock())
                 await services.load()
-                await unwrapped(_serve(services, stop, on_invite=on_invite, until_finished=until_finished))
+                with _serving_status(services):
+                    await unwrapped(_serve(services, stop, on_invite=on_invite, until_finished=until_finished))
             finally:
                 await database.close()
 
@@ -166,6 +170,18 @@ async def _check_tokens(run: RunDir, database: Database) -> None:
     if await database.run(peers.get_setting, TOKENS_CHECKED) != stamp:
         await asyncio.to_thread(run.verify_tokens)
         await database.run(peers.put_setting, TOKENS_CHECKED, stamp)
+
+
+@contextmanager
+def _serving_status(services: Services) -> Iterator[None]:
+    """Show the status over HTTP while the block runs, if the organiser wants that."""
+    address, path = services.settings.http, services.run.path
+    if address is None:
+        yield
+        return
+    with serving_status(address, lambda: status_of_directory(path)) as port:
+        log.info("http.serving", port=port)
+        yield
 
 
 async def _serve(

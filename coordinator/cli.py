@@ -122,6 +122,7 @@ def init(
 @click.argument("directory", type=DIRECTORY)
 @click.option("--host-maddr", "host_maddrs", multiple=True, help="Multiaddr to listen on; repeatable.")
 @click.option("--announce", "announce_maddrs", multiple=True, help="Multiaddr that peers should dial; repeatable.")
+@click.option("--http", default=None, metavar="HOST:PORT", help="Serve the status there: text, and /status.json.")
 @click.option("--token", default=None, help="A word that peers must bring; it becomes part of the invite.")
 @click.option("--start-peers", type=int, default=None, help="Begin when so many peers are ready. [default: 1]")
 @click.option("--stages-per-peer", type=int, default=None, help="Stages that a joiner is given. [default: 1]")
@@ -133,6 +134,7 @@ def run(
     directory: Path,
     host_maddrs: tuple[str, ...],
     announce_maddrs: tuple[str, ...],
+    http: str | None,
     token: str | None,
     start_peers: int | None,
     stages_per_peer: int | None,
@@ -153,6 +155,7 @@ def run(
         settings = read_settings(
             host_maddrs=host_maddrs,
             announce_maddrs=announce_maddrs,
+            http=http,
             token=token,
             start_peers=start_peers,
             stages_per_peer=stages_per_peer,

@@ -27,6 +27,8 @@ class CoordinatorSettings(BaseSettings):
     """Where to listen. Empty: the port of the last start on all interfaces, else any free one."""
     announce_maddrs: tuple[str, ...] = ()
     """What others should dial, if it differs (port forwarding, DNS)."""
+    http: str | None = None
+    """`HOST:PORT` at which the status is served over HTTP; nowhere by default."""
     token: Annotated[str, Field(min_length=1, max_length=100)] | None = None
     """A word that a peer must bring to be let in; it travels in the invite."""
     start_peers: Annotated[int, Field(ge=1, le=65_536)] = 1

@@ -69,6 +69,7 @@ from protocol.rounds.messages import (
 from protocol.rounds.neighbours import Neighbours
 from protocol.rounds.notices import Notices
 from protocol.rounds.settings import Settings
+from protocol.rounds.steward import Phase
 from protocol.signing import Signed
 
 MAX_STEPS = 10_000  # of messages to ourselves within one event; a round takes about ten
@@ -85,6 +86,8 @@ class RoundStatistics:
     generation: int
     num_members: int
     steward: PeerId | None
+    phase: Phase
+    """What our own steward waits for; idle unless we conduct the ballot."""
     """Who conducts the present ballot, as far as we have promised."""
     ballot: int
     num_done: int
@@ -154,6 +157,7 @@ class RoundMachine:
             generation=member.chain.generation if member.chain is not None else 0,
             num_members=len(member.chain.head.seats) if member.chain is not None else 0,
             steward=promised.steward if promised is not None else None,
+            phase=member.steward.phase if member.steward is not None else Phase.IDLE,
             ballot=promised.number if promised is not None else 0,
             num_done=clock.bits.bit_count() if clock is not None else 0,
             num_numbers=clock.size.all_bits.bit_count() if clock is not None else 0,

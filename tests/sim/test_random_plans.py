@@ -12,7 +12,9 @@ from random import Random
 import pytest
 
 from protocol.ids import PeerId
+from protocol.rounds.member import Standing
 from protocol.rounds.settings import KeyNotary
+from protocol.rounds.steward import Phase
 from protocol.signing import SigningKey
 from tests.sim.faults import Kill, Partition, Pause, Restart, Worsen, random_plan, torment
 from tests.sim.network import Link
@@ -20,6 +22,7 @@ from tests.sim.trial import PAIRS, TRIPLES, commits_of, settle
 from tests.sim.world import Options, World
 
 NUM_TRIALS = 200
+NUM_KILLS = 120
 BLOCK = 20
 SWARMS = (
     PAIRS,
@@ -53,6 +56,37 @@ def test_random_plans_end_in_one_lineage(first: int) -> None:
         except AssertionError as error:
             raise AssertionError(f"seed {seed}: {error}") from error
     assert {"open", "frozen"} <= set(deaths)
+
+
+def kill_trial(seed: int) -> str:
+    """Kill and replace one peer at a moment that is uniform over two rounds; return the phase that it hit."""
+    rng = Random(seed)
+    world = World(seed, Options(spans=TRIPLES))
+    world.run_rounds(2, within_s=60.0)
+    world.run(rng.uniform(0.0, world.run_rounds(2, within_s=60.0)))
+    victim = rng.choice(sorted(world.processes))
+    replicas = [r for process in world.processes.values() for r in process.replicas.values()]
+    stages = world.processes[victim].replicas.keys()
+    standings = {r.machine.statistics().standing for r in replicas if r.stage in stages}
+    phases = {r.machine.statistics().phase for r in replicas if r.stage in stages} - {Phase.IDLE}
+    torment(world, [Kill(victim, 0.0), Restart(victim, rng.uniform(0.5, 3.0))])
+    world.run_rounds(2, within_s=60.0)
+    settle(world)
+    assert world.checks.num_lost() == 0
+    standing = max(standings, key=list(Standing).index)
+    return str(max(phases, key=list(Phase).index).value if phases else standing.value)
+
+
+@pytest.mark.slow
+def test_kills_at_any_moment_of_two_rounds_hit_every_phase() -> None:
+    hit: Counter[str] = Counter()
+    for seed in range(NUM_KILLS):
+        try:
+            hit[kill_trial(seed)] += 1
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+    print(f"kills by phase, seeds 0 to {NUM_KILLS - 1}: {dict(hit)}")
+    assert {"open", "frozen", "pinging", "reducing", "proposing"} <= set(hit)
 
 
 def wild_trial(seed: int) -> bool:
