@@ -104,6 +104,7 @@ class SpanParts:
         self._caller = HopCaller(
             run=run,
             codec=manifest.averaging.activation_codec,
+            num_stages=self.num_stages,
             streams=link.streams,
             view=self.view,
             router=Router(run=run),
@@ -357,14 +358,20 @@ class SpanParts:
         """Ask replicas of a stage for its newest commit whenever a hop shows that ours is stale."""
         while True:
             stage, peer = await self._caller.on_stale_view.get()
+            self._start(self._refresh_view(stage, peer))  # beside the others: one that hangs holds up nobody else
+
+    async def _refresh_view(self, stage: StageId, peer: PeerId | None) -> None:
+        try:
             for informant in self._informants(stage) if peer is None else [peer]:
                 try:
-                    answer = await self._link.calls.call(informant, StateRequest(stage=stage), StateAnswer)
+                    request = StateRequest(stage=stage)
+                    answer = await self._link.calls.call(informant, request, StateAnswer, timeout_s=NEWS_TIMEOUT_S)
                     self._learn_answer(answer)
                 except (TransientError, PeerFault, RefusedError) as error:
                     log.debug("view.unrefreshed", stage=stage, peer=informant, error=error.one_line())
                 else:
-                    break
+                    return
+        finally:
             self._caller.news_asked(stage, peer)
 
     def _informants(self, stage: StageId) -> list[PeerId]:
@@ -387,11 +394,13 @@ class SpanParts:
     async def _on_commit_news(self, caller: PeerId, news: CommitNews) -> Done:
         """Believe a commit that follows the membership we know and is signed by one of its members; else ask."""
         commit = unseal(news.commit, COMMIT_CONTEXT, Commit)
+        if commit.stage >= self.num_stages:
+            raise PeerFault(f"there is no stage {commit.stage} in this run")
         known = self.view.membership(commit.stage)
         if known is not None and commit.parent == known.lineage and news.commit.signer in known.members:
             self.view.learn(membership_of(commit, next_lineage(commit.parent, news.commit.payload)))
-        else:
-            self._caller.ask_for_news(commit.stage, caller)
+        else:  # a stranger's word only makes us ask those whom somebody else names
+            self._caller.ask_for_news(commit.stage, caller if caller in self.sources_of(commit.stage) else None)
         return Done()
 
     async def _tell_neighbours(self, commit: Commit, signed: Signed) -> None:

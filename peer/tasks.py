@@ -66,13 +66,10 @@ class Pulse:
     is_local: bool = True
     _jobs_seen: int = 0
 
-    def advance(self, stage: StageId, work: int, *, waiting: bool = False) -> bool:
-        """Take over news from downstream; tell whether it is progress."""
-        self.waiting = waiting
-        if (stage, work) <= (self.furthest_stage, self.work):
-            return False
-        self.furthest_stage, self.work = stage, work
-        return True
+    def advance(self, stage: StageId) -> None:
+        """Count a sign of life from `stage`. Upstream sees one step more, whatever number downstream had for it."""
+        self.furthest_stage = max(self.furthest_stage, stage)
+        self.work += 1
 
     def tick(self, jobs_done: int) -> None:
         """Count our own compute thread's progress while the task is here."""

@@ -28,6 +28,7 @@ from protocol.hops import (
     BodyEnd,
     Busy,
     OpenTask,
+    Path,
     PathEntry,
     Progress,
     Received,
@@ -45,6 +46,7 @@ from protocol.wire import PROTOCOL_VERSION
 log = structlog.get_logger()
 
 OPEN_ANSWER_S = 8.0  # covers the callee's own holding time for slots and rounds (callee.py, gate.py)
+MAX_LOSS_PER_TOKEN = 1e5  # nats; a model that knows nothing of a million tokens is at 14
 RESUME_WINDOW_S = 3.0  # how long a peer whose stream broke is tried again before its task goes elsewhere
 RESUME_PAUSE_S = 0.25
 IDLE_POLL_S = 1.0  # how often "nobody hosts the next stage" is looked at again, besides on every change
@@ -80,15 +82,28 @@ class _Errand:
     def time_left_s(self) -> float:
         return self.deadline_s - time.monotonic()
 
+    def moved(self) -> None:
+        """A piece of a body went over our link, which is progress too."""
+        self.pulse.advance(self.stage)
+
 
 class HopCaller:
     """Sends tasks to the next stage."""
 
     def __init__(
-        self, *, run: RunId, codec: str, streams: Streams, view: View, router: Router, hop_silence_s: float
+        self,
+        *,
+        run: RunId,
+        codec: str,
+        num_stages: int,
+        streams: Streams,
+        view: View,
+        router: Router,
+        hop_silence_s: float,
     ) -> None:
         self._run = run
         self._codec = codec
+        self._num_stages = num_stages
         self._name = hop_protocol(run)
         self._streams = streams
         self._view = view
@@ -149,7 +164,7 @@ class HopCaller:
 
     async def _wait_for_replicas(self, errand: _Errand) -> None:
         """Hold the task while its stage has nobody: that is waiting, not failure."""
-        errand.pulse.advance(errand.pulse.furthest_stage, errand.pulse.work, waiting=True)
+        errand.pulse.waiting = True
         await self._view.wait_changed(timeout_s=min(IDLE_POLL_S, max(0.0, errand.time_left_s())))
         errand.pulse.waiting = False
 
@@ -169,7 +184,7 @@ class HopCaller:
                 if isinstance(reply, Refused):
                     return self._refused(peer, reply, errand)
                 started_s = time.monotonic()
-                await self._send_body(stream, errand.body)
+                await self._send_body(stream, errand)
                 return await self._collect(stream, peer, errand, started_s)
         except (UnreachableError, DeadlineError) as error:
             if started_s is None:
@@ -210,8 +225,9 @@ class HopCaller:
         self._view.suspect(peer, now_s=time.monotonic())
         return 0.5
 
-    async def _send_body(self, stream: Stream, body: Body) -> None:
-        digest = await stream.send_body(memoryview(body.data))
+    async def _send_body(self, stream: Stream, errand: _Errand) -> None:
+        body = errand.body
+        digest = await stream.send_body(memoryview(body.data), on_chunk=errand.moved)
         assert digest == body.digest, "a body changed between being hashed and being sent"
         await stream.send(BodyEnd(digest=digest))
         self.statistics.bytes_sent += len(body.data)
@@ -232,8 +248,17 @@ class HopCaller:
         expected = len(errand.body.data) if errand.task.kind is TaskKind.TRAIN else 0
         if answer.body_bytes != expected:
             raise WireError(f"{peer} answers with {answer.body_bytes} bytes where {expected} are due")
-        gradient, gradient_digest = await stream.receive_body(answer.body_bytes)
-        check_answer(answer, gradient_digest, peer=peer, run=self._run, errand_body=errand.body, task=errand.task)
+        gradient, gradient_digest = await stream.receive_body(answer.body_bytes, on_chunk=errand.moved)
+        check_answer(
+            answer,
+            gradient_digest,
+            peer=peer,
+            run=self._run,
+            errand_body=errand.body,
+            task=errand.task,
+            stage=errand.stage,
+            num_stages=self._num_stages,
+        )
         await stream.send(Received())
         self.statistics.hops += 1
         self.statistics.bytes_received += len(gradient)
@@ -247,8 +272,12 @@ class HopCaller:
         )
 
     async def _wait_answer(self, stream: Stream, errand: _Errand) -> Answer:
-        """Read progress until the answer comes. Only real progress, or waiting downstream, resets the timer."""
+        """Read progress until the answer comes. Only real progress, or waiting downstream, resets the timer.
+
+        Progress is measured against what this replica said before: an earlier one may have come further.
+        """
         alive_s = time.monotonic()
+        newest: tuple[int, int] | None = None
         while True:
             patience_s = min(alive_s + self._hop_silence_s - time.monotonic(), errand.time_left_s())
             if patience_s <= 0:
@@ -256,7 +285,13 @@ class HopCaller:
             message: Progress | Answer = await stream.receive(Progress, Answer, timeout_s=patience_s)
             if isinstance(message, Answer):
                 return message
-            if errand.pulse.advance(message.furthest_stage, message.work, waiting=message.waiting) or message.waiting:
+            errand.pulse.waiting = message.waiting
+            news = (message.furthest_stage, message.work)
+            if newest is None or news > newest:
+                newest = news
+                errand.pulse.advance(message.furthest_stage)
+                alive_s = time.monotonic()
+            elif message.waiting:
                 alive_s = time.monotonic()
 
     async def _resume(self, peer: PeerId, errand: _Errand, started_s: float) -> Outcome:
@@ -304,23 +339,52 @@ class HopCaller:
 
 
 def check_answer(
-    answer: Answer, gradient_digest: bytes, *, peer: PeerId, run: RunId, errand_body: Body, task: TaskId
+    answer: Answer,
+    gradient_digest: bytes,
+    *,
+    peer: PeerId,
+    run: RunId,
+    errand_body: Body,
+    task: TaskId,
+    stage: StageId,
+    num_stages: int,
 ) -> None:
-    """Raise `WireError` unless the callee's signed entry names exactly what we sent and what we received.
+    """Raise `WireError` unless the signed path names what we sent and what we received, from `stage` to the last word.
 
-    The loss must be one that a microbatch of that many tokens can have; whether it is true is for validators.
+    Every entry is checked, not only the callee's: whoever feeds makes the proof of the microbatch out of them. The
+    loss must be one that a microbatch of that many tokens can have; whether it is true is for validators.
     """
-    if not answer.path:
-        raise WireError(f"{peer} answered without a path")
-    entry = unseal(answer.path[0], ENTRY_CONTEXT, PathEntry, signer=peer)
-    same_task = (entry.run, entry.kind, entry.round, entry.number) == (run, task.kind, task.round, task.number)
-    same_bytes = (entry.input_digest, entry.output_digest) == (errand_body.digest, gradient_digest)
-    same_result = (entry.loss_sum, entry.target_tokens) == (answer.loss_sum, answer.target_tokens)
-    if not (same_task and same_bytes and same_result and entry.behind == path_digest(answer.path[1:])):
+    entries = read_path(answer.path, peer=peer)
+    first = entries[0]
+    if (first.input_digest, first.output_digest) != (errand_body.digest, gradient_digest):
         raise WireError(f"{peer} signed something else than it sent")
+    following = int(stage)
+    for entry in entries:
+        same_task = (entry.run, entry.kind, entry.round, entry.number) == (run, task.kind, task.round, task.number)
+        same_result = (entry.loss_sum, entry.target_tokens) == (answer.loss_sum, answer.target_tokens)
+        if not (same_task and same_result):
+            raise WireError(f"{peer} brought a path of another task or loss")
+        if entry.stages != tuple(range(following, following + len(entry.stages))):
+            raise WireError(f"{peer} brought a path that leaves out stage {following}")
+        following += len(entry.stages)
+    if following != num_stages:
+        raise WireError(f"{peer} brought a path that ends before stage {following}")
     num_tokens = math.prod(errand_body.shape[:2])
-    if not (0 < answer.target_tokens <= num_tokens and 0 <= answer.loss_sum < math.inf):
+    if not (0 < answer.target_tokens <= num_tokens and 0 <= answer.loss_sum <= MAX_LOSS_PER_TOKEN * num_tokens):
         raise WireError(f"{peer} claims a loss of {answer.loss_sum} over {answer.target_tokens} of {num_tokens} tokens")
+
+
+def read_path(path: Path, *, peer: PeerId) -> list[PathEntry]:
+    """Unseal a path, nearest peer first, of which `peer` is the nearest; each entry must commit to those behind it."""
+    entries = []
+    for index, signed in enumerate(path):
+        entry = unseal(signed, ENTRY_CONTEXT, PathEntry, signer=peer if index == 0 else None)
+        if entry.peer != signed.signer or entry.behind != path_digest(path[index + 1 :]):
+            raise WireError(f"{peer} brought a path that does not hang together")
+        entries.append(entry)
+    if not entries:
+        raise WireError(f"{peer} answered without a path")
+    return entries
 
 
 def hop_protocol(run: RunId) -> str:

@@ -45,6 +45,10 @@ M = TypeVar("M", bound=Message)
 Handler = Callable[["Stream"], Awaitable[None]]
 
 
+def _ignore() -> None:
+    """Nobody wants to hear of chunks."""
+
+
 class Stream:
     """One two-way stream to `remote`, whose identity libp2p has authenticated."""
 
@@ -72,18 +76,22 @@ class Stream:
             raise DeadlineError(f"{self.remote} sent nothing for {timeout_s:g} s") from None
         return unpack_tagged(payload, classes)
 
-    async def send_body(self, body: memoryview) -> Digest:
-        """Send raw bytes in chunks and return their SHA-256."""
+    async def send_body(self, body: memoryview, *, on_chunk: Callable[[], None] = _ignore) -> Digest:
+        """Send raw bytes in chunks and return their SHA-256; `on_chunk` hears of each that has gone out."""
         hasher = hashlib.sha256()
         for start in range(0, len(body), MAX_CHUNK_BYTES):
             chunk = body[start : start + MAX_CHUNK_BYTES]
             hasher.update(chunk)
             self._writer.write(frame_header(FrameKind.CHUNK, len(chunk)))
             await self._write(chunk)
+            on_chunk()
         return Digest(hasher.digest())
 
-    async def receive_body(self, num_bytes: int) -> tuple[bytearray, Digest]:
-        """Read exactly `num_bytes` of chunks; return them with their SHA-256. One deadline per chunk."""
+    async def receive_body(self, num_bytes: int, *, on_chunk: Callable[[], None] = _ignore) -> tuple[bytearray, Digest]:
+        """Read exactly `num_bytes` of chunks; return them with their SHA-256. One deadline per chunk.
+
+        All chunks but the last are full: smaller ones would let a sender take all the time in the world.
+        """
         hasher = hashlib.sha256()
         body = bytearray(num_bytes)
         filled = 0
@@ -93,11 +101,12 @@ class Stream:
                     chunk = await self._read_frame(FrameKind.CHUNK)
             except TimeoutError:
                 raise DeadlineError(f"{self.remote} stopped in the middle of a body") from None
-            if not chunk or filled + len(chunk) > num_bytes:
+            if len(chunk) != min(MAX_CHUNK_BYTES, num_bytes - filled):
                 raise WireError(f"body chunk of {len(chunk)} bytes at {filled} of {num_bytes}")
             hasher.update(chunk)
             body[filled : filled + len(chunk)] = chunk
             filled += len(chunk)
+            on_chunk()
         return body, Digest(hasher.digest())
 
     async def wait_closed(self, *, timeout_s: float) -> None:
@@ -116,7 +125,10 @@ class Stream:
     async def _write(self, data: bytes | memoryview) -> None:
         try:
             self._writer.write(data)
-            await self._writer.drain()
+            async with asyncio.timeout(CHUNK_TIMEOUT_S):
+                await self._writer.drain()
+        except TimeoutError:
+            raise DeadlineError(f"{self.remote} does not read what is sent to it") from None
         except (ConnectionError, RuntimeError) as error:  # uvloop raises RuntimeError on a closed transport
             raise UnreachableError(f"the stream to {self.remote} broke: {error or type(error).__name__}") from None
         self.bytes_sent += len(data)

@@ -133,7 +133,13 @@ async def hosts(folder: Path, count: int, *, hop_silence_s: float = 5.0) -> Asyn
             stack.push_async_callback(streams.stop)
             view = View()
             caller = HopCaller(
-                run=RUN, codec="fp32", streams=streams, view=view, router=Router(run=RUN), hop_silence_s=hop_silence_s
+                run=RUN,
+                codec="fp32",
+                num_stages=2,
+                streams=streams,
+                view=view,
+                router=Router(run=RUN),
+                hop_silence_s=hop_silence_s,
             )
             started.append(Host(key, p2p, streams, Gate(run=RUN), view, caller))
         yield started

@@ -188,15 +188,17 @@ def test_the_router_prefers_the_faster_of_the_drawn_three() -> None:
     assert list(order) == [BERT, CARA, ANNE]
 
 
-def test_only_real_progress_moves_the_pulse() -> None:
-    """Oracle: lexicographic order of (furthest stage, work)."""
+def test_the_pulse_only_ever_grows() -> None:
+    """Oracle: what upstream compares, (furthest stage, work), by hand."""
     pulse = Pulse(furthest_stage=StageId(1))
-    assert pulse.advance(StageId(2), 5)
-    assert not pulse.advance(StageId(2), 5)
-    assert not pulse.advance(StageId(1), 99)
+    seen = [(pulse.furthest_stage, pulse.work)]
+    for stage in (2, 2, 1, 3):
+        pulse.advance(StageId(stage))
+        seen.append((pulse.furthest_stage, pulse.work))
     pulse.tick(3)
     pulse.tick(3)
-    assert pulse.work == 6
+    seen.append((pulse.furthest_stage, pulse.work))
+    assert seen == [(1, 0), (2, 1), (2, 2), (2, 3), (3, 4), (3, 5)]
 
 
 def test_a_bit_that_only_a_dead_clock_vouched_for_falls_again() -> None:
