@@ -129,6 +129,8 @@ class SpanParts:
             load_s=self._runner.load_s,
             jobs_done=lambda: compute.jobs_done,
             num_slots=settings.slots,
+            num_numbers=lambda round_id: len(self._batches.plan(round_id)),
+            round_deadline_s=manifest.timing.round_deadline_s,
         )
         self._reduce = ButterflyReduce(link.node.p2p, namespace=run)
         self._feeder = Feeder(
@@ -142,6 +144,7 @@ class SpanParts:
             on_finished=self._finished,
             in_flight=settings.in_flight or manifest.model.num_stages + 1,
             round_deadline_s=manifest.timing.round_deadline_s,
+            first_takeover_s=manifest.timing.hop_silence_s,
         )
         self._histories = {stage: History(folder / f"stage-{stage}", stage=stage) for stage in self.stages}
         self._syncs = {stage: self._make_sync(stage) for stage in self.stages}

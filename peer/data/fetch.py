@@ -1,18 +1,24 @@
 """Where token chunks come from: any peer that holds them, and the coordinator.
 
-Owns: the names of token blobs and the order in which sources are asked. Must not know: whether the bytes
-are right (`peer/data/tokens.py` compares hashes). A chunk of stage 0 is as good as one of the last stage.
+Owns: the names of token blobs, the order in which sources are asked, and going on to the next one when bytes do
+not fit. Must not know: what they have to fit (`peer/data/tokens.py` does). A chunk of stage 0 is as good as one of
+the last stage.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 
+import structlog
+
 from peer.data.tokens import Fetched, TokenFile
-from protocol.errors import TransientError, UnreachableError
+from protocol.errors import PeerFault, SwarmError, TransientError, UnreachableError
 from protocol.ids import PeerId
 from protocol.manifest import TokenFileSpec
 from protocol.transport.blobs import Blobs
+
+log = structlog.get_logger()
 
 INDEX = "index"
 MAX_SOURCES = 4  # besides the coordinator: more would only be more ways to wait
@@ -29,23 +35,30 @@ class SwarmChunks:
         self._specs = {spec.name: spec for spec in specs}
         self._sources = sources
 
-    async def fetch_chunk(self, file: str, chunk: int) -> Fetched:
-        """Bring one chunk from the first source that has it. Raises `UnreachableError` if none has."""
-        return await self._fetch(f"tokens/{file}/{chunk}", max_bytes=self._specs[file].chunk_bytes)
+    async def fetch_chunk(self, file: str, chunk: int, *, fits: Callable[[bytes], bool]) -> Fetched:
+        """Bring one chunk from the first source that has it, and has the right one.
 
-    async def fetch_index(self, file: str) -> Fetched:
-        """Bring a file's chunk index."""
-        spec = self._specs[file]
-        return await self._fetch(f"tokens/{file}/{INDEX}", max_bytes=32 * spec.num_chunks)
+        Raises `UnreachableError` if none has it, `PeerFault` naming the last one that sent something else.
+        """
+        return await self._fetch(f"tokens/{file}/{chunk}", max_bytes=self._specs[file].chunk_bytes, fits=fits)
 
-    async def _fetch(self, name: str, *, max_bytes: int) -> Fetched:
-        error: TransientError = UnreachableError(f"nobody serves {name}.")
+    async def fetch_index(self, file: str, *, fits: Callable[[bytes], bool]) -> Fetched:
+        """Bring a file's chunk index. Raises like `fetch_chunk`."""
+        return await self._fetch(f"tokens/{file}/{INDEX}", max_bytes=32 * self._specs[file].num_chunks, fits=fits)
+
+    async def _fetch(self, name: str, *, max_bytes: int, fits: Callable[[bytes], bool]) -> Fetched:
+        problem: SwarmError = UnreachableError(f"nobody serves {name}.")
         for peer, _ in zip(self._sources(), range(MAX_SOURCES), strict=False):
             try:
-                return Fetched(await self._blobs.fetch(peer, name, max_bytes=max_bytes), peer)
-            except TransientError as failed:
-                error = failed
-        raise error
+                data = await self._blobs.fetch(peer, name, max_bytes=max_bytes)
+            except (TransientError, PeerFault) as failed:
+                problem = failed
+                continue
+            if await asyncio.to_thread(fits, data):
+                return Fetched(data, peer)
+            log.warning("tokens.wrong", source=peer, name=name)
+            problem = PeerFault(f"{peer} sent a wrong {name}")
+        raise problem
 
 
 def serve_tokens(name: str, files: Iterable[tuple[str, TokenFile]]) -> bytes | None:

@@ -11,8 +11,9 @@ flipped bit on the disk needs any other care.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from peer.data.chunkcache import ChunkCache, storage_error
 from protocol.errors import PeerFault, StorageError, SwarmError, WireError
+from protocol.ids import digest
 from protocol.manifest import TokenFileSpec
 from protocol.tokens import ChunkIndex, chunk_range, chunks_of, window_range
 
@@ -42,11 +44,11 @@ class Fetched:
 class ChunkSource(Protocol):
     """Where token bytes come from: the coordinator or any peer that holds them."""
 
-    async def fetch_chunk(self, file: str, chunk: int) -> Fetched:
-        """Bring one chunk of the token file called `file`."""
+    async def fetch_chunk(self, file: str, chunk: int, *, fits: Callable[[bytes], bool]) -> Fetched:
+        """Bring one chunk of the token file called `file`, from the first source whose bytes fit."""
         ...
 
-    async def fetch_index(self, file: str) -> Fetched:
+    async def fetch_index(self, file: str, *, fits: Callable[[bytes], bool]) -> Fetched:
         """Bring the index of the token file called `file`."""
         ...
 
@@ -85,7 +87,7 @@ class TokenFile:
         index_path = path.with_suffix(INDEX_SUFFIX)
         index = await asyncio.to_thread(_kept_index, spec, index_path)
         if index is None:
-            fetched = await source.fetch_index(spec.name)
+            fetched = await source.fetch_index(spec.name, fits=lambda data: digest(data) == spec.index_digest)
             try:
                 index = ChunkIndex.parse(spec, fetched.data)
             except WireError as error:
@@ -166,7 +168,8 @@ class TokenFile:
 
     async def _fetch(self, chunk: int, slots: asyncio.Semaphore) -> None:
         async with slots:
-            fetched = await self._source.fetch_chunk(self.spec.name, chunk)
+            fits = partial(self._index.fits, chunk)
+            fetched = await self._source.fetch_chunk(self.spec.name, chunk, fits=fits)
             if not await asyncio.to_thread(self._keep_if_sound, chunk, fetched.data):
                 raise PeerFault(f"{fetched.source} sent a wrong chunk {chunk} of {self.spec.name}")
         self._verified.add(chunk)

@@ -8,16 +8,18 @@ from the compute thread only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import structlog
 import torch
 
 from peer.codecs import Codec
 from peer.engine.stage_engine import StageEngine, Ticket
 from peer.tasks import RoundOver
-from protocol.errors import WireError
+from protocol.errors import LocalFault, WireError
 from protocol.ids import RoundId, StageId
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
     TokenArray = numpy.ndarray[tuple[int, int], numpy.dtype[numpy.int64]]
     Source = bytes | bytearray | TokenArray
+
+log = structlog.get_logger()
 
 # B: sequences of a microbatch, T: tokens of a sequence, D: hidden size
 
@@ -82,10 +86,11 @@ class SpanEngine:
         self._open[stage] = round_id
 
     def freeze(self, stage: StageId) -> int:
-        """End a stage's contribution to its round; return the target tokens in it."""
+        """End a stage's contribution to its round; return the target tokens in it: none if the sum overflowed."""
         frozen = self._open.pop(stage, None)
         for ticket in [ticket for ticket in self._waiting.values() if ticket.round == frozen]:
             self.discard(ticket)  # their backward would be refused; who asked for it may be gone already
+        self._drop_spoilt_sum(stage)
         return self.accumulated_tokens[stage]
 
     # -- tasks ----------------------------------------------------------------------------------------
@@ -104,9 +109,10 @@ class SpanEngine:
         self._check_open(round_id)
         hidden_BTD = self._decode(source, shape)
         ticket = SpanTicket(round_id, [], tuple(hidden_BTD.shape))
-        for engine in self.engines.values():
-            hidden_BTD, kept = engine.forward(hidden_BTD)
-            ticket.tickets.append(kept)
+        with self._discarding(ticket.tickets):
+            for engine in self.engines.values():
+                hidden_BTD, kept = engine.forward(hidden_BTD)
+                ticket.tickets.append(kept)
         self._waiting[id(ticket)] = ticket
         return self._encode(hidden_BTD), tuple(hidden_BTD.shape), ticket
 
@@ -122,14 +128,16 @@ class SpanEngine:
     ) -> bytes | None:
         """Add a task's gradients to the open sums and return the encoded gradient w.r.t. its input.
 
-        Raises `RoundOver`, with nothing added anywhere, if a stage of the span has been frozen meanwhile.
+        Raises `RoundOver` or `PeerFault`, with nothing added anywhere, if a stage of the span has been frozen
+        meanwhile or the gradient is none. A `LocalFault` (overflow) costs the sums that it spoilt.
         """
         self._check_open(ticket.round)
-        self._waiting.pop(id(ticket))
         grad_BTD: torch.Tensor | None = self._decode(gradient, shape)
-        for engine, kept in zip(reversed(self.engines.values()), reversed(ticket.tickets), strict=True):
-            assert grad_BTD is not None
-            grad_BTD = engine.backward(kept, grad_BTD)
+        self._waiting.pop(id(ticket))
+        with self._discarding(ticket.tickets), self._adding():
+            for engine, kept in zip(reversed(self.engines.values()), reversed(ticket.tickets), strict=True):
+                assert grad_BTD is not None
+                grad_BTD = engine.backward(kept, grad_BTD)
         self._count(target_tokens)
         return None if grad_BTD is None else self._encode(grad_BTD)
 
@@ -140,15 +148,17 @@ class SpanEngine:
         self._check_open(round_id)
         hidden_BTD = self._decode(source, shape)
         *before, last = self.engines.values()
-        tickets = []
-        for engine in before:
-            hidden_BTD, kept = engine.forward(hidden_BTD)
-            tickets.append(kept)
-        result = last.loss_and_backward(hidden_BTD, torch.from_numpy(labels))
-        grad_BTD = result.grad_inputs
-        for engine, kept in zip(reversed(before), reversed(tickets), strict=True):
-            assert grad_BTD is not None
-            grad_BTD = engine.backward(kept, grad_BTD)
+        tickets: list[Ticket] = []
+        with self._discarding(tickets):
+            for engine in before:
+                hidden_BTD, kept = engine.forward(hidden_BTD)
+                tickets.append(kept)
+            with self._adding():
+                result = last.loss_and_backward(hidden_BTD, torch.from_numpy(labels))
+                grad_BTD = result.grad_inputs
+                for engine, kept in zip(reversed(before), reversed(tickets), strict=True):
+                    assert grad_BTD is not None
+                    grad_BTD = engine.backward(kept, grad_BTD)
         self._count(result.target_tokens)
         return SpanLoss(result.loss_sum, result.target_tokens, None if grad_BTD is None else self._encode(grad_BTD))
 
@@ -186,6 +196,33 @@ class SpanEngine:
         for stage in self.engines:
             if self._open.get(stage) != round_id:
                 raise RoundOver(f"round {round_id} is over at stage {stage}")
+
+    @contextmanager
+    def _discarding(self, tickets: list[Ticket]) -> Iterator[None]:
+        """If the block fails, free what its forward passes kept, however many of them there were."""
+        try:
+            yield
+        except BaseException:
+            for engine, kept in zip(self.engines.values(), tickets, strict=False):
+                engine.discard(kept)
+            raise
+
+    @contextmanager
+    def _adding(self) -> Iterator[None]:
+        """If the block overflows, drop the sums that it has spoilt; the others go on."""
+        try:
+            yield
+        except LocalFault:
+            for stage in self.engines:
+                self._drop_spoilt_sum(stage)
+            raise
+
+    def _drop_spoilt_sum(self, stage: StageId) -> None:
+        """One overflow, and nobody could average a sum any more: it is begun anew, without the tokens in it."""
+        if not self.engines[stage].has_finite_gradients():
+            log.warning("gradients.dropped", stage=stage, tokens=self.accumulated_tokens[stage])
+            self.engines[stage].zero_gradients()
+            self.accumulated_tokens[stage] = 0
 
     def _count(self, target_tokens: int) -> None:
         for stage in self.engines:

@@ -143,8 +143,8 @@ class StageEngine:
     def backward(self, ticket: Ticket, grad_outputs: Tensor) -> Tensor | None:
         """Add the microbatch's gradient to the shards; return that of the inputs, or None on the first stage.
 
-        If weights changed since the forward pass, the inside is recomputed at the present ones. A `LocalFault`
-        from here means that the gradient sums are spoilt: call `zero_gradients`.
+        If weights changed since the forward pass, the inside is recomputed at the present ones. After a `LocalFault`
+        from here the gradient sums are spoilt: only `zero_gradients` makes them good again.
         """
         pending = self._pending[ticket.number]
         inputs = pending.inputs
@@ -186,14 +186,20 @@ class StageEngine:
         return outputs
 
     def discard(self, ticket: Ticket) -> None:
-        """Forget a forward pass whose backward will not come."""
-        self._retention.release(self._pending.pop(ticket.number).kept_bytes)
+        """Forget a forward pass whose backward will not come. Does nothing for one that is forgotten already."""
+        pending = self._pending.pop(ticket.number, None)
+        if pending is not None:
+            self._retention.release(pending.kept_bytes)
 
     # --- gradients and weights -----------------------------------------------------------------------
 
     def zero_gradients(self) -> None:
         for shard in self.shards:
             shard.gradient.zero_()
+
+    def has_finite_gradients(self) -> bool:
+        """Tell whether the gradient sums can be averaged: one overflow anywhere, and they cannot."""
+        return all(is_finite(shard.gradient) for shard in self.shards)
 
     def load_gradient(self, shard_index: int, gradient: Tensor) -> None:
         """Replace one shard's summed gradient, flat and with padding as in `shards[shard_index].gradient`."""

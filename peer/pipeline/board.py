@@ -11,13 +11,20 @@ the number's rendezvous order get their turn one after the other, so that they d
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from protocol.batches import Microbatch
 from protocol.ids import PeerId, RoundId
 from protocol.ownership import rendezvous
 
-TAKEOVER_S = 4.0  # an owner that has shown nothing new for this long may be dead
+MIN_TAKEOVER_S = 4.0
+TAKEOVER_TASKS = 3.0
+"""An owner that has shown nothing new for as long as this many microbatches take may be dead; sooner, it is at work."""
+
+
+def takeover_s(task_s: float | None, *, at_first_s: float) -> float:
+    """Return how long to leave an owner in peace: `task_s` is what a microbatch takes us, None if not known yet."""
+    return max(MIN_TAKEOVER_S, at_first_s if task_s is None else TAKEOVER_TASKS * task_s)
 
 
 class Board:
@@ -31,11 +38,14 @@ class Board:
         seed: str,
         me: PeerId,
         feeders: Mapping[PeerId, float],
+        takeover_s: Callable[[], float],
         now_s: float,
     ) -> None:
+        """`feeders` have rendezvous weights; `takeover_s` is asked for when others' numbers are considered."""
         self.round = round_id
+        self._takeover_s = takeover_s
         self._me = me
-        self._plan = {microbatch.number: microbatch for microbatch in plan}
+        self._plan = {microbatch.number: microbatch for microbatch in sorted(plan, key=lambda one: one.number)}
         self._orders = {number: rendezvous(f"{seed}/{round_id}/{number}", feeders) for number in self._plan}
         self._done: set[int] = set()
         self._own: set[int] = set()
@@ -47,7 +57,7 @@ class Board:
     def take_next(self, *, now_s: float) -> Microbatch | None:
         """Return the oldest number to feed now: our own first, then what others seem to have dropped."""
         for mine in (True, False):
-            for number in sorted(self._plan):
+            for number in self._plan:
                 if self._is_takeable(number, now_s=now_s) and (self._orders[number][0] == self._me) is mine:
                     self._in_flight.add(number)
                     return self._plan[number]
@@ -97,4 +107,4 @@ class Board:
             return False
         order = self._orders[number]
         rank = order.index(self._me) if self._me in order else len(order)
-        return now_s - self._moved_s[order[0]] >= rank * TAKEOVER_S
+        return now_s - self._moved_s[order[0]] >= rank * self._takeover_s()

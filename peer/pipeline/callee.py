@@ -39,7 +39,10 @@ log = structlog.get_logger()
 
 HEADER_TIMEOUT_S = 10.0
 SLOT_WAIT_S = 2.0  # a caller waits in line this long before it is told to try elsewhere
-SLOT_TTL_S = 15.0  # a granted slot lapses if the body has not begun by then
+SLOT_TTL_S = 15.0  # a granted slot lapses if the body is not there by then, plus what its size takes on a slow link
+MIN_BYTES_PER_S = 64 * 1024
+MAX_UNFETCHED_PER_CALLER = 16  # answers that nobody came for; an honest caller leaves one only when its stream breaks
+MAX_RETRIES = 8
 RETRY_AFTER_S = 0.2
 PROGRESS_EVERY_S = 0.5
 RECEIVED_TIMEOUT_S = 30.0
@@ -84,8 +87,15 @@ class HopServer:
         load_s: Callable[[], float],
         jobs_done: Callable[[], int],
         num_slots: int,
+        num_numbers: Callable[[RoundId], int],
+        round_deadline_s: float,
     ) -> None:
-        """`work` runs a task to its end; `body_bytes` gives the exact size of a body of a shape, or raises."""
+        """`work` runs a task to its end; `body_bytes` gives the exact size of a body of a shape, or raises.
+
+        `num_numbers` says how many microbatches a round has. No caller gets more than `round_deadline_s`.
+        """
+        self._num_numbers = num_numbers
+        self._round_deadline_s = round_deadline_s
         self._jobs_done = jobs_done
         self._run = run
         self._codec = codec
@@ -96,13 +106,21 @@ class HopServer:
         self._load_s = load_s
         self._slots = SlotPool(num_slots=num_slots, quota=max(1, num_slots // 2))
         self._tasks: dict[TaskKey, HostedTask] = {}
+        self._taking: dict[asyncio.Timeout, RoundId] = {}
+        """Bodies that are coming in, by the deadline that they have."""
 
     async def serve(self) -> None:
         """Start taking tasks."""
         await self._streams.serve(hop_protocol(self._run), self._answer_stream)
 
     def end_round(self, round_id: RoundId) -> None:
-        """Forget every task of `round_id` and before; whoever still waits for one is told that the round is over."""
+        """Forget every task of `round_id` and before; whoever still waits for one is told that the round is over.
+
+        Bodies that are still coming in for those rounds are not waited for: they would keep slots from the next one.
+        """
+        for deadline in [deadline for deadline, taken in self._taking.items() if taken <= round_id]:
+            if not deadline.expired():
+                deadline.reschedule(0.0)
         for key in [key for key in self._tasks if key.task.round <= round_id]:
             hosted = self._tasks.pop(key)
             if hosted.result is not None:
@@ -130,7 +148,7 @@ class HopServer:
 
     async def _open(self, stream: Stream, header: OpenTask) -> None:
         """Check a header, promise a slot, take the body, start the task, and report until it is answered."""
-        refusal = self._check(header) or await self._gate.admit(header)
+        refusal = self._check(header) or await self._gate.admit(header) or self._check_number(header)
         if refusal is not None:
             await self._say_last(stream, refusal)
             return
@@ -159,7 +177,7 @@ class HopServer:
         await self._report(stream, hosted)
 
     def _check(self, header: OpenTask) -> Refused | None:
-        """Refuse a header whose sizes cannot be right, before any byte of the body is accepted."""
+        """Refuse a header that cannot be right, before any byte of the body is accepted."""
         if header.codec != self._codec:
             return Refused(code=RefusalCode.BAD_HEADER, detail=f"this run sends {self._codec}, not {header.codec}")
         if len(header.tensors) != 1:
@@ -172,16 +190,30 @@ class HopServer:
             return Refused(code=RefusalCode.BAD_HEADER, detail=f"such a body has {expected} bytes")
         return None
 
+    def _check_number(self, header: OpenTask) -> Refused | None:
+        """Refuse a number that the round, which is the open one here, does not have."""
+        if header.number < self._num_numbers(header.round):
+            return None
+        return Refused(code=RefusalCode.BAD_HEADER, detail=f"round {header.round} has no number {header.number}")
+
     async def _take_body(self, stream: Stream, header: OpenTask) -> Body:
+        patience_s = min(self._time_left_s(header), SLOT_TTL_S + header.body_bytes / MIN_BYTES_PER_S)
         try:
-            async with asyncio.timeout(SLOT_TTL_S + header.time_left_s):
-                data, digest = await stream.receive_body(header.body_bytes)
+            async with asyncio.timeout(patience_s) as deadline:
+                self._taking[deadline] = header.round
+                try:
+                    data, digest = await stream.receive_body(header.body_bytes)
+                    end = await stream.receive(BodyEnd, timeout_s=SLOT_TTL_S)
+                finally:
+                    del self._taking[deadline]
         except TimeoutError:
             raise DeadlineError(f"{stream.remote} let its slot lapse") from None
-        end = await stream.receive(BodyEnd, timeout_s=SLOT_TTL_S)
         if end.digest != digest:
             raise WireError(f"{stream.remote} sent a body that does not fit its own digest")
         return Body(data, header.tensors[0].shape, digest)
+
+    def _time_left_s(self, header: OpenTask) -> float:
+        return min(header.time_left_s, self._round_deadline_s)
 
     def _start(self, caller: PeerId, header: OpenTask, body: Body) -> tuple[HostedTask, bool]:
         """Start the task unless the same one is here already; tell whether a slot is now in use for it."""
@@ -192,12 +224,14 @@ class HopServer:
         hosted = HostedTask(
             key=key,
             body=body,
-            deadline_s=time.monotonic() + header.time_left_s,
-            retries_left=header.retries_left,
+            deadline_s=time.monotonic() + self._time_left_s(header),
+            retries_left=min(header.retries_left, MAX_RETRIES),
             pulse=Pulse(furthest_stage=header.stage),
         )
         self._tasks[key] = hosted
         hosted.result = asyncio.create_task(self._run_task(hosted), name=f"task-{header.round}-{header.number}")
+        # not in the task itself: one that is cancelled before its first step runs none of its code
+        hosted.result.add_done_callback(lambda result: self._slots.release(caller))
         hosted.result.add_done_callback(_note_outcome)
         return hosted, True
 
@@ -205,7 +239,18 @@ class HopServer:
         try:
             return await self._work(hosted)
         finally:
-            self._slots.release(hosted.key.caller)
+            hosted.body = Body(b"", hosted.body.shape, hosted.body.digest)  # only the answer is still wanted
+            self._drop_unfetched(hosted.key.caller)
+
+    def _drop_unfetched(self, caller: PeerId) -> None:
+        """Forget a caller's oldest answers beyond what an honest one can have left behind."""
+        done = [
+            key
+            for key, hosted in self._tasks.items()
+            if key.caller == caller and hosted.result is not None and hosted.result.done()
+        ]
+        for key in done[: max(0, len(done) - MAX_UNFETCHED_PER_CALLER)]:
+            del self._tasks[key]
 
     async def _report(self, stream: Stream, hosted: HostedTask) -> None:
         """Send progress until the task ends, then its answer; forget it once the caller has it."""

@@ -119,6 +119,7 @@ class ComputeThread:
             self._busy_s += time.perf_counter() - started
             self.jobs_done += 1
             self._loop.call_soon_threadsafe(_settle, job.future, result, error)
+            del job, result, error  # or the last job's tensors would stay until there is another
 
 
 def _yield_to_others() -> None:

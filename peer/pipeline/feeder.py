@@ -14,13 +14,13 @@ from typing import Any
 import structlog
 
 from peer.data.source import BatchSource
-from peer.pipeline.board import Board
+from peer.pipeline.board import Board, takeover_s
 from peer.pipeline.gate import Gate, Opening
 from peer.pipeline.span import SpanRunner
 from peer.pipeline.view import View
 from peer.tasks import Outcome, Pulse, RoundOver, TaskId
 from protocol.batches import Microbatch
-from protocol.errors import TransientError
+from protocol.errors import LocalFault, SwarmError
 from protocol.ids import PeerId, RunId, StageId
 
 log = structlog.get_logger()
@@ -28,6 +28,8 @@ log = structlog.get_logger()
 FIRST_STAGE = StageId(0)
 RETRIES = 3  # re-sends that one attempt may spend over all hops together (each hop passes on what is left)
 BACKOFF_S = 0.5
+MAX_OWN_FAULTS = 8  # in a row: then it is this machine, and not what somebody sent
+SMOOTHING = 0.2
 IDLE_S = 0.5  # how often a feeder with nothing to do looks for numbers to take over
 
 
@@ -47,8 +49,12 @@ class Feeder:
         on_finished: Callable[[Board, Microbatch, Outcome], None],
         in_flight: int,
         round_deadline_s: float,
+        first_takeover_s: float,
     ) -> None:
-        """`on_board` is called with every round's board before anything is fed, `on_finished` with every done bit."""
+        """`on_board` is called with every round's board before anything is fed, `on_finished` with every done bit.
+
+        `first_takeover_s` is how long others are left in peace before we know what a microbatch takes.
+        """
         self._run = run
         self._me = me
         self._runner = runner
@@ -59,6 +65,9 @@ class Feeder:
         self._on_finished = on_finished
         self._in_flight = in_flight
         self._round_deadline_s = round_deadline_s
+        self._first_takeover_s = first_takeover_s
+        self._task_s: float | None = None
+        self._own_faults = 0
 
     async def run(self) -> None:
         """Feed rounds until cancelled."""
@@ -75,6 +84,7 @@ class Feeder:
             seed=self._run,
             me=self._me,
             feeders=feeders,
+            takeover_s=lambda: takeover_s(self._task_s, at_first_s=self._first_takeover_s),
             now_s=time.monotonic(),
         )
         self._on_board(board)
@@ -110,16 +120,26 @@ class Feeder:
 
     async def _feed_one(self, board: Board, microbatch: Microbatch, deadline_s: float) -> None:
         task = TaskId(microbatch.kind, board.round, microbatch.number)
+        started_s = time.monotonic()
         try:
             outcome = await self._runner.feed(
                 task, pulse=Pulse(furthest_stage=FIRST_STAGE), deadline_s=deadline_s, retries_left=RETRIES
             )
+            self._on_finished(board, microbatch, outcome)
         except RoundOver as error:
             log.debug("feed.over", round=board.round, number=microbatch.number, why=str(error))
             board.give_back(microbatch, not_before_s=time.monotonic() + BACKOFF_S)
-        except TransientError as error:
+        except SwarmError as error:  # whatever a remote peer did: the number is fed again
             log.info("feed.retry", round=board.round, number=microbatch.number, why=error.one_line())
             board.give_back(microbatch, not_before_s=time.monotonic() + BACKOFF_S)
+            self._own_faults += isinstance(error, LocalFault)
+            if isinstance(error, LocalFault) and self._own_faults >= MAX_OWN_FAULTS:
+                raise
         else:
             board.finish(microbatch, now_s=time.monotonic())
-            self._on_finished(board, microbatch, outcome)
+            self._learn(time.monotonic() - started_s)
+
+    def _learn(self, task_s: float) -> None:
+        """One microbatch went all the way, so this machine is well, and this is how long one takes."""
+        self._own_faults = 0
+        self._task_s = task_s if self._task_s is None else self._task_s + SMOOTHING * (task_s - self._task_s)

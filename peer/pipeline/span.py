@@ -85,16 +85,16 @@ class SpanRunner:
         )
         try:
             answer = await self._send(task, data, shape, pulse, deadline_s, retries_left)
+            returned = answer.gradient
+            assert returned is not None, "the caller has seen that its size is right"
+            gradient = await self._compute.run(
+                lambda: self._engine.backward(ticket, returned, shape, target_tokens=answer.target_tokens),
+                priority=Priority.BACKWARD,
+                age=task.number,
+            )
         except BaseException:
             self._discard(ticket)
             raise
-        returned = answer.gradient
-        assert returned is not None, "a training task came back without a gradient"
-        gradient = await self._compute.run(
-            lambda: self._engine.backward(ticket, returned, shape, target_tokens=answer.target_tokens),
-            priority=Priority.BACKWARD,
-            age=task.number,
-        )
         return self._sign(task, body, gradient, answer.loss_sum, answer.target_tokens, answer.path)
 
     async def _finish(self, task: TaskId, source: Source, body: Body) -> Outcome:

@@ -45,7 +45,7 @@ class Source:
         self.hold: Callable[[], Awaitable[None]] | None = None
         self.at_once = self.most_at_once = 0
 
-    async def fetch_chunk(self, file: str, chunk: int) -> Fetched:
+    async def fetch_chunk(self, file: str, chunk: int, *, fits: Callable[[bytes], bool]) -> Fetched:
         assert file == "train.bin"
         self.asked[chunk] += 1
         self.at_once += 1
@@ -56,7 +56,7 @@ class Source:
             self.at_once -= 1
         return Fetched(self.spoil(chunk, RAW[chunk * CHUNK : (chunk + 1) * CHUNK]), "peer-seven")
 
-    async def fetch_index(self, file: str) -> Fetched:
+    async def fetch_index(self, file: str, *, fits: Callable[[bytes], bool]) -> Fetched:
         assert file == "train.bin"
         self.index_asked += 1
         return Fetched(self.index, "peer-seven")
@@ -312,10 +312,10 @@ async def test_four_byte_tokens_keep_their_value(tmp_path: Path) -> None:
     )
 
     class Wide:
-        async def fetch_chunk(self, file: str, chunk: int) -> Fetched:
+        async def fetch_chunk(self, file: str, chunk: int, *, fits: Callable[[bytes], bool]) -> Fetched:
             return Fetched(raw, "coordinator")
 
-        async def fetch_index(self, file: str) -> Fetched:
+        async def fetch_index(self, file: str, *, fits: Callable[[bytes], bool]) -> Fetched:
             return Fetched(index, "coordinator")
 
     file = await TokenFile.open(spec, tmp_path, sequence_length=T, source=Wide())

@@ -69,6 +69,8 @@ class Host:
             load_s=lambda: 0.0,
             jobs_done=lambda: 0,
             num_slots=num_slots,
+            num_numbers=lambda round_id: NUM_NUMBERS,
+            round_deadline_s=60.0,
         )
         await self.server.serve()
 
@@ -83,6 +85,9 @@ class Host:
                 members={host.peer_id: 1.0 for host in hosts},
             )
         )
+
+
+NUM_NUMBERS = 8
 
 
 def body_bytes(shape: tuple[int, ...]) -> int:

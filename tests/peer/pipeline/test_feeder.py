@@ -9,14 +9,18 @@ import asyncio
 from collections.abc import Callable
 from typing import cast
 
+import pytest
+
 from peer.data.source import BatchSource
+from peer.pipeline import feeder
 from peer.pipeline.board import Board
-from peer.pipeline.feeder import FIRST_STAGE, Feeder
+from peer.pipeline.feeder import FIRST_STAGE, MAX_OWN_FAULTS, Feeder
 from peer.pipeline.gate import Gate
 from peer.pipeline.span import SpanRunner
 from peer.pipeline.view import View
 from peer.tasks import Outcome, TaskId
 from protocol.batches import Microbatch, TaskKind
+from protocol.errors import LocalFault, PeerFault, RefusedError, SwarmError, TransientError, WireError
 from protocol.ids import Lineage, PeerId, RoundId, RunId, Version, digest
 
 ME = PeerId("me")
@@ -32,6 +36,8 @@ class Played:
         self.fed: list[tuple[RoundId, int]] = []
         self.boards: list[Board] = []
         self.go = asyncio.Event()
+        self.errors: list[SwarmError] = []
+        """What the next microbatches end in."""
         self.gate = Gate(run=RUN)
         self.feeder = Feeder(
             run=RUN,
@@ -44,6 +50,7 @@ class Played:
             on_finished=lambda board, microbatch, outcome: None,
             in_flight=2,
             round_deadline_s=60.0,
+            first_takeover_s=4.0,
         )
 
     def plan(self, round_id: RoundId) -> list[Microbatch]:
@@ -52,6 +59,8 @@ class Played:
     async def feed(self, task: TaskId, **_: object) -> Outcome:
         self.fed.append((task.round, task.number))
         await self.go.wait()
+        if self.errors:
+            raise self.errors.pop()
         return DONE
 
     def open(self, round_id: int, lineage: bytes = bytes(32)) -> None:
@@ -94,3 +103,32 @@ async def test_a_round_that_is_opened_again_in_a_new_lineage_is_fed_again() -> N
     await until(lambda: len(played.fed) == 3 * COUNT)
     assert sorted(played.fed) == sorted(2 * [(4, n) for n in range(COUNT)] + [(5, n) for n in range(COUNT)])
     feeding.cancel()
+
+
+@pytest.mark.parametrize("kind", [TransientError, PeerFault, WireError, RefusedError, LocalFault])
+async def test_whatever_a_microbatch_ends_in_its_number_is_fed_again(
+    kind: type[SwarmError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong token chunk or a gradient that is not finite comes from somebody else, and must not end this peer."""
+    monkeypatch.setattr(feeder, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(feeder, "IDLE_S", 0.01)
+    played = Played()
+    played.errors = [kind("it went wrong")] * (MAX_OWN_FAULTS - 1)
+    played.go.set()
+    feeding = asyncio.create_task(played.feeder.run())
+    played.open(0)
+    await until(lambda: len(played.fed) == COUNT + MAX_OWN_FAULTS - 1)
+    await until(lambda: played.boards[0].num_left == 0)
+    feeding.cancel()
+
+
+async def test_a_machine_that_computes_nothing_but_nonsense_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeder, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(feeder, "IDLE_S", 0.01)
+    played = Played()
+    played.errors = [LocalFault("the gradient is not finite.")] * (2 * MAX_OWN_FAULTS)
+    played.go.set()
+    played.open(0)
+    with pytest.raises(LocalFault):
+        await asyncio.wait_for(played.feeder.run(), 10.0)
+    assert len(played.fed) <= MAX_OWN_FAULTS + 1

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from peer.pipeline.board import TAKEOVER_S, Board
+from peer.pipeline.board import Board, takeover_s
 from peer.pipeline.compute import ComputeThread, Priority
 from peer.pipeline.router import Router
 from peer.pipeline.slots import SlotPool
@@ -17,6 +17,7 @@ from protocol.batches import Microbatch, TaskKind
 from protocol.ids import Lineage, PeerId, RoundId, RunId, StageId, Version
 
 ANNE, BERT, CARA = PeerId("anne"), PeerId("bert"), PeerId("cara")
+TAKEOVER_S = 4.0
 
 
 def microbatches(count: int) -> list[Microbatch]:
@@ -24,7 +25,15 @@ def microbatches(count: int) -> list[Microbatch]:
 
 
 def board(me: PeerId, *, feeders: tuple[PeerId, ...] = (ANNE, BERT), count: int = 12) -> Board:
-    return Board(RoundId(0), plan=microbatches(count), seed="s", me=me, feeders=dict.fromkeys(feeders, 1.0), now_s=0.0)
+    return Board(
+        RoundId(0),
+        plan=microbatches(count),
+        seed="s",
+        me=me,
+        feeders=dict.fromkeys(feeders, 1.0),
+        takeover_s=lambda: TAKEOVER_S,
+        now_s=0.0,
+    )
 
 
 def take_all(one: Board, *, now_s: float) -> set[int]:
@@ -176,6 +185,14 @@ def test_a_suspect_is_passed_over_unless_nobody_else_is_left() -> None:
     assert set(view.live_members(StageId(1), now_s=0.1)) == {BERT}
     view.suspect(BERT, now_s=0.0)
     assert set(view.live_members(StageId(1), now_s=0.1)) == {ANNE, BERT}
+
+
+@pytest.mark.parametrize(
+    ("task_s", "expected_s"), [(None, 20.0), (0.1, 4.0), (60.0, 180.0)], ids=["unknown", "fast", "slow"]
+)
+def test_slow_pipelines_leave_each_other_in_peace_for_longer(task_s: float | None, expected_s: float) -> None:
+    """Oracle: by hand; a number that takes a minute must not be fed by everybody after four seconds."""
+    assert takeover_s(task_s, at_first_s=20.0) == expected_s
 
 
 def test_the_router_prefers_the_faster_of_the_drawn_three() -> None:

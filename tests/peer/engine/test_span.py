@@ -1,0 +1,149 @@
+"""What a span keeps and drops when a microbatch goes wrong. Oracles: the engines' own statistics and sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from peer.codecs import codec
+from peer.engine.optimizer import OptimizerSpec
+from peer.engine.span import SpanEngine
+from peer.engine.stage_engine import StageEngine
+from peer.tasks import RoundOver
+from protocol.architecture import preset
+from protocol.errors import LocalFault, SwarmError, WireError
+from protocol.ids import RoundId, StageId
+
+TINY = preset("tiny")
+WIDTH = int(TINY["hidden_size"])
+MICROBATCH = (2, 8)
+SHAPE = (*MICROBATCH, WIDTH)
+ROUND = RoundId(3)
+FP32 = codec("fp32")
+
+
+def span(*stages: int, num_stages: int = 4) -> SpanEngine:
+    engines = {
+        StageId(stage): StageEngine.build(
+            TINY, num_stages=num_stages, stage=stage, optimizer=OptimizerSpec(name="adamw32"), seed=5
+        )
+        for stage in stages
+    }
+    made = SpanEngine(engines, codec=FP32, hidden_size=WIDTH, num_stages=num_stages, microbatch=MICROBATCH)
+    for stage in stages:
+        made.open(StageId(stage), ROUND)
+    return made
+
+
+def body(value: float | None = None) -> bytes:
+    if value is not None:
+        return FP32.encode(torch.full((MICROBATCH[0] * MICROBATCH[1] * WIDTH,), value))
+    return FP32.encode(torch.randn(MICROBATCH[0] * MICROBATCH[1] * WIDTH, generator=torch.Generator().manual_seed(1)))
+
+
+def not_finite() -> bytes:
+    return torch.full((MICROBATCH[0] * MICROBATCH[1] * WIDTH,), torch.nan).numpy().tobytes()
+
+
+def held(engine: SpanEngine) -> int:
+    """Count the forward passes that wait for their backward."""
+    return sum(one.statistics().pending for one in engine.engines.values())
+
+
+def feed(engine: SpanEngine, gradient: bytes) -> bytes | None:
+    """One microbatch forth and back, as the runner does it: what fails is discarded."""
+    _, shape, ticket = engine.forward(body(), SHAPE, round_id=ROUND)
+    try:
+        return engine.backward(ticket, gradient, shape, target_tokens=16)
+    except SwarmError:
+        engine.discard(ticket)
+        raise
+
+
+def test_a_gradient_that_is_none_adds_nothing_and_leaves_nothing() -> None:
+    engine = span(1, 2)
+    feed(engine, body())
+    before = [shard.gradient.clone() for one in engine.engines.values() for shard in one.shards]
+    with pytest.raises(WireError):
+        feed(engine, not_finite())
+    after = [shard.gradient for one in engine.engines.values() for shard in one.shards]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert held(engine) == 0
+    assert [engine.freeze(stage) for stage in engine.engines] == [16, 16]
+
+
+def test_a_gradient_that_overflows_costs_the_sum_and_not_the_stage() -> None:
+    """Or every later reduce of this replica would fail, and with it, where it is the only one, the run."""
+    engine = span(1, 2)
+    feed(engine, body())
+    with pytest.raises(LocalFault):
+        feed(engine, body(3e38))
+    assert held(engine) == 0
+    feed(engine, body())
+    tokens = [engine.freeze(stage) for stage in engine.engines]
+    for one, counted in zip(engine.engines.values(), tokens, strict=True):
+        assert one.has_finite_gradients()
+        assert counted in (16, 32), "what was dropped must not be counted"
+        assert all(FP32.encode(shard.gradient) for shard in one.shards)
+    assert 16 in tokens, "nothing overflowed: the test is too tame"
+
+
+def test_an_overflow_that_nobody_noticed_is_found_at_the_end_of_the_round() -> None:
+    engine = span(1)
+    feed(engine, body())
+    engine.engines[StageId(1)].shards[0].gradient[0] = torch.inf
+    assert engine.freeze(StageId(1)) == 0
+    assert engine.engines[StageId(1)].gradient_norm() == 0.0
+
+
+def test_a_forward_pass_that_fails_half_way_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = span(1, 2)
+
+    def broken(inputs: torch.Tensor) -> None:
+        raise LocalFault("the hidden states that this machine computed are not finite.")
+
+    monkeypatch.setattr(engine.engines[StageId(2)], "forward", broken)
+    with pytest.raises(LocalFault):
+        engine.forward(body(), SHAPE, round_id=ROUND)
+    assert held(engine) == 0
+
+
+def test_the_last_span_forgets_a_microbatch_whose_loss_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = span(2, 3)
+
+    def broken(inputs: torch.Tensor, labels: torch.Tensor) -> None:
+        raise LocalFault("the loss that this machine computed is not finite.")
+
+    monkeypatch.setattr(engine.engines[StageId(3)], "loss_and_backward", broken)
+    labels = torch.zeros(MICROBATCH, dtype=torch.int64).numpy()
+    with pytest.raises(LocalFault):
+        engine.loss_and_backward(body(), SHAPE, labels, round_id=ROUND)
+    assert held(engine) == 0
+
+
+@pytest.mark.parametrize(
+    "late", [lambda engine: engine.freeze(StageId(2)), lambda engine: engine.open(StageId(2), RoundId(4))]
+)
+def test_what_comes_after_the_round_is_added_nowhere(late: Callable[[SpanEngine], object]) -> None:
+    engine = span(1, 2)
+    _, shape, ticket = engine.forward(body(), SHAPE, round_id=ROUND)
+    late(engine)
+    with pytest.raises(RoundOver):
+        engine.backward(ticket, body(), shape, target_tokens=16)
+    assert all(one.gradient_norm() == 0.0 for one in engine.engines.values())
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 8, WIDTH), (2, 9, WIDTH), (2, 7, WIDTH), (2, 8, WIDTH + 1), (16, WIDTH), (1 << 20, 8, WIDTH)]
+)
+def test_a_body_that_is_no_microbatch_has_no_size(shape: tuple[int, ...]) -> None:
+    """It is refused before a byte of it is read: its size would be whatever a stranger likes."""
+    with pytest.raises(WireError, match="cannot enter"):
+        span(1).body_bytes(shape)
+
+
+def test_a_smaller_microbatch_is_one_too() -> None:
+    """The last one of an evaluation may be."""
+    assert span(1).body_bytes((1, 8, WIDTH)) == 8 * WIDTH * 4
