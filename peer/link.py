@@ -79,7 +79,7 @@ async def connected(invite: Invite, settings: PeerSettings) -> AsyncIterator[Lin
         yield Link(
             node=node,
             streams=streams,
-            calls=Calls(streams, run=invite.run),
+            calls=Calls(streams, run=invite.run, coordinator=invite.coordinator),
             blobs=Blobs(streams, run=invite.run),
             coordinator=invite.coordinator,
             coordinator_addresses=invite.addresses,

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from itertools import islice
 
 from protocol.control import NumberedReport, Report
+from protocol.wire import MAX_MESSAGE_BYTES
 
 MAX_WAITING = 5_000  # a day of rounds without a coordinator; beyond it the oldest are dropped and counted
 PER_BEAT = 32
+BYTES_PER_BEAT = MAX_MESSAGE_BYTES // 2  # the closings of a large swarm weigh several kilobytes each
 
 
 class ReportQueue:
@@ -20,7 +23,8 @@ class ReportQueue:
 
     def __init__(self) -> None:
         self._next = int(time.time() * 1000)
-        self._waiting: deque[NumberedReport] = deque()
+        self._waiting: deque[tuple[NumberedReport, int]] = deque()
+        """With their sizes in bytes."""
         self.dropped = 0
 
     def add(self, report: Report) -> None:
@@ -28,16 +32,24 @@ class ReportQueue:
         if len(self._waiting) >= MAX_WAITING:
             self._waiting.popleft()
             self.dropped += 1
-        self._waiting.append(NumberedReport(sequence=self._next, report=report))
+        numbered = NumberedReport(sequence=self._next, report=report)
+        self._waiting.append((numbered, len(numbered.to_bytes())))
         self._next += 1
 
     def oldest(self) -> tuple[NumberedReport, ...]:
-        """Return what the next beat should carry."""
-        return tuple(report for report, _ in zip(self._waiting, range(PER_BEAT), strict=False))
+        """Return what the next beat should carry: as many as fit, and at least one."""
+        chosen: list[NumberedReport] = []
+        left = BYTES_PER_BEAT
+        for report, size in islice(self._waiting, PER_BEAT):
+            left -= size
+            if left < 0 and chosen:
+                break
+            chosen.append(report)
+        return tuple(chosen)
 
     def acknowledge(self, sequence: int) -> None:
         """Drop everything up to `sequence`: it is in the ledger."""
-        while self._waiting and self._waiting[0].sequence <= sequence:
+        while self._waiting and self._waiting[0][0].sequence <= sequence:
             self._waiting.popleft()
 
     def __len__(self) -> int:

@@ -32,7 +32,7 @@ async def ask_status(invite: Invite) -> dict[str, Any]:
         identity.create(key_path)
         daemon = await Daemon.launch(key_path, host_maddrs=LISTEN, initial_peers=invite.addresses)
         try:
-            calls = Calls(Streams(daemon), run=invite.run)
+            calls = Calls(Streams(daemon), run=invite.run, coordinator=invite.coordinator)
             answer = await calls.call(invite.coordinator, StatusRequest(), StatusAnswer)
         finally:
             await daemon.stop(timeout_s=STOP_TIMEOUT_S)

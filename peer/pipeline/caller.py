@@ -77,7 +77,8 @@ class _Errand:
     deadline_s: float
     retries_left: int
     attempt: int = 0
-    refused_by: dict[PeerId, RefusalCode] = field(default_factory=dict)
+    failed_at: set[PeerId] = field(default_factory=set)
+    """Replicas that answered, but not with a result: there are reasons for that which are not theirs."""
 
     def time_left_s(self) -> float:
         return self.deadline_s - time.monotonic()
@@ -139,6 +140,7 @@ class HopCaller:
         while errand.time_left_s() > 0:
             membership = self._view.membership(errand.stage)
             replicas = self._view.live_members(errand.stage, now_s=time.monotonic()) if membership else {}
+            replicas = {peer: share for peer, share in replicas.items() if peer not in errand.failed_at} or replicas
             if membership is None or not replicas:
                 await self._wait_for_replicas(errand)
                 continue
@@ -150,8 +152,12 @@ class HopCaller:
                     answer = await self._offer(peer, membership, errand)
                 except (RoundOver, DownstreamFailed):
                     raise
-                except SwarmError as error:
+                except (UnreachableError, DeadlineError) as error:
                     self._lost(peer, error)
+                    return None, error.one_line()
+                except SwarmError as error:
+                    log.info("hop.failed", peer=peer, error=error.one_line())
+                    errand.failed_at.add(peer)
                     return None, error.one_line()
                 if isinstance(answer, Outcome):
                     return answer, ""

@@ -36,7 +36,7 @@ from protocol.rounds.messages import (
     ReduceResult,
     Vote,
 )
-from protocol.rounds.records import check_proposal
+from protocol.rounds.records import check_proposal, group_id
 from protocol.rounds.settings import Settings
 from protocol.rounds.slot import Slot, StagedBytes
 
@@ -78,10 +78,9 @@ class Voter:
         if slot.reducing is not None:
             return []
         slot.reducing = begin
-        mine = {contribution.peer: contribution.tokens for contribution in begin.group}.get(self._settings.me.peer)
-        if mine != slot.tokens:  # the steward lies, or a void round has passed since our answer
-            reason = f"the group weighs us with {mine} tokens instead of {slot.tokens}"
-            return self.on_reduced(ReduceFailed(begin.group_id, reason))
+        objection = self._object_to(begin)
+        if objection:
+            return self.on_reduced(ReduceFailed(begin.group_id, objection))
         return [
             StartReduce(
                 group_id=begin.group_id,
@@ -92,6 +91,20 @@ class Voter:
                 num_asked=len(slot.order),
             )
         ]
+
+    def _object_to(self, begin: Begin) -> str:
+        """Say why this is no group that we could sum with; nothing if it is one."""
+        slot = self._slot
+        assert slot.promised is not None
+        tokens = {contribution.peer: contribution.tokens for contribution in begin.group}
+        if len(tokens) != len(begin.group) or not tokens.keys() <= set(slot.order):
+            return "the group names somebody twice, or who is no member"
+        if begin.group_id != group_id(slot, slot.promised, begin.group):
+            return "the group does not have the name that its ballot and list give it"
+        mine = tokens.get(self._settings.me.peer)
+        if mine != slot.tokens:  # the steward lies, or a void round has passed since our answer
+            return f"the group weighs us with {mine} tokens instead of {slot.tokens}"
+        return ""
 
     def on_propose(self, sender: PeerId, propose: Propose, now_s: float) -> list[Step]:
         """Accept, fetch the bytes first, or decline."""

@@ -7,7 +7,6 @@ Used for rounds, history, registration and status; hops have streams of their ow
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -51,8 +50,10 @@ class Failure(Message):
 class Calls:
     """Calls other peers, and answers theirs, within one run."""
 
-    def __init__(self, streams: Streams, *, run: str) -> None:
+    def __init__(self, streams: Streams, *, run: str, coordinator: PeerId | None = None) -> None:
+        """`coordinator` is the one whose refusals concern us as a whole; everybody else can only fail a call."""
         self._streams = streams
+        self._coordinator = coordinator
         self._name = call_protocol(run)
         self._handlers: dict[type[Message], Callable[[PeerId, Any], Awaitable[Message]]] = {}
 
@@ -69,7 +70,8 @@ class Calls:
     ) -> Response:
         """Ask `peer` and return its answer.
 
-        Raises `TransientError` kinds if it cannot be reached or says so, `RefusedError` if it refuses us.
+        Raises `TransientError` kinds if it cannot be reached or says no, `WireError` if one side cannot read the
+        other. Only the coordinator can cause a `RefusedError` or a `ClockError`.
         """
         async with self._streams.open(peer, self._name, timeout_s=timeout_s) as stream:
             await stream.send(request)
@@ -77,6 +79,8 @@ class Calls:
         if isinstance(answer, response):
             return answer
         assert isinstance(answer, Failure), "receive returns one of the classes it was given"
+        if peer == self._coordinator and answer.code in _FINAL:
+            raise _FINAL[answer.code](answer.detail, hint=answer.hint or None)
         raise _error_of(peer, answer)
 
     async def tell(self, peer: PeerId, message: Message, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
@@ -100,30 +104,13 @@ def call_protocol(run: str) -> str:
     return f"/handcar/{PROTOCOL_VERSION}/{run}/call"
 
 
+_FINAL: dict[str, type[SwarmError]] = {kind.code: kind for kind in (IncompatibleError, RefusedError, ClockError)}
+
+
 def _error_of(peer: PeerId, failure: Failure) -> SwarmError:
-    """Turn a remote failure into a local error. Whatever a stranger sends, it is transient or a refusal."""
-    if failure.code == IncompatibleError.code:
-        return IncompatibleError(failure.detail, hint=failure.hint)
-    if failure.code == RefusedError.code:
-        return RefusedError(failure.detail, hint=failure.hint)
-    if failure.code == ClockError.code:
-        return ClockError(failure.detail)
+    """Turn a remote failure into a local error that ends one call and nothing else."""
     if failure.code == BusyError.code:
         return BusyError(failure.detail, retry_after_s=max(0.0, failure.retry_after_s))
     if failure.code == WireError.code:
         return WireError(f"{peer} could not read our message: {failure.detail}")
     return TransientError(f"{peer} answered {failure.code}: {failure.detail}")
-
-
-async def gather_calls(calls: dict[PeerId, Awaitable[Response]]) -> dict[PeerId, Response]:
-    """Await many calls at once and keep those that were answered; the others are logged."""
-    results = await asyncio.gather(*calls.values(), return_exceptions=True)
-    answered: dict[PeerId, Response] = {}
-    for peer, result in zip(calls, results, strict=True):
-        if isinstance(result, SwarmError):
-            log.debug("call.unanswered", peer=peer, error=result.one_line())
-        elif isinstance(result, BaseException):
-            raise result
-        else:
-            answered[peer] = result
-    return answered

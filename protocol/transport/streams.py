@@ -27,6 +27,7 @@ from protocol.transport.dial import OPEN_TIMEOUT_S, dial
 from protocol.wire import (
     HEADER,
     MAX_CHUNK_BYTES,
+    MAX_MESSAGE_BYTES,
     FrameKind,
     Message,
     frame_header,
@@ -62,6 +63,8 @@ class Stream:
     async def send(self, message: Message) -> None:
         """Send one message. Raises `UnreachableError` if the stream is gone."""
         payload = pack_tagged(message)
+        if len(payload) > MAX_MESSAGE_BYTES:  # the other side would only hang up
+            raise WireError(f"a {type(message).__name__} of {len(payload)} bytes is too large to be sent")
         await self._write(frame_header(FrameKind.MESSAGE, len(payload)) + payload)
 
     async def receive(self, *classes: type[M], timeout_s: float) -> M:

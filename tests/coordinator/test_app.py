@@ -134,7 +134,9 @@ async def client(folder: Path, invite: Invite) -> AsyncIterator[Client]:
     try:
         blobs = Blobs(streams, run=invite.run)
         await blobs.serve(lambda caller, name: served.get(name))
-        yield Client(node, Calls(streams, run=invite.run), blobs, invite.coordinator, served)
+        yield Client(
+            node, Calls(streams, run=invite.run, coordinator=invite.coordinator), blobs, invite.coordinator, served
+        )
     finally:
         await streams.stop()
         await node.stop()

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from peer.pipeline.callee import HostedTask
-from peer.tasks import DownstreamFailed, Outcome, Pulse, RoundOver
-from protocol.errors import TransientError
+from peer.tasks import DownstreamFailed, Outcome, Pulse, RoundOver, TaskId
+from protocol.errors import TransientError, WireError
 from protocol.ids import Lineage, RoundId, StageId, Version
 from tests.peer.pipeline.swarm import BODY, LINEAGE, STAGE, Host, echo, hosts, task
 
@@ -164,3 +164,24 @@ async def test_a_forged_answer_is_refused(tmp_path: Path) -> None:
         caller.knows(callee)
         with pytest.raises(TransientError, match="signed something else"):
             await send(caller, retries=0)
+
+
+async def test_a_replica_that_answers_with_a_failure_is_passed_over_and_not_called_dead(tmp_path: Path) -> None:
+    """What it failed at may be somebody else's doing; "does not answer" would have it replaced."""
+    async with hosts(tmp_path, 3) as (caller, failing, working):
+        failed: list[TaskId] = []
+
+        async def fail(host: Host, hosted: HostedTask) -> Outcome:
+            failed.append(hosted.key.task)
+            raise WireError("the gradient behind is none")
+
+        await failing.serve(fail)
+        await working.serve(echo)
+        caller.knows(failing, working)
+        number = 0
+        while not failed and number < 8:
+            outcome = await send(caller, number)
+            assert outcome.path[0].signer == working.peer_id
+            number += 1
+        assert failed, "nothing was ever sent to the one that fails"
+        assert caller.view.suspects(now_s=time.monotonic()) == ()

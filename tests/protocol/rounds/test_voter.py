@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from protocol.errors import PeerFault
-from protocol.ids import digest
+from protocol.ids import Digest, PeerId, digest
 from protocol.rounds.events import (
     AbortReduce,
     Fetch,
@@ -35,6 +35,7 @@ from protocol.rounds.messages import (
     StillHere,
     Vote,
 )
+from protocol.rounds.records import group_id
 from protocol.rounds.slot import Slot, StagedBytes
 from protocol.rounds.voter import Voter
 from protocol.signing import Signed
@@ -57,8 +58,11 @@ class Case:
         ping = Ping(**self.address, ballot=ballot, generation=1, closing=closing())
         return self.voter.on_ping(ballot.steward, ping, now_s)
 
+    def group_id(self, ballot: Ballot = OLD, group: tuple[Contribution, ...] = GROUP) -> Digest:
+        return group_id(self.slot, ballot, group)
+
     def begin(self, ballot: Ballot = OLD, group: tuple[Contribution, ...] = GROUP) -> list[Step]:
-        begin = Begin(**self.address, ballot=ballot, group_id=digest(ballot.to_bytes()), group=group)
+        begin = Begin(**self.address, ballot=ballot, group_id=self.group_id(ballot, group), group=group)
         return self.voter.on_begin(ballot.steward, begin, 0.0)
 
     def propose(self, ballot: Ballot = OLD, signed: Signed | None = None) -> list[Step]:
@@ -67,7 +71,7 @@ class Case:
         return self.voter.on_propose(ballot.steward, propose, 0.0)
 
     def reduced(self, ballot: Ballot = OLD) -> list[Step]:
-        return self.voter.on_reduced(ReduceDone(digest(ballot.to_bytes()), digest(b"sum"), 60.0))
+        return self.voter.on_reduced(ReduceDone(self.group_id(ballot), digest(b"sum"), 60.0))
 
 
 def sent(steps: list[Step]) -> list[object]:
@@ -125,7 +129,7 @@ def test_a_newer_ballot_aborts_the_reduce_and_its_late_end_is_ignored() -> None:
     case = Case()
     case.ping()
     case.begin()
-    assert AbortReduce(digest(OLD.to_bytes())) in case.ping(NEW)
+    assert AbortReduce(case.group_id()) in case.ping(NEW)
     assert case.reduced(OLD) == []
     assert case.slot.staged is None
 
@@ -140,13 +144,38 @@ def test_a_group_that_weighs_us_wrongly_fails_at_once() -> None:
     assert "11" in result.reason
 
 
+@pytest.mark.parametrize(
+    "group",
+    [(*GROUP, Contribution(peer=A, tokens=10)), (*GROUP, Contribution(peer=PeerId("stranger"), tokens=1))],
+    ids=["twice", "stranger"],
+)
+def test_a_group_that_is_none_fails_at_once(group: tuple[Contribution, ...]) -> None:
+    """The reduce itself would take it for a mistake of our own."""
+    case = Case()
+    case.ping()
+    (result,) = sent(case.begin(group=group))
+    assert isinstance(result, ReduceResult)
+    assert result.digest is None
+    assert case.slot.reducing is None
+
+
+def test_a_group_under_the_name_of_another_fails_at_once() -> None:
+    """A name is used once: what is on the wire under it must never be mixed."""
+    case = Case()
+    case.ping()
+    begin = Begin(**case.address, ballot=OLD, group_id=case.group_id(NEW), group=GROUP)
+    (result,) = sent(case.voter.on_begin(B, begin, 0.0))
+    assert isinstance(result, ReduceResult)
+    assert result.digest is None
+
+
 @pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0])
 def test_a_sum_that_is_not_a_number_is_a_failed_reduce(norm: float) -> None:
     """It must not become an update."""
     case = Case()
     case.ping()
     case.begin()
-    (result,) = sent(case.voter.on_reduced(ReduceDone(digest(OLD.to_bytes()), digest(b"sum"), norm)))
+    (result,) = sent(case.voter.on_reduced(ReduceDone(case.group_id(), digest(b"sum"), norm)))
     assert isinstance(result, ReduceResult)
     assert result.digest is None
     assert case.slot.staged is None
@@ -157,7 +186,7 @@ def test_a_failed_reduce_names_its_suspect() -> None:
     case = Case()
     case.ping()
     case.begin()
-    (result,) = sent(case.voter.on_reduced(ReduceFailed(digest(OLD.to_bytes()), "x" * 999, B)))
+    (result,) = sent(case.voter.on_reduced(ReduceFailed(case.group_id(), "x" * 999, B)))
     assert isinstance(result, ReduceResult)
     assert result.suspect == B
     assert len(result.reason) == 200

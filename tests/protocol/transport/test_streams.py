@@ -10,8 +10,10 @@ import pytest
 
 from protocol.errors import (
     BusyError,
+    ClockError,
     ConfigError,
     DeadlineError,
+    IncompatibleError,
     RefusedError,
     TransientError,
     UnreachableError,
@@ -33,6 +35,10 @@ class Question(Message):
 
 class Reply(Message):
     number: int
+
+
+class Long(Message):
+    text: str
 
 
 async def pair(start: StartNode) -> tuple[Streams, Streams, PeerId]:
@@ -128,10 +134,10 @@ async def test_garbage_ends_its_own_stream_and_nothing_else(start: StartNode, ga
 
 
 async def test_errors_cross_a_call_as_codes(start: StartNode) -> None:
-    """Oracle: busy keeps its delay, a refusal stays one, and whatever else happens there is transient here."""
+    """Oracle: busy keeps its delay; whatever else happens there ends the call here, and nothing but the call."""
     first, second, peer = await pair(start)
     asking, answering = Calls(first, run=RUN), Calls(second, run=RUN)
-    errors = [BusyError("later", retry_after_s=1.5), RefusedError("no"), ConfigError("mine")]
+    errors = [BusyError("later", retry_after_s=1.5), RefusedError("no"), ConfigError("mine"), ClockError("yours")]
 
     async def fail(caller: PeerId, question: Question) -> Done:
         raise errors[question.number]
@@ -141,10 +147,35 @@ async def test_errors_cross_a_call_as_codes(start: StartNode) -> None:
     with pytest.raises(BusyError) as busy:
         await asking.call(peer, Question(number=0), Done)
     assert busy.value.retry_after_s == 1.5
-    with pytest.raises(RefusedError):
-        await asking.call(peer, Question(number=1), Done)
-    with pytest.raises(TransientError, match="E-CFG"):
-        await asking.call(peer, Question(number=2), Done)
+    for number, code in ((1, "E-REF"), (2, "E-CFG"), (3, "E-CLOCK")):
+        with pytest.raises(TransientError, match=code):
+            await asking.call(peer, Question(number=number), Done)
+
+
+async def test_only_the_coordinator_can_refuse_us_as_a_whole(start: StartNode) -> None:
+    first, second, peer = await pair(start)
+    asking, answering = Calls(first, run=RUN, coordinator=peer), Calls(second, run=RUN)
+    errors = [RefusedError("no", hint="Ask again in May."), IncompatibleError("old"), ClockError("yours")]
+
+    async def fail(caller: PeerId, question: Question) -> Done:
+        raise errors[question.number]
+
+    answering.on(Question, fail)
+    await answering.serve()
+    for number, error in enumerate(errors):
+        with pytest.raises(type(error), match=str(error)) as caught:
+            await asking.call(peer, Question(number=number), Done)
+        assert caught.value.hint == error.hint
+
+
+async def test_what_is_too_large_for_a_message_is_not_sent(start: StartNode) -> None:
+    """Oracle: an error here; the other side would hang up without a word."""
+    first, second, peer = await pair(start)
+    answering = Calls(second, run=RUN)
+    await answering.serve()
+    async with first.open(peer, answering._name) as stream:
+        with pytest.raises(WireError, match="too large"):
+            await stream.send(Long(text="x" * MAX_MESSAGE_BYTES))
 
 
 async def test_blobs_come_whole_or_not_at_all(start: StartNode, tmp_path: Path) -> None:
