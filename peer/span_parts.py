@@ -186,8 +186,13 @@ class SpanParts:
         yield self._refresh_views()
 
     async def stop(self) -> None:
-        """Stop what serves; the files stay."""
+        """Stop what serves; the files stay.
+
+        Nothing may hold on to us afterwards: the next span needs the memory of this one.
+        """
         self.gate.is_leaving = True
+        self._link.calls.off(*ROUND_MESSAGES, StateRequest, LogRequest, CommitNews)
+        self._link.blobs.retire()
         await self._server.stop()
         for task in list(self._errands):
             task.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,9 @@ def build_span(manifest: Manifest, stages: Sequence[StageId], settings: PeerSett
     """
     torch.set_num_threads(settings.threads)
     device = choose_device(settings.device)
+    gc.collect()  # the span before this one hung together in circles, and its memory is needed now
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
     spec = manifest.optimizer
     optimizer = OptimizerSpec(
         name=spec.name.value,

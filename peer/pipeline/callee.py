@@ -127,7 +127,8 @@ class HopServer:
                 hosted.result.cancel()
 
     async def stop(self) -> None:
-        """Cancel all tasks and wait for them."""
+        """Cancel all tasks and wait for them; from now on callers hear that we are leaving."""
+        await self._streams.serve(hop_protocol(self._run), say_leaving)  # which holds on to nothing of ours
         results = [hosted.result for hosted in self._tasks.values() if hosted.result is not None]
         self._tasks.clear()
         for result in results:
@@ -296,6 +297,13 @@ class HopServer:
     async def _say_last(self, stream: Stream, message: Busy | Refused) -> None:
         await stream.send(message)
         await stream.wait_closed(timeout_s=RECEIVED_TIMEOUT_S)
+
+
+async def say_leaving(stream: Stream) -> None:
+    """Refuse whatever comes, for a span that is no longer here."""
+    await stream.receive(OpenTask, ResumeTask, timeout_s=HEADER_TIMEOUT_S)
+    await stream.send(Refused(code=RefusalCode.LEAVING))
+    await stream.wait_closed(timeout_s=RECEIVED_TIMEOUT_S)
 
 
 def _note_outcome(result: asyncio.Task[Outcome]) -> None:

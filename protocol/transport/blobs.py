@@ -60,6 +60,11 @@ class Blobs:
         self._resolve = resolve
         await self._streams.serve(self._name, self._answer)
 
+    def retire(self) -> None:
+        """Serve nothing any more."""
+        self._streams.retire(self._name)
+        self._resolve = None
+
     async def fetch_range(self, peer: PeerId, name: str, *, offset: int, length: int) -> tuple[bytes, int]:
         """Return up to `length` bytes from `offset`, and the blob's total size.
 

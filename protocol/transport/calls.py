@@ -61,6 +61,11 @@ class Calls:
         """Answer requests of one class. The handler gets the authenticated caller."""
         self._handlers[request] = handler
 
+    def off(self, *requests: type[Message]) -> None:
+        """Answer requests of these classes no more."""
+        for request in requests:
+            self._handlers.pop(request, None)
+
     async def serve(self) -> None:
         """Start answering."""
         await self._streams.serve(self._name, self._answer)

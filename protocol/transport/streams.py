@@ -156,6 +156,7 @@ class Streams:
         self._open_by_caller: dict[PeerId, int] = {}
         self._num_open = 0
         self._handlers: dict[str, Handler] = {}
+        self._registered: set[str] = set()
         self._serving: set[asyncio.Task[None]] = set()
         self._is_stopping = False
 
@@ -177,10 +178,14 @@ class Streams:
         Its errors end that stream and nothing else. A daemon takes one registration per name for its whole
         life, so a peer that changes its stages changes the handler behind it.
         """
-        is_new = name not in self._handlers
         self._handlers[name] = handler
-        if is_new:
+        if name not in self._registered:
+            self._registered.add(name)
             await self._register(name)
+
+    def retire(self, name: str) -> None:
+        """Let nobody serve streams called `name` until somebody does again: they are closed at once."""
+        self._handlers.pop(name, None)
 
     async def _register(self, name: str) -> None:
         async def on_stream(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -188,7 +193,9 @@ class Streams:
             assert task is not None
             self._serving.add(task)
             try:
-                await self._serve_one(name, self._handlers[name], Stream(PeerId(str(info.peer_id)), reader, writer))
+                handler = self._handlers.get(name)
+                if handler is not None:
+                    await self._serve_one(name, handler, Stream(PeerId(str(info.peer_id)), reader, writer))
             except asyncio.CancelledError:
                 if not self._is_stopping:
                     raise

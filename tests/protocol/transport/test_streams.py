@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -150,6 +152,34 @@ async def test_errors_cross_a_call_as_codes(start: StartNode) -> None:
     for number, code in ((1, "E-REF"), (2, "E-CFG"), (3, "E-CLOCK")):
         with pytest.raises(TransientError, match=code):
             await asking.call(peer, Question(number=number), Done)
+
+
+async def test_what_is_retired_holds_on_to_nothing_and_can_be_served_again(start: StartNode) -> None:
+    """Oracle: a weak reference to whoever served; the daemon takes one registration per name for its whole life."""
+    first, second, peer = await pair(start)
+    asking, answering = Calls(first, run=RUN), Calls(second, run=RUN)
+
+    class Server:
+        async def answer(self, caller: PeerId, question: Question) -> Reply:
+            return Reply(number=question.number)
+
+    server = Server()
+    gone = weakref.ref(server)
+    answering.on(Question, server.answer)
+    await answering.serve()
+    assert (await asking.call(peer, Question(number=1), Reply)).number == 1
+    answering.off(Question)
+    second.retire(answering._name)
+    del server
+    await asyncio.sleep(0.1)  # the stream that it answered has to end
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(TransientError):
+        await asking.call(peer, Question(number=2), Reply)
+    again = Server()
+    answering.on(Question, again.answer)
+    await answering.serve()
+    assert (await asking.call(peer, Question(number=3), Reply)).number == 3
 
 
 async def test_only_the_coordinator_can_refuse_us_as_a_whole(start: StartNode) -> None:
