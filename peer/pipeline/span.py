@@ -17,14 +17,16 @@ from peer.pipeline.gate import Gate
 from peer.tasks import Body, Outcome, Pulse, TaskId
 from protocol.batches import TaskKind
 from protocol.hops import ENTRY_CONTEXT, PathEntry, path_digest
-from protocol.ids import RunId, StageId, digest
+from protocol.ids import Digest, RunId, StageId, digest
 from protocol.signing import Signed, SigningKey, seal
 
 if TYPE_CHECKING:
     from peer.data.source import BatchSource
-    from peer.engine.span import Source, SpanEngine, SpanTicket
+    from peer.engine.span import Source, SpanEngine, SpanLoss, SpanTicket
 
-EMPTY_DIGEST = digest()
+Gradient = tuple[bytes | None, Digest]
+"""An encoded gradient and its SHA-256, or what stands for none."""
+NO_GRADIENT: Gradient = (None, digest())
 
 T = TypeVar("T")
 
@@ -72,23 +74,27 @@ class SpanRunner:
         if self._engine.is_last:
             return await self._finish(task, source, body)
         if task.kind is TaskKind.EVAL:
-            data, shape = await self._forward(task, lambda: self._engine.forward_only(source, body.shape))
-            answer = await self._send(task, data, shape, pulse, deadline_s, retries_left)
-            return self._sign(task, body, None, answer.loss_sum, answer.target_tokens, answer.path)
+            onward = await self._forward(task, lambda: Body.of(*self._engine.forward_only(source, body.shape)))
+            answer = await self._send(task, onward, pulse, deadline_s, retries_left)
+            return self._sign(task, body, NO_GRADIENT, answer.loss_sum, answer.target_tokens, answer.path)
         return await self._train(task, source, body, pulse, deadline_s, retries_left)
 
     async def _train(
         self, task: TaskId, source: Source, body: Body, pulse: Pulse, deadline_s: float, retries_left: int
     ) -> Outcome:
-        data, shape, ticket = await self._forward(
-            task, lambda: self._engine.forward(source, body.shape, round_id=task.round)
-        )
+        def forward() -> tuple[Body, SpanTicket]:
+            data, shape, ticket = self._engine.forward(source, body.shape, round_id=task.round)
+            return Body.of(data, shape), ticket
+
+        onward, ticket = await self._forward(task, forward)
         try:
-            answer = await self._send(task, data, shape, pulse, deadline_s, retries_left)
+            answer = await self._send(task, onward, pulse, deadline_s, retries_left)
             returned = answer.gradient
             assert returned is not None, "the caller has seen that its size is right"
             gradient = await self._compute.run(
-                lambda: self._engine.backward(ticket, returned, shape, target_tokens=answer.target_tokens),
+                lambda: _hashed(
+                    self._engine.backward(ticket, returned, onward.shape, target_tokens=answer.target_tokens)
+                ),
                 priority=Priority.BACKWARD,
                 age=task.number,
             )
@@ -100,14 +106,16 @@ class SpanRunner:
     async def _finish(self, task: TaskId, source: Source, body: Body) -> Outcome:
         """Do the last stage's part: labels from our own token file, loss, and backward in one go."""
         labels_BT = await self._batches.labels(task)
-        if task.kind is TaskKind.EVAL:
-            result = await self._forward(task, lambda: self._engine.evaluate(source, body.shape, labels_BT))
-        else:
-            result = await self._forward(
-                task,
-                lambda: self._engine.loss_and_backward(source, body.shape, labels_BT, round_id=task.round),
-            )
-        return self._sign(task, body, result.gradient, result.loss_sum, result.target_tokens, ())
+
+        def finish() -> tuple[SpanLoss, Gradient]:
+            if task.kind is TaskKind.EVAL:
+                result = self._engine.evaluate(source, body.shape, labels_BT)
+            else:
+                result = self._engine.loss_and_backward(source, body.shape, labels_BT, round_id=task.round)
+            return result, _hashed(result.gradient)
+
+        result, gradient = await self._forward(task, finish)
+        return self._sign(task, body, gradient, result.loss_sum, result.target_tokens, ())
 
     async def _forward(self, task: TaskId, work: Callable[[], T]) -> T:
         started_s = time.perf_counter()
@@ -115,14 +123,12 @@ class SpanRunner:
         self._task_s += 0.2 * (time.perf_counter() - started_s - self._task_s)
         return result
 
-    async def _send(
-        self, task: TaskId, data: bytes, shape: tuple[int, ...], pulse: Pulse, deadline_s: float, retries_left: int
-    ) -> Outcome:
+    async def _send(self, task: TaskId, onward: Body, pulse: Pulse, deadline_s: float, retries_left: int) -> Outcome:
         pulse.is_local = False
         outcome = await self._caller.send(
             task,
             StageId(self._engine.last + 1),
-            Body.of(data, shape),
+            onward,
             pulse=pulse,
             deadline_s=deadline_s,
             retries_left=retries_left,
@@ -138,12 +144,12 @@ class SpanRunner:
         self,
         task: TaskId,
         body: Body,
-        gradient: bytes | None,
+        gradient: Gradient,
         loss_sum: float,
         target_tokens: int,
         behind: tuple[Signed, ...],
     ) -> Outcome:
-        gradient_digest = EMPTY_DIGEST if gradient is None else digest(gradient)
+        data, gradient_digest = gradient
         entry = PathEntry(
             run=self._run,
             kind=task.kind,
@@ -160,4 +166,9 @@ class SpanRunner:
             target_tokens=target_tokens,
         )
         path = (seal(self._key, ENTRY_CONTEXT, entry), *behind)
-        return Outcome(gradient, gradient_digest, loss_sum, target_tokens, path)
+        return Outcome(data, gradient_digest, loss_sum, target_tokens, path)
+
+
+def _hashed(gradient: bytes | None) -> Gradient:
+    """Hash in the compute thread: a body of 64 MiB would hold up everything else on the loop."""
+    return NO_GRADIENT if gradient is None else (gradient, digest(gradient))
