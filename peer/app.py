@@ -26,7 +26,7 @@ from peer.settings import PeerSettings
 from peer.span_parts import SpanParts
 from peer.ui.live import Line, show_live
 from protocol.control import BeatReply, Capability, PeerState
-from protocol.errors import TransientError
+from protocol.errors import ClockError, PeerFault, TransientError
 from protocol.ids import RunId, StageId
 from protocol.invite import Invite
 from protocol.process import folder_lock, interruptible, unwrapped
@@ -34,6 +34,7 @@ from protocol.process import folder_lock, interruptible, unwrapped
 log = structlog.get_logger()
 
 LOCK = "lock"
+RETRY_S = 2.0
 OTHER_FOLDER = "Choose another folder with --data-dir, or stop the peer that runs there."
 
 
@@ -93,8 +94,9 @@ async def _moved(registration: Registration, stages: tuple[StageId, ...], *, sto
                 return False
             try:
                 entering.result()
-            except TransientError as error:
+            except (TransientError, PeerFault, ClockError) as error:  # the next answer may be better
                 log.warning("coordinator.silent", error=error.one_line())
+                await asyncio.wait({stopped}, timeout=RETRY_S)
             else:
                 return True
         return False

@@ -22,7 +22,7 @@ from peer.link import Link
 from peer.span_parts import SpanParts
 from peer.tally import Tally
 from protocol.control import BeatReply, PeerState, StageState
-from protocol.errors import PeerFault, UnreachableError
+from protocol.errors import PeerFault, TransientError, UnreachableError
 from protocol.ids import PeerId, StageId
 from protocol.records import HostedStage
 from protocol.rounds import events
@@ -32,6 +32,7 @@ from protocol.signing import Signed, unseal
 log = structlog.get_logger()
 
 RETRY_S = 1.0
+ASK_AGAIN_S = 10.0  # members that could not be followed: their line may be back
 DRAIN_TIMEOUT_S = 60.0
 MOVE_TIMEOUT_S = 5.0  # a peer is moved to a stage that has nobody: the round it would finish may be waiting for that
 
@@ -134,13 +135,23 @@ class Session:
     async def _train(self) -> None:
         parts = self._parts
         self._say(PeerState.DOWNLOADING, "tokens")
-        await parts.open_tokens()
+        await self._open_tokens()
         await parts.serve()
         async with asyncio.TaskGroup() as tasks:
             for stage in parts.stages:
                 tasks.create_task(self._bring_up(stage), name=f"stage-{stage}")
             for work in parts.background():
                 tasks.create_task(work)
+
+    async def _open_tokens(self) -> None:
+        """Open the token files; whoever has their indexes may be away for a while."""
+        while True:
+            try:
+                return await self._parts.open_tokens()
+            except (TransientError, PeerFault) as error:
+                self._say(PeerState.WAITING, "tokens")
+                log.info("tokens.waiting", error=error.one_line())
+                await self._wait_news()
 
     async def _bring_up(self, stage: StageId) -> None:
         """Get one stage's state, and from then on drive its rounds."""
@@ -152,10 +163,13 @@ class Session:
             driver.state_digest = await restorer.state_digest()
             self._places[stage] = place
             charter = place.charter or await self._wait_charter(stage, place, restorer)
-            place = self._places[stage]
-            driver.state_digest = await restorer.state_digest()
+            if self._places[stage] is not place:  # it has found members to follow meanwhile
+                place = self._places[stage]
+                driver.state_digest = await restorer.state_digest()
             self._joined.add(stage)
             driver.post(events.Synced(charter, place.commits, driver.state_digest))
+            if stage in self._charters:  # one that came while we were at it was for nobody
+                self._post_charter(stage)
             self._say(PeerState.TRAINING, "")
 
     async def _restore(self, stage: StageId, restorer: Restorer) -> Place:
@@ -171,14 +185,14 @@ class Session:
                     log.info("restore.no_members", stage=stage, error=error.one_line())
             try:
                 return await restorer.from_scratch(allow_initial=known is None or known[0].version == 0)
-            except (UnreachableError, PeerFault) as error:
+            except (TransientError, PeerFault) as error:
                 self._say(PeerState.WAITING, "checkpoint")
                 log.info("restore.waiting", stage=stage, error=error.one_line())
                 await self._wait_news()
 
     async def _wait_charter(self, stage: StageId, place: Place, restorer: Restorer) -> Signed:
         """Hold a restored state ready until a charter seats us, or until there are members to follow."""
-        asked = None
+        asked, ask_again_s = None, 0.0
         while True:
             self._say(PeerState.WAITING, "charter")
             known = self._charters.get(stage)
@@ -187,8 +201,8 @@ class Session:
                 if self._seat in charter.seats and charter.version == place.version:
                     return signed
                 others = self._members_of(stage)
-                if others and asked != (signed, others):
-                    asked = (signed, others)
+                if others and (asked != (signed, others) or time.monotonic() >= ask_again_s):
+                    asked, ask_again_s = (signed, others), time.monotonic() + ASK_AGAIN_S
                     try:
                         followed = await restorer.from_members(others)
                     except UnreachableError as error:
@@ -250,9 +264,14 @@ class Session:
             self._charters[charter.stage] = (charter, signed)
             self._parts.learn_charter(charter, root_lineage(signed))
             if charter.stage in self._joined:
-                driver = self._parts.drivers[charter.stage]
-                driver.post(events.Received(self._link.coordinator, CharterNotice(stage=charter.stage, charter=signed)))
+                self._post_charter(charter.stage)
         self._notify()
+
+    def _post_charter(self, stage: StageId) -> None:
+        """Tell a round machine the newest charter of its stage; it knows what to make of one that it has."""
+        _, signed = self._charters[stage]
+        notice = CharterNotice(stage=stage, charter=signed)
+        self._parts.drivers[stage].post(events.Received(self._link.coordinator, notice))
 
     def _post_roster(self) -> None:
         """Tell every round machine who hosts what, as far as anybody says."""

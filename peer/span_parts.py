@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -45,7 +46,7 @@ from protocol.ids import Lineage, PeerId, RoundId, StageId, Version
 from protocol.manifest import Manifest
 from protocol.ownership import rendezvous
 from protocol.rounds import events
-from protocol.rounds.lineage import next_lineage
+from protocol.rounds.lineage import Chain, next_lineage
 from protocol.rounds.machine import RoundMachine
 from protocol.rounds.messages import (
     CHARTER_CONTEXT,
@@ -57,6 +58,7 @@ from protocol.rounds.messages import (
     Commit,
     StageMessage,
 )
+from protocol.rounds.settings import Settings
 from protocol.signing import Signed, unseal
 from protocol.transport.calls import Done
 
@@ -147,8 +149,9 @@ class SpanParts:
             first_takeover_s=manifest.timing.hop_silence_s,
         )
         self._histories = {stage: History(folder / f"stage-{stage}", stage=stage) for stage in self.stages}
-        self._syncs = {stage: self._make_sync(stage) for stage in self.stages}
-        self.drivers = {stage: self._make_driver(stage, session) for stage in self.stages}
+        machine = {stage: machine_settings(manifest, stage, key=link.key, session=session) for stage in self.stages}
+        self._syncs = {stage: self._make_sync(stage, machine[stage]) for stage in self.stages}
+        self.drivers = {stage: self._make_driver(stage, machine[stage]) for stage in self.stages}
 
     # -- life -----------------------------------------------------------------------------------------
 
@@ -159,6 +162,8 @@ class SpanParts:
         data = self._manifest.data
         chunks = SwarmChunks(self._link.blobs, (data.train, data.heldout), sources=self._token_sources)
         for kind, spec in ((TaskKind.TRAIN, data.train), (TaskKind.EVAL, data.heldout)):
+            if kind in self._token_files:
+                continue  # an earlier attempt came this far
             self._token_files[kind] = await TokenFile.open(
                 spec,
                 self._folder / "tokens",
@@ -236,7 +241,7 @@ class SpanParts:
 
     # -- wiring ---------------------------------------------------------------------------------------
 
-    def _make_sync(self, stage: StageId) -> StageSync:
+    def _make_sync(self, stage: StageId, machine: Settings) -> StageSync:
         return StageSync(
             stage,
             engine=self._engine.engines[stage],
@@ -248,13 +253,14 @@ class SpanParts:
             coordinator=self._link.coordinator,
             codec=self._manifest.averaging.codec,
             schedule=learning_rate(self._manifest),
+            check_history=partial(Chain.of_history, machine),
         )
 
-    def _make_driver(self, stage: StageId, session: int) -> StageDriver:
+    def _make_driver(self, stage: StageId, machine: Settings) -> StageDriver:
         return StageDriver(
             stage,
             manifest=self._manifest,
-            machine=RoundMachine(machine_settings(self._manifest, stage, key=self._link.key, session=session)),
+            machine=RoundMachine(machine),
             me=self._link.peer_id,
             engine=self._engine,
             compute=self._compute,
@@ -322,9 +328,9 @@ class SpanParts:
     async def _on_round_message(self, caller: PeerId, message: StageMessage) -> Done:
         if isinstance(message, ClosingNotice):  # about the whole run, whoever's clock it was
             for driver in self.drivers.values():
-                driver.post(events.Received(caller, message))
+                driver.receive(caller, message)
         else:
-            self._driver_of(message.stage).post(events.Received(caller, message))
+            self._driver_of(message.stage).receive(caller, message)
         return Done()
 
     def _on_own_closing(self, message: StageMessage) -> None:

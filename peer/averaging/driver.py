@@ -25,13 +25,13 @@ from peer.pipeline.gate import Gate
 from peer.pipeline.view import Membership, View
 from peer.reports import ReportQueue
 from protocol.control import AveragingReport, ClosingReport, CommitReport, Snapshot
-from protocol.errors import PeerFault, StorageError, SwarmError, TransientError, UnreachableError
+from protocol.errors import BusyError, PeerFault, StorageError, SwarmError, TransientError, UnreachableError
 from protocol.history import MAX_COMMITS_PER_ANSWER, LogAnswer, LogRequest, StateAnswer
 from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, Version
 from protocol.manifest import Manifest
 from protocol.rounds import events
 from protocol.rounds.machine import RoundMachine
-from protocol.rounds.messages import Closing, Commit, StageMessage
+from protocol.rounds.messages import Charter, Closing, Commit, StageMessage
 from protocol.signing import Signed
 from protocol.transport.calls import Calls
 
@@ -42,6 +42,7 @@ GOODBYE_TIMEOUT_S = 1.0
 RESYNC_PATIENCE_S = 30.0  # nobody to fetch the state from for so long: perhaps nobody has it any more
 MAX_SENDS_PER_PEER = 32  # messages are repeated by the machine, so dropping some of a silent peer's loses nothing
 STAGED_KEPT = 3
+MAX_INBOX = 1_000  # of messages that wait; a step of a large stage takes seconds, and anybody may send
 
 
 @dataclass(slots=True)
@@ -109,6 +110,7 @@ class StageDriver:
         self._hooks = hooks
         self._beat_s = beat_s
         self._inbox: asyncio.Queue[events.Event] = asyncio.Queue()
+        self._is_tick_due = False
         self._sending: dict[PeerId, int] = {}
         self._group: asyncio.TaskGroup | None = None
         self._reducing: dict[Digest, asyncio.Task[None]] = {}
@@ -126,6 +128,12 @@ class StageDriver:
         """Hand the machine a fact. Never blocks."""
         self._inbox.put_nowait(event)
 
+    def receive(self, caller: PeerId, message: StageMessage) -> None:
+        """Hand the machine what somebody sent. Raises `BusyError` while it is far behind: it will be sent again."""
+        if self._inbox.qsize() >= MAX_INBOX:
+            raise BusyError(f"stage {self.stage} is busy.", retry_after_s=self._beat_s)
+        self.post(events.Received(caller, message))
+
     async def run(self) -> None:
         """Feed the machine events and beats until cancelled; an error of an action ends the peer, loudly."""
         async with asyncio.TaskGroup() as tasks:
@@ -133,6 +141,8 @@ class StageDriver:
             self._group = tasks
             while True:
                 event = await self._inbox.get()
+                if isinstance(event, events.Tick):
+                    self._is_tick_due = False
                 for action in self._machine.handle(event, time.monotonic()):
                     await self._perform(action)
 
@@ -214,10 +224,10 @@ class StageDriver:
                 await self._apply(commit, signed, lineage)
             case events.Replay(steps, sources):
                 await self._replay(steps, sources)
-            case events.Resync(_, sources):
+            case events.Resync(charter, sources):
                 if self._resyncing is not None:  # two of them would load into one engine
                     self._resyncing.cancel()
-                self._resyncing = self._start(self._resync(sources), name=f"resync-{self.stage}")
+                self._resyncing = self._start(self._resync(charter, sources), name=f"resync-{self.stage}")
             case events.NewLineage(_, lineage, round_id):  # a joiner finds the charter's state under its new name
                 assert self._machine.applied is not None
                 self._snapshot = await self.take_snapshot(round_id, self._machine.applied.version, lineage)
@@ -265,7 +275,7 @@ class StageDriver:
             return
         finally:
             self._reducing.pop(action.group_id, None)
-        update = Update.of(reduced)
+        update = await asyncio.to_thread(Update.of, reduced)
         engine = self._engine.engines[self.stage]
         norm = await self._compute.run(lambda: update_norm(engine, update), priority=Priority.CONTROL)
         self._stage_update(reduced.digest, update)
@@ -317,8 +327,11 @@ class StageDriver:
         self._after_step(commit, signed, lineage, state_digest)
 
     async def _replay(self, steps: tuple[events.CommitStep, ...], sources: tuple[PeerId, ...]) -> None:
+        engine = self._engine.engines[self.stage]
         try:
             for step in steps:
+                if step.commit.version <= engine.version:
+                    continue  # an earlier attempt came this far
                 await self._sync.replay((step.signed,), sources=sources)
                 is_last = step is steps[-1]
                 self._after_step(step.commit, step.signed, step.lineage, await self._state_digest(), announce=is_last)
@@ -366,14 +379,20 @@ class StageDriver:
         engine = self._engine.engines[self.stage]
         return await self._compute.run(engine.state_digest, priority=Priority.CONTROL)
 
-    async def _resync(self, sources: Iterable[PeerId]) -> None:
-        """Fetch the state anew: without it this replica is of no use. If nobody can bring it, start over."""
+    async def _resync(self, signed: Signed | None, sources: Iterable[PeerId]) -> None:
+        """Fetch the state anew: without it this replica is of no use. If nobody can bring it, start over.
+
+        What members say under an older charter than `signed` is history; they will hear of it.
+        """
+        least = 0 if signed is None else Charter.from_bytes(signed.payload).generation
         self._gate.freeze(self.stage)
+        await self._compute.run(lambda: self._engine.freeze(self.stage), priority=Priority.CONTROL)
         self._staged.clear()
         give_up_s = time.monotonic() + RESYNC_PATIENCE_S
         while time.monotonic() < give_up_s:
             try:
-                place = await self._sync.from_members([*sources, *self._hooks.sources()])
+                everybody = [*sources, *self._hooks.sources()]
+                place = await self._sync.from_members(everybody, least_generation=least)
             except UnreachableError as error:
                 log.info("resync.waiting", stage=self.stage, error=error.one_line())
                 await asyncio.sleep(self._beat_s * 4)
@@ -409,7 +428,9 @@ class StageDriver:
 
     async def _beat(self) -> None:
         while True:
-            self.post(events.Tick())
+            if not self._is_tick_due:  # one is enough, however long a step of the optimizer took
+                self._is_tick_due = True
+                self.post(events.Tick())
             await asyncio.sleep(self._beat_s)
 
     def _start(self, work: Coroutine[None, None, None], *, name: str) -> asyncio.Task[None]:

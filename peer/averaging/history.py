@@ -14,16 +14,18 @@ updates after it, compare the hash. Must not know: how updates are agreed on (ro
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from protocol.control import Snapshot, StateFile
 from protocol.errors import StorageError, WireError
-from protocol.ids import Lineage, RoundId, StageId, Version, digest
+from protocol.ids import Digest, Lineage, RoundId, StageId, Version, digest
 from protocol.signing import Signed
 
 if TYPE_CHECKING:
@@ -41,6 +43,12 @@ def kept_snapshots(run_folder: Path) -> tuple[Snapshot, ...]:
         if number.isdecimal():
             kept += History(folder, stage=StageId(int(number))).snapshots()[:1]
     return tuple(kept)
+
+
+def file_digest(path: Path) -> Digest:
+    """Return the SHA-256 of a file, which may be larger than memory. Takes seconds per gigabyte; raises `OSError`."""
+    with path.open("rb") as file:
+        return Digest(hashlib.file_digest(file, "sha256").digest())
 
 
 class History:
@@ -103,12 +111,13 @@ class History:
         for file in snapshot.files:
             path = self._part_path(snapshot.version, file.part)
             try:
-                data = path.read_bytes()
+                if file_digest(path) != file.digest:
+                    raise StorageError(f"{path.name} is damaged: its SHA-256 does not fit.")
+                loaded[file.part] = load_file(path)
             except OSError as error:
                 raise StorageError(f"cannot read {path.name}: {error.strerror}.") from None
-            if digest(data) != file.digest:
-                raise StorageError(f"{path.name} is damaged: its SHA-256 does not fit.")
-            loaded[file.part] = load_file(path)
+            except SafetensorError as error:  # whoever promised that hash promised nonsense
+                raise StorageError(f"{path.name} holds no tensors: {error!s:.100}") from None
         return loaded
 
     # -- updates --------------------------------------------------------------------------------------

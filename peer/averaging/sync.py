@@ -8,14 +8,14 @@ believed as far as its hashes go; whether the state is the members' own, the rou
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import structlog
 
 from peer.averaging.absorb import Update, absorb, update_bytes
-from peer.averaging.history import History
+from peer.averaging.history import History, file_digest
 from peer.engine.schedule import LearningRate
 from peer.engine.stage_engine import StageEngine
 from peer.pipeline.compute import ComputeThread, Priority
@@ -31,7 +31,7 @@ from protocol.transport.calls import Calls
 
 log = structlog.get_logger()
 
-MAX_STATE_BYTES = 1 << 40
+MAX_HEADER_BYTES = 1 << 20  # of a safetensors file, whose names and shapes come before the tensors
 MAX_STEPS = 100_000
 
 
@@ -67,7 +67,10 @@ class StageSync:
         coordinator: PeerId,
         codec: str,
         schedule: LearningRate,
+        check_history: Callable[[Signed, tuple[Signed, ...]], object],
     ) -> None:
+        """`check_history` raises `PeerFault` unless commits follow a charter by the rules of the round machine."""
+        self._check_history = check_history
         self._stage = stage
         self._engine = engine
         self._history = history
@@ -79,22 +82,28 @@ class StageSync:
         self._codec = codec
         self._schedule = schedule
 
-    async def from_members(self, sources: Iterable[PeerId]) -> Place:
+    async def from_members(self, sources: Iterable[PeerId], *, least_generation: int = 0) -> Place:
         """Become what the members are: their newest snapshot (or ours, if it is theirs too) and the log after it.
 
-        Raises `UnreachableError` if none of them answers with a state that can be followed.
+        Whatever one of them sends, the next one is asked. Raises `UnreachableError` if none of them answers with a
+        state of `least_generation` or later that can be followed.
         """
         answers = await self._ask(sources)
-        if not answers:
+        newest = max((charter.generation for _, charter in answers.values()), default=0)
+        if not answers or newest < least_generation:
             raise UnreachableError(f"no member of stage {self._stage} answers.")
-        generation, charter = self._newest_charter(answers.values())
-        peers = [peer for peer, answer in answers.items() if self._generation(answer) == generation]
-        peers.sort(key=lambda peer: -answers[peer].version)
+        peers = [peer for peer, (_, charter) in answers.items() if charter.generation == newest]
+        peers.sort(key=lambda peer: -answers[peer][0].version)
         for source in peers:
+            answer, charter = answers[source]
             try:
-                return await self._follow(source, peers, answers[source], charter)
-            except (TransientError, PeerFault, StorageError) as error:
+                place = await self._follow(source, peers, answer, charter)
+                assert place.charter is not None
+                self._check_history(place.charter, place.commits)
+            except SwarmError as error:
                 log.info("sync.failed", stage=self._stage, source=source, error=error.one_line())
+            else:
+                return place
         raise UnreachableError(f"nobody could bring us to the state of stage {self._stage}.")
 
     async def from_checkpoint(self, snapshot: Snapshot, *, source: PeerId, folder: str) -> Place:
@@ -123,7 +132,7 @@ class StageSync:
                 except (TransientError, PeerFault) as error:
                     log.debug("update.missing", source=source, name=name, error=error.one_line())
                     continue
-                if digest(data) == commit.digest:
+                if await asyncio.to_thread(digest, data) == commit.digest:
                     return Update(self._codec, data)
                 log.warning("update.wrong", source=source, name=name)
         raise UnreachableError(f"nobody has the update of version {before} of stage {self._stage}.")
@@ -152,20 +161,21 @@ class StageSync:
 
     # -- private --------------------------------------------------------------------------------------
 
-    async def _ask(self, sources: Iterable[PeerId]) -> dict[PeerId, StateAnswer]:
-        async def ask(peer: PeerId) -> tuple[PeerId, StateAnswer] | None:
+    async def _ask(self, sources: Iterable[PeerId]) -> dict[PeerId, tuple[StateAnswer, Charter]]:
+        """Ask everybody at the same time; keep the answers that have a charter which the coordinator has signed."""
+
+        async def ask(peer: PeerId) -> tuple[PeerId, tuple[StateAnswer, Charter]] | None:
             try:
-                return peer, await self._calls.call(peer, StateRequest(stage=self._stage), StateAnswer)
+                answer = await self._calls.call(peer, StateRequest(stage=self._stage), StateAnswer)
+                if answer.charter is None:
+                    return None
+                return peer, (answer, self._read_charter(answer.charter))
             except SwarmError as error:
                 log.debug("sync.unanswered", peer=peer, error=error.one_line())
                 return None
 
         found = await asyncio.gather(*(ask(peer) for peer in dict.fromkeys(sources) if peer != self._me))
-        return {peer: answer for peer, answer in filter(None, found) if answer.charter is not None}
-
-    def _generation(self, answer: StateAnswer) -> int:
-        assert answer.charter is not None
-        return self._read_charter(answer.charter).generation
+        return dict(filter(None, found))
 
     def _read_charter(self, signed: Signed) -> Charter:
         charter = unseal(signed, CHARTER_CONTEXT, Charter, signer=self._coordinator)
@@ -173,14 +183,10 @@ class StageSync:
             raise PeerFault("that charter is about another stage")
         return charter
 
-    def _newest_charter(self, answers: Iterable[StateAnswer]) -> tuple[int, Signed]:
-        signed = [answer.charter for answer in answers if answer.charter is not None]
-        newest = max(signed, key=lambda one: self._read_charter(one).generation)
-        return self._read_charter(newest).generation, newest
-
-    async def _follow(self, source: PeerId, peers: list[PeerId], answer: StateAnswer, signed_charter: Signed) -> Place:
+    async def _follow(self, source: PeerId, peers: list[PeerId], answer: StateAnswer, charter: Charter) -> Place:
         """Load the best starting point that `source` vouches for, then replay until it has nothing newer."""
-        charter = self._read_charter(signed_charter)
+        signed_charter = answer.charter
+        assert signed_charter is not None, "answers without one are not kept"
         lineage, version, round_id = await self._start_from(source, peers, answer, signed_charter, charter)
         commits = [] if version == charter.version else [await self._commit_before(source, lineage, version)]
         for _ in range(MAX_STEPS):
@@ -251,19 +257,22 @@ class StageSync:
 
     async def _fetch_file(self, snapshot: Snapshot, file: StateFile, name: str, sources: list[PeerId]) -> None:
         """Fetch a file range by range, going on with another source where one fails."""
-        if file.num_bytes > MAX_STATE_BYTES:
-            raise PeerFault(f"a {file.part} file of {file.num_bytes} bytes is not believable")
+        most = self._engine.state_bytes + MAX_HEADER_BYTES
+        if file.num_bytes > most:
+            raise PeerFault(f"a {file.part} file of {file.num_bytes} bytes; ours cannot have more than {most}")
         path = self._history.incoming_path(snapshot.version, file.part)
         try:
             with path.open("wb") as out:
                 await self._fetch_into(out, file, name, sources)
-            found = digest(await asyncio.to_thread(path.read_bytes))
+            if await asyncio.to_thread(file_digest, path) != file.digest:
+                raise PeerFault(f"{name} does not have the promised SHA-256")
         except OSError as error:
+            path.unlink(missing_ok=True)
             hint = "Free some space there, or choose another --data-dir."
             raise StorageError(f"cannot keep the state of stage {self._stage}: {error.strerror}.", hint=hint) from None
-        if found != file.digest:
-            path.unlink()
-            raise PeerFault(f"{name} does not have the promised SHA-256")
+        except BaseException:
+            path.unlink(missing_ok=True)  # gigabytes that nobody would ever look at again
+            raise
 
     async def _fetch_into(self, out: BinaryIO, file: StateFile, name: str, sources: list[PeerId]) -> None:
         waiting = list(sources)
@@ -281,4 +290,4 @@ class StageSync:
             if not piece:
                 waiting.pop(0)
                 continue
-            out.write(piece)
+            await asyncio.to_thread(out.write, piece)

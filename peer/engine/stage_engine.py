@@ -230,6 +230,11 @@ class StageEngine:
         """Return the weights by Hugging Face name, sharing memory: consume them before the next step."""
         return dict(self._stage.named_tensors())
 
+    @property
+    def state_bytes(self) -> int:
+        """Return how many bytes weights and optimizer state take."""
+        return sum(tensor.nbytes for tensor in self.state_tensors().values())
+
     def state_tensors(self) -> dict[str, Tensor]:
         """Return weights and optimizer state (names with the prefix "optimizer."), sharing memory."""
         return self.weight_tensors() | self._optimizer.state_tensors()

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from protocol.errors import PeerFault
 from protocol.ids import Digest, Lineage, PeerId, RoundId
 from protocol.rounds.clock import Clock
 from protocol.rounds.closings import FIRST_STAGE, Closings
@@ -151,7 +152,10 @@ class Member:
 
     def on_synced(self, event: Synced, now_s: float) -> list[Step]:
         """Stand where the fetched history ends, unless a newer charter has come meanwhile."""
-        chain = Chain.of_history(self._settings, event.charter, event.commits)
+        try:
+            chain = Chain.of_history(self._settings, event.charter, event.commits)
+        except PeerFault as fault:  # it must not leave us standing nowhere for good
+            return [Report(Trouble.FAULT, None, fault.one_line()), *self.resync(None)]
         if chain.generation < self._generation:
             return self.resync(None)
         actions = self._end_slot()
