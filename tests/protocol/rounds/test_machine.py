@@ -158,6 +158,19 @@ def test_a_member_whose_state_was_fetched_anew_does_not_sit_where_it_sat() -> No
     assert made.statistics().standing is Standing.LISTENING
 
 
+def test_a_history_that_breaks_the_rules_is_fetched_anew() -> None:
+    """A member that only reported it would stand nowhere for ever, and call itself ready."""
+    made = RoundMachine(settings(A))
+    head = chain(A, A, B).head.lineage
+    stranger = commit(head, signer=PeerId("stranger"), members=(A, B))
+    report, resync = made.handle(Synced(charter(A, B), (stranger,), STATE), 0.0)
+    assert isinstance(report, Report)
+    assert report.trouble is Trouble.FAULT
+    assert isinstance(resync, Resync)
+    made.handle(Synced(charter(A, B), (), STATE), 1.0)
+    assert made.statistics().standing is not Standing.OUT
+
+
 def test_a_final_commit_that_was_not_summed_here_is_replayed() -> None:
     """The bytes are fetched from those who summed them; afterwards the next round opens."""
     made, actions = machine(A, B, C)
