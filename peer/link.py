@@ -49,18 +49,27 @@ class Link:
         return self.node.peer_id
 
     async def introduce(self, peer: PeerId, addresses: Iterable[str]) -> None:
-        """Tell our daemon where a peer lives, so that it can be dialled by its id alone."""
+        """Tell our daemon where a peer lives, so that it can be dialled by its id alone.
+
+        One that is not there is introduced again when somebody next names it.
+        """
         known = tuple(addresses)
         if peer == self.peer_id or not known or self._introduced.get(peer) == known:
             return
-        self._introduced[peer] = known
-        for address in known:
-            try:
-                await self.node.connect(address)
-            except TransientError as error:
-                log.debug("peer.unreachable", peer=peer, error=error.one_line())
-            else:
-                return
+        self._introduced[peer] = known  # at once: who names the peer meanwhile need not dial as well
+        is_reached = False
+        try:
+            for address in known:
+                try:
+                    await self.node.connect(address)
+                except TransientError as error:
+                    log.debug("peer.unreachable", peer=peer, error=error.one_line())
+                else:
+                    is_reached = True
+                    return
+        finally:
+            if not is_reached:
+                self._introduced.pop(peer, None)
 
 
 @asynccontextmanager

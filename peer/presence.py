@@ -8,7 +8,8 @@ who works now is in the commits.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
 
 import structlog
 
@@ -23,6 +24,7 @@ log = structlog.get_logger()
 
 FIRST_LOOK_S = 3.0
 LOOK_EVERY_S = 15.0
+INTRODUCE_S = 15.0
 
 
 class Presence:
@@ -66,6 +68,7 @@ class Presence:
         await asyncio.sleep(FIRST_LOOK_S)
         while True:
             found: dict[StageId, tuple[PeerId, ...]] = {}
+            everybody: list[ReplicaRecord] = []
             for stage in map(StageId, range(self._num_stages)):
                 try:
                     records = await self._link.node.replicas(stage)
@@ -73,10 +76,17 @@ class Presence:
                     log.debug("record.unread", stage=stage, error=error.one_line())
                     continue
                 found[stage] = tuple(record.peer for record in records)
-                for record in records:
-                    await self._link.introduce(record.peer, record.addresses)
+                everybody += records
             self._on_found(found)
+            await self._introduce(everybody)
             await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _introduce(self, records: Iterable[ReplicaRecord]) -> None:
+        """Dial all at the same time, for a while: many may be out of reach, each at many addresses."""
+        introducing = [self._link.introduce(record.peer, record.addresses) for record in records]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(INTRODUCE_S):
+                await asyncio.gather(*introducing)
 
     async def withdraw(self) -> None:
         """Say goodbye; the record would expire anyway."""

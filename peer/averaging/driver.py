@@ -34,6 +34,7 @@ from protocol.rounds.machine import RoundMachine
 from protocol.rounds.messages import Charter, Closing, Commit, StageMessage
 from protocol.signing import Signed
 from protocol.transport.calls import Calls
+from protocol.wire import MAX_MESSAGE_BYTES
 
 log = structlog.get_logger()
 
@@ -42,6 +43,7 @@ GOODBYE_TIMEOUT_S = 1.0
 RESYNC_PATIENCE_S = 30.0  # nobody to fetch the state from for so long: perhaps nobody has it any more
 MAX_SENDS_PER_PEER = 32  # messages are repeated by the machine, so dropping some of a silent peer's loses nothing
 STAGED_KEPT = 3
+MAX_LOG_BYTES = MAX_MESSAGE_BYTES // 2  # a commit of a large stage weighs tens of kilobytes
 MAX_INBOX = 1_000  # of messages that wait; a step of a large stage takes seconds, and anybody may send
 
 
@@ -187,10 +189,12 @@ class StageDriver:
 
     def answer_log(self, request: LogRequest) -> LogAnswer:
         """List the commits that followed a version, as far as they are kept."""
-        commits = []
+        commits: list[Signed] = []
+        left = MAX_LOG_BYTES
         for offset in range(MAX_COMMITS_PER_ANSWER):
             signed = self._history.commit_of(Version(request.since + offset))
-            if signed is None:
+            left -= 0 if signed is None else len(signed.payload)
+            if signed is None or (commits and left < 0):
                 break
             commits.append(signed)
         return LogAnswer(commits=tuple(commits))
