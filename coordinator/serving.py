@@ -10,13 +10,14 @@ run's text and its checkpoints are for everybody who can connect), how bytes tra
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from coordinator.checkpointfiles import RECORD, Checkpoint
 from coordinator.rundir import RunDir
 from protocol.errors import CorpusError
 from protocol.ids import PeerId, RoundId
+from protocol.transport.blobs import Load
 
 CACHED_CHUNKS = 8  # newcomers read the same rounds at the same time
 MAX_DIGITS = 12
@@ -28,13 +29,13 @@ class Shelf:
     def __init__(
         self, run: RunDir, *, newest: Callable[[], Checkpoint | None], on_damage: Callable[[str], None]
     ) -> None:
-        """`newest` is the checkpoint to hand out; `on_damage` hears of token files that are no longer the run's."""
+        """`newest` is the checkpoint to hand out; `on_damage` hears, in any thread, of damaged token files."""
         self._run = run
         self._newest = newest
         self._on_damage = on_damage
         self._chunk = lru_cache(maxsize=CACHED_CHUNKS)(self._read_chunk)
 
-    def resolve(self, caller: PeerId, name: str) -> Path | bytes | None:
+    def resolve(self, caller: PeerId, name: str) -> Path | bytes | Load | None:
         """Return what a blob name stands for, or None."""
         match name.split("/"):
             case ["tokens", file, piece]:
@@ -43,14 +44,19 @@ class Shelf:
                 return self._checkpoint(round_id, file)
         return None
 
-    def _tokens(self, file: str, piece: str) -> bytes | None:
+    def _tokens(self, file: str, piece: str) -> Load | None:
         spec = self._run.token_file(file)
-        if spec is None or not (piece == "index" or _is_number(piece)):
+        if spec is None:
             return None
+        if piece == "index":
+            return partial(self._load, lambda: self._run.index(spec).data)
+        if _is_number(piece) and int(piece) < spec.num_chunks:
+            return partial(self._load, lambda: self._chunk(file, int(piece)))
+        return None
+
+    def _load(self, read: Callable[[], bytes]) -> bytes | None:
         try:
-            if piece == "index":
-                return self._run.index(spec).data
-            return self._chunk(file, int(piece)) if int(piece) < spec.num_chunks else None
+            return read()
         except CorpusError as error:  # ours is damaged; others have the chunk too
             self._on_damage(error.one_line())
             return None

@@ -51,7 +51,7 @@ class Link:
     async def introduce(self, peer: PeerId, addresses: Iterable[str]) -> None:
         """Tell our daemon where a peer lives, so that it can be dialled by its id alone.
 
-        One that is not there is introduced again when somebody next names it.
+        One that is not there, or could not be dialled since (`lost`), is introduced again when somebody next names it.
         """
         known = tuple(addresses)
         if peer == self.peer_id or not known or self._introduced.get(peer) == known:
@@ -70,6 +70,10 @@ class Link:
         finally:
             if not is_reached:
                 self._introduced.pop(peer, None)
+
+    def lost(self, peer: PeerId) -> None:
+        """Note that a peer could not be dialled: the daemon may have forgotten its addresses."""
+        self._introduced.pop(peer, None)
 
 
 @asynccontextmanager

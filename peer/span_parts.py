@@ -38,7 +38,7 @@ from peer.pipeline.view import Membership, View
 from peer.reports import ReportQueue
 from peer.settings import PeerSettings
 from peer.tally import Tally
-from peer.tasks import Outcome
+from peer.tasks import Outcome, TaskId
 from protocol.batches import Microbatch, TaskKind
 from protocol.errors import PeerFault, RefusedError, TransientError
 from protocol.history import CommitNews, LogAnswer, LogRequest, StateAnswer, StateRequest
@@ -60,12 +60,14 @@ from protocol.rounds.messages import (
 )
 from protocol.rounds.settings import Settings
 from protocol.signing import Signed, unseal
+from protocol.transport.blobs import Load
 from protocol.transport.calls import Done
 
 log = structlog.get_logger()
 
 NEWS_TIMEOUT_S = 3.0
 MAX_INFORMANTS = 8
+MAX_TOKEN_SOURCES = 3  # besides the coordinator: more would only be more ways to wait
 
 
 class SpanParts:
@@ -112,6 +114,7 @@ class SpanParts:
             router=Router(run=run),
             hop_silence_s=manifest.timing.hop_silence_s,
         )
+        self._caller.on_lost = link.lost
         self._runner = SpanRunner(
             run=run,
             key=link.key,
@@ -127,8 +130,9 @@ class SpanParts:
             streams=link.streams,
             gate=self.gate,
             work=self._work,
+            on_received=self._count_received,
             body_bytes=engine.body_bytes,
-            load_s=self._runner.load_s,
+            load_s=compute.load_s,
             jobs_done=lambda: compute.jobs_done,
             num_slots=settings.slots,
             num_numbers=lambda round_id: len(self._batches.plan(round_id)),
@@ -186,6 +190,7 @@ class SpanParts:
 
     def background(self) -> Iterable[Coroutine[None, None, None]]:
         """Return what has to run beside the drivers."""
+        yield self._runner.wait_broken()
         if self._engine.is_first:
             yield self._feeder.run()
         yield self._refresh_views()
@@ -233,7 +238,7 @@ class SpanParts:
 
     def load_s(self) -> float:
         """Estimate how long a new task would wait here."""
-        return self._runner.load_s()
+        return self._compute.load_s()
 
     def introduce(self, peer: PeerId, addresses: Iterable[str]) -> None:
         """Tell the daemon where a peer lives, without waiting for it."""
@@ -283,16 +288,18 @@ class SpanParts:
         )
 
     async def _work(self, hosted: HostedTask) -> Outcome:
-        outcome = await self._runner.work(
+        return await self._runner.work(
             hosted.key.task,
+            hosted.key.stage,
             hosted.body,
             pulse=hosted.pulse,
             deadline_s=hosted.deadline_s,
             retries_left=hosted.retries_left,
         )
-        if hosted.key.task.kind is TaskKind.TRAIN:
-            self.tally.accept(outcome.target_tokens, fed=False)
-        return outcome
+
+    def _count_received(self, task: TaskId, target_tokens: int) -> None:
+        if task.kind is TaskKind.TRAIN:
+            self.tally.accept(target_tokens, fed=False)
 
     def _take_board(self, board: Board) -> None:
         self._board = board
@@ -320,8 +327,14 @@ class SpanParts:
         self._start(self._tell_neighbours(commit, signed))
 
     def _report_work(self, round_id: RoundId) -> None:
-        busy_s = self._compute.statistics().busy_s
-        self._reports.add(self.tally.end_round(round_id, self._caller.statistics, busy_s=busy_s))
+        self._reports.add(
+            self.tally.end_round(
+                round_id,
+                self._caller.statistics,
+                fed_again=self._feeder.num_fed_again,
+                busy_s=self._compute.statistics().busy_s,
+            )
+        )
 
     # -- serving --------------------------------------------------------------------------------------
 
@@ -350,7 +363,7 @@ class SpanParts:
             raise RefusedError(f"stage {stage} is not hosted here")
         return driver
 
-    def _resolve(self, caller: PeerId, name: str) -> Path | bytes | None:
+    def _resolve(self, caller: PeerId, name: str) -> Path | bytes | Load | None:
         """Find a blob by name: token chunks, snapshots, updates."""
         kinds = {TaskKind.TRAIN: self._manifest.data.train.name, TaskKind.EVAL: self._manifest.data.heldout.name}
         if name.startswith("tokens/"):
@@ -437,12 +450,13 @@ class SpanParts:
         except (TransientError, PeerFault, RefusedError) as error:
             log.debug("news.undelivered", peer=peer, error=error.one_line())
 
-    def _token_sources(self) -> list[PeerId]:
-        """Ask fellow readers of tokens first and the coordinator last: it has little bandwidth for many."""
+    def _token_sources(self, name: str) -> list[PeerId]:
+        """Ask fellow readers of tokens first, each for other chunks, and the coordinator last: its line is thin."""
         last = StageId(self._manifest.model.num_stages - 1)
-        readers = [self.view.membership(stage) for stage in (FIRST_STAGE, last)]
-        peers = [peer for reader in readers if reader for peer in reader.members if peer != self._link.peer_id]
-        return [*peers[:3], self._link.coordinator]
+        away = {self._link.peer_id, *self.view.suspects(now_s=time.monotonic())}
+        memberships = [self.view.membership(stage) for stage in (FIRST_STAGE, last)]
+        readers = {peer: 1.0 for known in memberships if known for peer in known.members if peer not in away}
+        return [*rendezvous(name, readers)[:MAX_TOKEN_SOURCES], self._link.coordinator]
 
     def _start(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)

@@ -24,7 +24,7 @@ class ChunkCache:
     def __init__(self, path: Path, spec: TokenFileSpec) -> None:
         self._path = path
         self._spec = spec
-        self._lock = Lock()  # a write that outlives its cancelled task must not hit a closed, reused descriptor
+        self._lock = Lock()  # work that outlives its cancelled task must not hit a closed, reused descriptor
         self._is_closed = False
         num_bytes = (spec.num_chunks + 7) // 8
         try:
@@ -41,11 +41,14 @@ class ChunkCache:
         return sum(byte.bit_count() for byte in self._bitmap)
 
     def read(self, span: ByteRange) -> bytes:
-        """Return the bytes of a range, zeros where nothing was stored."""
-        try:
-            return os.pread(self._file, span.length, span.start)
-        except OSError as error:
-            raise storage_error(self._path, error) from error
+        """Return the bytes of a range, zeros where nothing was stored. Raises `StorageError` once it is closed."""
+        with self._lock:
+            if self._is_closed:
+                raise StorageError(f"{self._path} is closed.")
+            try:
+                return os.pread(self._file, span.length, span.start)
+            except OSError as error:
+                raise storage_error(self._path, error) from error
 
     def store(self, chunk: int, data: bytes) -> None:
         """Keep a chunk, then remember it."""
@@ -62,7 +65,7 @@ class ChunkCache:
                 self._mark(chunk, held=False)
 
     def close(self) -> None:
-        """Close both files; later stores do nothing."""
+        """Close both files; later stores do nothing, and nothing can be read."""
         with self._lock:
             if not self._is_closed:
                 self._is_closed = True

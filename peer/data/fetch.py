@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import structlog
 
@@ -16,21 +17,20 @@ from peer.data.tokens import Fetched, TokenFile
 from protocol.errors import PeerFault, SwarmError, TransientError, UnreachableError
 from protocol.ids import PeerId
 from protocol.manifest import TokenFileSpec
-from protocol.transport.blobs import Blobs
+from protocol.transport.blobs import Blobs, Load
 
 log = structlog.get_logger()
 
 INDEX = "index"
-MAX_SOURCES = 4  # besides the coordinator: more would only be more ways to wait
 
 
 class SwarmChunks:
     """A `ChunkSource` over blobs."""
 
     def __init__(
-        self, blobs: Blobs, specs: Iterable[TokenFileSpec], *, sources: Callable[[], Iterable[PeerId]]
+        self, blobs: Blobs, specs: Iterable[TokenFileSpec], *, sources: Callable[[str], Iterable[PeerId]]
     ) -> None:
-        """`sources` lists whom to ask, best first; it is asked anew for every chunk."""
+        """`sources` lists whom to ask for a blob, best first; it is asked anew for every one."""
         self._blobs = blobs
         self._specs = {spec.name: spec for spec in specs}
         self._sources = sources
@@ -48,7 +48,7 @@ class SwarmChunks:
 
     async def _fetch(self, name: str, *, max_bytes: int, fits: Callable[[bytes], bool]) -> Fetched:
         problem: SwarmError = UnreachableError(f"nobody serves {name}.")
-        for peer, _ in zip(self._sources(), range(MAX_SOURCES), strict=False):
+        for peer in self._sources(name):
             try:
                 data = await self._blobs.fetch(peer, name, max_bytes=max_bytes)
             except (TransientError, PeerFault) as failed:
@@ -61,8 +61,8 @@ class SwarmChunks:
         raise problem
 
 
-def serve_tokens(name: str, files: Iterable[tuple[str, TokenFile]]) -> bytes | None:
-    """Resolve the blob name `tokens/FILE/CHUNK` from the chunks that are here."""
+def serve_tokens(name: str, files: Iterable[tuple[str, TokenFile]]) -> bytes | Load | None:
+    """Resolve the blob name `tokens/FILE/CHUNK` from the chunks that are here; each is hashed before it goes out."""
     for file_name, file in files:
         prefix = f"tokens/{file_name}/"
         if not name.startswith(prefix):
@@ -70,5 +70,5 @@ def serve_tokens(name: str, files: Iterable[tuple[str, TokenFile]]) -> bytes | N
         wanted = name.removeprefix(prefix)
         if wanted == INDEX:
             return file.read_index()
-        return file.read_chunk(int(wanted)) if wanted.isdecimal() and len(wanted) < 10 else None
+        return partial(file.read_chunk, int(wanted)) if wanted.isdecimal() and len(wanted) < 10 else None
     return None

@@ -102,11 +102,6 @@ class TokenFile:
         """
         await self._ensure_chunks(chunks_of(self.spec, windows, sequence_length=self._sequence_length))
 
-    async def preload_all(self) -> None:
-        """Have the whole file here, a few chunks at a time so that `ensure` is never kept waiting for long."""
-        for first in range(0, self.spec.num_chunks, PARALLEL_FETCHES):
-            await self._ensure_chunks(range(first, min(first + PARALLEL_FETCHES, self.spec.num_chunks)))
-
     def windows(self, windows: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the inputs and labels of these windows, each (B, T); `ensure` them first."""
         rows = np.stack([self._tokens(window) for window in windows]).astype(np.int64)

@@ -2,7 +2,8 @@
 
 Owns: the conversion between bodies (bytes on the wire) and tensors, and the last word on whether a
 gradient still counts: `open` and `freeze` run in the same thread as `backward`, so nothing can be added
-to a stage's sum after it was frozen. Must not know: asyncio, streams, who asks. Every method is called
+to a stage's sum after it was frozen. A task may enter at any hosted stage (spans of two peers may overlap) and
+runs from there to the span's end. Must not know: asyncio, streams, who asks. Every method is called
 from the compute thread only.
 """
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+MEMORY_HINT = "Close what else uses this device, or host fewer stages (--stage)."
+
 # B: sequences of a microbatch, T: tokens of a sequence, D: hidden size
 
 
@@ -38,6 +41,8 @@ class SpanTicket:
     """What a forward pass left behind for its backward pass."""
 
     round: RoundId
+    entry: StageId
+    """The stage at which the task came in."""
     tickets: list[Ticket]
     shape: tuple[int, ...]
 
@@ -90,7 +95,8 @@ class SpanEngine:
         frozen = self._open.pop(stage, None)
         for ticket in [ticket for ticket in self._waiting.values() if ticket.round == frozen]:
             self.discard(ticket)  # their backward would be refused; who asked for it may be gone already
-        self._drop_spoilt_sum(stage)
+        if not self.engines[stage].has_finite_gradients():  # one overflow, and nobody could average the sum
+            self._drop_sum(stage)
         return self.accumulated_tokens[stage]
 
     # -- tasks ----------------------------------------------------------------------------------------
@@ -103,24 +109,25 @@ class SpanEngine:
         return self._codec.encoded_bytes(shape[0] * shape[1] * shape[2])
 
     def forward(
-        self, source: Source, shape: tuple[int, ...], *, round_id: RoundId
+        self, source: Source, shape: tuple[int, ...], *, entry: StageId, round_id: RoundId
     ) -> tuple[bytes, tuple[int, ...], SpanTicket]:
-        """Run a training task through the span; return the encoded output, its shape and what backward needs."""
-        self._check_open(round_id)
+        """Run a training task from stage `entry` on; return the encoded output, its shape and what backward needs."""
+        self._check_open(entry, round_id)
         hidden_BTD = self._decode(source, shape)
-        ticket = SpanTicket(round_id, [], tuple(hidden_BTD.shape))
-        with self._discarding(ticket.tickets):
-            for engine in self.engines.values():
+        ticket = SpanTicket(round_id, entry, [], tuple(hidden_BTD.shape))
+        with _device_memory(), self._discarding(entry, ticket.tickets):
+            for engine in self._engines_from(entry):
                 hidden_BTD, kept = engine.forward(hidden_BTD)
                 ticket.tickets.append(kept)
         self._waiting[id(ticket)] = ticket
         return self._encode(hidden_BTD), tuple(hidden_BTD.shape), ticket
 
-    def forward_only(self, source: Source, shape: tuple[int, ...]) -> tuple[bytes, tuple[int, ...]]:
-        """Run an evaluation task through the span; nothing is kept."""
+    def forward_only(self, source: Source, shape: tuple[int, ...], *, entry: StageId) -> tuple[bytes, tuple[int, ...]]:
+        """Run an evaluation task from stage `entry` on; nothing is kept."""
         hidden_BTD = self._decode(source, shape)
-        for engine in self.engines.values():
-            hidden_BTD = engine.forward_only(hidden_BTD)
+        with _device_memory():
+            for engine in self._engines_from(entry):
+                hidden_BTD = engine.forward_only(hidden_BTD)
         return self._encode(hidden_BTD), tuple(hidden_BTD.shape)
 
     def backward(
@@ -129,53 +136,55 @@ class SpanEngine:
         """Add a task's gradients to the open sums and return the encoded gradient w.r.t. its input.
 
         Raises `RoundOver` or `PeerFault`, with nothing added anywhere, if a stage of the span has been frozen
-        meanwhile or the gradient is none. A `LocalFault` (overflow) costs the sums that it spoilt.
+        meanwhile or the gradient is none. A `LocalFault` (overflow, no memory) costs the sums that it spoilt.
         """
-        self._check_open(ticket.round)
+        self._check_open(ticket.entry, ticket.round)
         grad_BTD: torch.Tensor | None = self._decode(gradient, shape)
         self._waiting.pop(id(ticket))
-        with self._discarding(ticket.tickets), self._adding():
-            for engine, kept in zip(reversed(self.engines.values()), reversed(ticket.tickets), strict=True):
+        engines = self._engines_from(ticket.entry)
+        with self._discarding(ticket.entry, ticket.tickets), self._adding(ticket.entry), _device_memory():
+            for engine, kept in zip(reversed(engines), reversed(ticket.tickets), strict=True):
                 assert grad_BTD is not None
                 grad_BTD = engine.backward(kept, grad_BTD)
-        self._count(target_tokens)
+        self._count(ticket.entry, target_tokens)
         return None if grad_BTD is None else self._encode(grad_BTD)
 
     def loss_and_backward(
-        self, source: Source, shape: tuple[int, ...], labels: TokenArray, *, round_id: RoundId
+        self, source: Source, shape: tuple[int, ...], labels: TokenArray, *, entry: StageId, round_id: RoundId
     ) -> SpanLoss:
-        """Finish a training task at the last stage: loss and backward in one go."""
-        self._check_open(round_id)
+        """Finish a training task that enters at `entry`: forward, loss and backward in one go."""
+        self._check_open(entry, round_id)
         hidden_BTD = self._decode(source, shape)
-        *before, last = self.engines.values()
+        *before, last = self._engines_from(entry)
         tickets: list[Ticket] = []
-        with self._discarding(tickets):
+        with _device_memory(), self._discarding(entry, tickets):
             for engine in before:
                 hidden_BTD, kept = engine.forward(hidden_BTD)
                 tickets.append(kept)
-            with self._adding():
+            with self._adding(entry), _device_memory():
                 result = last.loss_and_backward(hidden_BTD, torch.from_numpy(labels))
                 grad_BTD = result.grad_inputs
                 for engine, kept in zip(reversed(before), reversed(tickets), strict=True):
                     assert grad_BTD is not None
                     grad_BTD = engine.backward(kept, grad_BTD)
-        self._count(result.target_tokens)
+        self._count(entry, result.target_tokens)
         return SpanLoss(result.loss_sum, result.target_tokens, None if grad_BTD is None else self._encode(grad_BTD))
 
-    def evaluate(self, source: Source, shape: tuple[int, ...], labels: TokenArray) -> SpanLoss:
-        """Measure the loss of an evaluation task at the last stage."""
+    def evaluate(self, source: Source, shape: tuple[int, ...], labels: TokenArray, *, entry: StageId) -> SpanLoss:
+        """Measure the loss of an evaluation task that enters at `entry`."""
         hidden_BTD = self._decode(source, shape)
-        *before, last = self.engines.values()
-        for engine in before:
-            hidden_BTD = engine.forward_only(hidden_BTD)
-        result = last.evaluate(hidden_BTD, torch.from_numpy(labels))
+        *before, last = self._engines_from(entry)
+        with _device_memory():
+            for engine in before:
+                hidden_BTD = engine.forward_only(hidden_BTD)
+            result = last.evaluate(hidden_BTD, torch.from_numpy(labels))
         return SpanLoss(result.loss_sum, result.target_tokens, None)
 
     def discard(self, ticket: SpanTicket) -> None:
         """Free what a task kept that will never go backward. Does nothing for a task that has."""
         if self._waiting.pop(id(ticket), None) is None:
             return
-        for engine, kept in zip(self.engines.values(), ticket.tickets, strict=True):
+        for engine, kept in zip(self._engines_from(ticket.entry), ticket.tickets, strict=True):
             engine.discard(kept)
 
     # -- state ----------------------------------------------------------------------------------------
@@ -192,41 +201,49 @@ class SpanEngine:
 
     # -- private --------------------------------------------------------------------------------------
 
-    def _check_open(self, round_id: RoundId) -> None:
+    def _engines_from(self, entry: StageId) -> list[StageEngine]:
+        return [engine for stage, engine in self.engines.items() if stage >= entry]
+
+    def _check_open(self, entry: StageId, round_id: RoundId) -> None:
         for stage in self.engines:
-            if self._open.get(stage) != round_id:
+            if stage >= entry and self._open.get(stage) != round_id:
                 raise RoundOver(f"round {round_id} is over at stage {stage}")
 
     @contextmanager
-    def _discarding(self, tickets: list[Ticket]) -> Iterator[None]:
+    def _discarding(self, entry: StageId, tickets: list[Ticket]) -> Iterator[None]:
         """If the block fails, free what its forward passes kept, however many of them there were."""
         try:
             yield
         except BaseException:
-            for engine, kept in zip(self.engines.values(), tickets, strict=False):
+            for engine, kept in zip(self._engines_from(entry), tickets, strict=False):
                 engine.discard(kept)
             raise
 
     @contextmanager
-    def _adding(self) -> Iterator[None]:
-        """If the block overflows, drop the sums that it has spoilt; the others go on."""
+    def _adding(self, entry: StageId) -> Iterator[None]:
+        """If the block fails half way, drop the sums that it has begun to add to.
+
+        What it added cannot be taken back, and its microbatch is worked on again: left in, it would count twice.
+        """
+        before = {stage: engine.additions for stage, engine in self.engines.items() if stage >= entry}
         try:
             yield
         except LocalFault:
-            for stage in self.engines:
-                self._drop_spoilt_sum(stage)
+            for stage, additions in before.items():
+                if self.engines[stage].additions != additions:
+                    self._drop_sum(stage)
             raise
 
-    def _drop_spoilt_sum(self, stage: StageId) -> None:
-        """One overflow, and nobody could average a sum any more: it is begun anew, without the tokens in it."""
-        if not self.engines[stage].has_finite_gradients():
-            log.warning("gradients.dropped", stage=stage, tokens=self.accumulated_tokens[stage])
-            self.engines[stage].zero_gradients()
-            self.accumulated_tokens[stage] = 0
+    def _drop_sum(self, stage: StageId) -> None:
+        """Begin a stage's sum anew, without the tokens in it; the round's commit shows them as dropped."""
+        log.warning("gradients.dropped", stage=stage, tokens=self.accumulated_tokens[stage])
+        self.engines[stage].zero_gradients()
+        self.accumulated_tokens[stage] = 0
 
-    def _count(self, target_tokens: int) -> None:
+    def _count(self, entry: StageId, target_tokens: int) -> None:
         for stage in self.engines:
-            self.accumulated_tokens[stage] += target_tokens
+            if stage >= entry:
+                self.accumulated_tokens[stage] += target_tokens
 
     def _decode(self, source: Source, shape: tuple[int, ...]) -> torch.Tensor:
         """Return token ids (B, T) for a token array, hidden values (B, T, D) for a body."""
@@ -237,3 +254,13 @@ class SpanEngine:
 
     def _encode(self, hidden_BTD: torch.Tensor) -> bytes:
         return self._codec.encode(hidden_BTD.reshape(-1).contiguous())
+
+
+@contextmanager
+def _device_memory() -> Iterator[None]:
+    """Say in our own words that the device is full: the microbatch may do well elsewhere, or later."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise LocalFault(f"out of memory: {reason}", hint=MEMORY_HINT) from None

@@ -80,6 +80,8 @@ class StageEngine:
         self._pending: dict[int, _Pending] = {}
         self._next_ticket = 0
         self._forwards = self._backwards = self._recomputed = 0
+        self.additions = 0
+        """How often something has begun to be added to the gradient sums."""
 
     @classmethod
     def build(
@@ -166,6 +168,7 @@ class StageEngine:
         with torch.enable_grad():
             outputs = self._stage.body(entered)
         _check_computed(outputs, "hidden states")  # before anything is added to the head's gradient
+        self.additions += 1
         loss, grad_outputs = self._stage.head_loss_and_gradient(outputs.detach(), labels)
         self._forwards += 1
         _check_loss(loss)
@@ -271,6 +274,7 @@ class StageEngine:
         return outputs.detach()
 
     def _backward(self, inputs: Tensor, entered: Tensor, outputs: Tensor, grad_outputs: Tensor) -> Tensor | None:
+        self.additions += 1
         torch.autograd.backward([outputs], [grad_outputs])
         grad_inputs = entered.grad
         assert grad_inputs is not None

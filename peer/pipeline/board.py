@@ -88,6 +88,11 @@ class Board:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    def is_second_hand(self, microbatch: Microbatch) -> bool:
+        """Tell whether a number that was taken is fed again: it came back once, or its owner has not brought it."""
+        number = microbatch.number
+        return number in self._not_before_s or self._orders[number][0] != self._me
+
     @property
     def num_left(self) -> int:
         """Numbers that are not done, as far as we know."""

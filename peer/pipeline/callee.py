@@ -18,7 +18,7 @@ from peer.pipeline.caller import hop_protocol
 from peer.pipeline.gate import Gate
 from peer.pipeline.slots import SlotPool
 from peer.tasks import Body, DownstreamFailed, Outcome, Pulse, RoundOver, TaskId
-from protocol.errors import DeadlineError, SwarmError, TransientError, WireError
+from protocol.errors import DeadlineError, PeerFault, SwarmError, TransientError, WireError
 from protocol.hops import (
     Accepted,
     Answer,
@@ -42,6 +42,7 @@ SLOT_WAIT_S = 2.0  # a caller waits in line this long before it is told to try e
 SLOT_TTL_S = 15.0  # a granted slot lapses if the body is not there by then, plus what its size takes on a slow link
 MIN_BYTES_PER_S = 64 * 1024
 MAX_UNFETCHED_PER_CALLER = 16  # answers that nobody came for; an honest caller leaves one only when its stream breaks
+MAX_UNFETCHED = 64  # from all callers together: a peer id costs a stranger nothing
 MAX_RETRIES = 8
 RETRY_AFTER_S = 0.2
 PROGRESS_EVERY_S = 0.5
@@ -83,6 +84,7 @@ class HopServer:
         streams: Streams,
         gate: Gate,
         work: Work,
+        on_received: Callable[[TaskId, int], None],
         body_bytes: Callable[[tuple[int, ...]], int],
         load_s: Callable[[], float],
         jobs_done: Callable[[], int],
@@ -90,9 +92,10 @@ class HopServer:
         num_numbers: Callable[[RoundId], int],
         round_deadline_s: float,
     ) -> None:
-        """`work` runs a task to its end; `body_bytes` gives the exact size of a body of a shape, or raises.
+        """`work` runs a task to its end; `on_received` hears of what a caller has got, and its target tokens.
 
-        `num_numbers` says how many microbatches a round has. No caller gets more than `round_deadline_s`.
+        `body_bytes` gives the exact size of a body of a shape, or raises. `num_numbers` says how many microbatches a
+        round has. No caller gets more than `round_deadline_s`.
         """
         self._num_numbers = num_numbers
         self._round_deadline_s = round_deadline_s
@@ -102,10 +105,12 @@ class HopServer:
         self._streams = streams
         self._gate = gate
         self._work = work
+        self._on_received = on_received
         self._body_bytes = body_bytes
         self._load_s = load_s
         self._slots = SlotPool(num_slots=num_slots, quota=max(1, num_slots // 2))
         self._tasks: dict[TaskKey, HostedTask] = {}
+        self._is_stopped = False
         self._taking: dict[asyncio.Timeout, RoundId] = {}
         """Bodies that are coming in, by the deadline that they have."""
 
@@ -128,7 +133,11 @@ class HopServer:
 
     async def stop(self) -> None:
         """Cancel all tasks and wait for them; from now on callers hear that we are leaving."""
+        self._is_stopped = True
         await self._streams.serve(hop_protocol(self._run), say_leaving)  # which holds on to nothing of ours
+        for deadline in self._taking:
+            if not deadline.expired():
+                deadline.reschedule(0.0)
         results = [hosted.result for hosted in self._tasks.values() if hosted.result is not None]
         self._tasks.clear()
         for result in results:
@@ -160,6 +169,9 @@ class HopServer:
             return
         started = False
         try:
+            if self._is_stopped:  # it had been waiting in line
+                await self._say_last(stream, Refused(code=RefusalCode.LEAVING))
+                return
             await stream.send(Accepted(ttl_s=SLOT_TTL_S))
             body = await self._take_body(stream, header)
             hosted, started = self._start(stream.remote, header, body)
@@ -179,6 +191,8 @@ class HopServer:
 
     def _check(self, header: OpenTask) -> Refused | None:
         """Refuse a header that cannot be right, before any byte of the body is accepted."""
+        if header.stage == 0:
+            return Refused(code=RefusalCode.BAD_HEADER, detail="stage 0 is fed from token files, not over hops")
         if header.codec != self._codec:
             return Refused(code=RefusalCode.BAD_HEADER, detail=f"this run sends {self._codec}, not {header.codec}")
         if len(header.tensors) != 1:
@@ -218,6 +232,8 @@ class HopServer:
 
     def _start(self, caller: PeerId, header: OpenTask, body: Body) -> tuple[HostedTask, bool]:
         """Start the task unless the same one is here already; tell whether a slot is now in use for it."""
+        if self._is_stopped:
+            raise PeerFault("this span is no longer served")
         key = TaskKey(caller, TaskId(header.kind, header.round, header.number), header.stage, body.digest)
         known = self._tasks.get(key)
         if known is not None:
@@ -244,13 +260,11 @@ class HopServer:
             self._drop_unfetched(hosted.key.caller)
 
     def _drop_unfetched(self, caller: PeerId) -> None:
-        """Forget a caller's oldest answers beyond what an honest one can have left behind."""
-        done = [
-            key
-            for key, hosted in self._tasks.items()
-            if key.caller == caller and hosted.result is not None and hosted.result.done()
-        ]
-        for key in done[: max(0, len(done) - MAX_UNFETCHED_PER_CALLER)]:
+        """Forget the oldest answers beyond what honest callers can have left behind."""
+        done = [key for key, hosted in self._tasks.items() if hosted.result is not None and hosted.result.done()]
+        from_caller = [key for key in done if key.caller == caller]
+        surplus = from_caller[: max(0, len(from_caller) - MAX_UNFETCHED_PER_CALLER)]
+        for key in {*surplus, *done[: max(0, len(done) - MAX_UNFETCHED)]}:
             del self._tasks[key]
 
     async def _report(self, stream: Stream, hosted: HostedTask) -> None:
@@ -266,7 +280,9 @@ class HopServer:
         if gradient is not None:
             await stream.send_body(memoryview(gradient))
         await stream.receive(Received, timeout_s=RECEIVED_TIMEOUT_S)
-        self._tasks.pop(hosted.key, None)
+        is_first_time = self._tasks.pop(hosted.key, None) is not None
+        if is_first_time and answer.status is AnswerStatus.DONE:
+            self._on_received(hosted.key.task, answer.target_tokens)
 
     def _answer_of(self, hosted: HostedTask) -> tuple[Answer, bytes | bytearray | None]:
         assert hosted.result is not None

@@ -11,6 +11,7 @@ import asyncio
 import math
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import structlog
@@ -51,7 +52,8 @@ RESUME_WINDOW_S = 3.0  # how long a peer whose stream broke is tried again befor
 RESUME_PAUSE_S = 0.25
 IDLE_POLL_S = 1.0  # how often "nobody hosts the next stage" is looked at again, besides on every change
 MARGIN_S = 1.0  # each hop passes on a little less time than it was given, so ancestors time out last
-REFRESH_CODES = (RefusalCode.LINEAGE, RefusalCode.WRONG_STAGE, RefusalCode.AHEAD, RefusalCode.LEAVING)
+REFRESH_CODES = (RefusalCode.LINEAGE, RefusalCode.AHEAD)
+GONE_CODES = (RefusalCode.WRONG_STAGE, RefusalCode.LEAVING)
 
 
 @dataclass(slots=True)
@@ -114,6 +116,8 @@ class HopCaller:
         self.on_stale_view: asyncio.Queue[tuple[StageId, PeerId | None]] = asyncio.Queue()
         """Whose newest membership should be asked for, and of whom (None: of anybody who may know)."""
         self._asked: set[tuple[StageId, PeerId | None]] = set()
+        self.on_lost: Callable[[PeerId], None] = lambda peer: None
+        """Called when a peer could not be dialled, or has gone silent."""
 
     async def send(
         self, task: TaskId, stage: StageId, body: Body, *, pulse: Pulse, deadline_s: float, retries_left: int
@@ -130,10 +134,9 @@ class HopCaller:
                 return outcome
             errand.attempt += 1
             errand.retries_left -= 1
-            self.statistics.resent += 1
-            log.info("hop.resent", stage=stage, round=task.round, number=task.number, why=why)
             if errand.retries_left < 0 or errand.time_left_s() <= 0:
                 raise DownstreamFailed(f"stage {stage} did not finish the task: {why}", stage=stage)
+            log.info("hop.again", stage=stage, round=task.round, number=task.number, why=why)
 
     async def _try_replicas(self, errand: _Errand) -> tuple[Outcome | None, str]:
         """Offer the task to replicas until one has worked on it; return its outcome, or why it failed."""
@@ -146,7 +149,11 @@ class HopCaller:
                 continue
             pause_s = 0.1
             for peer in self._router.order(
-                round_id=errand.task.round, number=errand.task.number, stage=errand.stage, replicas=replicas
+                round_id=errand.task.round,
+                number=errand.task.number,
+                stage=errand.stage,
+                replicas=replicas,
+                now_s=time.monotonic(),
             ):
                 try:
                     answer = await self._offer(peer, membership, errand)
@@ -158,6 +165,7 @@ class HopCaller:
                 except SwarmError as error:
                     log.info("hop.failed", peer=peer, error=error.one_line())
                     errand.failed_at.add(peer)
+                    self._router.penalise(peer, now_s=time.monotonic())
                     return None, error.one_line()
                 if isinstance(answer, Outcome):
                     return answer, ""
@@ -165,6 +173,7 @@ class HopCaller:
             if not self._view.has_live(errand.stage, now_s=time.monotonic()):
                 self.ask_for_news(errand.stage, None)  # all have gone: what we know of the stage may be old
                 pause_s = IDLE_POLL_S
+                errand.pulse.waiting = True  # until somebody takes it: we are well, the stage is not
             await self._view.wait_changed(timeout_s=pause_s * random.uniform(0.5, 1.0))
         return None, "no replica took it in time"
 
@@ -172,7 +181,6 @@ class HopCaller:
         """Hold the task while its stage has nobody: that is waiting, not failure."""
         errand.pulse.waiting = True
         await self._view.wait_changed(timeout_s=min(IDLE_POLL_S, max(0.0, errand.time_left_s())))
-        errand.pulse.waiting = False
 
     async def _offer(self, peer: PeerId, membership: Membership, errand: _Errand) -> Outcome | float:
         """Offer the task to one replica. Returns its outcome, or seconds to wait if it does not take the task.
@@ -190,6 +198,8 @@ class HopCaller:
                 if isinstance(reply, Refused):
                     return self._refused(peer, reply, errand)
                 started_s = time.monotonic()
+                errand.pulse.waiting = False
+                self.statistics.resent += errand.attempt > 0
                 await self._send_body(stream, errand)
                 return await self._collect(stream, peer, errand, started_s)
         except (UnreachableError, DeadlineError) as error:
@@ -224,11 +234,15 @@ class HopCaller:
         """Decide what a refusal means: the end of the round, a stale view, or somebody to pass over."""
         if reply.code in (RefusalCode.BEHIND, RefusalCode.FROZEN):
             raise RoundOver(f"stage {errand.stage} is past round {errand.task.round}: {reply.detail}")
+        if reply.code in GONE_CODES:  # it cannot say who hosts the stage now
+            self._view.pass_over(peer, now_s=time.monotonic())
+            self.ask_for_news(errand.stage, None)
+            return 0.2
         if reply.code in REFRESH_CODES:
             self.ask_for_news(errand.stage, peer)
             return 0.2
         log.warning("hop.refused", peer=peer, code=reply.code, detail=reply.detail)
-        self._view.suspect(peer, now_s=time.monotonic())
+        self._view.pass_over(peer, now_s=time.monotonic())
         return 0.5
 
     async def _send_body(self, stream: Stream, errand: _Errand) -> None:
@@ -268,7 +282,8 @@ class HopCaller:
         await stream.send(Received())
         self.statistics.hops += 1
         self.statistics.bytes_received += len(gradient)
-        self._router.observe(peer, task_s=time.monotonic() - started_s, load_s=answer.load_s)
+        now_s = time.monotonic()
+        self._router.observe(peer, task_s=now_s - started_s, load_s=answer.load_s, now_s=now_s)
         return Outcome(
             gradient=gradient or None,
             gradient_digest=gradient_digest,
@@ -331,7 +346,8 @@ class HopCaller:
     def _lost(self, peer: PeerId, error: SwarmError) -> None:
         log.info("hop.lost", peer=peer, error=error.one_line())
         self._view.suspect(peer, now_s=time.monotonic())
-        self._router.forget(peer)
+        self._router.penalise(peer, now_s=time.monotonic())
+        self.on_lost(peer)
 
     def ask_for_news(self, stage: StageId, peer: PeerId | None) -> None:
         """Have somebody ask `peer`, or anybody who may know, for the newest membership of `stage`."""

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+SMOOTHING = 0.2  # weight of the newest job in the mean: follows a card that throttles within a few jobs
 NICENESS = 10  # of 19; a thread of normal priority gets about ten times the share
 
 
@@ -37,7 +38,7 @@ class Priority(IntEnum):
 
 @dataclass(order=True, slots=True)
 class _Job:
-    priority: int
+    priority: Priority
     age: int
     sequence: int
     work: Callable[[], Any] = field(compare=False)
@@ -64,6 +65,7 @@ class ComputeThread:
         self._stopping = False
         self.jobs_done = 0
         self._busy_s = 0.0
+        self._task_s = 0.0
         self._thread = threading.Thread(target=self._run, name="handcar-compute", daemon=True)
         self._thread.start()
 
@@ -100,6 +102,10 @@ class ComputeThread:
         """Return counters for the live line and the reports."""
         return ComputeStatistics(jobs_done=self.jobs_done, busy_s=self._busy_s, queued=len(self._jobs))
 
+    def load_s(self) -> float:
+        """Estimate the seconds of work that wait: what a forward or backward pass takes here, for each in the queue."""
+        return len(self._jobs) * self._task_s
+
     def _run(self) -> None:
         _yield_to_others()
         while True:
@@ -116,7 +122,10 @@ class ComputeThread:
                 result, error = job.work(), None
             except BaseException as caught:  # noqa: BLE001 - carried to whoever awaits the job, never swallowed
                 result, error = None, caught
-            self._busy_s += time.perf_counter() - started
+            took_s = time.perf_counter() - started
+            self._busy_s += took_s
+            if job.priority is not Priority.CONTROL:
+                self._task_s += SMOOTHING * (took_s - self._task_s)
             self.jobs_done += 1
             self._loop.call_soon_threadsafe(_settle, job.future, result, error)
             del job, result, error  # or the last job's tensors would stay until there is another

@@ -20,7 +20,7 @@ from peer.pipeline.span import SpanRunner
 from peer.pipeline.view import View
 from peer.tasks import Outcome, Pulse, RoundOver, TaskId
 from protocol.batches import Microbatch
-from protocol.errors import LocalFault, SwarmError
+from protocol.errors import SwarmError
 from protocol.ids import PeerId, RunId, StageId
 
 log = structlog.get_logger()
@@ -28,7 +28,6 @@ log = structlog.get_logger()
 FIRST_STAGE = StageId(0)
 RETRIES = 3  # re-sends that one attempt may spend over all hops together (each hop passes on what is left)
 BACKOFF_S = 0.5
-MAX_OWN_FAULTS = 8  # in a row: then it is this machine, and not what somebody sent
 SMOOTHING = 0.2
 IDLE_S = 0.5  # how often a feeder with nothing to do looks for numbers to take over
 
@@ -67,7 +66,8 @@ class Feeder:
         self._round_deadline_s = round_deadline_s
         self._first_takeover_s = first_takeover_s
         self._task_s: float | None = None
-        self._own_faults = 0
+        self.num_fed_again = 0
+        """Microbatches that had been fed before, by us or by an owner who did not bring them."""
 
     async def run(self) -> None:
         """Feed rounds until cancelled."""
@@ -116,6 +116,7 @@ class Feeder:
             if microbatch is None:
                 await board.wait_changed(timeout_s=IDLE_S)
                 continue
+            self.num_fed_again += board.is_second_hand(microbatch)
             await self._feed_one(board, microbatch, deadline_s)
 
     async def _feed_one(self, board: Board, microbatch: Microbatch, deadline_s: float) -> None:
@@ -132,14 +133,10 @@ class Feeder:
         except SwarmError as error:  # whatever a remote peer did: the number is fed again
             log.info("feed.retry", round=board.round, number=microbatch.number, why=error.one_line())
             board.give_back(microbatch, not_before_s=time.monotonic() + BACKOFF_S)
-            self._own_faults += isinstance(error, LocalFault)
-            if isinstance(error, LocalFault) and self._own_faults >= MAX_OWN_FAULTS:
-                raise
         else:
             board.finish(microbatch, now_s=time.monotonic())
             self._learn(time.monotonic() - started_s)
 
     def _learn(self, task_s: float) -> None:
-        """One microbatch went all the way, so this machine is well, and this is how long one takes."""
-        self._own_faults = 0
+        """One microbatch went all the way: this is how long one takes."""
         self._task_s = task_s if self._task_s is None else self._task_s + SMOOTHING * (task_s - self._task_s)

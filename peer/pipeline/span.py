@@ -1,14 +1,16 @@
 """One task's way through the span that this peer hosts, and through the pipeline behind it.
 
-Owns: the order forward -> next hop -> backward, and this peer's signed entry on the path. A task that
-enters the span runs to its end here, so a peer only ever waits for one with a higher last stage: there
-is no cycle of waiting. Must not know: streams (the caller does), tensors (the engine does).
+Owns: the order forward -> next hop -> backward, this peer's signed entry on the path, and noticing that this
+machine cannot compute (any more). A task that enters the span runs to its end here, so a peer only ever
+waits for one with a higher last stage: there is no cycle of waiting. Must not know: streams (the caller does),
+tensors (the engine does).
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from peer.pipeline.caller import HopCaller
@@ -16,6 +18,7 @@ from peer.pipeline.compute import ComputeThread, Priority
 from peer.pipeline.gate import Gate
 from peer.tasks import Body, Outcome, Pulse, TaskId
 from protocol.batches import TaskKind
+from protocol.errors import PeerFault, SwarmError, TransientError
 from protocol.hops import ENTRY_CONTEXT, PathEntry, path_digest
 from protocol.ids import Digest, RunId, StageId, digest
 from protocol.signing import Signed, SigningKey, seal
@@ -28,7 +31,20 @@ Gradient = tuple[bytes | None, Digest]
 """An encoded gradient and its SHA-256, or what stands for none."""
 NO_GRADIENT: Gradient = (None, digest())
 
+MAX_OWN_FAULTS = 8  # in a row: then it is this machine, and not what somebody sent
+
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Entering:
+    """A task at the stage of our span at which it came in."""
+
+    task: TaskId
+    stage: StageId
+    source: Source
+    """Tokens at stage 0, else the body's bytes."""
+    body: Body
 
 
 class SpanRunner:
@@ -52,38 +68,71 @@ class SpanRunner:
         self._caller = caller
         self._gate = gate
         self._batches = batches
-        self._task_s = 0.0
+        self._own_faults = 0
+        self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def load_s(self) -> float:
-        """Estimate the seconds of work that wait for the compute thread."""
-        return self._compute.statistics().queued * self._task_s
+    async def wait_broken(self) -> None:
+        """Wait until this machine proves unable to compute, and raise why: what it took for others is lost on it."""
+        await self._broken
 
     async def feed(self, task: TaskId, *, pulse: Pulse, deadline_s: float, retries_left: int) -> Outcome:
         """Run a microbatch from its tokens: this peer hosts stage 0."""
-        inputs_BT = await self._batches.inputs(task)
-        body = Body(b"", tuple(inputs_BT.shape), digest(inputs_BT.tobytes()))
-        return await self._run_task(task, inputs_BT, body, pulse, deadline_s, retries_left)
 
-    async def work(self, task: TaskId, body: Body, *, pulse: Pulse, deadline_s: float, retries_left: int) -> Outcome:
-        """Run a task that came in over a hop."""
-        return await self._run_task(task, body.data, body, pulse, deadline_s, retries_left)
+        async def feed() -> Outcome:
+            inputs_BT = await self._batches.inputs(task)
+            body = Body(b"", tuple(inputs_BT.shape), digest(inputs_BT.tobytes()))
+            entering = _Entering(task, self._engine.first, inputs_BT, body)
+            return await self._run_task(entering, pulse, deadline_s, retries_left)
 
-    async def _run_task(
-        self, task: TaskId, source: Source, body: Body, pulse: Pulse, deadline_s: float, retries_left: int
+        return await self._watched(feed())
+
+    async def work(
+        self, task: TaskId, entry: StageId, body: Body, *, pulse: Pulse, deadline_s: float, retries_left: int
     ) -> Outcome:
+        """Run a task that came in over a hop, at stage `entry` of the span."""
+        entering = _Entering(task, entry, body.data, body)
+        return await self._watched(self._run_task(entering, pulse, deadline_s, retries_left))
+
+    async def _watched(self, work: Coroutine[None, None, Outcome]) -> Outcome:
+        """Do the work, and tell a machine that cannot compute from one to whom somebody sent nonsense."""
+        try:
+            outcome = await work
+        except (PeerFault, TransientError):
+            raise
+        except SwarmError as error:
+            self._own_faults += 1
+            if self._own_faults >= MAX_OWN_FAULTS:
+                self._break(error)
+            raise
+        except Exception as error:  # a bug of ours: it ends the process, whoever it was that asked
+            self._break(error)
+            raise
+        self._own_faults = 0
+        return outcome
+
+    def _break(self, error: Exception) -> None:
+        if not self._broken.done():
+            self._broken.set_exception(error)
+
+    async def _run_task(self, entering: _Entering, pulse: Pulse, deadline_s: float, retries_left: int) -> Outcome:
         if self._engine.is_last:
-            return await self._finish(task, source, body)
-        if task.kind is TaskKind.EVAL:
-            onward = await self._forward(task, lambda: Body.of(*self._engine.forward_only(source, body.shape)))
-            answer = await self._send(task, onward, pulse, deadline_s, retries_left)
-            return self._sign(task, body, NO_GRADIENT, answer.loss_sum, answer.target_tokens, answer.path)
-        return await self._train(task, source, body, pulse, deadline_s, retries_left)
+            return await self._finish(entering)
+        if entering.task.kind is TaskKind.EVAL:
+            onward = await self._forward(
+                entering.task,
+                lambda: Body.of(*self._engine.forward_only(entering.source, entering.body.shape, entry=entering.stage)),
+            )
+            answer = await self._send(entering.task, onward, pulse, deadline_s, retries_left)
+            return self._sign(entering, NO_GRADIENT, answer.loss_sum, answer.target_tokens, answer.path)
+        return await self._train(entering, pulse, deadline_s, retries_left)
 
-    async def _train(
-        self, task: TaskId, source: Source, body: Body, pulse: Pulse, deadline_s: float, retries_left: int
-    ) -> Outcome:
+    async def _train(self, entering: _Entering, pulse: Pulse, deadline_s: float, retries_left: int) -> Outcome:
+        task = entering.task
+
         def forward() -> tuple[Body, SpanTicket]:
-            data, shape, ticket = self._engine.forward(source, body.shape, round_id=task.round)
+            data, shape, ticket = self._engine.forward(
+                entering.source, entering.body.shape, entry=entering.stage, round_id=task.round
+            )
             return Body.of(data, shape), ticket
 
         onward, ticket = await self._forward(task, forward)
@@ -101,27 +150,25 @@ class SpanRunner:
         except BaseException:
             self._discard(ticket)
             raise
-        return self._sign(task, body, gradient, answer.loss_sum, answer.target_tokens, answer.path)
+        return self._sign(entering, gradient, answer.loss_sum, answer.target_tokens, answer.path)
 
-    async def _finish(self, task: TaskId, source: Source, body: Body) -> Outcome:
+    async def _finish(self, entering: _Entering) -> Outcome:
         """Do the last stage's part: labels from our own token file, loss, and backward in one go."""
+        task, source, shape, entry = entering.task, entering.source, entering.body.shape, entering.stage
         labels_BT = await self._batches.labels(task)
 
         def finish() -> tuple[SpanLoss, Gradient]:
             if task.kind is TaskKind.EVAL:
-                result = self._engine.evaluate(source, body.shape, labels_BT)
+                result = self._engine.evaluate(source, shape, labels_BT, entry=entry)
             else:
-                result = self._engine.loss_and_backward(source, body.shape, labels_BT, round_id=task.round)
+                result = self._engine.loss_and_backward(source, shape, labels_BT, entry=entry, round_id=task.round)
             return result, _hashed(result.gradient)
 
         result, gradient = await self._forward(task, finish)
-        return self._sign(task, body, gradient, result.loss_sum, result.target_tokens, ())
+        return self._sign(entering, gradient, result.loss_sum, result.target_tokens, ())
 
     async def _forward(self, task: TaskId, work: Callable[[], T]) -> T:
-        started_s = time.perf_counter()
-        result = await self._compute.run(work, priority=Priority.FORWARD, age=task.number)
-        self._task_s += 0.2 * (time.perf_counter() - started_s - self._task_s)
-        return result
+        return await self._compute.run(work, priority=Priority.FORWARD, age=task.number)
 
     async def _send(self, task: TaskId, onward: Body, pulse: Pulse, deadline_s: float, retries_left: int) -> Outcome:
         pulse.is_local = False
@@ -142,24 +189,23 @@ class SpanRunner:
 
     def _sign(
         self,
-        task: TaskId,
-        body: Body,
+        entering: _Entering,
         gradient: Gradient,
         loss_sum: float,
         target_tokens: int,
         behind: tuple[Signed, ...],
     ) -> Outcome:
-        data, gradient_digest = gradient
+        task, (data, gradient_digest) = entering.task, gradient
         entry = PathEntry(
             run=self._run,
             kind=task.kind,
             round=task.round,
             number=task.number,
-            stages=tuple(StageId(stage) for stage in self._engine.engines),
+            stages=tuple(stage for stage in self._engine.engines if stage >= entering.stage),
             peer=self._key.peer_id,
-            version=self._gate.version_of(self._engine.first),
+            version=self._gate.version_of(entering.stage),
             local_step=0,
-            input_digest=body.digest,
+            input_digest=entering.body.digest,
             output_digest=gradient_digest,
             behind=path_digest(behind),
             loss_sum=loss_sum,

@@ -1,7 +1,7 @@
 """Who works on which stage right now, as this peer sees it.
 
 Owns: for every stage the newest membership (from charters and commits, verified by whoever calls
-`learn`), and which peers did not answer lately. Must not know: how a commit comes about. The router
+`learn`), and which peers did not answer, or take tasks, lately. Must not know: how a commit comes about. The router
 draws from it, the feeder takes its weights from it, the rounds driver keeps it fresh.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from protocol.ids import Lineage, PeerId, RoundId, StageId, Version
 
-SUSPECT_S = 5.0  # a peer that did not answer is passed over this long, if there is another
+SUSPECT_S = 5.0  # a peer that did not answer, or refused, is passed over this long, if there is another
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +40,7 @@ class View:
     def __init__(self) -> None:
         self._stages: dict[StageId, Membership] = {}
         self._suspects: dict[PeerId, float] = {}
+        self._passed_over: dict[PeerId, float] = {}
         self._changed = asyncio.Event()
         self.on_change: Callable[[], None] = lambda: None
         """Called after every newly learnt membership."""
@@ -52,6 +53,7 @@ class View:
         self._stages[membership.stage] = membership
         for peer in membership.members:  # a peer that took part in a commit is alive
             self._suspects.pop(peer, None)
+            self._passed_over.pop(peer, None)
         self._notify()
         self.on_change()
         return True
@@ -61,29 +63,31 @@ class View:
         return self._stages.get(stage)
 
     def live_members(self, stage: StageId, *, now_s: float) -> Mapping[PeerId, float]:
-        """Return the members without those that failed to answer lately; all of them if nobody else is left."""
+        """Return the members without those that are passed over; all of them if nobody else is left."""
         known = self._stages.get(stage)
         if known is None:
             return {}
-        live = {peer: weight for peer, weight in known.members.items() if self._suspects.get(peer, 0.0) <= now_s}
+        live = {peer: weight for peer, weight in known.members.items() if not self._is_passed_over(peer, now_s)}
         return live or known.members
 
     def has_live(self, stage: StageId, *, now_s: float) -> bool:
-        """Tell whether a stage has a member that has not failed to answer lately."""
+        """Tell whether a stage has a member that is not passed over."""
         known = self._stages.get(stage)
-        return known is not None and any(self._suspects.get(peer, 0.0) <= now_s for peer in known.members)
+        return known is not None and any(not self._is_passed_over(peer, now_s) for peer in known.members)
 
     def suspect(self, peer: PeerId, *, now_s: float) -> None:
-        """Note that `peer` did not answer."""
+        """Note that `peer` did not answer: others should hear of it."""
         self._suspects[peer] = now_s + SUSPECT_S
+        self.pass_over(peer, now_s=now_s)
+
+    def pass_over(self, peer: PeerId, *, now_s: float) -> None:
+        """Try others first for a while: `peer` answers, but does not take tasks."""
+        self._passed_over[peer] = now_s + SUSPECT_S
 
     def suspects(self, *, now_s: float) -> tuple[PeerId, ...]:
-        """Return who is passed over at the moment."""
-        return tuple(peer for peer, until_s in self._suspects.items() if until_s > now_s)
-
-    def stages(self) -> Mapping[StageId, Membership]:
-        """Return everything known."""
-        return self._stages
+        """Return who did not answer lately."""
+        self._suspects = {peer: until_s for peer, until_s in self._suspects.items() if until_s > now_s}
+        return tuple(self._suspects)
 
     async def wait_changed(self, *, timeout_s: float) -> None:
         """Wait for any membership to change, at most `timeout_s`."""
@@ -93,6 +97,9 @@ class View:
                 await changed.wait()
         except TimeoutError:
             return
+
+    def _is_passed_over(self, peer: PeerId, now_s: float) -> bool:
+        return self._passed_over.get(peer, 0.0) > now_s
 
     def _notify(self) -> None:
         self._changed.set()

@@ -23,7 +23,10 @@ MAX_RANGE_BYTES = 8 * 1024 * 1024  # what one request may bring; bounds memory o
 ANSWER_TIMEOUT_S = 20.0
 CLOSE_TIMEOUT_S = 10.0
 
-Resolver = Callable[[PeerId, str], Path | bytes | None]
+Load = Callable[[], bytes | None]
+"""Brings the bytes, or None if they are not here after all. Called in a thread, for it may read and hash."""
+
+Resolver = Callable[[PeerId, str], Path | bytes | Load | None]
 
 
 class RangeRequest(Message):
@@ -53,10 +56,9 @@ class Blobs:
         self._streams = streams
         self._name = f"/handcar/{PROTOCOL_VERSION}/{run}/blob"
         self._resolve: Resolver | None = None
-        self.bytes_served = 0
 
     async def serve(self, resolve: Resolver) -> None:
-        """Serve what `resolve(caller, name)` returns: a file, bytes, or None for "not here"."""
+        """Serve what `resolve(caller, name)` returns: a file, bytes, what loads them, or None for "not here"."""
         self._resolve = resolve
         await self._streams.serve(self._name, self._answer)
 
@@ -96,19 +98,23 @@ class Blobs:
 
     async def _answer(self, stream: Stream) -> None:
         request = await stream.receive(RangeRequest, timeout_s=ANSWER_TIMEOUT_S)
-        assert self._resolve is not None
-        source = self._resolve(stream.remote, request.name)
+        resolve = self._resolve  # retired, if it is while the request was on its way
+        source = None if resolve is None else resolve(stream.remote, request.name)
         piece, total = (None, 0) if source is None else await asyncio.to_thread(_read, source, request)
         if piece is None:
             await stream.send(RangeAnswer(found=False, length=0, total_bytes=0))
         else:
             await stream.send(RangeAnswer(found=True, length=len(piece), total_bytes=total))
             await stream.send_body(memoryview(piece))
-            self.bytes_served += len(piece)
         await stream.wait_closed(timeout_s=CLOSE_TIMEOUT_S)
 
 
-def _read(source: Path | bytes, request: RangeRequest) -> tuple[bytes | None, int]:
+def _read(source: Path | bytes | Load, request: RangeRequest) -> tuple[bytes | None, int]:
+    if callable(source):
+        loaded = source()
+        if loaded is None:
+            return None, 0
+        source = loaded
     if isinstance(source, bytes):
         return source[request.offset : request.offset + request.length], len(source)
     try:

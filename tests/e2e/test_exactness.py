@@ -23,6 +23,7 @@ from tests.e2e.swarm import Swarm
 pytestmark = pytest.mark.timeout(300)
 
 ROUNDS = 20
+FEW_ROUNDS = 6
 SETTINGS = (
     "batch.microbatches_per_round=8",  # so that each of two replicas of a stage has work in every round
     "batch.eval_every=10",
@@ -111,6 +112,20 @@ def two_replicas(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iter
 
 
 @pytest.fixture(scope="module")
+def overlapping(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[tuple[Trained, list[float]]]:
+    """Stages 0 and 1 on one peer, 1 and 2 on another: many tasks enter the second span behind its first stage."""
+    folder = tmp_path_factory.mktemp("overlapping")
+    settings = (*SETTINGS, THIRTY_TWO_BIT)
+    with Swarm(folder / "swarm", corpus=corpus, rounds=FEW_ROUNDS, stages=3, settings=settings) as swarm:
+        swarm.start_coordinator("--start-peers", "2", "--until-finished")
+        for name, stages in (("front", ("0", "1")), ("back", ("1", "2"))):
+            swarm.start_peer(name, *(word for stage in stages for word in ("--stage", stage)))
+        trained = _finish(swarm)
+        (plain,) = ask_plain_loop(folder, training_spec(swarm.run_dir(), folder / "initial"))
+        yield trained, plain["losses"]
+
+
+@pytest.fixture(scope="module")
 def yardstick(tmp_path_factory: pytest.TempPathFactory, one_replica: Trained) -> Yardstick:
     folder = tmp_path_factory.mktemp("yardstick")
     run = one_replica.swarm.run_dir()
@@ -142,6 +157,16 @@ def test_two_replicas_of_each_stage_follow_one_process(two_replicas: Trained, ya
     """Oracle: the plain loop's loss of every round. The project promises 1e-3 and reaches 5e-8."""
     assert two_replicas.losses == pytest.approx(yardstick.losses, rel=1e-4)
     assert two_replicas.heldout_loss == pytest.approx(yardstick.heldout_loss, rel=1e-4)
+
+
+def test_spans_that_overlap_follow_one_process(overlapping: tuple[Trained, list[float]]) -> None:
+    """Oracle: the plain loop's loss of every round, and both peers' part in the stage that they share."""
+    trained, plain = overlapping
+    assert trained.losses == pytest.approx(plain, rel=1e-4)
+    assert trained.swarm.counters().double_counted == 0
+    shared = [by_peer for (stage, _), by_peer in trained.swarm.states().items() if stage == 1]
+    assert len(shared) == FEW_ROUNDS
+    assert all(len(by_peer) == 2 and len(set(by_peer.values())) == 1 for by_peer in shared)
 
 
 def test_replicas_hold_the_same_bytes_at_every_version(two_replicas: Trained) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from structlog.testing import capture_logs
+
 from peer import reports
 from peer.reports import BYTES_PER_BEAT, PER_BEAT, ReportQueue
 from protocol.control import ClosingReport
@@ -47,8 +49,14 @@ def test_the_heaviest_one_still_goes() -> None:
     assert len(queue.oldest()) == 1
 
 
-def test_the_oldest_are_dropped_and_counted_when_nobody_takes_them() -> None:
+def test_the_oldest_are_dropped_and_said_to_be_when_nobody_takes_them() -> None:
+    """Oracle: one warning however many are lost, and another one after the coordinator was back."""
     queue = ReportQueue()
-    for _ in range(reports.MAX_WAITING + 3):
-        queue.add(closing(1))
-    assert (len(queue), queue.dropped) == (reports.MAX_WAITING, 3)
+    with capture_logs() as logs:
+        for _ in range(reports.MAX_WAITING + 3):
+            queue.add(closing(1))
+        assert len(queue) == reports.MAX_WAITING
+        queue.acknowledge(queue.oldest()[0].sequence)
+        for _ in range(3):
+            queue.add(closing(1))
+    assert [entry["event"] for entry in logs] == ["reports.dropped", "reports.dropped"]

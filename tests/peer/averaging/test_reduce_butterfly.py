@@ -9,7 +9,7 @@ import torch
 
 from peer.averaging.link import Link
 from peer.averaging.parts import PART_ELEMENTS
-from peer.averaging.reduce import Reduced, ReduceError, ReduceGroup, ReduceTimeouts
+from peer.averaging.reduce import Reduced, ReduceError, ReduceGroup, ReduceTimeouts, decode_shard
 from peer.averaging.reduce_service import ReduceService
 from protocol.errors import LocalFault, UnreachableError
 from protocol.ids import PeerId, digest
@@ -61,14 +61,14 @@ async def test_order_of_arrival_does_not_matter(swarm: list[Member], order: tupl
     assert {joined(result) for result in results} == {b"".join(reference("fp32", inputs))}
 
 
-async def test_decode_into_writes_the_sum_of_one_shard(swarm: list[Member]) -> None:
+async def test_a_shard_of_the_result_is_read_as_its_sum(swarm: list[Member]) -> None:
     """Oracle: torch's own sum; fp32 loses nothing."""
     inputs = [make_shards(seed) for seed in range(2)]
     result = (await reduce_all(swarm[:2], make_group(swarm[:2]), inputs))[1]
     assert isinstance(result, Reduced)
     for index, length in enumerate(SHARDS):
         out = torch.empty(length)
-        result.decode_into(index, out)
+        decode_shard(result.codec, b"".join(result.parts[index]), out)
         assert torch.equal(out, inputs[0][index] + inputs[1][index])
 
 
@@ -169,14 +169,19 @@ async def test_deadline_ends_a_reduce_that_only_trickles(swarm: list[Member]) ->
     assert caught.value.peer == swarm[1].peer
 
 
-async def test_who_is_no_member_or_reuses_an_id_is_told_at_once(swarm: list[Member]) -> None:
-    """Both are bugs of our own steward code."""
+async def test_a_group_that_is_asked_for_twice_fails_the_second_attempt_and_nothing_else(swarm: list[Member]) -> None:
+    """A steward may repeat itself, or be hostile. Oracle: the error of a failed attempt, which blames nobody else."""
     group = make_group(swarm[:2])
-    with pytest.raises(ValueError, match="no member"):
-        await swarm[2].reduce.reduce(group, [])
     await reduce_all(swarm[:2], group, [make_shards(0, (5,))] * 2)
-    with pytest.raises(ValueError, match="used before"):
+    with pytest.raises(ReduceError, match="used before") as caught:
         await swarm[0].reduce.reduce(group, make_shards(0, (5,)))
+    assert caught.value.peer == swarm[0].peer
+
+
+async def test_who_is_no_member_or_has_no_flat_shards_is_told_at_once(swarm: list[Member]) -> None:
+    """Both are bugs of our own code."""
+    with pytest.raises(ValueError, match="no member"):
+        await swarm[2].reduce.reduce(make_group(swarm[:2]), [])
     with pytest.raises(ValueError, match="flat contiguous fp32"):
         await swarm[0].reduce.reduce(make_group(swarm[:2]), [torch.zeros(2, 2)])
 

@@ -159,7 +159,7 @@ async def test_a_wrong_index_is_a_fault_of_its_sender(tmp_path: Path) -> None:
 async def test_a_restart_fetches_nothing_again(tmp_path: Path) -> None:
     """Oracle: a second source that is asked for nothing, not even the index."""
     first = await _open(tmp_path, Source())
-    await first.preload_all()
+    await first.ensure(range(62))
     first.close()
     source = Source()
     second = await _open(tmp_path, source)
@@ -172,7 +172,7 @@ async def test_a_restart_fetches_nothing_again(tmp_path: Path) -> None:
 async def test_a_byte_flipped_on_disk_is_found_on_first_use_after_a_start(tmp_path: Path) -> None:
     """Oracle: exactly the damaged chunk is fetched again, it is logged, and the tokens are right."""
     first = await _open(tmp_path, Source())
-    await first.preload_all()
+    await first.ensure(range(62))
     first.close()
     path = tmp_path / "train.bin"
     damaged = bytearray(path.read_bytes())
@@ -194,7 +194,7 @@ async def test_a_byte_flipped_on_disk_is_found_on_first_use_after_a_start(tmp_pa
 async def test_a_file_lost_or_cut_between_starts_costs_a_fetch_and_nothing_else(tmp_path: Path, name: str) -> None:
     """Oracle: the tokens are right afterwards, whichever of the three files was cut short."""
     first = await _open(tmp_path, Source())
-    await first.preload_all()
+    await first.ensure(range(62))
     first.close()
     path = tmp_path / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

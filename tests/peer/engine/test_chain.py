@@ -162,7 +162,9 @@ def test_twenty_steps_follow_a_plain_pytorch_loop() -> None:
     for engine in engines:
         assert engine.version == 20
         for name, tensor in engine.weight_tensors().items():
-            assert relative(tensor, state[name]) < 1e-5, name
+            # AdamW divides by the root of the second moment, so where a gradient is next to nothing its rounding error
+            # becomes a whole step, and kernels of two kinds of processor round differently: seen are 4e-6 to 1.7e-5
+            assert relative(tensor, state[name]) < 1e-4, name
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:

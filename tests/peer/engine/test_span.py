@@ -54,7 +54,7 @@ def held(engine: SpanEngine) -> int:
 
 def feed(engine: SpanEngine, gradient: bytes) -> bytes | None:
     """One microbatch forth and back, as the runner does it: what fails is discarded."""
-    _, shape, ticket = engine.forward(body(), SHAPE, round_id=ROUND)
+    _, shape, ticket = engine.forward(body(), SHAPE, entry=engine.first, round_id=ROUND)
     try:
         return engine.backward(ticket, gradient, shape, target_tokens=16)
     except SwarmError:
@@ -106,7 +106,7 @@ def test_a_forward_pass_that_fails_half_way_is_forgotten(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(engine.engines[StageId(2)], "forward", broken)
     with pytest.raises(LocalFault):
-        engine.forward(body(), SHAPE, round_id=ROUND)
+        engine.forward(body(), SHAPE, entry=engine.first, round_id=ROUND)
     assert held(engine) == 0
 
 
@@ -119,7 +119,7 @@ def test_the_last_span_forgets_a_microbatch_whose_loss_fails(monkeypatch: pytest
     monkeypatch.setattr(engine.engines[StageId(3)], "loss_and_backward", broken)
     labels = torch.zeros(MICROBATCH, dtype=torch.int64).numpy()
     with pytest.raises(LocalFault):
-        engine.loss_and_backward(body(), SHAPE, labels, round_id=ROUND)
+        engine.loss_and_backward(body(), SHAPE, labels, entry=engine.first, round_id=ROUND)
     assert held(engine) == 0
 
 
@@ -128,7 +128,7 @@ def test_the_last_span_forgets_a_microbatch_whose_loss_fails(monkeypatch: pytest
 )
 def test_what_comes_after_the_round_is_added_nowhere(late: Callable[[SpanEngine], object]) -> None:
     engine = span(1, 2)
-    _, shape, ticket = engine.forward(body(), SHAPE, round_id=ROUND)
+    _, shape, ticket = engine.forward(body(), SHAPE, entry=engine.first, round_id=ROUND)
     late(engine)
     with pytest.raises(RoundOver):
         engine.backward(ticket, body(), shape, target_tokens=16)
@@ -147,3 +147,69 @@ def test_a_body_that_is_no_microbatch_has_no_size(shape: tuple[int, ...]) -> Non
 def test_a_smaller_microbatch_is_one_too() -> None:
     """The last one of an evaluation may be."""
     assert span(1).body_bytes((1, 8, WIDTH)) == 8 * WIDTH * 4
+
+
+def test_a_task_may_enter_in_the_middle_of_a_span() -> None:
+    """Spans of two peers may overlap. Oracle: a span of the later stage alone, bit for bit."""
+    wide, narrow = span(1, 2), span(2)
+    results = []
+    for engine in (wide, narrow):
+        hidden, shape, ticket = engine.forward(body(), SHAPE, entry=StageId(2), round_id=ROUND)
+        gradient = engine.backward(ticket, body(), shape, target_tokens=16)
+        results.append((hidden, gradient, engine.forward_only(body(), SHAPE, entry=StageId(2))))
+    assert results[0] == results[1]
+    assert wide.engines[StageId(1)].gradient_norm() == 0.0
+    assert wide.engines[StageId(2)].gradient_norm() == narrow.engines[StageId(2)].gradient_norm() > 0
+    assert [wide.freeze(stage) for stage in (StageId(1), StageId(2))] == [0, 16]
+
+
+def test_a_task_may_enter_a_last_span_in_its_middle() -> None:
+    """Oracle: a span of the last stage alone."""
+    labels = torch.ones(MICROBATCH, dtype=torch.int64).numpy()
+    wide, narrow = span(2, 3), span(3)
+    losses = [
+        engine.loss_and_backward(body(), SHAPE, labels, entry=StageId(3), round_id=ROUND) for engine in (wide, narrow)
+    ]
+    assert losses[0] == losses[1]
+    evaluated = [engine.evaluate(body(), SHAPE, labels, entry=StageId(3)) for engine in (wide, narrow)]
+    assert evaluated[0] == evaluated[1]
+    assert [wide.freeze(stage) for stage in (StageId(2), StageId(3))] == [0, 16]
+
+
+def test_a_stage_that_is_frozen_does_not_stop_tasks_that_enter_behind_it() -> None:
+    engine = span(1, 2)
+    engine.freeze(StageId(1))
+    engine.forward(body(), SHAPE, entry=StageId(2), round_id=ROUND)
+    with pytest.raises(RoundOver):
+        engine.forward(body(), SHAPE, entry=StageId(1), round_id=ROUND)
+
+
+def test_what_a_failed_backward_has_added_does_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its microbatch is worked on again, and would count twice. Oracle: both sums are those of an empty round."""
+    engine = span(1, 2)
+    feed(engine, body())
+
+    def broken(ticket: object, gradient: torch.Tensor) -> None:
+        engine.engines[StageId(1)].additions += 1
+        engine.engines[StageId(1)].shards[0].gradient[0] = 1e30
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    monkeypatch.setattr(engine.engines[StageId(1)], "backward", broken)
+    with pytest.raises(LocalFault, match="out of memory"):
+        feed(engine, body())
+    assert [one.gradient_norm() for one in engine.engines.values()] == [0.0, 0.0]
+    assert [engine.freeze(stage) for stage in engine.engines] == [0, 0]
+
+
+def test_a_full_device_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: `LocalFault` and not torch's own error, which would end the process as a bug; the sums stay."""
+    engine = span(1)
+    feed(engine, body())
+
+    def broken(inputs: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    monkeypatch.setattr(engine.engines[StageId(1)], "forward", broken)
+    with pytest.raises(LocalFault, match="tried to allocate 2 GiB"):
+        engine.forward(body(), SHAPE, entry=StageId(1), round_id=ROUND)
+    assert engine.freeze(StageId(1)) == 16

@@ -65,6 +65,7 @@ class Host:
             streams=self.streams,
             gate=self.gate,
             work=work,
+            on_received=lambda task, target_tokens: None,
             body_bytes=body_bytes,
             load_s=lambda: 0.0,
             jobs_done=lambda: 0,
@@ -74,12 +75,12 @@ class Host:
         )
         await self.server.serve()
 
-    def knows(self, *hosts: Host) -> None:
+    def knows(self, *hosts: Host, round_id: int = 0) -> None:
         self.view.learn(
             Membership(
                 stage=STAGE,
                 generation=1,
-                round=RoundId(0),
+                round=RoundId(round_id),
                 version=Version(0),
                 lineage=LINEAGE,
                 members={host.peer_id: 1.0 for host in hosts},

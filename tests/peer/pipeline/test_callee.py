@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
 
 import pytest
@@ -14,7 +15,7 @@ from peer.pipeline.gate import Gate
 from peer.tasks import Outcome
 from protocol.batches import TaskKind
 from protocol.errors import DeadlineError, TransientError
-from protocol.hops import Accepted, BodyEnd, Busy, OpenTask, RefusalCode, Refused, TensorSpec
+from protocol.hops import Accepted, BodyEnd, Busy, OpenTask, Received, RefusalCode, Refused, TensorSpec
 from protocol.ids import Digest, Lineage, PeerId, RoundId, RunId, StageId, Version, digest
 from protocol.transport.streams import Stream, Streams
 from protocol.wire import PROTOCOL_VERSION, Message
@@ -67,12 +68,14 @@ class Server:
         self.gate = Gate(run=RUN)
         self.gate.open(STAGE, round_id=RoundId(0), version=Version(0), lineage=Lineage(bytes(32)))
         self.hosted: list[HostedTask] = []
+        self.received: list[tuple[int, int]] = []
         self.server = HopServer(
             run=RUN,
             codec="fp32",
             streams=cast(Streams, None),
             gate=self.gate,
             work=self._work,
+            on_received=lambda task, target_tokens: self.received.append((task.number, target_tokens)),
             body_bytes=lambda shape: len(BODY),
             load_s=lambda: 0.0,
             jobs_done=lambda: 0,
@@ -198,3 +201,58 @@ async def test_the_third_caller_of_two_slots_hears_busy(monkeypatch: pytest.Monk
     assert all(not isinstance(message, Accepted) for message in third.heard)
     for answering in working:
         answering.cancel()
+
+
+async def test_stage_0_is_not_entered_over_a_hop() -> None:
+    server = Server()
+    stream = PlayedStream(header(stage=StageId(0)))
+    await server.answer(stream)
+    (refused,) = stream.heard
+    assert isinstance(refused, Refused)
+    assert refused.code is RefusalCode.BAD_HEADER
+
+
+async def test_a_span_that_stops_takes_nothing_more() -> None:
+    """Its gradients go nowhere. Oracle: neither who waited in line nor whose body was coming in is worked on."""
+    server = Server()
+    working = asyncio.create_task(server.answer(PlayedStream(header(0))))
+    coming = asyncio.create_task(server.answer(PlayedStream(header(1), body=None)))
+    await until(lambda: server.num_held == NUM_SLOTS and len(server.hosted) == 1)
+    waiting = PlayedStream(header(2), remote="bert")
+    in_line = asyncio.create_task(server.answer(waiting))
+    await asyncio.sleep(0.01)
+    server.server._streams = cast(Streams, NoStreams())
+    await server.server.stop()
+    for task in (working, coming, in_line):
+        with suppress(TransientError):
+            await asyncio.wait_for(task, 5.0)
+    assert [type(message) for message in waiting.heard] == [Refused]
+    assert len(server.hosted) == 1
+    assert server.num_held == 0
+
+
+async def test_only_what_a_caller_has_got_is_counted() -> None:
+    """Oracle: one caller acknowledges, another one's stream breaks under the answer."""
+    server = Server()
+    server.go.set()
+    await server.answer(ThankfulStream(header(3)))
+    with pytest.raises(TransientError):
+        await server.answer(PlayedStream(header(4)))
+    assert server.received == [(3, 2)]
+
+
+class ThankfulStream(PlayedStream):
+    """A caller that takes the gradient and says so."""
+
+    async def receive(self, *classes: type[Message], timeout_s: float) -> Message:
+        return Received() if Received in classes else await super().receive(*classes, timeout_s=timeout_s)
+
+    async def send_body(self, body: memoryview) -> None:
+        return
+
+
+class NoStreams:
+    """Takes a registration, and nothing else."""
+
+    async def serve(self, name: str, handler: object) -> None:
+        return

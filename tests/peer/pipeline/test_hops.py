@@ -126,6 +126,41 @@ async def test_a_stage_without_replicas_is_waited_for(tmp_path: Path) -> None:
         assert (await sending).target_tokens == 2
 
 
+async def test_a_stage_whose_replicas_are_all_gone_is_waited_for(tmp_path: Path) -> None:
+    """Or upstream would take us for dead, and give the task to a sibling that cannot do better.
+
+    Oracle: the pulse, while the only known member is dead; and the retries, of which none may be spent on it.
+    """
+    async with hosts(tmp_path, 3) as (caller, dead, newcomer):
+        await newcomer.serve(echo)
+        await dead.p2p.shutdown()
+        caller.knows(dead)
+        pulse = Pulse(furthest_stage=StageId(0))
+        sending = asyncio.create_task(
+            caller.caller.send(task(), STAGE, BODY, pulse=pulse, deadline_s=time.monotonic() + 20, retries_left=0)
+        )
+        assert (StageId(1), None) == await asyncio.wait_for(caller.caller.on_stale_view.get(), 10.0)
+        seen = [pulse.waiting]
+        caller.knows(newcomer, round_id=1)
+        assert (await sending).target_tokens == 2
+        seen.append(pulse.waiting)
+        assert seen == [True, False]
+        assert caller.caller.statistics.resent == 0
+
+
+async def test_who_leaves_is_not_asked_who_stays(tmp_path: Path) -> None:
+    """It has stopped answering such questions. Oracle: the question goes to anybody, and nobody is called missing."""
+    async with hosts(tmp_path, 2) as (caller, leaver):
+        await leaver.serve(echo)
+        leaver.gate.is_leaving = True
+        caller.knows(leaver)
+        sending = asyncio.create_task(send(caller, within_s=1.5))
+        assert (StageId(1), None) == await asyncio.wait_for(caller.caller.on_stale_view.get(), 5.0)
+        assert caller.view.suspects(now_s=time.monotonic()) == ()
+        with pytest.raises(DownstreamFailed):
+            await sending
+
+
 async def test_no_progress_means_no_patience(tmp_path: Path) -> None:
     """Oracle: work that never ends and never progresses is given up after the silence limit."""
     async with hosts(tmp_path, 2, hop_silence_s=0.8) as (caller, callee):

@@ -187,6 +187,18 @@ def test_a_suspect_is_passed_over_unless_nobody_else_is_left() -> None:
     assert set(view.live_members(StageId(1), now_s=0.1)) == {ANNE, BERT}
 
 
+def test_who_is_passed_over_is_no_suspect() -> None:
+    """It answered, and the coordinator must not hear that it is missing."""
+    view = View()
+    view.learn(membership(0))
+    view.pass_over(ANNE, now_s=0.0)
+    view.suspect(BERT, now_s=0.0)
+    assert not view.has_live(StageId(1), now_s=0.1)
+    assert view.suspects(now_s=0.1) == (BERT,)
+    assert view.has_live(StageId(1), now_s=60.0)
+    assert view.suspects(now_s=60.0) == ()
+
+
 @pytest.mark.parametrize(
     ("task_s", "expected_s"), [(None, 20.0), (0.1, 4.0), (60.0, 180.0)], ids=["unknown", "fast", "slow"]
 )
@@ -200,9 +212,46 @@ def test_the_router_prefers_the_faster_of_the_drawn_three() -> None:
     router = Router(run=RunId("r"))
     replicas = dict.fromkeys((ANNE, BERT, CARA), 1.0)
     for peer, task_s in ((ANNE, 3.0), (BERT, 1.0), (CARA, 2.0)):
-        router.observe(peer, task_s=task_s, load_s=0.0)
-    order = router.order(round_id=RoundId(0), number=0, stage=StageId(1), replicas=replicas)
-    assert list(order) == [BERT, CARA, ANNE]
+        router.observe(peer, task_s=task_s, load_s=0.0, now_s=0.0)
+    assert _order(router, replicas, now_s=0.0) == [BERT, CARA, ANNE]
+
+
+def test_one_slow_answer_is_forgotten_in_time() -> None:
+    """Who is never chosen is never measured again. Oracle: the order of two peers, by hand."""
+    router = Router(run=RunId("r"))
+    router.observe(ANNE, task_s=20.0, load_s=0.0, now_s=0.0)
+    for second in range(400):
+        router.observe(BERT, task_s=1.0, load_s=0.0, now_s=float(second))
+        if _order(router, {ANNE: 1.0, BERT: 1.0}, now_s=float(second))[0] == ANNE:
+            break
+    assert 100 < second < 200
+
+
+def test_a_replica_that_fails_is_tried_less_and_less_often() -> None:
+    """Oracle: how often the broken one comes first in ten minutes, one choice a second; a new one always does."""
+    router, chosen = Router(run=RunId("r")), []
+    for second in range(600):
+        first = _order(router, {ANNE: 1.0, BERT: 1.0}, now_s=float(second))[0]
+        chosen.append(first)
+        if first == ANNE:
+            router.penalise(ANNE, now_s=float(second))
+        else:
+            router.observe(BERT, task_s=1.0, load_s=0.0, now_s=float(second))
+    assert 1 <= chosen.count(ANNE) <= 6
+    router.observe(ANNE, task_s=0.5, load_s=0.0, now_s=600.0)
+    assert _order(router, {ANNE: 1.0, BERT: 1.0}, now_s=600.0)[0] == ANNE, "a penalty outlives its cause"
+
+
+def test_a_queue_that_was_reported_is_worked_off_meanwhile() -> None:
+    router = Router(run=RunId("r"))
+    router.observe(ANNE, task_s=1.0, load_s=4.0, now_s=0.0)
+    router.observe(BERT, task_s=2.0, load_s=0.0, now_s=0.0)
+    assert _order(router, {ANNE: 1.0, BERT: 1.0}, now_s=1.0) == [BERT, ANNE]
+    assert _order(router, {ANNE: 1.0, BERT: 1.0}, now_s=5.0) == [ANNE, BERT]
+
+
+def _order(router: Router, replicas: dict[PeerId, float], *, now_s: float) -> list[PeerId]:
+    return list(router.order(round_id=RoundId(0), number=0, stage=StageId(1), replicas=replicas, now_s=now_s))
 
 
 def test_the_pulse_only_ever_grows() -> None:
