@@ -16,12 +16,12 @@ from coordinator.store.database import Connection
 from protocol.errors import ConfigError
 from protocol.invite import Invite
 from protocol.manifest import Manifest
+from protocol.records import MAX_ADDRESSES
 from protocol.transport.addresses import host_and_port, is_loopback, split_peer
 
 DEFAULT_LISTEN = ("/ip4/0.0.0.0/tcp/0",)
 LISTEN = "listen"
 INVITE = "invite"
-MAX_ADDRESSES = 8
 
 
 def where_to_listen(kept: str | None, settings: CoordinatorSettings) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import platform
+from contextlib import AsyncExitStack
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import psutil
 import structlog
 
 from peer.averaging.history import kept_snapshots
-from peer.coordination import Condition, Registration, keep_beating, say_goodbye
+from peer.coordination import Condition, Registration, hand_in, keep_beating, say_goodbye
 from peer.engine.build import build_span, choose_device
 from peer.link import Link, connected
 from peer.pipeline.compute import ComputeThread, Priority
@@ -29,7 +30,7 @@ from protocol.control import BeatReply, Capability, PeerState
 from protocol.errors import ClockError, PeerFault, TransientError
 from protocol.ids import RunId, StageId
 from protocol.invite import Invite
-from protocol.process import folder_lock, interruptible, unwrapped
+from protocol.process import folder_lock, interruptible, until_stopped, unwrapped
 
 log = structlog.get_logger()
 
@@ -44,9 +45,14 @@ async def join_run(invite: Invite, settings: PeerSettings) -> None:
     Raises an error of the tree if this machine cannot take part or is not wanted.
     """
     with folder_lock(settings.data_dir / LOCK, owner="peer", otherwise=OTHER_FOLDER):
-        async with interruptible() as stop, connected(invite, settings) as link:
+        async with interruptible() as stop, AsyncExitStack() as connection:
+            link = await until_stopped(stop, connection.enter_async_context(connected(invite, settings)))
+            if link is None:
+                return
             registration = Registration(link, invite, settings, capability=_capability(settings))
-            await registration.enter(kept=kept_snapshots(_run_folder(settings, invite.run)))
+            kept = kept_snapshots(_run_folder(settings, invite.run))
+            if await until_stopped(stop, registration.enter(kept=kept)) is None:
+                return
             try:
                 await unwrapped(_live(link, settings, registration, stop=stop))
             finally:
@@ -78,30 +84,20 @@ async def _live(link: Link, settings: PeerSettings, registration: Registration, 
                     break
             for task in beside:
                 task.cancel()
+        await hand_in(link, reports=reports)
     finally:
         await compute.stop()
 
 
 async def _moved(registration: Registration, stages: tuple[StageId, ...], *, stop: asyncio.Event) -> bool:
     """Begin a new tenure, perhaps on other stages, however long that takes; False if stopped before."""
-    stopped = asyncio.create_task(stop.wait())
-    try:
-        while not stop.is_set():
-            entering = asyncio.create_task(registration.enter(hosting=stages))
-            await asyncio.wait({entering, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            if not entering.done():
-                entering.cancel()
-                return False
-            try:
-                entering.result()
-            except (TransientError, PeerFault, ClockError) as error:  # the next answer may be better
-                log.warning("coordinator.silent", error=error.one_line())
-                await asyncio.wait({stopped}, timeout=RETRY_S)
-            else:
-                return True
-        return False
-    finally:
-        stopped.cancel()
+    while not stop.is_set():
+        try:
+            return await until_stopped(stop, registration.enter(hosting=stages)) is not None
+        except (TransientError, PeerFault, ClockError) as error:  # the next answer may be better
+            log.warning("coordinator.silent", error=error.one_line())
+            await until_stopped(stop, asyncio.sleep(RETRY_S))
+    return False
 
 
 class _Present:

@@ -236,6 +236,17 @@ async def beat_once(link: Link, *, condition: Condition, reports: ReportQueue) -
     return reply
 
 
+async def hand_in(link: Link, *, reports: ReportQueue) -> None:
+    """Bring the last reports to the coordinator, if it is there: after the goodbye it takes none from us."""
+    leaving = Condition(PeerState.DRAINING, "", ())
+    try:
+        async with asyncio.timeout(LEAVE_TIMEOUT_S):
+            while len(reports):
+                await beat_once(link, condition=leaving, reports=reports)
+    except (TransientError, PeerFault, RefusedError, TimeoutError) as error:
+        log.info("reports.left", num=len(reports), error=str(error))
+
+
 async def say_goodbye(link: Link, *, reason: str) -> None:
     """Tell the coordinator that this peer goes; it would notice anyway."""
     try:

@@ -16,7 +16,7 @@ import structlog
 from peer.link import Link
 from protocol.errors import SwarmError
 from protocol.ids import PeerId, StageId
-from protocol.records import MAX_ADDRESSES, REFRESH_EVERY_S, HostedStage, ReplicaRecord
+from protocol.records import REFRESH_EVERY_S, HostedStage, ReplicaRecord
 from protocol.signing import Signed
 from protocol.wire import PROTOCOL_VERSION
 
@@ -42,7 +42,7 @@ class Presence:
         load_s: Callable[[], float],
         on_found: Callable[[Mapping[StageId, tuple[PeerId, ...]]], None],
     ) -> None:
-        """`hosted` says what is ready to work here; `on_found` gets all replicas by stage after every look-up."""
+        """`hosted` says what is ready to work here; `on_found` gets what every look-up could read."""
         self._link = link
         self._name = name
         self._software = software
@@ -100,7 +100,7 @@ class Presence:
             run=self._link.node.run,
             peer=self._link.peer_id,
             name=self._name,
-            addresses=(await self._link.node.addresses())[:MAX_ADDRESSES],
+            addresses=await self._link.node.addresses(),
             hosted=hosted,
             software=self._software,
             protocol=PROTOCOL_VERSION,

@@ -10,10 +10,14 @@ import time
 from collections import deque
 from itertools import islice
 
+import structlog
+
 from protocol.control import NumberedReport, Report
 from protocol.wire import MAX_MESSAGE_BYTES
 
-MAX_WAITING = 5_000  # a day of rounds without a coordinator; beyond it the oldest are dropped and counted
+log = structlog.get_logger()
+
+MAX_WAITING = 5_000  # a day of rounds without a coordinator; beyond it the oldest are lost to the ledger
 PER_BEAT = 32
 BYTES_PER_BEAT = MAX_MESSAGE_BYTES // 2  # the closings of a large swarm weigh several kilobytes each
 
@@ -25,13 +29,15 @@ class ReportQueue:
         self._next = int(time.time() * 1000)
         self._waiting: deque[tuple[NumberedReport, int]] = deque()
         """With their sizes in bytes."""
-        self.dropped = 0
+        self._is_full = False
 
     def add(self, report: Report) -> None:
         """Queue a report."""
         if len(self._waiting) >= MAX_WAITING:
             self._waiting.popleft()
-            self.dropped += 1
+            if not self._is_full:
+                log.warning("reports.dropped", kept=MAX_WAITING)
+            self._is_full = True
         numbered = NumberedReport(sequence=self._next, report=report)
         self._waiting.append((numbered, len(numbered.to_bytes())))
         self._next += 1
@@ -51,6 +57,7 @@ class ReportQueue:
         """Drop everything up to `sequence`: it is in the ledger."""
         while self._waiting and self._waiting[0][0].sequence <= sequence:
             self._waiting.popleft()
+            self._is_full = False
 
     def __len__(self) -> int:
         return len(self._waiting)

@@ -107,13 +107,13 @@ class Session:
         self._notify()
 
     def on_found(self, replicas: Mapping[StageId, tuple[PeerId, ...]]) -> None:
-        """Take over what the DHT says."""
-        self._found = dict(replicas)
+        """Take over what the DHT says. Of a stage that could not be read this time, the last answer stands."""
+        self._found |= replicas
         self._post_roster()
         self._notify()
 
     def hosted(self) -> tuple[HostedStage, ...]:
-        """Return what our DHT record should say: the stages that are ready to work."""
+        """Return what our DHT record should say: the stages whose state we hold, or are bringing up to date."""
         return tuple(
             HostedStage(stage=state.stage, version=state.version, lineage=state.lineage)
             for state in self.condition().stages
@@ -170,6 +170,7 @@ class Session:
             driver.post(events.Synced(charter, place.commits, driver.state_digest))
             if stage in self._charters:  # one that came while we were at it was for nobody
                 self._post_charter(stage)
+            self.tally.begin()
             self._say(PeerState.TRAINING, "")
 
     async def _restore(self, stage: StageId, restorer: Restorer) -> Place:

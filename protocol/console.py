@@ -35,10 +35,18 @@ def run_command(command: Callable[[], None], *, program: str, debug: bool = Fals
     except Exception as error:  # noqa: BLE001 - the one supervisor of a command: whatever gets here is a bug of ours
         if debug:
             traceback.print_exc()
-        summary = " ".join(f"{type(error).__name__}: {error}".split())
+        cause = _innermost(error)
+        summary = " ".join(f"{type(cause).__name__}: {cause}".split())
         print(f"{program}: E-BUG {summary[:300]} Run again with --debug and report it, please.", file=sys.stderr)
         return EXIT_BUG
     return 0
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """Return the first real error of a task group's wrapping, which itself says nothing."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def set_up_logging(*, level: str, file: Path | None = None) -> None:
@@ -47,7 +55,7 @@ def set_up_logging(*, level: str, file: Path | None = None) -> None:
     Raises `StorageError` if the file cannot be opened.
     """
     number = logging.getLevelNamesMapping()[level.upper()]
-    stream = _LossyStream(sys.stderr if file is None else _open_log(file))
+    stream = LossyStream(sys.stderr if file is None else _open_log(file))
     renderer = (
         structlog.dev.ConsoleRenderer(colors=stream.isatty()) if file is None else structlog.processors.JSONRenderer()
     )
@@ -65,19 +73,19 @@ def set_up_logging(*, level: str, file: Path | None = None) -> None:
     )
 
 
-class _LossyStream:
-    """A log that loses lines when its disk is full or its terminal gone, rather than stop whoever wrote them."""
+class LossyStream:
+    """Output that loses lines when its disk is full or its terminal gone, rather than stop whoever wrote them."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self.isatty = stream.isatty
 
     def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
             self._stream.write(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             self._stream.flush()
 
 

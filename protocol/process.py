@@ -13,10 +13,12 @@ import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from protocol.console import EXIT_INTERRUPTED
 from protocol.errors import StorageError, SwarmError
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -60,6 +62,23 @@ async def interruptible() -> AsyncIterator[asyncio.Event]:
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
+
+
+async def until_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """Return what `work` brings, or None once `stop` is set, after `work` has been cancelled. Raises what it raises."""
+    working, stopped = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        working.cancel()
+        await asyncio.wait({working})
+        if not working.cancelled() and (error := working.exception()) is not None:
+            raise error  # its cleaning up went wrong
+        return None
+    finally:
+        working.cancel()  # if we are cancelled ourselves
+        stopped.cancel()
 
 
 async def unwrapped(work: Coroutine[Any, Any, None]) -> None:

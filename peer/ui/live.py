@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TextIO
 
+from protocol.console import LossyStream
 from protocol.control import PeerState
 
 TERMINAL_EVERY_S = 1.0
@@ -52,15 +53,16 @@ def render(line: Line, *, now_s: float) -> str:
     )
 
 
-async def show_live(source: Callable[[], Line], *, stream: TextIO = sys.stderr) -> None:
-    """Keep the line on `stream` fresh until cancelled."""
-    on_terminal = stream.isatty()
+async def show_live(source: Callable[[], Line], *, stream: TextIO | None = None) -> None:
+    """Keep the line fresh, on `stream` (default: stderr), until cancelled. A stream that is gone or full loses it."""
+    out = LossyStream(sys.stderr if stream is None else stream)
+    on_terminal = out.isatty()
     try:
         while True:
             text = render(source(), now_s=time.monotonic())
-            stream.write(f"\r\x1b[K{text}" if on_terminal else f"{text}\n")
-            stream.flush()
+            out.write(f"\r\x1b[K{text}" if on_terminal else f"{text}\n")
+            out.flush()
             await asyncio.sleep(TERMINAL_EVERY_S if on_terminal else LOG_EVERY_S)
     finally:
         if on_terminal:
-            stream.write("\n")
+            out.write("\n")

@@ -91,6 +91,16 @@ def is_loopback(address: str) -> bool:
         return host == "localhost"
 
 
+def by_reach(address: str) -> int:
+    """Return a sort key: addresses that the world can dial first, then a home's own network, then this machine."""
+    host, _ = host_and_port(address)
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:  # a name was given by somebody who wants it dialled
+        return 0
+    return 2 if ip.is_loopback else int(not ip.is_global)
+
+
 def is_relayed(address: str) -> bool:
     """Tell whether an address leads through another peer."""
     return "p2p-circuit" in parse_address(address).split("/")

@@ -5,7 +5,7 @@ and reading replica records. Must not know: tasks, rounds, tensors. Both apps ow
 (`streams.py`) and the all-reduce register their handlers on `node.p2p`.
 
     node = await Node.start(key_path, run=run, coordinator=coordinator, initial_peers=(address,))
-    tasks.create_task(node.wait_failed())   # raises LocalFault when p2pd dies
+    tasks.create_task(node.wait_failed())   # raises TransientError when p2pd dies
     await node.publish(record)              # every REFRESH_EVERY_S
     replicas = await node.replicas(stage)
     await node.withdraw(); await node.stop()
@@ -35,11 +35,13 @@ from protocol.errors import (
     LocalFault,
     PeerFault,
     RefusedError,
+    TransientError,
     UnreachableError,
 )
 from protocol.ids import PeerId, RunId, StageId
 from protocol.records import (
     CLOCK_SLACK_S,
+    MAX_ADDRESSES,
     Publication,
     ReplicaRecord,
     key_id,
@@ -49,7 +51,7 @@ from protocol.records import (
 )
 from protocol.signing import SigningKey
 from protocol.transport import hardening, identity
-from protocol.transport.addresses import encodable, host_and_port, parse_address, require_peer, split_peer
+from protocol.transport.addresses import by_reach, encodable, host_and_port, parse_address, require_peer, split_peer
 from protocol.transport.daemon import STOP_TIMEOUT_S, Daemon, Reach
 from protocol.transport.validator import RecordGate
 
@@ -135,7 +137,10 @@ class Node:
         return time.time()
 
     async def addresses(self) -> tuple[str, ...]:
-        """Return the full addresses (with `/p2p/<id>`) at which others may reach this node now."""
+        """Return the full addresses (with `/p2p/<id>`) at which others may reach this node now, the best ones first.
+
+        No more than a message or a record holds: a machine with many virtual networks listens at dozens.
+        """
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 found = await self.p2p.get_visible_maddrs(latest=True)
@@ -145,7 +150,7 @@ class Node:
         for address in found:
             with contextlib.suppress(ConfigError):  # p2pd also lists transports that we do not use
                 addresses.append(parse_address(str(address)))
-        return tuple(addresses)
+        return tuple(sorted(addresses, key=by_reach)[:MAX_ADDRESSES])
 
     async def connect(self, address: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> PeerId:
         """Connect to the peer at a full address and return its id; libp2p proves that it holds the key.
@@ -240,10 +245,10 @@ class Node:
         return tuple(found[peer].record for peer in sorted(found) if not found[peer].gone)
 
     async def wait_failed(self) -> None:
-        """Raise `LocalFault` when p2pd dies; return when the node is stopped. For a task next to the app's work."""
+        """Raise `TransientError` when p2pd dies; return when the node is stopped. For a task next to the app's work."""
         reason = await self.p2p.wait_ended()
         if not self._is_stopping:
-            raise LocalFault(f"p2pd, the network process, ended unexpectedly ({reason}).", hint="Join again.")
+            raise TransientError(f"p2pd, the network process, ended unexpectedly ({reason}).", hint="Start again.")
 
     async def stop(self) -> None:
         """Leave the network and end p2pd; takes at most about twice `STOP_TIMEOUT_S`, whatever state things are in."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from protocol.errors import ConfigError
 from protocol.signing import SigningKey
 from protocol.transport.addresses import (
+    by_reach,
     encodable,
     host_and_port,
     is_loopback,
@@ -134,3 +135,17 @@ def test_families_and_bytes() -> None:
     assert socket_family("/ip6/::/tcp/1") == socket.AF_INET6
     raw = encodable(f"/ip4/127.0.0.1/tcp/1/p2p/{PEER}").to_bytes()
     assert raw.hex().startswith("047f000001060001a50326002408011220")
+
+
+def test_addresses_that_the_world_can_dial_come_first() -> None:
+    """Oracle: the order by hand; of many only the first are announced."""
+    addresses = ["/ip4/127.0.0.1/tcp/1", "/ip4/172.17.0.1/tcp/1", "/ip4/8.8.8.8/tcp/1", "/ip6/::1/tcp/1"]
+    addresses += ["/dns/home.example/tcp/1", "/ip4/192.168.1.2/tcp/1"]
+    assert sorted(addresses, key=by_reach) == [
+        "/ip4/8.8.8.8/tcp/1",
+        "/dns/home.example/tcp/1",
+        "/ip4/172.17.0.1/tcp/1",
+        "/ip4/192.168.1.2/tcp/1",
+        "/ip4/127.0.0.1/tcp/1",
+        "/ip6/::1/tcp/1",
+    ]

@@ -18,7 +18,16 @@ import pytest
 from hivemind.p2p import P2PDaemonError, PeerID
 from hivemind.proto import dht_pb2
 
-from protocol.errors import ClockError, ConfigError, InviteError, LocalFault, PortError, StorageError, UnreachableError
+from protocol.errors import (
+    ClockError,
+    ConfigError,
+    InviteError,
+    LocalFault,
+    PortError,
+    StorageError,
+    TransientError,
+    UnreachableError,
+)
 from protocol.transport import daemon, identity
 from protocol.transport.daemon import Daemon, wait_ports_free
 from tests.protocol.transport.network import COORDINATOR, ROOT, STRANGER, StartNode, found_by, record_of
@@ -48,7 +57,7 @@ async def test_a_dead_p2pd_is_noticed_within_a_second_and_nothing_hangs(start: S
     assert not pending.done()
     os.kill(victim.p2p.pid, signal.SIGKILL)
     async with asyncio.timeout(1):
-        with pytest.raises(LocalFault, match="p2pd"):
+        with pytest.raises(TransientError, match="p2pd"):
             await failed
         with pytest.raises(P2PDaemonError):
             await pending
