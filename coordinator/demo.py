@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import random
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -33,7 +34,7 @@ from coordinator.status import FINISHED
 from coordinator.store import peers
 from coordinator.store.database import DATABASE_FILE, open_readonly
 from protocol.errors import ConfigError, DeadlineError, FinishedError, LocalFault, StorageError
-from protocol.process import interruptible
+from protocol.process import interruptible, until_stopped
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 LOGS, PEERS, EXPORT, RECORD = "logs", "peers", "export", "demo.json"
@@ -46,7 +47,7 @@ SAMPLE_TIMEOUT_S = 180.0
 SAMPLE_PROMPT = "def "
 COORDINATOR_PROGRAM = ("-m", "coordinator.cli")
 PEER_PROGRAM = ("-m", "peer.cli")  # a name, not an import: coordinator and peer do not know each other
-MAX_CRASHES = 5  # peers that end by themselves are replaced, but not for ever
+MAX_CRASHES = 5  # peers that end with an error are replaced, but not for ever
 
 Say = Callable[[str], None]
 
@@ -83,19 +84,18 @@ async def run_demo(plan: DemoPlan, *, say: Say) -> Summary:
     async with interruptible() as stop:
         demo = Demo(run, plan, say)
         try:
-            async with asyncio.TaskGroup() as tasks:
-                training = tasks.create_task(demo.train())
-                watching = tasks.create_task(_cancel_on(stop, training))
-                await asyncio.wait({training})
-                watching.cancel()
-        except ExceptionGroup as group:  # there is only one of our errors in it: training's
-            raise group.exceptions[0] from None
+            await until_stopped(stop, demo.train())
         finally:
             await demo.end()
-        if stop.is_set():
+        if not demo.is_over:
             say(f"stopped; to go on: coordinator demo --dir {directory}")
             raise KeyboardInterrupt
-        return await demo.conclude()
+        stop.clear()  # whoever stopped it while peers were leaving wants to see the end
+        summary = await until_stopped(stop, demo.conclude())
+        if summary is None:
+            say(f"stopped; the run is over, its model is left: coordinator export {directory} --to FOLDER")
+            raise KeyboardInterrupt
+        return summary
 
 
 class Demo:
@@ -112,6 +112,7 @@ class Demo:
         self._peers: list[Child] = []
         self._invite = ""
         self._crashes = 0
+        self._before_s = self._record.seconds
         self._started_s = time.monotonic()
         self._ended_s: float | None = None
         self._replicas = tuple([0] * run.manifest.model.num_stages)
@@ -120,7 +121,7 @@ class Demo:
     # -- training -------------------------------------------------------------------------------------
 
     async def train(self) -> None:
-        """Start everything, and watch until the run is over."""
+        """Start everything, watch until the run is over, and let peers leave."""
         with storage_faults(self._logs):
             self._logs.mkdir(exist_ok=True)
         self._started_s = time.monotonic()
@@ -137,20 +138,27 @@ class Demo:
         """End every child that is left, and keep what a resumed demo needs."""
         children = [child for child in (*self._peers, self._coordinator) if child is not None and child.is_running]
         await asyncio.shield(end_children(children))
-        self._record.seconds += (self._ended_s or time.monotonic()) - self._started_s
         self._save_record()
+
+    @property
+    def is_over(self) -> bool:
+        """The run has come to its end; only the summary is missing."""
+        return self._ended_s is not None
 
     async def conclude(self) -> Summary:
         """Export the model, let it write something, and sum up."""
         status = status_of_directory(self._run.path)
         target = self._run.path / EXPORT
-        await asyncio.to_thread(export, self._run, target, facts=model_card_facts(status))
+        newest = await asyncio.to_thread(self._run.newest_checkpoint)
+        at = None if newest is None else newest.round
+        await asyncio.to_thread(export, self._run, target, facts=model_card_facts(status, exported_round=at))
         facts = Facts(
             seconds=self._record.seconds,
             peers_killed=self._record.peers_killed,
             started=tuple(StartedPeer(name=peer.name, pid=peer.pid, killed=peer.killed) for peer in self._peers),
             replicas=self._replicas,
             export_dir=target,
+            exported_round=at,
             seed=self._plan.seed,
             sample=await self._sample(target),
         )
@@ -169,6 +177,7 @@ class Demo:
                     hops, progressed_s = status["ledger"]["hops"], now_s
                 if now_s - shown_s >= PROGRESS_EVERY_S:
                     shown_s = now_s
+                    self._save_record()  # a demo that is killed has used up its seconds too
                     self._say(progress(status, peers_killed=self._record.peers_killed))
                 next_kill_s = self._next_kill(status, next_kill_s, now_s)
             if next_kill_s is not None and now_s >= next_kill_s:
@@ -266,20 +275,33 @@ class Demo:
         victim = self._chance.choice(self._running_peers())
         victim.kill()
         await victim.process.wait()
-        self._record.peers_killed += 1
-        await self._start_peer()
-        self._say(f"killed {victim.name}, started {self._peers[-1].name}")
+        await self._replace_the_dead()
 
     async def _replace_the_dead(self) -> None:
-        """Start another peer for one that ended by itself, unless that happens again and again."""
-        while len(self._running_peers()) < self._plan.num_peers and not self._is_over():
-            dead = next((peer for peer in reversed(self._peers) if not peer.is_running and not peer.killed), None)
-            why = "" if dead is None else f"{dead.name} ended with {dead.process.returncode}: {dead.last_line()}"
-            self._crashes += 1
-            if self._crashes > MAX_CRASHES:
-                raise LocalFault(f"too many peers end by themselves; {why}", hint=f"Look into {self._logs}.")
-            self._say(why)
+        """Start another peer for each that has ended, however it came to its end."""
+        for dead in [peer for peer in self._peers if not peer.is_running and not peer.is_replaced]:
+            if self._is_over():
+                return
+            why = self._why_it_ended(dead)
+            dead.is_replaced = True
             await self._start_peer()
+            self._say(f"{why}, started {self._peers[-1].name}")
+
+    def _why_it_ended(self, dead: Child) -> str:
+        """Say why, and count it. Raises `LocalFault` if peers fail again and again."""
+        code = dead.process.returncode
+        if code == -signal.SIGKILL:  # by us, or by somebody who tries what happens then
+            dead.killed = True
+            self._record.peers_killed += 1
+            return f"killed {dead.name}"
+        if code:
+            self._crashes += 1
+        if self._crashes >= MAX_CRASHES:
+            raise LocalFault(
+                f"too many peers fail; {dead.name} ended with {code}: {dead.last_line()}",
+                hint=f"Look into {self._logs}.",
+            )
+        return f"{dead.name} ended with {code}" + (f" ({dead.last_line()})" if code else "")
 
     # -- the end --------------------------------------------------------------------------------------
 
@@ -306,6 +328,7 @@ class Demo:
         return text.decode(errors="replace").rstrip()
 
     def _save_record(self) -> None:
+        self._record.seconds = self._before_s + (self._ended_s or time.monotonic()) - self._started_s
         fields = {
             "seconds": self._record.seconds,
             "peers_killed": self._record.peers_killed,
@@ -321,7 +344,7 @@ def _make_or_resume(plan: DemoPlan, directory: Path, say: Say) -> RunDir:
             raise FinishedError(
                 f"the run in {directory} has ended.", hint="Choose another --dir, or leave it away for a new one."
             )
-        say(f"going on with the run in {directory}")
+        say(f"going on with the run in {directory}, as it was made" + _without(plan))
         return RunDir.open(directory)
     say(f"making a run in {directory}")
     init_run(
@@ -338,6 +361,19 @@ def _make_or_resume(plan: DemoPlan, directory: Path, say: Say) -> RunDir:
     return RunDir.open(directory)
 
 
+def _without(plan: DemoPlan) -> str:
+    """Say which of the flags have no effect on a run that is already there."""
+    given = {
+        "--corpus": plan.corpus,
+        "--preset": plan.preset,
+        "--stages": plan.stages,
+        "--rounds": plan.rounds,
+        "--set": plan.overrides,
+    }
+    flags = [flag for flag, value in given.items() if value]
+    return f"; {', '.join(flags)} cannot change it" if flags else ""
+
+
 def _is_finished(directory: Path) -> bool:
     if not (directory / DATABASE_FILE).is_file():
         return False
@@ -351,11 +387,6 @@ def _read_record(directory: Path) -> Record:
         return Record(float(fields["seconds"]), int(fields["peers_killed"]), int(fields["peers_started"]))
     except (OSError, ValueError, KeyError, TypeError):  # the first sitting, or one that died in its first moment
         return Record()
-
-
-async def _cancel_on(stop: asyncio.Event, task: asyncio.Task[None]) -> None:
-    await stop.wait()
-    task.cancel()
 
 
 async def _wait_all(children: list[Child], *, timeout_s: float) -> None:

@@ -44,7 +44,8 @@ class Child:
     output: Path
     """Where its stderr goes, and its stdout unless it was piped."""
     killed: bool = False
-    """By us, on purpose."""
+    """On purpose: by us, or by somebody who tries what happens then."""
+    is_replaced: bool = False
 
     @property
     def pid(self) -> int:

@@ -43,13 +43,15 @@ class Facts:
     replicas: tuple[int, ...]
     """Members of every stage when training was last seen going on."""
     export_dir: Path
+    exported_round: int | None
+    """Of the checkpoint that was exported."""
     seed: int
     sample: str | None
 
 
 def summarise(status: Mapping[str, Any], facts: Facts) -> Summary:
     """Put the summary together from the last status and what the demo knows."""
-    ledger, heldout = status["ledger"], status["heldout"]
+    ledger, heldout = status["ledger"], _heldout_at(status, facts.exported_round)
     by_name = {peer["name"]: peer for peer in status["peers"]}
     data = {
         "run": status["run"],
@@ -107,9 +109,9 @@ def progress(status: Mapping[str, Any], *, peers_killed: int) -> str:
     return "  ".join(words)
 
 
-def model_card_facts(status: Mapping[str, Any]) -> dict[str, str]:
+def model_card_facts(status: Mapping[str, Any], *, exported_round: int | None) -> dict[str, str]:
     """Return the lines that the export's model card gets."""
-    heldout = status["heldout"]
+    heldout = _heldout_at(status, exported_round)
     if heldout is None:
         return {}
     bits = heldout["bits_per_byte"]
@@ -141,6 +143,12 @@ def show_summary(summary: Summary, *, say: Callable[[str], None]) -> None:
         say("sample")
         for line in summary.sample.splitlines():
             say(f"    {line}")
+
+
+def _heldout_at(status: Mapping[str, Any], round_id: int | None) -> Mapping[str, Any] | None:
+    """Return the held-out loss of that very state; an older one (the last evaluation failed) is of another model."""
+    heldout: Mapping[str, Any] | None = status["heldout"]
+    return heldout if heldout and heldout["round"] == round_id else None
 
 
 def _peer(started: StartedPeer, known: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -160,17 +161,43 @@ async def test_a_killed_peer_is_replaced_at_once_and_remembered(
         for _ in range(2):
             await demo._start_peer()
         await demo._kill_one()
+        await demo._replace_the_dead()
         names = [child.name for child in demo._running_peers()]
         assert len(names) == 2
         assert names[-1] == "peer-3"
         killed = [child for child in demo._peers if child.killed]
         assert [child.process.returncode for child in killed] == [-signal.SIGKILL]
-        await demo._replace_the_dead()
         assert len(demo._peers) == 3
         pids = [child.pid for child in demo._running_peers()]
     assert all(is_gone(pid) for pid in pids)
     kept = json.loads((demo._run.path / "demo.json").read_text())
     assert (kept["peers_killed"], kept["peers_started"]) == (1, 3)
+
+
+@pytest.mark.slow
+async def test_peers_that_somebody_else_kills_are_replaced_however_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trying `kill -9` on them is what a demo is for. Oracle: the signal that ended them."""
+    times = demo_module.MAX_CRASHES + 2
+    async with demo_of(tmp_path, monkeypatch, WAITING, num_peers=1) as demo:
+        await demo._start_peer()
+        for _ in range(times):
+            (peer,) = demo._running_peers()
+            os.kill(peer.pid, signal.SIGKILL)
+            await peer.process.wait()
+            await demo._replace_the_dead()
+    assert json.loads((demo._run.path / "demo.json").read_text())["peers_killed"] == times
+
+
+@pytest.mark.slow
+async def test_seconds_of_a_demo_that_was_killed_are_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the next sitting, which has never seen the end of the first."""
+    async with demo_of(tmp_path, monkeypatch, WAITING, num_peers=1) as first:
+        await asyncio.sleep(0.2)
+        await first._start_peer()  # which writes the record, as progress does
+        second = Demo(first._run, DemoPlan(directory=first._run.path), quiet)
+        assert 0.2 <= second._before_s < 10.0
 
 
 @pytest.mark.slow
@@ -191,11 +218,12 @@ async def test_peers_that_end_by_themselves_are_replaced_but_not_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with demo_of(tmp_path, monkeypatch, ("-c", "raise SystemExit('E-X broken')"), num_peers=1) as demo:
+        await demo._start_peer()
 
         async def let_them_end() -> None:
             while True:
-                await demo._replace_the_dead()
                 await asyncio.gather(*(child.process.wait() for child in demo._peers))
+                await demo._replace_the_dead()
 
         with pytest.raises(LocalFault, match="E-X broken"):
             await let_them_end()
@@ -257,6 +285,7 @@ async def test_the_summary_holds_what_is_promised(tmp_path: Path) -> None:
         ),
         replicas=(1, 1),
         export_dir=tmp_path / "export",
+        exported_round=10,
         seed=3,
         sample="def main():",
     )
@@ -272,7 +301,10 @@ async def test_the_summary_holds_what_is_promised(tmp_path: Path) -> None:
         {"name": "peer-9", "pid": 12, "stages": [], "tokens": 0, "killed": True},
     ]
     assert Path(data["export_dir"]).is_absolute()
-    assert "2.0000 nats" in model_card_facts(status)["Held-out loss"]
+    assert "2.0000 nats" in model_card_facts(status, exported_round=10)["Held-out loss"]
+    older = replace(facts, exported_round=9)
+    assert summarise(status, older).data["heldout_loss"] is None, "the held-out loss of another model"
+    assert model_card_facts(status, exported_round=9) == {}
     lines: list[str] = []
     show_summary(summary, say=lines.append)
     assert "    def main():" in lines
@@ -287,4 +319,4 @@ async def test_progress_says_what_is_waited_for(tmp_path: Path) -> None:
         now_s = office.services.clock.wall()
         status = await office.services.database.run(document, office.manifest, now_s=now_s)
     assert progress(status, peers_killed=0) == "1 peers here, waiting for a replica of stages 0, 1"
-    assert model_card_facts(status) == {}
+    assert model_card_facts(status, exported_round=None) == {}

@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Literal
@@ -122,6 +122,15 @@ class Command:
         """Return the ends of its stderr and its log, for a failure's message."""
         tails = [f"{path.name}: ...{_text(path)[-TAIL_CHARS:]}" for path in (self.err, self.log)]
         return f"--- {self.name} (exit code {self.code})\n" + "\n".join(tails)
+
+
+def wait_for(condition: Callable[[], object], command: Command, *, timeout_s: float) -> None:
+    """Wait until the condition is true; fail if the command ends before or it takes too long."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert command.code is None, command.story()
+        assert time.monotonic() < deadline_s, f"waited for {timeout_s:g} s\n{command.story()}"
+        time.sleep(POLL_S)
 
 
 def run_to_end(program: Program, arguments: Sequence[str], *, name: str, folder: Path, timeout_s: float) -> str:
