@@ -146,9 +146,14 @@ def show_summary(summary: Summary, *, say: Callable[[str], None]) -> None:
 
 
 def _heldout_at(status: Mapping[str, Any], round_id: int | None) -> Mapping[str, Any] | None:
-    """Return the held-out loss of that very state; an older one (the last evaluation failed) is of another model."""
+    """Return the held-out loss of the state that `round_id` starts from; one of an older round is of another model.
+
+    The round after the last one only evaluates, so what follows it is the state that it has measured.
+    """
     heldout: Mapping[str, Any] | None = status["heldout"]
-    return heldout if heldout and heldout["round"] == round_id else None
+    if heldout is None or round_id is None:
+        return None
+    return heldout if heldout["round"] == min(round_id, status["num_rounds"]) else None
 
 
 def _peer(started: StartedPeer, known: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -39,17 +39,26 @@ def command(
     full_env = None if env is None else {**os.environ, **env}
 
     def run_once() -> float | None:
-        stdout = _checked_output([str(word) for word in argv], timeout_s=timeout_s, cwd=cwd, env=full_env)
+        stdout = checked_output(argv, timeout_s=timeout_s, cwd=cwd, env=full_env)
         return None if parse is None else parse(stdout)
 
     return run_once
 
 
-def _checked_output(argv: list[str], *, timeout_s: float, cwd: Path | None, env: Mapping[str, str] | None) -> str:
+def checked_output(
+    argv: Sequence[str | Path], *, timeout_s: float, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> str:
+    """Run `argv` to its end and return its stdout. `env` is all that it gets; raises `CommandError` if it fails."""
     # Files, not pipes: a grandchild that outlives the child would keep a pipe open and us waiting.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=cwd, env=env, start_new_session=True
+            [str(word) for word in argv],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            cwd=cwd,
+            env=env,
+            start_new_session=True,
         )
         try:
             code = child.wait(timeout=timeout_s)

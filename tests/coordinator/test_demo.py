@@ -302,6 +302,7 @@ async def test_the_summary_holds_what_is_promised(tmp_path: Path) -> None:
     ]
     assert Path(data["export_dir"]).is_absolute()
     assert "2.0000 nats" in model_card_facts(status, exported_round=10)["Held-out loss"]
+    assert summarise(status, replace(facts, exported_round=11)).data["heldout_loss"] == 2.0, "nothing was trained since"
     older = replace(facts, exported_round=9)
     assert summarise(status, older).data["heldout_loss"] is None, "the held-out loss of another model"
     assert model_card_facts(status, exported_round=9) == {}
