@@ -14,6 +14,7 @@ or on how threads share the work. Processors without fused multiply-add would st
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -149,8 +150,7 @@ class _EightBit:
     """bitsandbytes' blockwise AdamW on a slice of a shard."""
 
     def __init__(self, spec: OptimizerSpec, shard: Shard, part: slice, *, decay: float) -> None:
-        from bitsandbytes import functional  # 3 s to import, and 32-bit runs do without it
-
+        functional = _bitsandbytes()
         self._update = functional.optimizer_update_8bit_blockwise
         self._spec, self._decay = spec, decay
         self._weights, self._gradient = shard.weights[part], shard.gradient[part]
@@ -158,8 +158,7 @@ class _EightBit:
         self._codes1, self._codes2 = (torch.zeros(elements, dtype=torch.uint8, device=device) for _ in range(2))
         blocks = elements // ALIGNMENT_ELEMENTS
         self._scales1, self._scales2 = (torch.zeros(blocks, dtype=torch.float32, device=device) for _ in range(2))
-        make_map: Any = functional.create_dynamic_map  # bitsandbytes leaves it untyped
-        self._map1, self._map2 = (make_map(signed=signed).to(device) for signed in (True, False))
+        self._map1, self._map2 = (functional.create_dynamic_map(signed=signed).to(device) for signed in (True, False))
 
     def update(self, step: int, learning_rate: float) -> None:
         for start in range(0, self._weights.numel(), STEP_ELEMENTS):
@@ -187,3 +186,18 @@ class _EightBit:
 
     def state(self) -> dict[str, Tensor]:
         return {"moment1": self._codes1, "moment2": self._codes2, "scale1": self._scales1, "scale2": self._scales2}
+
+
+def _bitsandbytes() -> Any:
+    """Return bitsandbytes' functions, which it leaves untyped. Takes 3 s, and 32-bit runs do without.
+
+    On processors with bf16 units it advises to install kernels for 4-bit weights, which nobody uses here.
+    """
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        from bitsandbytes import functional
+    finally:
+        logger.setLevel(level)
+    return functional
