@@ -15,7 +15,7 @@ import asyncio
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
@@ -29,7 +29,7 @@ from coordinator.finish import Finish
 from coordinator.http import serving_status
 from coordinator.journal import Journal
 from coordinator.ledger import Ledger
-from coordinator.monitor.local import status_of_directory
+from coordinator.monitor.local import SharedStatus, status_of_run
 from coordinator.registry import Registry
 from coordinator.rundir import KEY, RunDir
 from coordinator.serving import Shelf
@@ -67,6 +67,8 @@ class Services:
     registry: Registry
     charters: CharterOffice
     finish: Finish
+    shared_status: SharedStatus
+    _status_turn: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
 
     async def load(self) -> None:
         """Take over what the database knows, in the order in which one builds on the other."""
@@ -83,9 +85,9 @@ class Services:
         await self._save_notes()
 
     async def status(self) -> StatusAnswer:
-        """Answer a `StatusRequest`."""
-        now_s = self.clock.wall()
-        return status.answer(await self.database.run(status.document, self.run.manifest, now_s=now_s))
+        """Answer a `StatusRequest`. Anybody may ask, and often: it costs one thread, and nothing where reports wait."""
+        async with self._status_turn:
+            return status.answer(await asyncio.to_thread(self.shared_status))
 
     async def _save_notes(self) -> None:
         text = json.dumps(self.journal.notes, sort_keys=True)
@@ -132,6 +134,7 @@ def make_services(run: RunDir, settings: CoordinatorSettings, *, database: Datab
         registry=registry,
         charters=charters,
         finish=finish,
+        shared_status=SharedStatus(lambda: status_of_run(run)),
     )
 
 
@@ -175,11 +178,11 @@ async def _check_tokens(run: RunDir, database: Database) -> None:
 @contextmanager
 def _serving_status(services: Services) -> Iterator[None]:
     """Show the status over HTTP while the block runs, if the organiser wants that."""
-    address, path = services.settings.http, services.run.path
+    address = services.settings.http
     if address is None:
         yield
         return
-    with serving_status(address, lambda: status_of_directory(path)) as port:
+    with serving_status(address, services.shared_status) as port:
         log.info("http.serving", port=port)
         yield
 

@@ -8,7 +8,7 @@ A charter is on disk before anybody sees it: after a crash the same generation i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import structlog
@@ -19,7 +19,7 @@ from coordinator.journal import DISK_NOTE, Journal
 from coordinator.ledger import Ledger
 from coordinator.registry import LivePeer, Registry
 from coordinator.settings import CoordinatorSettings
-from coordinator.store import history
+from coordinator.store import history, tallies
 from coordinator.store.database import Database
 from protocol.control import StageState
 from protocol.errors import StorageError
@@ -82,14 +82,6 @@ class CharterOffice:
         """Return the newest charter of every stage that has one."""
         return tuple(self._newest[stage].signed for stage in sorted(self._newest))
 
-    def of_stage(self, stage: StageId) -> Issued | None:
-        """Return the newest charter of one stage."""
-        return self._newest.get(stage)
-
-    @property
-    def has_started(self) -> bool:
-        return bool(self._newest)
-
     async def tick(self) -> None:
         """Look at the swarm, and found or move what has to be."""
         decision = decide(self._view())
@@ -117,6 +109,23 @@ class CharterOffice:
                 detail=f"stage {charter.stage} generation {charter.generation}: round {charter.round}, "
                 f"version {charter.version}, {len(charter.seats)} members",
             )
+        await self._tell_rollbacks({(entry.charter.stage, entry.charter.generation) for entry in issued})
+
+    async def _tell_rollbacks(self, founded: Collection[tuple[StageId, int]]) -> None:
+        """Say which committed updates are not in the states that stages were just founded on."""
+        try:
+            rollbacks = await self._database.run(tallies.rollbacks)
+        except StorageError as error:  # the ledger has it all the same
+            self._journal.note(DISK_NOTE, str(error))
+            return
+        for rollback in rollbacks:
+            if (rollback.stage, rollback.generation) in founded:
+                await self._journal.event(
+                    "stage.rolled_back",
+                    detail=f"stage {rollback.stage} generation {rollback.generation}: from version "
+                    f"{rollback.version_before} to {rollback.version}, {rollback.rounds} committed rounds with "
+                    f"{rollback.tokens} tokens are gone",
+                )
 
     def _sign(self, founding: Founding) -> Issued:
         charter = Charter(

@@ -36,7 +36,6 @@ log = structlog.get_logger()
 RECORD = "checkpoint.json"
 WEIGHTS = "weights"
 OPTIMIZER = "optimizer"
-HASH_BLOCK_BYTES = 1024 * 1024
 _FOLDER = re.compile(r"round-(\d{6,})$")
 
 Hex256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

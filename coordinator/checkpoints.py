@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -43,14 +42,6 @@ AskSnapshots = Callable[[PeerId, StageId], Awaitable[tuple[Snapshot, ...]]]
 """Ask a replica which snapshots it serves now; raises `TransientError` kinds or `PeerFault` like any call."""
 
 
-@dataclass(frozen=True, slots=True)
-class CollectorStatistics:
-    """What `Collector.statistics()` shows."""
-
-    collected: int
-    failed: int
-
-
 class Collector:
     """Makes the run's checkpoints."""
 
@@ -76,7 +67,6 @@ class Collector:
         self._on_checkpoint = on_checkpoint
         self._offers = Offers(num_stages=run.manifest.model.num_stages)
         self._dissent_told: set[tuple[RoundId, StageId]] = set()
-        self._collected = self._failed = 0
         self.newest: Checkpoint | None = None
 
     async def load(self) -> None:
@@ -108,21 +98,15 @@ class Collector:
         try:
             checkpoint = await self._collect(round_id)
         except (TransientError, StorageError, WrongHashError) as error:
-            self._failed += 1
             self._journal.note(NOTE, f"round {round_id}: {error}")
             await self._journal.event("checkpoint.failed", detail=f"round {round_id}: {error.one_line()}")
             return False
         finally:
             await asyncio.to_thread(shutil.rmtree, self._run.path / INCOMING, ignore_errors=True)
-        self._collected += 1
         self._journal.clear(NOTE)
         self._take(checkpoint)
         await self._write_down(checkpoint, seconds=self._clock.monotonic() - started_s)
         return True
-
-    def statistics(self) -> CollectorStatistics:
-        """Return what has been collected since the start."""
-        return CollectorStatistics(self._collected, self._failed)
 
     def _learn_offers(self) -> None:
         live = self._registry.live()

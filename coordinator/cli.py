@@ -185,12 +185,10 @@ def invite(directory: Path, as_json: bool, debug: bool) -> None:
     """
 
     def command() -> None:
-        from contextlib import closing
-
         from coordinator.listening import kept_invite
-        from coordinator.store.database import DATABASE_FILE, open_readonly
+        from coordinator.store.database import DATABASE_FILE, reading
 
-        with closing(open_readonly(directory / DATABASE_FILE)) as db:
+        with reading(directory / DATABASE_FILE) as db:
             text = kept_invite(db)
         if text is None:
             raise ConfigError(f"{directory} was never served.", hint=f"Start it: coordinator run {directory}")

@@ -17,7 +17,6 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from coordinator.presets import DEFAULT_PRESET
 from coordinator.rundir import SIGNED_MANIFEST, RunDir
 from coordinator.status import FINISHED
 from coordinator.store import peers
-from coordinator.store.database import DATABASE_FILE, open_readonly
+from coordinator.store.database import DATABASE_FILE, reading
 from protocol.errors import ConfigError, DeadlineError, FinishedError, LocalFault, StorageError
 from protocol.process import interruptible, until_stopped
 
@@ -377,7 +376,7 @@ def _without(plan: DemoPlan) -> str:
 def _is_finished(directory: Path) -> bool:
     if not (directory / DATABASE_FILE).is_file():
         return False
-    with closing(open_readonly(directory / DATABASE_FILE)) as db:
+    with reading(directory / DATABASE_FILE) as db:
         return peers.get_setting(db, FINISHED) is not None
 
 

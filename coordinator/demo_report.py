@@ -85,6 +85,7 @@ _FROM_LEDGER = (
     "averagings_ok",
     "averagings_failed",
     "rounds_solo",
+    "rounds_rolled_back",
     "hops",
     "activation_bytes",
 )

@@ -57,7 +57,7 @@ class Finish:
             self._checkpoint_since_s = now_s
         if self._complete_since_s is None:
             gave_up = now_s - self._checkpoint_since_s >= EVALUATION_PATIENCE_S
-            if not gave_up and not await self._database.run(tallies.is_evaluated, self._manifest.batch.num_rounds):
+            if not gave_up and not await self._is_evaluated():
                 return
             self._complete_since_s = now_s
         if now_s - self._complete_since_s >= SETTLE_S:
@@ -67,6 +67,13 @@ class Finish:
         """Wait until the run is over and everybody has left, or had the time to."""
         await self._over.wait()
 
+    async def _is_evaluated(self) -> bool:
+        try:
+            return await self._database.run(tallies.is_evaluated, self._manifest.batch.num_rounds)
+        except StorageError as error:  # asked again at the next tick
+            self._journal.note(DISK_NOTE, str(error))
+            return False
+
     async def _finish(self) -> None:
         try:
             await self._database.run(peers.put_setting, FINISHED, str(self._clock.wall()))
@@ -75,4 +82,5 @@ class Finish:
             return
         self._registry.is_finished = True
         self._told_s = self._clock.monotonic()
-        await self._journal.event("run.finished", detail=f"{self._manifest.batch.num_rounds} rounds")
+        missing = "" if await self._is_evaluated() else ", without the last evaluation"
+        await self._journal.event("run.finished", detail=f"{self._manifest.batch.num_rounds} rounds{missing}")

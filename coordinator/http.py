@@ -1,8 +1,8 @@
 """`coordinator run --http`: the status document for a browser, a script or a reverse proxy. Read only.
 
-Owns: three paths, and a bound on what visitors can cost. Must not know: how the document comes about. It has
-threads of its own beside the event loop and reads the database like `swarm status DIR` does, so that no visitor
-slows the coordinator down.
+Owns: three paths, and a bound on the number of visitors. Must not know: how the document comes about; the app
+hands in one that is read once a second at most. It has threads of its own beside the event loop, so that no
+visitor slows the coordinator down.
 
     /               what `swarm status` prints
     /status.json    what `swarm status --json` prints
@@ -13,12 +13,12 @@ There is no TLS and no password here; beyond one machine, put a web server in fr
 
 from __future__ import annotations
 
-import time
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import BoundedSemaphore, Lock, Thread
+from threading import BoundedSemaphore, Thread
 from typing import Any
 
 import structlog
@@ -31,18 +31,17 @@ log = structlog.get_logger()
 
 MAX_VISITORS = 16
 VISIT_S = 5.0  # a visitor that says nothing for so long is shown the door
-FRESH_S = 1.0  # however many ask: the database is read once in this time
 
 
 @contextmanager
-def serving_status(address: str, read: Callable[[], Document]) -> Iterator[int]:
-    """Serve what `read` returns at `HOST:PORT` while the block runs; yields the port (0 asks for any).
+def serving_status(address: str, document: Callable[[], Document]) -> Iterator[int]:
+    """Serve what `document` returns at `HOST:PORT` while the block runs; yields the port (0 asks for any).
 
     Raises `ConfigError` for what is no address, `PortError` if it cannot be listened on.
     """
     host, port = _parse(address)
     try:
-        server = _Server((host, port), _Cached(read))
+        server = _Server((host, port), document)
     except OSError as error:
         raise PortError(f"cannot listen on {address}: {error.strerror or error}.") from None
     thread = Thread(target=server.serve_forever, name="http", daemon=True)
@@ -62,23 +61,6 @@ def _parse(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-class _Cached:
-    """A function's newest answer, for a moment."""
-
-    def __init__(self, read: Callable[[], Document]) -> None:
-        self._read = read
-        self._lock = Lock()
-        self._read_s = float("-inf")
-        self._document: Document = {}
-
-    def __call__(self) -> Document:
-        with self._lock:
-            if time.monotonic() - self._read_s >= FRESH_S:
-                self._document = self._read()
-                self._read_s = time.monotonic()
-            return self._document
-
-
 class _Server(ThreadingHTTPServer):
     """A server that turns visitors away when it is full."""
 
@@ -88,6 +70,7 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], document: Callable[[], Document]) -> None:
         self.document = document
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self._seats = BoundedSemaphore(MAX_VISITORS)
         super().__init__(address, _Visit)
 

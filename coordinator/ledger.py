@@ -5,7 +5,7 @@ that commits and charters name. Must not know: who is live, how numbers are show
 reports of every beat; `status.py` and the demo read `store/tallies.py`, where the counters are defined.
 
 A report that cannot be believed is acknowledged all the same, or its peer would repeat it for ever: it is
-kept as one refused line, and counts for nothing.
+one line in the log, and counts for nothing.
 """
 
 from __future__ import annotations
@@ -85,13 +85,13 @@ class Ledger:
     # -- what is believed -------------------------------------------------------------------------------
 
     def _entry(self, peer: PeerId, numbered: NumberedReport) -> history.ReportEntry:
-        kind = type(numbered.report).__name__
         try:
             said = self._read(peer, numbered.report)
         except PeerFault as fault:
+            kind = type(numbered.report).__name__
             log.warning("report.refused", peer=peer, kind=kind, error=fault.one_line())
             said = None
-        return history.ReportEntry(sequence=numbered.sequence, kind=kind, said=said)
+        return history.ReportEntry(sequence=numbered.sequence, said=said)
 
     def _read(self, peer: PeerId, report: Report) -> history.Said:
         match report:
@@ -139,7 +139,7 @@ class Ledger:
         if summary.round != commit.round or summary.target_tokens > self._manifest.batch.tokens_per_round:
             raise PeerFault(f"a commit of round {commit.round} sums up something else")
         numbers = (summary.tasks_done, summary.tasks_lost, summary.eval_tokens, commit.version, commit.generation)
-        _check_numbers(*numbers, commit.tokens_dropped, commit.double_counted)
+        _check_numbers(*numbers, commit.total_tokens, commit.tokens_dropped, commit.double_counted)
         if commit.generation > self._generations.get(commit.stage, 0):
             raise PeerFault(f"a commit of stage {commit.stage} follows a charter that we have not issued")
         return commit
@@ -181,6 +181,7 @@ def _commit_row(signed: Signed, commit: Commit, *, is_member: bool) -> history.C
             heldout_tokens=summary.eval_tokens,
         ),
         members=len(members),
+        tokens=commit.total_tokens,
         dropped=commit.tokens_dropped,
         double_counted=commit.double_counted,
         solo=len(members) == 1,

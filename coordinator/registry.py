@@ -193,8 +193,8 @@ class Registry:
             self._forget(newcomer, known)
             self._journal.note(DISK_NOTE, str(error))
             raise
-        if not is_renewal:
-            await self._journal.event("peer.joined", caller, f"{request.name}: stages {_listed(newcomer.stages)}")
+        if kind := _entrance(known, request.session):
+            await self._journal.event(kind, caller, f"{request.name}: stages {_listed(newcomer.stages)}")
         return Welcome(
             manifest=self._signed_manifest,
             admission=admission,
@@ -372,6 +372,16 @@ class Registry:
         peer.state = state
         peer.reason = reason
         peer.changed = True
+
+
+def _entrance(known: LivePeer | None, session: int) -> str | None:
+    """Name the event that a registration is; None for a new pass. Who has not gone cannot join once more."""
+    if known is None or known.presence == "left":
+        return "peer.joined"
+    is_same_life = known.session == session
+    if known.presence == "lost":
+        return "peer.returned" if is_same_life else "peer.joined"
+    return None if is_same_life else "peer.rejoined"
 
 
 def _some(key: str, members: dict[PeerId, float], limit: int) -> Iterable[PeerId]:

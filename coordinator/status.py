@@ -17,15 +17,15 @@ from typing import Any
 from coordinator.store import history, peers, tallies
 from coordinator.store.database import Connection
 from protocol.control import StatusAnswer
+from protocol.ids import RoundId
 from protocol.manifest import Manifest
 
 SCHEMA = "swarm.status/1"
 MAX_PEERS = 500  # rows; a larger swarm shows its newest, and how many more there are
-MAX_EVENTS = 20
+MAX_EVENTS = MAX_ROLLBACKS = 20
 MAX_ANSWER_CHARS = 240_000
 FINISHED = "finished_s"
 NOTES = "notes"
-STARTED = "started_s"
 
 Document = dict[str, Any]
 
@@ -34,24 +34,23 @@ def document(db: Connection, manifest: Manifest, *, now_s: float) -> Document:
     """Return the status as JSON values."""
     rows = peers.load_peers(db)
     replicas = peers.load_replicas(db)
-    rounds = tallies.round_tallies(db)
-    trained = [tally for tally in rounds if tally.loss is not None]
-    heldout = [tally for tally in rounds if tally.heldout_loss is not None]
+    course = tallies.course(db)
     charters = history.newest_charters(db)
     return {
         "run": manifest.run_id,
         "name": manifest.name,
         "coordinator": manifest.coordinator,
         "state": _state(db, started=bool(charters)),
-        "round": _round(manifest, rounds, replicas, charters),
-        "rounds_closed": len(trained),
+        "round": _round(manifest, course.newest, replicas, charters),
+        "rounds_closed": course.rounds_trained,
         "num_rounds": manifest.batch.num_rounds,
-        "loss": trained[-1].loss if trained else None,
-        "loss_first": trained[0].loss if trained else None,
-        "heldout": _heldout(heldout[-1], manifest) if heldout else None,
+        "loss": course.last.loss if course.last else None,
+        "loss_first": course.first.loss if course.first else None,
+        "heldout": _heldout(course.evaluated, manifest) if course.evaluated else None,
         "unigram_loss": manifest.data.unigram_loss,
         "tokens_per_s": tallies.tokens_per_s(db),
         "ledger": asdict(tallies.counters(db)),
+        "rollbacks": [asdict(rollback) for rollback in tallies.rollbacks(db)[:MAX_ROLLBACKS]],
         "stages": _stages(db, manifest, rows, replicas, charters),
         "peers": _peers(db, rows, now_s=now_s),
         "peers_omitted": max(0, len(rows) - MAX_PEERS),
@@ -84,7 +83,7 @@ def _state(db: Connection, *, started: bool) -> str:
 
 def _round(
     manifest: Manifest,
-    rounds: list[tallies.RoundTally],
+    newest: RoundId | None,
     replicas: Iterable[peers.ReplicaRow],
     charters: Iterable[history.CharterRow],
 ) -> int | None:
@@ -95,11 +94,12 @@ def _round(
     """
     known: list[int] = [replica.round for replica in replicas if replica.members]
     if not known:
-        known = [charter.round for charter in charters] + [tally.round + 1 for tally in rounds[-1:]]
+        known = [charter.round for charter in charters] + ([] if newest is None else [newest + 1])
     return min(max(known), manifest.batch.num_rounds) if known else None
 
 
 def _heldout(tally: tallies.RoundTally, manifest: Manifest) -> Document:
+    """Show an evaluation: of the state that `round` starts from, as a checkpoint of that round holds it."""
     assert tally.heldout_loss is not None
     bits_per_byte = tally.heldout_loss / math.log(2) / manifest.data.heldout_bytes_per_token
     return {

@@ -18,7 +18,9 @@ from protocol.wire import PROTOCOL_VERSION, Message
 
 MANIFEST_CONTEXT = "handcar manifest"
 
-Positive = Annotated[int, Field(ge=1)]
+MAX_TOKENS = 1 << 53  # of one file; sizes beyond could not be told from each other as floats
+Positive = Annotated[int, Field(ge=1, lt=1 << 31)]
+Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 
 
@@ -34,7 +36,7 @@ class ModelSpec(Message):
 
     config_json: Annotated[str, Field(max_length=32_768)]
     num_stages: Positive
-    init_seed: int
+    init_seed: Seed
     was_tied: bool = False
     """The config had tied embeddings; they were untied at init (and the export says so)."""
 
@@ -53,7 +55,7 @@ class TokenFileSpec(Message):
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z]+\.bin$")]
-    num_tokens: Positive
+    num_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
     bytes_per_token: Literal[2, 4]
     chunk_bytes: Positive
     index_digest: Digest
@@ -87,7 +89,7 @@ class BatchSpec(Message):
     sequences_per_microbatch: Positive
     microbatches_per_round: Annotated[int, Field(ge=1, le=65_536)]
     num_rounds: Positive
-    data_seed: int
+    data_seed: Seed
     eval_every: Positive
     """A held-out evaluation follows every this many rounds, and the last one."""
     heldout_sequences: Positive
@@ -102,7 +104,7 @@ class OptimizerSpec(Message):
 
     name: Annotated[OptimizerName, Field(strict=False)]
     learning_rate: PositiveFloat
-    warmup_rounds: Annotated[int, Field(ge=0)]
+    warmup_rounds: Annotated[int, Field(ge=0, lt=1 << 31)]
     final_lr_fraction: Annotated[float, Field(ge=0, le=1)]
     weight_decay: Annotated[float, Field(ge=0)]
     beta1: Annotated[float, Field(ge=0, lt=1)]
@@ -141,7 +143,7 @@ class KeepingSpec(Message):
 class Manifest(Message):
     """A run. Its hash is its id; its signature is the coordinator's."""
 
-    protocol: int = PROTOCOL_VERSION
+    protocol: Annotated[int, Field(ge=0, lt=1 << 31)] = PROTOCOL_VERSION
     name: Annotated[str, Field(min_length=1, max_length=64)]
     created_s: float
     coordinator: PeerId

@@ -11,7 +11,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from enum import StrEnum
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 import click
 import pytest
@@ -231,6 +233,23 @@ def test_settings_of_a_run_are_those_of_the_manifest() -> None:
         fields = set(type(getattr(PRESETS["demo"], section)).model_fields)
         assert fields <= set(INLINE.findall(row)), section
         assert set(INLINE.findall(re.sub(r"\(.*?\)", "", row))) <= fields, section
+
+
+def test_choices_of_a_setting_are_those_that_the_manifest_takes() -> None:
+    """Oracle: the annotations of the same classes. Whatever has choices shows all of them, and no others."""
+    text = (ROOT / "docs/organiser.md").read_text("utf-8")
+    rows = dict(re.findall(rf"^\| `({'|'.join(SECTIONS)})` \| (.+) \|$", text, re.MULTILINE))
+    for section, row in rows.items():
+        shown = {field: set(INLINE.findall(values)) for field, values in re.findall(r"`(\w+)` \((.+?)\)", row)}
+        fields = type(getattr(PRESETS["demo"], section)).model_fields
+        assert shown == {name: choices for name, field in fields.items() if (choices := choices_of(field.annotation))}
+
+
+def choices_of(kind: Any) -> set[str]:
+    """Return the words between which an annotation leaves the choice."""
+    if get_origin(kind) is Literal:
+        return set(get_args(kind))
+    return {member.value for member in kind} if isinstance(kind, type) and issubclass(kind, StrEnum) else set()
 
 
 def test_presets_are_those_that_exist() -> None:

@@ -139,6 +139,20 @@ def test_every_import_is_declared(folders: tuple[str, ...], declared: list[Requi
     assert not undeclared
 
 
+def test_every_runtime_dependency_is_imported() -> None:
+    """Oracle: as above. What came to be needed without an import would be listed here, with the reason."""
+    providers = metadata.packages_distributions()
+    imported = {
+        canonicalize_name(provider)
+        for folder in PACKAGES
+        for path in (ROOT / folder).rglob("*.py")
+        for name in imported_names(path)
+        for provider in providers.get(name, [])
+    }
+    declared = {canonicalize_name(requirement.name) for requirement in RUNTIME}
+    assert not declared - imported
+
+
 def imported_names(path: Path) -> set[str]:
     """Return the top-level names that a file imports, wherever in it."""
     names: set[str] = set()

@@ -56,7 +56,9 @@ def _losses(document: Mapping[str, Any]) -> str:
 
 def _work(ledger: Mapping[str, Any]) -> str:
     tasks = f"{ledger['tasks_done']} tasks done, {ledger['tasks_resent']} sent again, {ledger['tasks_lost']} lost"
-    return f"{tasks}; {ledger['tokens']:,} tokens, {ledger['tokens_dropped']:,} dropped"
+    text = f"{tasks}; {ledger['tokens']:,} tokens, {ledger['tokens_dropped']:,} dropped"
+    rolled_back = ledger["rounds_rolled_back"]
+    return f"{text}, {rolled_back} rounds rolled back" if rolled_back else text
 
 
 def _stage(stage: Mapping[str, Any]) -> str:

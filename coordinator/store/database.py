@@ -2,7 +2,7 @@
 
 Owns: opening, durability, the thread, and turning SQLite's "no" into a `StorageError`. Must not know: any
 table. Queries are plain functions that take a connection (`peers.py`, `history.py`, `tallies.py`); services
-run them as `await database.run(function, *arguments)`, commands that only look use `open_readonly`.
+run them as `await database.run(function, *arguments)`, whoever only looks does so `with reading(path) as db`.
 
 WAL with `synchronous=FULL`: every commit is fsynced before it is acknowledged, so neither `kill -9` nor a
 power cut takes back what a peer was told to forget (docs/decisions/0006). One beat is one commit.
@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -70,26 +71,46 @@ class Database:
         self._executor.shutdown()
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open an existing database for looking while the block runs, also while a coordinator writes it.
+
+    Raises `ConfigError` if there is none, `StorageError` if it cannot be read, be it only at some page half way.
+    """
+    with closing(open_readonly(path)) as connection, _storage_faults(f"cannot read {path}"):
+        connection.execute("BEGIN")  # one moment's picture: what is read in several steps fits together
+        yield connection
+
+
 def open_readonly(path: Path) -> sqlite3.Connection:
-    """Open an existing database for looking, also while a coordinator writes it. The caller closes it."""
+    """Open what `reading` reads; for those who keep it open. The caller closes it."""
     if not path.is_file():
         raise ConfigError(f"{path.parent} holds no run that was ever started.", hint="Start it: coordinator run DIR")
-    try:
+    with _storage_faults(f"cannot read {path}"):
         connection = sqlite3.connect(f"file:{_quoted(path)}?mode=ro", uri=True, timeout=BUSY_TIMEOUT_S)
-        version = read_version(connection)
-    except sqlite3.Error as error:
-        raise StorageError(f"cannot read {path}: {error}.") from error
-    if version != SCHEMA_VERSION:
-        connection.close()
-        raise StorageError(
-            f"{path} has schema {version}, this version of Handcar reads {SCHEMA_VERSION}.",
-            hint="Use the version of Handcar that the coordinator runs.",
-        )
+        try:
+            _check_version(path, read_version(connection))
+        except BaseException:
+            connection.close()
+            raise
     return connection
 
 
+def _check_version(path: Path, version: int) -> None:
+    """Raise `StorageError` unless a database can be looked at as it is: only a coordinator changes its schema."""
+    if version == SCHEMA_VERSION:
+        return
+    hint = "Use the version of Handcar that the coordinator runs."
+    if version < SCHEMA_VERSION:
+        hint = "A start brings it up to date: coordinator run DIR"
+    raise StorageError(
+        f"{path} has schema {version}, this version of Handcar reads {SCHEMA_VERSION}.",
+        hint=hint,
+    )
+
+
 def _open_writer(path: Path) -> sqlite3.Connection:
-    try:
+    with _storage_faults(f"cannot use the database {path}"):
         # autocommit mode: transactions are exactly those of `_transaction`
         connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
         try:
@@ -100,13 +121,11 @@ def _open_writer(path: Path) -> sqlite3.Connection:
         except BaseException:
             connection.close()
             raise
-    except sqlite3.Error as error:
-        raise StorageError(f"cannot use the database {path}: {error}.") from error
     return connection
 
 
 def _transaction(connection: sqlite3.Connection, body: Callable[[], T]) -> T:
-    try:
+    with _storage_faults("the run's database refuses"):
         connection.execute("BEGIN IMMEDIATE")
         try:
             result = body()
@@ -115,11 +134,18 @@ def _transaction(connection: sqlite3.Connection, body: Callable[[], T]) -> T:
             if connection.in_transaction:  # a full disk may have rolled it back already
                 connection.execute("ROLLBACK")
             raise
+    return result
+
+
+@contextmanager
+def _storage_faults(what: str) -> Iterator[None]:
+    """Raise `StorageError` beginning with `what` for whatever SQLite cannot do inside."""
+    try:
+        yield
     except (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.DataError):  # our own bugs
         raise
     except sqlite3.DatabaseError as error:  # full disk, I/O error, lock, damaged file: the machine's
-        raise StorageError(f"the run's database refuses: {error}.") from error
-    return result
+        raise StorageError(f"{what}: {error}.") from error
 
 
 def _quoted(path: Path) -> str:

@@ -54,6 +54,8 @@ class CommitRow:
     lineage: Lineage
     closing: ClosingRow
     members: int
+    tokens: int
+    """What its contributors had accumulated."""
     dropped: int
     double_counted: int
     solo: bool
@@ -70,7 +72,6 @@ class ReportEntry:
     """One numbered report; `said` is None if it is not believed."""
 
     sequence: int
-    kind: str
     said: Said | None
 
 
@@ -111,16 +112,13 @@ def add_reports(db: sqlite3.Connection, peer: PeerId, entries: Iterable[ReportEn
         if entry.sequence <= newest:
             continue
         newest = entry.sequence
-        accepted = _store(db, peer, entry, received_s)
-        db.execute(
-            "INSERT INTO reports VALUES (?, ?, ?, ?, ?)", (peer, entry.sequence, entry.kind, accepted, received_s)
-        )
+        _store(db, peer, entry, received_s)
     db.execute("UPDATE peers SET acknowledged = ? WHERE peer = ?", (newest, peer))
     return newest
 
 
-def _store(db: sqlite3.Connection, peer: PeerId, entry: ReportEntry, received_s: float) -> bool:
-    """Store what a report says; False if it is not to be believed.
+def _store(db: sqlite3.Connection, peer: PeerId, entry: ReportEntry, received_s: float) -> None:
+    """Store what a report says, if it is to be believed.
 
     Any member may have been clock or steward, so all that is asked of a signer is that it was let in once.
     """
@@ -135,9 +133,6 @@ def _store(db: sqlite3.Connection, peer: PeerId, entry: ReportEntry, received_s:
             add_averaging(db, peer, entry.sequence, report=averaging, received_s=received_s)
         case WorkReport() as work:
             add_work(db, peer, entry.sequence, report=work)
-        case _:
-            return False
-    return True
 
 
 def add_closing(db: sqlite3.Connection, row: ClosingRow, *, closed_s: float) -> None:
@@ -172,13 +167,14 @@ def add_commit(db: sqlite3.Connection, row: CommitRow, *, received_s: float) -> 
             row.lineage,
             row.closing.digest,
             row.members,
+            row.tokens,
             row.dropped,
             row.double_counted,
             row.solo,
             received_s,
-            row.signed,
         ),
     )
+    _keep_if_newest(db, row)
     add_closing(db, row.closing, closed_s=received_s)
 
 
@@ -189,14 +185,7 @@ def add_taker(db: sqlite3.Connection, digest: Digest, peer: PeerId) -> None:
 
 def newest_commits(db: sqlite3.Connection) -> list[bytes]:
     """Return the signed commits of the newest round of every stage, of its highest generation."""
-    rows = db.execute(
-        """
-        SELECT signed FROM commits AS c WHERE round = (
-            SELECT round FROM commits WHERE stage = c.stage ORDER BY generation DESC, round DESC LIMIT 1
-        )
-        """
-    )
-    return [row[0] for row in rows]
+    return [row[0] for row in db.execute("SELECT signed FROM signed_commits ORDER BY stage, digest")]
 
 
 def add_averaging(
@@ -319,10 +308,29 @@ def _settle_round(db: sqlite3.Connection, round_id: RoundId) -> None:
     standing = db.execute(
         """
         SELECT digest FROM rounds LEFT JOIN (
-            SELECT closing, max(generation) AS generation, count(*) AS stages FROM commits GROUP BY closing
+            SELECT closing, max(generation) AS generation, count(*) AS stages FROM commits
+            WHERE closing IN (SELECT digest FROM rounds WHERE round = :round) GROUP BY closing
         ) AS named ON named.closing = digest
-        WHERE round = ? ORDER BY coalesce(generation, 0) DESC, coalesce(stages, 0) DESC, closed_s DESC, digest LIMIT 1
+        WHERE round = :round
+        ORDER BY coalesce(generation, 0) DESC, coalesce(stages, 0) DESC, closed_s DESC, digest LIMIT 1
         """,
-        (round_id,),
+        {"round": round_id},
     ).fetchone()[0]
     db.execute("UPDATE rounds SET superseded = (digest <> ?) WHERE round = ?", (standing, round_id))
+
+
+def _keep_if_newest(db: sqlite3.Connection, row: CommitRow) -> None:
+    """Keep a commit's envelope as long as its stage has no newer one."""
+    db.execute(
+        "INSERT OR IGNORE INTO signed_commits VALUES (?, ?, ?, ?, ?)",
+        (row.digest, row.stage, row.generation, row.closing.round, row.signed),
+    )
+    db.execute(
+        """
+        DELETE FROM signed_commits WHERE stage = :stage AND (generation, round) < (
+            SELECT generation, round FROM signed_commits WHERE stage = :stage
+            ORDER BY generation DESC, round DESC LIMIT 1
+        )
+        """,
+        {"stage": row.stage},
+    )

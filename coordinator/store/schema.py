@@ -155,6 +155,52 @@ MIGRATIONS: tuple[str, ...] = (
     );
     CREATE INDEX events_by_kind ON events (kind);
     """,
+    """
+    -- A repetition is known by peers.acknowledged: a row per report was written and never read.
+    DROP TABLE reports;
+
+    -- What a restart needs of the commits' envelopes: those of the newest round of every stage. They are most
+    -- of a commit's bytes, so the others are not kept.
+    CREATE TABLE signed_commits (
+        digest BLOB PRIMARY KEY,
+        stage INTEGER NOT NULL,
+        generation INTEGER NOT NULL,
+        round INTEGER NOT NULL,
+        signed BLOB NOT NULL
+    ) WITHOUT ROWID;
+    INSERT INTO signed_commits (digest, stage, generation, round, signed)
+        WITH newest_generation AS (SELECT stage, max(generation) AS generation FROM commits GROUP BY stage),
+        newest AS (
+            SELECT stage, generation, max(round) AS round
+            FROM commits JOIN newest_generation USING (stage, generation) GROUP BY stage, generation
+        )
+        SELECT digest, stage, generation, round, signed FROM commits JOIN newest USING (stage, generation, round);
+
+    -- The same without `signed`, with `tokens`. Older rows had none: what was credited less what was dropped.
+    CREATE TABLE new_commits (
+        digest BLOB PRIMARY KEY,
+        stage INTEGER NOT NULL,
+        round INTEGER NOT NULL,
+        generation INTEGER NOT NULL,
+        version INTEGER NOT NULL,
+        lineage BLOB NOT NULL,
+        closing BLOB NOT NULL,
+        members INTEGER NOT NULL,
+        tokens INTEGER NOT NULL,        -- accumulated, and part of the update
+        dropped INTEGER NOT NULL,       -- tokens
+        double_counted INTEGER NOT NULL,
+        solo INTEGER NOT NULL,
+        received_s REAL NOT NULL
+    ) WITHOUT ROWID;
+    INSERT INTO new_commits
+        SELECT c.digest, c.stage, c.round, c.generation, c.version, c.lineage, c.closing, c.members,
+               max(0, coalesce(r.tokens, 0) - c.dropped), c.dropped, c.double_counted, c.solo, c.received_s
+        FROM commits AS c LEFT JOIN rounds AS r ON r.digest = c.closing;
+    DROP TABLE commits;
+    ALTER TABLE new_commits RENAME TO commits;
+    CREATE INDEX commits_by_stage ON commits (stage, round);
+    CREATE INDEX commits_by_closing ON commits (closing);
+    """,
 )
 
 SCHEMA_VERSION = len(MIGRATIONS)

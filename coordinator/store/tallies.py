@@ -1,8 +1,8 @@
 """Sums over history: the ledger's counters, loss curves, throughput, the newest averagings.
 
 Owns: the SQL that adds up. Must not know: how a number is shown. Every counter is computed from stored
-reports at the moment it is asked for; nothing is counted in memory, so a restart can neither lose nor
-double one.
+reports and charters at the moment it is asked for; nothing is counted in memory, so a restart can neither
+lose nor double one.
 
 Sums of what strangers report use TOTAL, which cannot overflow and raise as SUM does.
 """
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
-from protocol.ids import PeerId, RoundId, StageId
+from protocol.ids import PeerId, RoundId, StageId, Version
 
 RECENT_ROUNDS = 5  # over which throughput is averaged: a few, so that it follows who comes and goes
 
@@ -28,6 +28,7 @@ class Counters:
     tasks_lost: int
     tokens: int
     tokens_dropped: int
+    """Accumulated, and not in the model: never averaged, or in updates that were rolled back."""
     double_counted: int
     averagings_ok: int
     """Pairs of stage and round in which two or more named members took the same committed bytes."""
@@ -35,6 +36,8 @@ class Counters:
     """Attempts (stage, round, ballot) that nobody saw succeed."""
     rounds_solo: int
     """Pairs of stage and round that one replica committed alone."""
+    rounds_rolled_back: int
+    """Committed updates, one per stage and round, that are not in the state to which the stage was restored."""
     hops: int
     activation_bytes: int
     peers_joined: int
@@ -54,6 +57,36 @@ class RoundTally:
     heldout_loss: float | None
     heldout_tokens: int
     closed_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """How training went so far: the closed rounds that stand, as far as anybody shows them."""
+
+    rounds_trained: int
+    newest: RoundId | None
+    """The newest of all, one that only evaluates among them."""
+    first: RoundTally | None
+    last: RoundTally | None
+    evaluated: RoundTally | None
+    """The newest one with a held-out loss."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollback:
+    """What a stage lost when it was founded again on an older state than its last commit had led to."""
+
+    stage: StageId
+    generation: int
+    """Of the charter that founded it again."""
+    version_before: Version
+    version: Version
+    """Founded on."""
+    rounds: int
+    """Committed rounds whose updates are gone."""
+    tokens: int
+    """In those updates."""
+    at_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +127,25 @@ _SOLO = "SELECT count(*) FROM (SELECT DISTINCT stage, round FROM commits WHERE s
 _EVENTS = "SELECT kind, count(*) FROM events WHERE kind IN ('peer.joined', 'peer.lost', 'peer.left') GROUP BY kind"
 
 
+# The first later charter that began below a commit took it back; what was trained anew can be taken back again.
+# Rival commits of one place in a lineage are one update.
+_ROLLED_BACK = """
+    SELECT gone.stage, h.generation, max(gone.version), h.version, count(*), CAST(TOTAL(gone.tokens) AS INTEGER),
+           h.issued_s
+    FROM (
+        SELECT c.stage, max(c.version) AS version, max(c.tokens) AS tokens, min(later.generation) AS taken_back_by
+        FROM charters AS later
+        JOIN commits AS c ON c.stage = later.stage AND c.generation < later.generation AND c.version > later.version
+        WHERE later.generation > 1 GROUP BY c.stage, c.generation, c.round
+    ) AS gone
+    JOIN charters AS h ON h.stage = gone.stage AND h.generation = gone.taken_back_by
+    GROUP BY gone.stage, h.generation ORDER BY h.issued_s DESC, gone.stage
+"""
+
+
 def counters(db: sqlite3.Connection) -> Counters:
     """Add everything up."""
+    rolled_back = rollbacks(db)
     resent, hops, activation_bytes = db.execute(_REPORTED).fetchone()
     done, lost, tokens = db.execute(_CLOSED).fetchone()
     dropped, doubled = db.execute(_COMMITTED).fetchone()
@@ -105,11 +155,12 @@ def counters(db: sqlite3.Connection) -> Counters:
         tasks_resent=resent,
         tasks_lost=lost,
         tokens=tokens,
-        tokens_dropped=dropped,
+        tokens_dropped=dropped + sum(rollback.tokens for rollback in rolled_back),
         double_counted=doubled,
         averagings_ok=db.execute(_AVERAGED).fetchone()[0],
         averagings_failed=db.execute(_FAILED).fetchone()[0],
         rounds_solo=db.execute(_SOLO).fetchone()[0],
+        rounds_rolled_back=sum(rollback.rounds for rollback in rolled_back),
         hops=hops,
         activation_bytes=activation_bytes,
         peers_joined=events.get("peer.joined", 0),
@@ -118,13 +169,49 @@ def counters(db: sqlite3.Connection) -> Counters:
     )
 
 
-def round_tallies(db: sqlite3.Connection, *, limit: int | None = None) -> list[RoundTally]:
-    """Return the closed rounds that stand, oldest first; with `limit` only the newest ones."""
+def rollbacks(db: sqlite3.Connection) -> list[Rollback]:
+    """Return what was lost whenever a stage was founded again, the newest first."""
+    return [
+        Rollback(
+            stage=StageId(stage),
+            generation=generation,
+            version_before=Version(before),
+            version=Version(version),
+            rounds=rounds,
+            tokens=tokens,
+            at_s=at_s,
+        )
+        for stage, generation, before, version, rounds, tokens, at_s in db.execute(_ROLLED_BACK)
+    ]
+
+
+def round_tallies(db: sqlite3.Connection) -> list[RoundTally]:
+    """Return the closed rounds that stand, oldest first."""
+    return _tallies(db, "1 ORDER BY round")
+
+
+def course(db: sqlite3.Connection) -> Course:
+    """Return how training went so far; a run's many rounds are counted, not loaded."""
+    newest = db.execute("SELECT max(round) FROM rounds WHERE NOT superseded").fetchone()[0]
+    return Course(
+        rounds_trained=db.execute("SELECT count(*) FROM rounds WHERE NOT superseded AND tokens > 0").fetchone()[0],
+        newest=None if newest is None else RoundId(newest),
+        first=_tally(db, "tokens > 0 ORDER BY round"),
+        last=_tally(db, "tokens > 0 ORDER BY round DESC"),
+        evaluated=_tally(db, "heldout_tokens > 0 ORDER BY round DESC"),
+    )
+
+
+def _tally(db: sqlite3.Connection, which: str) -> RoundTally | None:
+    return next(iter(_tallies(db, f"{which} LIMIT 1")), None)
+
+
+def _tallies(db: sqlite3.Connection, which: str) -> list[RoundTally]:
+    """Return the closed rounds that stand and fulfil a condition of ours, in its order."""
     rows = db.execute(
         "SELECT round, tasks_done, tasks_lost, tokens, loss_sum, heldout_loss_sum, heldout_tokens, closed_s"
-        " FROM rounds WHERE NOT superseded ORDER BY round DESC LIMIT ?",
-        (-1 if limit is None else limit,),
-    ).fetchall()
+        f" FROM rounds WHERE NOT superseded AND {which}"
+    )
     return [
         RoundTally(
             round=RoundId(round_id),
@@ -136,14 +223,8 @@ def round_tallies(db: sqlite3.Connection, *, limit: int | None = None) -> list[R
             heldout_tokens=heldout_tokens,
             closed_s=closed_s,
         )
-        for round_id, done, lost, tokens, loss_sum, heldout_sum, heldout_tokens, closed_s in reversed(rows)
+        for round_id, done, lost, tokens, loss_sum, heldout_sum, heldout_tokens, closed_s in rows
     ]
-
-
-def newest_round(db: sqlite3.Connection) -> RoundId | None:
-    """Return the highest round that was closed and stands."""
-    row = db.execute("SELECT max(round) FROM rounds WHERE NOT superseded").fetchone()
-    return None if row[0] is None else RoundId(row[0])
 
 
 def is_evaluated(db: sqlite3.Connection, round_id: RoundId | int) -> bool:
@@ -158,9 +239,8 @@ def tokens_per_s(db: sqlite3.Connection) -> float | None:
     Our own receiving times would do until we are away for an hour and get all reports at once. Of the seconds
     that peers report for a round the median counts: some joined in its middle.
     """
-    recent = [tally for tally in round_tallies(db, limit=RECENT_ROUNDS) if tally.tokens]
     tokens, seconds = 0, 0.0
-    for tally in recent:
+    for tally in _tallies(db, f"tokens > 0 ORDER BY round DESC LIMIT {RECENT_ROUNDS}"):
         reported = [row[0] for row in db.execute("SELECT seconds FROM work WHERE round = ?", (tally.round,))]
         if reported:
             tokens += tally.tokens

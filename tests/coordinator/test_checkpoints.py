@@ -346,7 +346,8 @@ async def test_a_failure_is_an_event_and_a_note_until_the_next_success(
         assert (await office.beat(A, state(0))).stages == (0,)
         assert await collector.poll()
         assert "checkpoint" not in office.services.journal.notes
-        assert (collector.statistics().collected, collector.statistics().failed) == (1, 1)
+        told = await kinds(office)
+        assert (told.count("checkpoint.written"), told.count("checkpoint.failed")) == (1, 1)
 
 
 async def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ Oracles: the table of exit codes in the documentation of errors; the modules tha
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from click.testing import CliRunner, Result
 
 from coordinator.cli import coordinator, parse_settings
 from coordinator.monitor.cli import swarm
+from coordinator.store.database import DATABASE_FILE, Database
 from protocol.errors import ConfigError
 from protocol.ids import RoundId
 from tests.coordinator.runs import make_run, random_weights, stage_files, write_prose
@@ -83,6 +86,9 @@ def test_mistakes_of_init_are_one_line_and_leave_nothing(tmp_path: Path) -> None
         (("--corpus", text, "--preset", "huge"), "E-CFG"),
         (("--corpus", text, "--preset", "tiny", "--stages", "99"), "E-MODEL"),
         (("--corpus", text, "--set", "nonsense"), "E-CFG"),
+        (("--corpus", text, "--rounds", "9" * 20), "E-CFG"),
+        (("--corpus", text, "--set", f"batch.num_rounds={'9' * 20}"), "E-CFG"),
+        (("--corpus", text, "--seed", "9" * 23), "E-CFG"),
     ):
         assert_one_line(call("init", run, *arguments), 3, word)
         assert not run.exists()
@@ -142,6 +148,20 @@ def test_status_of_what_is_neither_invite_nor_run_is_one_line(tmp_path: Path) ->
     assert_one_line(call("status", tmp_path / "missing", program=swarm), 3, "neither an invite nor")
     run = make_run(tmp_path)
     assert_one_line(call("status", run.path, program=swarm), 3, "ever started")
+
+
+async def test_a_database_that_is_damaged_half_way_is_one_line(tmp_path: Path) -> None:
+    """Oracle: garbage over the root page of one table; the schema and the others are sound."""
+    run = make_run(tmp_path)
+    path = run.path / DATABASE_FILE
+    await (await Database.open(path)).close()
+    with closing(sqlite3.connect(path)) as db:
+        page_bytes = db.execute("PRAGMA page_size").fetchone()[0]
+        page = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'rounds'").fetchone()[0]
+    with path.open("r+b") as file:
+        file.seek((page - 1) * page_bytes)
+        file.write(b"\xa5" * page_bytes)
+    assert_one_line(call("status", run.path, program=swarm), 5, "E-DISK cannot read")
 
 
 def test_settings_are_json_where_they_can_be_and_text_elsewhere() -> None:

@@ -17,7 +17,8 @@ import pytest
 from coordinator import http
 from coordinator.app import run_coordinator
 from coordinator.http import MAX_VISITORS, serving_status
-from coordinator.monitor.local import status_of_directory
+from coordinator.monitor import local
+from coordinator.monitor.local import SharedStatus, status_of_directory
 from coordinator.monitor.render import render
 from coordinator.settings import CoordinatorSettings
 from coordinator.status import Document
@@ -75,14 +76,16 @@ def test_the_paths_say_what_the_commands_print(url: str, source: Source) -> None
     assert get(url + "/coordinator.key")[0] == 404
 
 
-def test_many_visitors_cost_one_look_at_the_database(url: str, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    for _ in range(20):
-        assert get(url + "/status.json")[0] == 200
-    assert source.reads <= 2  # a slow machine may take more than a second for them
-    monkeypatch.setattr(http, "FRESH_S", 0.0)
-    get(url + "/")
-    get(url + "/")
-    assert source.reads >= 3
+def test_many_visitors_cost_one_look_at_the_database(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving_status(ANY_PORT, SharedStatus(source)) as port:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(20):
+            assert get(url + "/status.json")[0] == 200
+        assert source.reads <= 2  # a slow machine may take more than a second for them
+        monkeypatch.setattr(local, "FRESH_S", 0.0)
+        get(url + "/")
+        get(url + "/")
+        assert source.reads >= 3
 
 
 def test_a_database_that_cannot_be_read_is_said_in_one_line(url: str, source: Source) -> None:
@@ -110,6 +113,16 @@ def test_a_full_house_turns_visitors_away_and_recovers(url: str, monkeypatch: py
         assert status == 200
         return
     pytest.fail("it never recovered")
+
+
+def test_ipv6_is_served_too(source: Source) -> None:
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError as error:
+            pytest.skip(f"this machine has no ::1: {error}")
+    with serving_status("[::1]:0", source) as port:
+        assert get(f"http://[::1]:{port}/health")[::2] == (200, "ok\n")
 
 
 @pytest.mark.parametrize("address", ["8080", ":8080", "localhost:", "localhost:http", "localhost:99999", "a:-1"])

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from coordinator.store import tallies
+from coordinator.store import history, tallies
 from protocol.control import Report
 from protocol.errors import PeerFault
-from protocol.ids import RoundId
+from protocol.ids import RoundId, Version
 from protocol.signing import Signed, seal
 from tests.coordinator.office import (
     NO_LINEAGE,
@@ -94,6 +94,7 @@ async def test_every_counter_counts(tmp_path: Path) -> None:
             "averagings_ok": 1,
             "averagings_failed": 1,
             "rounds_solo": 1,
+            "rounds_rolled_back": 0,
             "hops": 18,
             "activation_bytes": 1510,
             "peers_joined": 3,
@@ -164,6 +165,59 @@ async def test_a_round_that_was_trained_again_counts_as_it_stands(tmp_path: Path
         await report(office, C, closing_report(first))  # a late repetition of the past changes nothing
         (tally,) = await office.services.database.run(tallies.round_tallies)
         assert (tally.tasks_done, tally.loss) == (4, 800.0 / 256)
+
+
+async def found_again(office: Office, *, session: int, version: int) -> None:
+    """Everything dies and comes back with the state of a checkpoint."""
+    restored = {"version": Version(version), "round": RoundId(version)}
+    for volunteer in (A, B, C):
+        await office.join(volunteer, session=session)
+    for _ in range(5):
+        for volunteer in (A, B, C):
+            await office.beat(volunteer, state(0 if volunteer is not B else 1, **restored))
+        await office.tick(5.0)
+    assert {charter.generation for charter in office.charters().values()} == {session}
+
+
+async def losses(office: Office) -> list[tuple[int, int, int, int, int, int]]:
+    rows = await office.services.database.run(tallies.rollbacks)
+    return sorted((row.stage, row.generation, row.version_before, row.version, row.rounds, row.tokens) for row in rows)
+
+
+async def test_updates_that_a_restored_stage_does_not_contain_are_counted(tmp_path: Path) -> None:
+    """Oracle: versions and tokens of the commits, by hand. Every update here is of 256 tokens.
+
+    A restart of the coordinator, and a report that arrives only after the founding, change nothing about it.
+    """
+    time = StoppedTime()
+    async with open_office(tmp_path, time=time) as office:
+        await ready_office(office)
+        under = [sign_closing(A, closing(office.manifest, number)) for number in range(4)]
+        zero = [commit_report(committed(office, closed, A, C)) for closed in under[:3]]
+        one = [commit_report(committed(office, closed, B, stage=1)) for closed in under[:3]]
+        await report(office, A, *zero)
+        await report(office, C, *zero)
+        await report(office, B, *one[:2])
+        assert (await counters(office)).rounds_rolled_back == 0
+        await found_again(office, session=2, version=1)
+        assert await losses(office) == [(0, 2, 3, 1, 2, 512), (1, 2, 2, 1, 1, 256)]
+        found = await counters(office)
+        assert (found.rounds_rolled_back, found.tokens_dropped) == (3, 768)
+        told = await office.services.database.run(history.last_events, limit=50)
+        assert [event.detail for event in told if event.kind == "stage.rolled_back"] == [
+            "stage 1 generation 2: from version 2 to 1, 1 committed rounds with 256 tokens are gone",
+            "stage 0 generation 2: from version 3 to 1, 2 committed rounds with 512 tokens are gone",
+        ]
+        await report(office, B, *one, first=FIRST + 50)
+        assert (await losses(office))[1] == (1, 2, 3, 1, 2, 512)
+    async with open_office(tmp_path, time=time) as office:
+        assert (await counters(office)).rounds_rolled_back == 4
+        again = committed(office, under[1], A, C, generation=2)
+        await report(office, A, commit_report(again), first=FIRST + 50)
+        assert (await counters(office)).rounds_rolled_back == 4, "what was trained anew stands"
+        await found_again(office, session=3, version=1)
+        assert (await losses(office))[1] == (0, 3, 2, 1, 1, 256), "and is lost anew, the older ones only once"
+        assert (await counters(office)).rounds_rolled_back == 5
 
 
 async def test_losses_are_means_over_tokens(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.placement import Host, choose_mover, place
+from coordinator.store import history, tallies
 from protocol.control import Leave, PeerState, StageState
 from protocol.errors import ClockError, IncompatibleError, RefusedError, WireError
 from protocol.ids import PeerId, RunId, StageId
@@ -190,6 +191,28 @@ async def test_who_was_moved_keeps_the_new_stages_in_its_new_tenure(tmp_path: Pa
         assert welcome.stages == (1,)
         moved = next(peer for peer in office.services.registry.live() if peer.peer == A.peer)
         assert (moved.session, moved.replicas) == (8, ())
+
+
+async def test_who_has_not_gone_cannot_join_once_more(tmp_path: Path) -> None:
+    """Oracle: the events in their order. A move and a restarted process are no new peers; one that was gone is."""
+    async with open_office(tmp_path, lost_after_s=10.0) as office:
+        registry = office.services.registry
+        await office.join(A, session=1)
+        await office.join(A, session=1, hosting=(StageId(0),))  # a new pass
+        await registry.assign(A.peer, (StageId(1),))
+        await office.join(A, session=2, hosting=(StageId(1),))  # a tenure on the stage that it was moved to
+        await office.join(A, session=3)  # its process was restarted before anybody missed it
+        await office.tick(11.0)
+        await office.join(A, session=3)
+        await office.tick(11.0)
+        await office.join(A, session=4)
+        await registry.leave(A.peer, Leave())
+        await office.join(A, session=4)
+        events = await office.services.database.run(history.last_events, limit=50)
+        assert [event.kind.removeprefix("peer.") for event in reversed(events)] == [
+            *("joined", "moved", "rejoined", "rejoined", "lost", "returned", "lost", "joined", "left", "joined"),
+        ]
+        assert (await office.services.database.run(tallies.counters)).peers_joined == 3
 
 
 async def test_a_coordinator_without_memory_leaves_a_peer_where_it_is(tmp_path: Path) -> None:

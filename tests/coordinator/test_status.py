@@ -5,16 +5,19 @@ Oracles: reports put in by hand; the fields that `swarm status --json` promises.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from coordinator.monitor import local
 from coordinator.monitor.remote import read_answer
 from coordinator.monitor.render import num_bytes, render
-from coordinator.status import SCHEMA, answer, document, envelope
+from coordinator.status import SCHEMA, Document, answer, document, envelope
 from protocol.control import Leave, PeerState, StatusAnswer
 from protocol.errors import IncompatibleError
 from tests.coordinator.office import (
@@ -46,6 +49,7 @@ async def test_before_anybody_came_everything_unknown_is_null(tmp_path: Path) ->
         assert {found[name] for name in unknown} == {None}
         assert [stage["replicas"] for stage in found["stages"]] == [[], []]
         assert found["ledger"]["tasks_lost"] == 0
+        assert (found["ledger"]["rounds_rolled_back"], found["rollbacks"]) == (0, [])
         assert "?" in "\n".join(render(found))
 
 
@@ -84,6 +88,9 @@ async def test_a_training_run_shows_who_does_what_and_how_it_goes(tmp_path: Path
     assert "round      5 of 10  512 tok/s" in text
     assert "averaged 2 of 3, 2.0 KiB in 0.2 s" in text
     assert "2 here, 1 gone" in text
+    assert "rolled back" not in text
+    found["ledger"]["rounds_rolled_back"] = 3
+    assert "0 dropped, 3 rounds rolled back" in "\n".join(render(found))
 
 
 async def test_a_document_survives_the_network(tmp_path: Path) -> None:
@@ -101,6 +108,30 @@ async def test_a_swarm_too_large_for_a_message_is_shown_without_its_peers(tmp_pa
     found["peers"] = found["peers"] * 2000
     short = read_answer(answer(found))
     assert (short["peers"], short["peers_omitted"]) == ([], 2000)
+
+
+async def test_anybodys_questions_cost_one_look_and_wait_for_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: a count of the looks; the thread that stores reports is held up for as long as the answers take."""
+    looks = 0
+
+    def counting(*arguments: Any, **options: Any) -> Document:
+        nonlocal looks
+        looks += 1
+        return document(*arguments, **options)
+
+    monkeypatch.setattr(local, "document", counting)
+    monkeypatch.setattr(local, "FRESH_S", 3600.0)
+    answered = threading.Event()
+    async with open_office(tmp_path) as office:
+        storing = asyncio.create_task(office.services.database.run(lambda db: answered.wait(30.0)))
+        answers = await asyncio.gather(*(office.services.status() for _ in range(50)))
+        assert not storing.done()
+        answered.set()
+        assert await storing
+    assert looks == 1
+    assert {read_answer(answer)["run"] for answer in answers} == {office.manifest.run_id}
 
 
 @pytest.mark.parametrize(

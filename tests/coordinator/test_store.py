@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import random
+import re
 import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from coordinator.store import history, peers
-from coordinator.store.database import Database, open_readonly
+from coordinator.store import history, peers, tallies
+from coordinator.store.database import Database, open_readonly, reading
 from coordinator.store.schema import MIGRATIONS, SCHEMA_VERSION, migrate, read_version
 from protocol.errors import ConfigError, StorageError
-from protocol.ids import PeerId, RoundId, StageId, Version
+from protocol.ids import Lineage, PeerId, RoundId, StageId, Version, digest
 
 WRITER = """
 import asyncio, sys
@@ -104,6 +107,153 @@ def test_migrations_run_once_each_and_in_order() -> None:
         assert db.execute("SELECT name, sql FROM sqlite_master ORDER BY name").fetchall() == schema
 
 
+def commit_row(stage: int, generation: int, round_id: int, *, rival: int = 0) -> history.CommitRow:
+    """Return a commit whose envelope says which one it is."""
+    name = f"{stage}/{generation}/{round_id}/{rival}"
+    closed = history.ClosingRow(
+        digest=digest(f"{round_id}/{generation}".encode()),
+        signer=PeerId("p"),
+        round=RoundId(round_id),
+        tasks_done=4,
+        tasks_lost=0,
+        loss_sum=1.0,
+        tokens=256,
+        heldout_loss_sum=0.0,
+        heldout_tokens=0,
+    )
+    return history.CommitRow(
+        digest=digest(name.encode()),
+        signer=PeerId("p"),
+        stage=StageId(stage),
+        generation=generation,
+        version=Version(round_id + 1),
+        lineage=Lineage(bytes(32)),
+        closing=closed,
+        members=1,
+        tokens=250,
+        dropped=6,
+        double_counted=0,
+        solo=True,
+        was_taken=True,
+        signed=name.encode(),
+    )
+
+
+# Stage 0 has come to round 3 of generation 2, once more after it had come to round 9 of the first; stage 1 holds
+# two rivals of its newest round. Late and repeated reports come in any order.
+HISTORY = [
+    *(commit_row(0, 1, round_id) for round_id in range(10)),
+    *(commit_row(0, 2, round_id) for round_id in (2, 3)),
+    *(commit_row(1, 1, 5, rival=rival) for rival in (1, 2)),
+    commit_row(1, 1, 4),
+]
+NEWEST = {b"0/2/3/0", b"1/1/5/1", b"1/1/5/2"}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_newest_commits_are_those_of_the_highest_generation(seed: int) -> None:
+    rows = HISTORY * 2
+    random.Random(seed).shuffle(rows)
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+        migrate(db)
+        for row in rows:
+            history.add_commit(db, row, received_s=1.0)
+        assert set(history.newest_commits(db)) == NEWEST
+        assert db.execute("SELECT count(*) FROM signed_commits").fetchone()[0] == len(NEWEST), "others are not kept"
+        assert db.execute("SELECT count(*) FROM commits").fetchone()[0] == len(HISTORY)
+
+
+def plans_of(db: sqlite3.Connection, work: Callable[[], object]) -> list[str]:
+    """Return SQLite's plan of every statement that `work` runs."""
+    statements: list[str] = []
+    db.set_trace_callback(statements.append)
+    work()
+    db.set_trace_callback(None)
+    rows = (db.execute(f"EXPLAIN QUERY PLAN {statement}").fetchall() for statement in statements)
+    return [step for plan in rows for *_, step in plan]
+
+
+@pytest.mark.parametrize("what", ["start", "report", "counters", "course"])
+def test_no_statement_goes_through_all_of_history_for_each_row_or_report(what: str) -> None:
+    """Oracle: SQLite's own plans. A sum may scan a table once; a report looks things up, whatever came before it."""
+    row = commit_row(0, 1, 7)
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+        migrate(db)
+        steps = plans_of(
+            db,
+            {
+                "start": lambda: history.newest_commits(db),
+                "report": lambda: history.add_commit(db, row, received_s=1.0),
+                "counters": lambda: tallies.counters(db),
+                "course": lambda: tallies.course(db),
+            }[what],
+        )
+    assert steps
+    scanned = {match[1] for step in steps if (match := re.match(r"SCAN (?:TABLE )?(\w+)", step))}
+    if what == "report":
+        assert scanned <= {"signed_commits"}, "which holds as many rows as there are stages"
+    for number, step in enumerate(steps):
+        if "CORRELATED" in step:
+            assert re.match(r"SEARCH .*USING PRIMARY KEY", steps[number + 1])
+
+
+async def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) -> None:
+    """Oracle: rows written by hand as the first version wrote them, against what the present one stores of the same."""
+    path = tmp_path / "db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.executescript(f"{MIGRATIONS[0]}; CREATE TABLE schema_version (version INTEGER NOT NULL);")
+        db.execute("INSERT INTO schema_version VALUES (1)")
+        db.execute("INSERT INTO reports VALUES ('p', 1, 'CommitReport', 1, 1.0)")
+        for row in HISTORY:
+            closed = row.closing
+            db.execute(
+                "INSERT OR IGNORE INTO rounds VALUES (?, ?, 0, 4, 0, 1.0, 256, 0.0, 0, 1.0)",
+                (closed.digest, closed.round),
+            )
+            db.execute(
+                "INSERT INTO commits VALUES (?, ?, ?, ?, ?, ?, ?, 1, 6, 0, 1, 1.0, ?)",
+                (
+                    row.digest,
+                    row.stage,
+                    closed.round,
+                    row.generation,
+                    row.version,
+                    row.lineage,
+                    closed.digest,
+                    row.signed,
+                ),
+            )
+    with pytest.raises(StorageError, match="schema 1") as refused:
+        open_readonly(path)
+    assert "coordinator run" in refused.value.hint
+
+    def everything(db: sqlite3.Connection) -> list[list[object]]:
+        return [
+            db.execute(f"SELECT * FROM {table} ORDER BY digest").fetchall() for table in ("commits", "signed_commits")
+        ]
+
+    def fill(db: sqlite3.Connection) -> None:
+        for row in HISTORY:
+            history.add_commit(db, row, received_s=1.0)
+
+    old, new = await Database.open(path), await Database.open(tmp_path / "new")
+    try:
+        await new.run(fill)
+        assert await old.run(everything) == await new.run(everything)
+        assert set(await old.run(history.newest_commits)) == NEWEST
+    finally:
+        await old.close()
+        await new.close()
+
+
+async def test_a_page_that_cannot_be_read_is_a_storage_error(tmp_path: Path) -> None:
+    await (await Database.open(tmp_path / "db")).close()
+    with pytest.raises(StorageError, match=r"cannot read .*malformed"), reading(tmp_path / "db"):
+        raise sqlite3.DatabaseError("database disk image is malformed")
+    with pytest.raises(sqlite3.ProgrammingError), reading(tmp_path / "db") as db:
+        db.execute("SELECT ?")  # a bug of ours is not the machine's
+
+
 async def test_a_file_that_is_no_database_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "db").write_bytes(b"not a database, whatever its name says" * 100)
     with pytest.raises(StorageError, match="not a database"):
@@ -148,6 +298,20 @@ async def test_one_can_look_while_it_is_written_and_after(tmp_path: Path) -> Non
     await database.close()
     with closing(open_readonly(path)) as db:
         assert peers.get_setting(db, "colour") == "red"
+
+
+async def test_what_is_read_in_several_steps_is_of_one_moment(tmp_path: Path) -> None:
+    database = await Database.open(tmp_path / "db")
+    try:
+        await database.run(peers.put_setting, "colour", "red")
+        with reading(tmp_path / "db") as db:
+            assert peers.get_setting(db, "colour") == "red"
+            await database.run(peers.put_setting, "colour", "blue")
+            assert peers.get_setting(db, "colour") == "red"
+        with reading(tmp_path / "db") as db:
+            assert peers.get_setting(db, "colour") == "blue"
+    finally:
+        await database.close()
 
 
 async def test_a_generation_is_issued_once(tmp_path: Path) -> None:

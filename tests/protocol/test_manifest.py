@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from protocol.errors import SignatureError, WireError
 from protocol.manifest import MANIFEST_CONTEXT, Manifest, OptimizerName, TokenFileSpec
@@ -65,6 +68,10 @@ def test_only_the_coordinator_can_sign_it() -> None:
         ("batch.microbatches_per_round", 65_537),
         ("batch.num_rounds", -1),
         ("batch.num_rounds", 1.0),
+        ("batch.num_rounds", 1 << 31),
+        ("batch.num_rounds", 99_999_999_999_999_999_999),
+        ("batch.data_seed", 1 << 63),
+        ("batch.data_seed", -(1 << 63) - 1),
         ("batch.eval_every", 0),
         ("optimizer.learning_rate", 0.0),
         ("optimizer.learning_rate", float("nan")),
@@ -74,7 +81,12 @@ def test_only_the_coordinator_can_sign_it() -> None:
         ("optimizer.name", "sgd"),
         ("averaging.mode", "gossip"),
         ("timing.beat_s", 0.0),
+        ("optimizer.warmup_rounds", 1 << 70),
         ("keeping.checkpoints_kept", 0),
+        ("keeping.checkpoint_every", 1 << 70),
+        ("model.init_seed", 1 << 63),
+        ("data.train.num_tokens", 1 << 60),
+        ("protocol", 1 << 70),
         ("model.num_stages", 0),
         ("model.config_json", "x" * 32_769),
         ("data.unigram_loss", 0.0),
@@ -94,6 +106,26 @@ def test_an_impossible_field_is_refused_and_named(path: str, value: Any) -> None
     target[last] = value
     with pytest.raises(WireError, match=path):
         Manifest.from_plain(fields)
+
+
+def whole_numbers(spec: type[BaseModel], where: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Walk all fields that hold an integer."""
+    for name, field in spec.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from whole_numbers(kind, f"{where}{name}.")
+        elif kind is int:
+            yield where + name, field
+
+
+def test_every_whole_number_fits_what_stores_and_sends_it() -> None:
+    """Oracle: SQLite and msgpack hold 64 bits; the annotations' own bounds."""
+    unbounded = [
+        where
+        for where, field in whole_numbers(Manifest)
+        if not any(getattr(bound, "lt", getattr(bound, "le", 1 << 64)) <= 1 << 63 for bound in field.metadata)
+    ]
+    assert not unbounded
 
 
 @pytest.mark.parametrize("name", ["../train.bin", "train", "Train.bin", "train.bin/", "tr ain.bin", "a.bin\n", ""])
