@@ -352,10 +352,10 @@ class SpanParts:
                 driver.post(events.Received(self._link.peer_id, message))
 
     async def _on_state_request(self, caller: PeerId, request: StateRequest) -> StateAnswer:
-        return self._driver_of(request.stage).answer_state()
+        return await self._driver_of(request.stage).answer_state()
 
     async def _on_log_request(self, caller: PeerId, request: LogRequest) -> LogAnswer:
-        return self._driver_of(request.stage).answer_log(request)
+        return await self._driver_of(request.stage).answer_log(request)
 
     def _driver_of(self, stage: StageId) -> StageDriver:
         driver = self.drivers.get(stage)

@@ -14,10 +14,8 @@ import torch
 
 from peer.averaging.reduce import Reduced, decode_shard, encoded_shard_bytes
 from peer.engine.schedule import LearningRate
-from peer.engine.stage_engine import StageEngine
+from peer.engine.stage_engine import NORM_ELEMENTS, StageEngine
 from protocol.errors import WireError
-
-NORM_ELEMENTS = 1 << 20  # piece of a gradient that is widened to fp64 at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +37,11 @@ def update_bytes(engine: StageEngine, codec: str) -> int:
 
 
 def update_norm(engine: StageEngine, update: Update) -> float:
-    """Return the Euclidean norm of an encoded sum, in fp64 and in a fixed order: every machine gets the same."""
+    """Return the Euclidean norm of an encoded sum, in fp64 and piece by piece.
+
+    Machines agree on it but for the last bits: torch adds up a piece in an order that depends on its threads. Hence the
+    clip scale travels in the commit, and others check it with a tolerance. Raises `WireError` if the bytes do not fit.
+    """
     total = 0.0
     for shard, data in zip(engine.shards, _split(engine, update), strict=True):
         values = torch.empty_like(shard.gradient, device="cpu")

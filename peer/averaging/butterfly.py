@@ -35,7 +35,7 @@ class ButterflyReduce:
     def __init__(self, p2p: P2P, *, namespace: str, early_wait_s: float = EARLY_WAIT_S) -> None:
         self._link = Link(p2p)
         self._namespace = namespace
-        self._service = ReduceService(early_wait_s=early_wait_s)
+        self._service = ReduceService(from_hivemind(p2p.peer_id), early_wait_s=early_wait_s)
 
     async def start(self) -> None:
         """Begin to answer other members."""

@@ -17,8 +17,11 @@ import structlog
 
 from peer.averaging.absorb import Update, update_norm
 from peer.averaging.history import History
+from peer.averaging.machine_clock import MachineClock
+from peer.averaging.outbox import Outbox
 from peer.averaging.reduce import Reduce, Reduced, ReduceError, ReduceGroup, ReduceTimeouts
-from peer.averaging.sync import StageSync
+from peer.averaging.rules import round_timers
+from peer.averaging.sync import StageSync, to_its_end
 from peer.engine.span import SpanEngine
 from peer.pipeline.compute import ComputeThread, Priority
 from peer.pipeline.gate import Gate
@@ -38,10 +41,7 @@ from protocol.wire import MAX_MESSAGE_BYTES
 
 log = structlog.get_logger()
 
-SEND_TIMEOUT_S = 5.0
-GOODBYE_TIMEOUT_S = 1.0
 RESYNC_PATIENCE_S = 30.0  # nobody to fetch the state from for so long: perhaps nobody has it any more
-MAX_SENDS_PER_PEER = 32  # messages are repeated by the machine, so dropping some of a silent peer's loses nothing
 STAGED_KEPT = 3
 MAX_LOG_BYTES = MAX_MESSAGE_BYTES // 2  # a commit of a large stage weighs tens of kilobytes
 MAX_INBOX = 1_000  # of messages that wait; a step of a large stage takes seconds, and anybody may send
@@ -102,7 +102,6 @@ class StageDriver:
         self._me = me
         self._engine = engine
         self._compute = compute
-        self._calls = calls
         self._reduce = reduce
         self._sync = sync
         self._history = history
@@ -111,14 +110,18 @@ class StageDriver:
         self._reports = reports
         self._hooks = hooks
         self._beat_s = beat_s
+        timers = round_timers(manifest)
+        self._clock = MachineClock(limit_s=timers.patience_s - timers.ping_timeout_s)  # our last answer may be lost
         self._inbox: asyncio.Queue[events.Event] = asyncio.Queue()
         self._is_tick_due = False
-        self._sending: dict[PeerId, int] = {}
+        self._outbox = Outbox(calls, start=self._start, on_gone=self._on_gone)
         self._group: asyncio.TaskGroup | None = None
         self._reducing: dict[Digest, asyncio.Task[None]] = {}
         self._staged: dict[Digest, Update] = {}
         self._snapshot: Snapshot | None = None
-        self._resyncing: asyncio.Task[None] | None = None
+        self._changing: asyncio.Task[None] | None = None
+        """Brings the engine to another state, from others: the newest replay or resync."""
+        self._engine_lock = asyncio.Lock()
         self._left = asyncio.Event()
         self.state_digest: Digest | None = None
         """Of the newest applied state."""
@@ -145,8 +148,10 @@ class StageDriver:
                 event = await self._inbox.get()
                 if isinstance(event, events.Tick):
                     self._is_tick_due = False
-                for action in self._machine.handle(event, time.monotonic()):
-                    await self._perform(action)
+                actions = self._machine.handle(event, self._clock.now_s())
+                with self._clock.working():
+                    for action in actions:
+                        await self._perform(action)
 
     async def wait_left(self) -> None:
         """Wait until our work of this round is safe and nobody waits for us."""
@@ -154,13 +159,9 @@ class StageDriver:
 
     async def say_goodbye(self) -> None:
         """Tell the stage's members that this replica is gone, so that nobody waits for it."""
-        farewells = self._machine.handle(events.Quit(), time.monotonic())
-        sends = [action for action in farewells if isinstance(action, events.Send)]
-        for action in sends:
-            self._sending[action.to] = self._sending.get(action.to, 0) + 1
-        await asyncio.gather(
-            *(self._deliver(action.to, action.message, timeout_s=GOODBYE_TIMEOUT_S) for action in sends)
-        )
+        self._stop_changing()
+        farewells = self._machine.handle(events.Quit(), self._clock.now_s())
+        await self._outbox.say_last([(each.to, each.message) for each in farewells if isinstance(each, events.Send)])
 
     @property
     def has_state(self) -> bool:
@@ -174,7 +175,7 @@ class StageDriver:
                 return update.data
         return None
 
-    def answer_state(self) -> StateAnswer:
+    async def answer_state(self) -> StateAnswer:
         """Tell a joiner where this replica stands."""
         chain, applied = self._machine.chain, self._machine.applied
         if chain is None or applied is None:
@@ -184,20 +185,23 @@ class StageDriver:
             commit=None if applied.step is None else applied.step.signed,
             version=applied.version,
             lineage=applied.lineage,
-            snapshots=self._history.snapshots(),
+            snapshots=await asyncio.to_thread(self._history.snapshots),  # anybody may ask, and the disk may be slow
         )
 
-    def answer_log(self, request: LogRequest) -> LogAnswer:
+    async def answer_log(self, request: LogRequest) -> LogAnswer:
         """List the commits that followed a version, as far as they are kept."""
+        return LogAnswer(commits=await asyncio.to_thread(self._commits_since, request.since))
+
+    def _commits_since(self, version: Version) -> tuple[Signed, ...]:
         commits: list[Signed] = []
         left = MAX_LOG_BYTES
         for offset in range(MAX_COMMITS_PER_ANSWER):
-            signed = self._history.commit_of(Version(request.since + offset))
+            signed = self._history.commit_of(Version(version + offset))
             left -= 0 if signed is None else len(signed.payload)
             if signed is None or (commits and left < 0):
                 break
             commits.append(signed)
-        return LogAnswer(commits=tuple(commits))
+        return tuple(commits)
 
     @property
     def snapshot(self) -> Snapshot | None:
@@ -227,11 +231,9 @@ class StageDriver:
             case events.Apply(commit, signed, lineage):
                 await self._apply(commit, signed, lineage)
             case events.Replay(steps, sources):
-                await self._replay(steps, sources)
+                self._change_state(lambda: self._replay(steps, sources), name=f"replay-{self.stage}")
             case events.Resync(charter, sources):
-                if self._resyncing is not None:  # two of them would load into one engine
-                    self._resyncing.cancel()
-                self._resyncing = self._start(self._resync(charter, sources), name=f"resync-{self.stage}")
+                self._change_state(lambda: self._resync(charter, sources), name=f"resync-{self.stage}")
             case events.NewLineage(_, lineage, round_id):  # a joiner finds the charter's state under its new name
                 assert self._machine.applied is not None
                 self._snapshot = await self.take_snapshot(round_id, self._machine.applied.version, lineage)
@@ -309,15 +311,41 @@ class StageDriver:
         )
 
     async def _fetch(self, commit: Commit, sources: Iterable[PeerId]) -> None:
+        engine = self._engine.engines[self.stage]
         try:
-            update = await self._sync.fetch_update(commit, sources)
-        except (TransientError, PeerFault) as error:
+            update = await self._sync.fetch_update(commit, self._known(sources, commit))
+            norm = await self._compute.run(lambda: update_norm(engine, update), priority=Priority.CONTROL)
+        except (TransientError, PeerFault) as error:  # also bytes that fit the commit's digest, and nothing else
             self.post(events.FetchFailed(commit.digest, error.one_line()[:200]))
             return
-        engine = self._engine.engines[self.stage]
-        norm = await self._compute.run(lambda: update_norm(engine, update), priority=Priority.CONTROL)
         self._stage_update(commit.digest, update)
         self.post(events.Fetched(commit.digest, norm))
+
+    def _known(self, sources: Iterable[PeerId], commit: Commit) -> list[PeerId]:
+        """Keep of those who are said to have a commit's bytes who can be expected to.
+
+        The word of who sent us the message is not enough: a stranger would only make us wait.
+        """
+        known = {*self._hooks.sources(), *(contribution.peer for contribution in commit.contributors)}
+        return [peer for peer in sources if peer in known]
+
+    def _change_state(self, work: Callable[[], Coroutine[None, None, None]], *, name: str) -> None:
+        """Bring the engine to another state beside the loop, which goes on listening; only the newest of these counts.
+
+        They take the engine in turn: one that is cancelled still ends the step that it has begun.
+        """
+
+        async def change() -> None:
+            async with self._engine_lock:
+                await work()
+
+        self._stop_changing()
+        self._changing = self._start(change(), name=name)
+
+    def _stop_changing(self) -> None:
+        """Give up what is under way to another state: the machine wants something else by now."""
+        if self._changing is not None:
+            self._changing.cancel()
 
     async def _apply(self, commit: Commit, signed: Signed, lineage: Lineage) -> None:
         """Absorb staged bytes: the step that makes a new version."""
@@ -325,26 +353,37 @@ class StageDriver:
         if update is None:
             self.post(events.ApplyFailed(lineage, "the bytes are not staged here"))
             return
+        self._stop_changing()
+        try:
+            async with self._engine_lock:
+                state_digest = await self._take_step(commit, signed, lineage, update)
+        except PeerFault as error:
+            self.post(events.ApplyFailed(lineage, error.one_line()[:200]))
+        else:
+            self.post(events.Applied(lineage, state_digest))
+
+    async def _replay(self, steps: tuple[events.CommitStep, ...], sources: tuple[PeerId, ...]) -> None:
+        """Fetch and take one step after the other; what an earlier attempt has done stays done."""
+        engine = self._engine.engines[self.stage]
+        try:
+            for step in steps:
+                if step.commit.version > engine.version:
+                    update = await self._sync.fetch_update(step.commit, self._known(sources, step.commit))
+                    await to_its_end(self._take_step(step.commit, step.signed, step.lineage, update))
+        except (TransientError, PeerFault) as error:
+            self.post(events.ApplyFailed(steps[-1].lineage, error.one_line()[:200]))
+        else:
+            self.post(events.Applied(steps[-1].lineage, self.state_digest))
+
+    async def _take_step(self, commit: Commit, signed: Signed, lineage: Lineage, update: Update) -> Digest:
+        """Absorb an update, log it, and tell the rest of the peer; return the digest of the new state."""
         await self._sync.absorb(commit, update)
         keeping = self._sync.keep(commit, signed, update)
         state_digest, _ = await asyncio.gather(self._state_digest(), keeping)  # the disk need not wait for the hash
         self._after_step(commit, signed, lineage, state_digest)
+        return state_digest
 
-    async def _replay(self, steps: tuple[events.CommitStep, ...], sources: tuple[PeerId, ...]) -> None:
-        engine = self._engine.engines[self.stage]
-        try:
-            for step in steps:
-                if step.commit.version <= engine.version:
-                    continue  # an earlier attempt came this far
-                await self._sync.replay((step.signed,), sources=sources)
-                is_last = step is steps[-1]
-                self._after_step(step.commit, step.signed, step.lineage, await self._state_digest(), announce=is_last)
-        except (TransientError, PeerFault) as error:
-            self.post(events.ApplyFailed(steps[-1].lineage, error.one_line()[:200]))
-
-    def _after_step(
-        self, commit: Commit, signed: Signed, lineage: Lineage, state_digest: Digest, *, announce: bool = True
-    ) -> None:
+    def _after_step(self, commit: Commit, signed: Signed, lineage: Lineage, state_digest: Digest) -> None:
         self.statistics.committed += 1
         self._staged.clear()
         self._view.learn(membership_of(commit, lineage))
@@ -359,8 +398,6 @@ class StageDriver:
             state=state_digest.hex()[:12],
         )
         self._hooks.on_commit(commit, signed)
-        if announce:
-            self.post(events.Applied(lineage, state_digest))
 
     def _is_snapshot_due(self, round_id: RoundId) -> bool:
         """Every so many rounds, and before the round that only evaluates; also if the one before was void."""
@@ -411,24 +448,14 @@ class StageDriver:
     # -- messages -------------------------------------------------------------------------------------
 
     def _send(self, to: PeerId, message: StageMessage) -> None:
-        if self._sending.get(to, 0) >= MAX_SENDS_PER_PEER:
-            return
         if to == self._me:  # a closing concerns all stages that are hosted here
             self._hooks.on_own_closing(message)
-            return
-        self._sending[to] = self._sending.get(to, 0) + 1
-        self._start(self._deliver(to, message), name=f"send-{type(message).__name__}")
+        else:
+            self._outbox.put(to, message)
 
-    async def _deliver(self, to: PeerId, message: StageMessage, *, timeout_s: float = SEND_TIMEOUT_S) -> None:
-        try:
-            await self._calls.tell(to, message, timeout_s=timeout_s)
-        except SwarmError as error:
-            log.debug("round.undelivered", to=to, message=type(message).__name__, error=error.one_line())
-            if isinstance(error, UnreachableError) and error.is_certain:
-                self._view.suspect(to, now_s=time.monotonic())  # the coordinator hears of it, and may found anew
-                self.post(events.PeerGone(to))
-        finally:
-            self._sending[to] -= 1
+    def _on_gone(self, peer: PeerId) -> None:
+        self._view.suspect(peer, now_s=time.monotonic())  # the coordinator hears of it, and may found anew
+        self.post(events.PeerGone(peer))
 
     async def _beat(self) -> None:
         while True:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from protocol.control import Snapshot, StateFile
-from protocol.errors import StorageError, WireError
+from protocol.errors import PeerFault, StorageError, WireError
 from protocol.ids import Digest, Lineage, RoundId, StageId, Version, digest
 from protocol.signing import Signed
 
@@ -102,11 +102,15 @@ class History:
         return tuple(found)
 
     def discard_snapshot(self, version: Version) -> None:
-        """Forget a snapshot that turned out to be damaged; its parts stay to be written over."""
-        self._snapshot_path(version).unlink(missing_ok=True)
+        """Remove a snapshot that turned out to be damaged, or to be none."""
+        for path in [self._snapshot_path(version), *(self._part_path(version, part) for part in PARTS)]:
+            path.unlink(missing_ok=True)
 
     def load_snapshot(self, snapshot: Snapshot) -> dict[str, dict[str, Tensor]]:
-        """Read a snapshot's tensors by part, after checking every byte. Raises `StorageError` if one is off."""
+        """Read a snapshot's tensors by part, after checking every byte.
+
+        Raises `StorageError` if a file is not what was written, `PeerFault` if it is and holds no tensors.
+        """
         loaded = {}
         for file in snapshot.files:
             path = self._part_path(snapshot.version, file.part)
@@ -117,7 +121,7 @@ class History:
             except OSError as error:
                 raise StorageError(f"cannot read {path.name}: {error.strerror}.") from None
             except SafetensorError as error:  # whoever promised that hash promised nonsense
-                raise StorageError(f"{path.name} holds no tensors: {error!s:.100}") from None
+                raise PeerFault(f"{path.name} holds no tensors: {error!s:.100}") from None
         return loaded
 
     # -- updates --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import aclosing, contextmanager
 from typing import Any, Generic, TypeVar
 
 import structlog
@@ -24,16 +24,16 @@ from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 
 from protocol.errors import RefusedError, SwarmError, UnreachableError, WireError
 from protocol.ids import PeerId
-from protocol.transport.dial import dial
+from protocol.transport.dial import dial, hang_up
 
 log = structlog.get_logger()
 
 T = TypeVar("T")
 Handler = Callable[[AsyncGenerator[Message, None], P2PContext], AsyncGenerator[Message, None]]
 
-MAX_MESSAGE_BYTES = 1024 * 1024  # the largest honest message is one fp32 part (512 KiB) and a few bytes
-LAST_WORD_S = 1.0  # how long a message that ends a talk gets to arrive: closing may destroy what is under way
+MAX_REDUCE_MESSAGE_BYTES = 1024 * 1024  # the largest honest one is one fp32 part (512 KiB) and a few bytes
 MAX_STREAMS_PER_CALLER = 32  # an honest peer has one per stage that we share
+MAX_STREAMS = 1024  # of all callers: as many as the members of a large stage, each with one
 
 READ_ENDED = (ConnectionError, EOFError)
 WRITE_ENDED = (ConnectionError, RuntimeError)  # RuntimeError is uvloop's word for a closed transport
@@ -105,7 +105,7 @@ class Link:
                         await _serve(
                             handler, _requests(BoundedReader(reader), request_type, info.peer_id), context, writer
                         )
-                await _flush_and_close(writer)
+                        await hang_up(writer)
             except asyncio.CancelledError:  # by the runner that is done with this stream, or by `remove_...`
                 return  # asyncio 3.11 stumbles over a connection whose task ends as cancelled
             finally:
@@ -123,10 +123,10 @@ class Link:
 
     @contextmanager
     def _admission(self, caller: PeerID) -> Iterator[bool]:
-        """Count the streams of a caller; False if it has too many."""
+        """Count the streams of a caller; False if it has too many, or all callers together have."""
         task = asyncio.current_task()
         assert task is not None
-        if self._served[caller] >= MAX_STREAMS_PER_CALLER:
+        if self._served[caller] >= MAX_STREAMS_PER_CALLER or len(self._serving) >= MAX_STREAMS:
             log.warning("reduce.stream_refused", caller=str(caller), reason="too many streams")
             yield False
             return
@@ -153,8 +153,8 @@ class BoundedReader:
 
     async def readexactly(self, num_bytes: int) -> bytes:
         """Read exactly `num_bytes`, or raise `WireError` before reading if they are too many."""
-        if num_bytes > MAX_MESSAGE_BYTES:
-            raise WireError(f"message of {num_bytes} bytes is over the limit of {MAX_MESSAGE_BYTES}")
+        if num_bytes > MAX_REDUCE_MESSAGE_BYTES:
+            raise WireError(f"message of {num_bytes} bytes is over the limit of {MAX_REDUCE_MESSAGE_BYTES}")
         return await self._reader.readexactly(num_bytes)
 
 
@@ -279,14 +279,6 @@ async def _requests(
         if request is None:  # hivemind's end-of-stream message
             return
         yield request
-
-
-async def _flush_and_close(writer: asyncio.StreamWriter) -> None:
-    """Close, but do not wait for ever for a peer that does not read what is still to be sent."""
-    writer.close()
-    with suppress(TimeoutError, *WRITE_ENDED):
-        async with asyncio.timeout(LAST_WORD_S):
-            await writer.wait_closed()
 
 
 async def _send(message: Message, writer: asyncio.StreamWriter) -> bool:

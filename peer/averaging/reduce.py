@@ -87,12 +87,6 @@ class Reduced:
     bytes_received: int
     seconds: float
 
-    def decode_into(self, shard_index: int, out: Tensor) -> None:
-        """Write the sum of one shard into `out` (flat fp32 of the shard's length, on any device)."""
-        _check_output(out, self.shard_elements[shard_index])
-        for (start, length), data in zip(spans_of(len(out)), self.parts[shard_index], strict=True):
-            out[start : start + length].copy_(codec(self.codec).decode(data, length))
-
 
 class Reduce(Protocol):
     """Sums shards over a group."""
@@ -111,8 +105,10 @@ def encoded_shard_bytes(name: str, num_elements: int) -> int:
 
 
 def decode_shard(name: str, data: Buffer, out: Tensor) -> None:
-    """Write an encoded shard (its parts joined) into `out`; `WireError` unless `data` is exactly such a shard."""
-    _check_output(out, len(out))
+    """Write an encoded shard (its parts joined) into `out`, flat fp32 of the shard's length.
+
+    Raises `WireError` unless `data` is exactly such a shard.
+    """
     expected = encoded_shard_bytes(name, len(out))
     if len(data) != expected:
         raise WireError(f"encoded shard of {len(data)} bytes where {len(out)} elements take {expected}")
@@ -126,8 +122,3 @@ def decode_shard(name: str, data: Buffer, out: Tensor) -> None:
 def contribution(values: Tensor, *, using: Codec) -> Tensor:
     """Return what a member's values are worth after the wire; a member treats its own just like the others'."""
     return using.decode(using.encode(values), len(values))
-
-
-def _check_output(out: Tensor, num_elements: int) -> None:
-    if out.dim() != 1 or len(out) != num_elements:
-        raise ValueError(f"a shard of {num_elements} elements does not fit into a tensor of shape {tuple(out.shape)}")

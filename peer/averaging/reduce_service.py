@@ -18,9 +18,11 @@ from hivemind.p2p import P2PContext, PeerID, ServicerBase
 from hivemind.proto.averaging_pb2 import BAD_GROUP_ID, PROTOCOL_VIOLATION, AveragingData
 from hivemind.utils.asyncio import achain, as_aiter
 
-from peer.averaging.link import LAST_WORD_S, Inbox
-from peer.averaging.reduce import MAX_GROUP_ID_BYTES
+from peer.averaging.link import Inbox
+from peer.averaging.reduce import MAX_GROUP_ID_BYTES, ReduceError
 from protocol.errors import SwarmError
+from protocol.ids import PeerId
+from protocol.transport.dial import LAST_WORD_S
 
 log = structlog.get_logger()
 
@@ -41,7 +43,8 @@ class Runner(Protocol):
 class ReduceService(ServicerBase):  # type: ignore[misc]
     """hivemind's averaging handler, for any number of groups at a time."""
 
-    def __init__(self, *, early_wait_s: float) -> None:
+    def __init__(self, me: PeerId, *, early_wait_s: float) -> None:
+        self._me = me
         self._early_wait_s = early_wait_s
         self._live: dict[bytes, Runner] = {}
         self._farewells: OrderedDict[bytes, AveragingData] = OrderedDict()
@@ -50,9 +53,13 @@ class ReduceService(ServicerBase):  # type: ignore[misc]
 
     @contextmanager
     def serving(self, group_id: bytes, runner: Runner) -> Iterator[None]:
-        """Route calls for `group_id` to `runner` while the block runs."""
+        """Route calls for `group_id` to `runner` while the block runs.
+
+        Raises `ReduceError` if that id has been used before: whoever wants the reduce may ask for it twice, by mistake
+        or not. It blames ourselves, for nobody else can be known to have failed.
+        """
         if group_id in self._live or group_id in self._farewells:
-            raise ValueError(f"group id {group_id.hex()} has been used before")
+            raise ReduceError(f"group id {group_id.hex()} has been used before", peer=self._me)
         self._live[group_id] = runner
         try:
             yield

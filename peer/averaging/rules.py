@@ -1,8 +1,11 @@
 """What the manifest says about rounds, in the form in which a round machine wants to hear it.
 
 Owns: timers, the size of every round, the clip threshold of a stage, and what proves that a microbatch is
-done. Pure. The proof is the last stage's signed path entry; credits come from the whole path, one per
-stage and peer, and are only believed from the feeder that holds it.
+done. Pure.
+
+The proof is one path entry, signed by the peer that it names: the number, the loss and the tokens, at the last
+stage. Not checked here, and left to the trust layer, which has the receipts: whether the signer hosts the last
+stage, and the credits. Those come from the whole path, which stays with its feeder; others take the feeder's word.
 """
 
 from __future__ import annotations
@@ -11,16 +14,14 @@ import math
 
 from peer.tasks import Outcome
 from protocol.architecture import num_parameters
-from protocol.batches import Microbatch, TaskKind, plan_round
+from protocol.batches import Microbatch, TaskKind, has_evaluation
 from protocol.errors import PeerFault
 from protocol.hops import ENTRY_CONTEXT, PathEntry
 from protocol.ids import RoundId, StageId
-from protocol.manifest import Manifest
+from protocol.manifest import BatchSpec, Manifest
 from protocol.rounds.messages import Credit, DoneTask, Seat
 from protocol.rounds.settings import KeyNotary, RoundRules, RoundSize, RoundTimers, Settings
 from protocol.signing import Signed, SigningKey, unseal
-
-COMMITS_KEPT = 64
 
 
 def machine_settings(manifest: Manifest, stage: StageId, *, key: SigningKey, session: int) -> Settings:
@@ -55,9 +56,7 @@ def round_rules(manifest: Manifest, stage: StageId) -> RoundRules:
     """Derive sizes, proofs and the clip threshold from the manifest."""
 
     def size_of(round_id: RoundId) -> RoundSize:
-        plan = plan_round(manifest.data, manifest.batch, round_id)
-        num_train = sum(microbatch.kind is TaskKind.TRAIN for microbatch in plan)
-        return RoundSize(num_train, len(plan) - num_train)
+        return round_size(manifest.batch, round_id)
 
     def check_done(round_id: RoundId, task: DoneTask) -> bool:
         return _proves(manifest, round_id, task)
@@ -66,8 +65,15 @@ def round_rules(manifest: Manifest, stage: StageId) -> RoundRules:
         size_of=size_of,
         check_done=check_done,
         clip_threshold=clip_threshold(manifest, stage),
-        commits_kept=COMMITS_KEPT,
+        last_round=RoundId(manifest.batch.num_rounds),
     )
+
+
+def round_size(batch: BatchSpec, round_id: RoundId) -> RoundSize:
+    """Count what `protocol.batches.plan_round` lists, without listing it: anybody's closing makes us ask."""
+    num_train = batch.microbatches_per_round if round_id < batch.num_rounds else 0
+    num_eval = math.ceil(batch.heldout_sequences / batch.sequences_per_microbatch)
+    return RoundSize(num_train, num_eval if has_evaluation(batch, round_id) else 0)
 
 
 def clip_threshold(manifest: Manifest, stage: StageId) -> float:
@@ -99,11 +105,13 @@ def _credits(path: tuple[Signed, ...]) -> tuple[Credit, ...]:
 def _proves(manifest: Manifest, round_id: RoundId, task: DoneTask) -> bool:
     """Check the last stage's word: this number of this round, this loss, these tokens."""
     try:
-        entry = unseal(Signed.from_bytes(task.evidence), ENTRY_CONTEXT, PathEntry)
+        signed = Signed.from_bytes(task.evidence)
+        entry = unseal(signed, ENTRY_CONTEXT, PathEntry)
     except PeerFault:
         return False
     return (
-        entry.run == manifest.run_id
+        entry.peer == signed.signer
+        and entry.run == manifest.run_id
         and (entry.round, entry.number) == (round_id, task.number)
         and (entry.loss_sum, entry.target_tokens) == (task.loss_sum, task.target_tokens)
         and manifest.model.num_stages - 1 in entry.stages

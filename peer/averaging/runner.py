@@ -41,7 +41,7 @@ from hivemind.proto.averaging_pb2 import (
 from hivemind.proto.runtime_pb2 import Tensor as WireTensor
 from torch import Tensor
 
-from peer.averaging.link import LAST_WORD_S, Exchange, Inbox, Link, to_hivemind
+from peer.averaging.link import Exchange, Inbox, Link, to_hivemind
 from peer.averaging.merge import MergeStopped, OrderedMerger
 from peer.averaging.parts import Part, cut
 from peer.averaging.reduce import ReduceError, ReduceGroup, contribution
@@ -49,6 +49,7 @@ from peer.averaging.reduce_service import ReduceService
 from peer.codecs import codec
 from protocol.errors import LocalFault, SwarmError, TransientError, WireError
 from protocol.ids import Digest, digest
+from protocol.transport.dial import LAST_WORD_S
 
 log = structlog.get_logger()
 

@@ -8,9 +8,10 @@ believed as far as its hashes go; whether the state is the members' own, the rou
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import structlog
 
@@ -20,7 +21,14 @@ from peer.engine.schedule import LearningRate
 from peer.engine.stage_engine import StageEngine
 from peer.pipeline.compute import ComputeThread, Priority
 from protocol.control import Snapshot, StateFile
-from protocol.errors import PeerFault, StorageError, SwarmError, TransientError, UnreachableError
+from protocol.errors import (
+    DeadlineError,
+    PeerFault,
+    RefusedError,
+    StorageError,
+    TransientError,
+    UnreachableError,
+)
 from protocol.history import LogAnswer, LogRequest, StateAnswer, StateRequest
 from protocol.ids import Lineage, PeerId, RoundId, StageId, Version, digest
 from protocol.rounds.lineage import next_lineage
@@ -31,8 +39,17 @@ from protocol.transport.calls import Calls
 
 log = structlog.get_logger()
 
+T = TypeVar("T")
+
 MAX_HEADER_BYTES = 1 << 20  # of a safetensors file, whose names and shapes come before the tensors
 MAX_STEPS = 100_000
+
+FETCH_PATIENCE_S = 20.0
+MIN_BYTES_PER_S = 250_000  # 2 Mbit/s: a tenth of the thinnest line that a peer is made for, as it may serve ten at once
+MAX_SLOW_SOURCES = 3  # so many may take all the time they have before the bytes count as not to be had
+
+REMOTE_FAULTS = (TransientError, PeerFault, RefusedError)
+"""What others can cause in us. The rest of the tree is about this machine, and goes through."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +61,25 @@ class Place:
     round: RoundId
     version: Version
     lineage: Lineage
+
+
+async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Do `work` and return what comes out; a cancellation meanwhile takes effect only when it has ended.
+
+    For what changes the engine: a job of the compute thread runs to its end anyway, and whoever changes the engine next
+    must find it done and its bookkeeping complete.
+    """
+    task = asyncio.ensure_future(work)
+    is_cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            is_cancelled = True
+    result = task.result()
+    if is_cancelled:
+        raise asyncio.CancelledError
+    return result
 
 
 def root_lineage(signed_charter: Signed) -> Lineage:
@@ -86,21 +122,22 @@ class StageSync:
         """Become what the members are: their newest snapshot (or ours, if it is theirs too) and the log after it.
 
         Whatever one of them sends, the next one is asked. Raises `UnreachableError` if none of them answers with a
-        state of `least_generation` or later that can be followed.
+        state of `least_generation` or later that can be followed, `LocalFault` if our own machine is what fails: asking
+        others does not make room on a full disk.
         """
         answers = await self._ask(sources)
         newest = max((charter.generation for _, charter in answers.values()), default=0)
         if not answers or newest < least_generation:
             raise UnreachableError(f"no member of stage {self._stage} answers.")
-        peers = [peer for peer, (_, charter) in answers.items() if charter.generation == newest]
-        peers.sort(key=lambda peer: -answers[peer][0].version)
+        current = {peer: answer for peer, (answer, charter) in answers.items() if charter.generation == newest}
+        peers = _most_shared_first(current)
         for source in peers:
             answer, charter = answers[source]
             try:
                 place = await self._follow(source, peers, answer, charter)
                 assert place.charter is not None
                 self._check_history(place.charter, place.commits)
-            except SwarmError as error:
+            except REMOTE_FAULTS as error:
                 log.info("sync.failed", stage=self._stage, source=source, error=error.one_line())
             else:
                 return place
@@ -112,45 +149,38 @@ class StageSync:
         await self._become(snapshot, names, [source])
         return Place(charter=None, commits=(), round=snapshot.round, version=snapshot.version, lineage=snapshot.lineage)
 
-    async def replay(self, commits: Iterable[Signed], *, sources: Iterable[PeerId]) -> None:
-        """Apply commits that follow our state, fetching their bytes. Raises if one cannot be had or does not fit."""
-        for signed in commits:
-            commit = unseal(signed, COMMIT_CONTEXT, Commit)
-            update = await self.fetch_update(commit, sources)
-            await self.absorb(commit, update)
-            await self.keep(commit, signed, update)
-
     async def fetch_update(self, commit: Commit, sources: Iterable[PeerId]) -> Update:
-        """Bring the bytes of a commit from anybody who has them. Raises `UnreachableError` if nobody has."""
-        before = commit.version - 1
-        names = (f"update/{self._stage}/{before}", f"staged/{self._stage}/{commit.digest.hex()}")
+        """Bring the bytes of a commit from anybody who has them.
+
+        Raises `UnreachableError` if nobody has, `DeadlineError` if those who say so are too slow.
+        """
         limit = update_bytes(self._engine, self._codec)
-        for source in sources:
-            for name in names:
-                try:
-                    data = await self._blobs.fetch(source, name, max_bytes=limit)
-                except (TransientError, PeerFault) as error:
-                    log.debug("update.missing", source=source, name=name, error=error.one_line())
-                    continue
-                if await asyncio.to_thread(digest, data) == commit.digest:
-                    return Update(self._codec, data)
-                log.warning("update.wrong", source=source, name=name)
-        raise UnreachableError(f"nobody has the update of version {before} of stage {self._stage}.")
+        patience_s = FETCH_PATIENCE_S + limit / MIN_BYTES_PER_S
+        try:
+            async with asyncio.timeout(MAX_SLOW_SOURCES * patience_s):
+                for source in sources:
+                    update = await self._fetch_from(source, commit, limit, patience_s)
+                    if update is not None:
+                        return update
+        except TimeoutError:
+            raise DeadlineError(f"nobody brought the update to version {commit.version} in time.") from None
+        raise UnreachableError(f"nobody has the update to version {commit.version} of stage {self._stage}.")
 
     async def absorb(self, commit: Commit, update: Update) -> None:
-        """Take the step to a commit's version, in the compute thread."""
-        if commit.version != self._engine.version + 1:
-            raise PeerFault(f"commit of version {commit.version} does not follow version {self._engine.version}")
-        await self._compute.run(
-            lambda: absorb(
+        """Take the step to a commit's version, in the compute thread. Raises `PeerFault` if it does not follow."""
+
+        def take_step() -> None:
+            if commit.version != self._engine.version + 1:
+                raise PeerFault(f"commit of version {commit.version} does not follow version {self._engine.version}")
+            absorb(
                 self._engine,
                 update,
                 total_tokens=commit.total_tokens,
                 clip_scale=commit.clip_scale,
                 schedule=self._schedule,
-            ),
-            priority=Priority.CONTROL,
-        )
+            )
+
+        await self._compute.run(take_step, priority=Priority.CONTROL)
 
     async def keep(self, commit: Commit, signed: Signed, update: Update) -> None:
         """Log an update that was absorbed, for those who come later."""
@@ -161,6 +191,33 @@ class StageSync:
 
     # -- private --------------------------------------------------------------------------------------
 
+    async def _fetch_from(self, source: PeerId, commit: Commit, limit: int, patience_s: float) -> Update | None:
+        """Ask one peer for a commit's bytes, which lie in its log or still in its staging; None if it has none."""
+        names = (f"update/{self._stage}/{commit.version - 1}", f"staged/{self._stage}/{commit.digest.hex()}")
+        try:
+            async with asyncio.timeout(patience_s):
+                for name in names:
+                    try:
+                        data = await self._blobs.fetch(source, name, max_bytes=limit)
+                    except (TransientError, PeerFault) as error:
+                        log.debug("update.missing", source=source, name=name, error=error.one_line())
+                        continue
+                    if await asyncio.to_thread(digest, data) == commit.digest:
+                        return Update(self._codec, data)
+                    log.warning("update.wrong", source=source, name=name)
+        except TimeoutError:
+            log.info("update.slow", source=source, version=commit.version, patience_s=patience_s)
+        return None
+
+    async def _replay(self, signed: Signed, commit: Commit, sources: Iterable[PeerId]) -> None:
+        """Apply a commit that follows our state, fetching its bytes. Raises if they cannot be had or do not fit."""
+        update = await self.fetch_update(commit, sources)
+        await to_its_end(self._take(commit, signed, update))
+
+    async def _take(self, commit: Commit, signed: Signed, update: Update) -> None:
+        await self.absorb(commit, update)
+        await self.keep(commit, signed, update)
+
     async def _ask(self, sources: Iterable[PeerId]) -> dict[PeerId, tuple[StateAnswer, Charter]]:
         """Ask everybody at the same time; keep the answers that have a charter which the coordinator has signed."""
 
@@ -170,7 +227,7 @@ class StageSync:
                 if answer.charter is None:
                     return None
                 return peer, (answer, self._read_charter(answer.charter))
-            except SwarmError as error:
+            except REMOTE_FAULTS as error:
                 log.debug("sync.unanswered", peer=peer, error=error.one_line())
                 return None
 
@@ -197,7 +254,7 @@ class StageSync:
                 commit = unseal(signed, COMMIT_CONTEXT, Commit)
                 if commit.parent != lineage:
                     raise PeerFault(f"{source} sent a commit that does not follow")
-                await self.replay((signed,), sources=[source, *peers])
+                await self._replay(signed, commit, [source, *peers])
                 lineage = next_lineage(lineage, signed.payload)
                 version, round_id = commit.version, RoundId(commit.round + 1)
                 commits.append(signed)
@@ -233,27 +290,38 @@ class StageSync:
 
     async def _become(self, snapshot: Snapshot, names: dict[str, str], sources: list[PeerId]) -> None:
         """Load a snapshot, from our own disk if it is there and sound; otherwise fetch its files by their `names`."""
-        if self._has(snapshot):
+        if await asyncio.to_thread(self._has, snapshot):
             try:
                 return await self._load(snapshot)
-            except StorageError as error:
+            except (StorageError, PeerFault) as error:
                 log.warning("snapshot.damaged", stage=self._stage, version=snapshot.version, problem=str(error))
                 self._history.discard_snapshot(snapshot.version)
         for file in snapshot.files:
             await self._fetch_file(snapshot, file, names[file.part], sources)
+        try:
+            await self._load(snapshot)
+        except PeerFault:
+            self._history.discard_snapshot(snapshot.version)
+            raise
         await asyncio.to_thread(self._history.adopt_snapshot, snapshot)
-        await self._load(snapshot)
 
     def _has(self, snapshot: Snapshot) -> bool:
         """Tell whether our own disk holds these very files from before."""
         return any((own.version, own.files) == (snapshot.version, snapshot.files) for own in self._history.snapshots())
 
     async def _load(self, snapshot: Snapshot) -> None:
+        """Become a snapshot whose files are here. Raises `StorageError` if they are damaged, `PeerFault` if they are
+        what was promised, and no state of this stage.
+        """
         tensors = await asyncio.to_thread(self._history.load_snapshot, snapshot)
         joined = {name: tensor for part in tensors.values() for name, tensor in part.items()}
-        await self._compute.run(
+        loading = self._compute.run(
             lambda: self._engine.load_state_tensors(joined, version=snapshot.version), priority=Priority.CONTROL
         )
+        try:
+            await to_its_end(loading)
+        except StorageError as error:
+            raise PeerFault(f"the snapshot of version {snapshot.version} cannot be loaded: {error}") from None
 
     async def _fetch_file(self, snapshot: Snapshot, file: StateFile, name: str, sources: list[PeerId]) -> None:
         """Fetch a file range by range, going on with another source where one fails."""
@@ -291,3 +359,12 @@ class StageSync:
                 waiting.pop(0)
                 continue
             await asyncio.to_thread(out.write, piece)
+
+
+def _most_shared_first(answers: Mapping[PeerId, StateAnswer]) -> list[PeerId]:
+    """Order members by how many stand in the same lineage, and then by version.
+
+    A commit that a few have not applied yet is fetched later; a version that only one claims may be made up.
+    """
+    shared = Counter(answer.lineage for answer in answers.values())
+    return sorted(answers, key=lambda peer: (-shared[answers[peer].lineage], -answers[peer].version))

@@ -95,7 +95,10 @@ class Calls:
     async def _answer(self, stream: Stream) -> None:
         request = await stream.receive(*self._handlers, timeout_s=CALL_TIMEOUT_S)
         try:
-            response = await self._handlers[type(request)](stream.remote, request)
+            handler = self._handlers.get(type(request))
+            if handler is None:  # it went off while the request was on its way
+                raise RefusedError(f"no {type(request).__name__} is answered here any more")
+            response = await handler(stream.remote, request)
         except SwarmError as error:
             retry_after_s = error.retry_after_s if isinstance(error, BusyError) else 0.0
             log.debug("call.failed", request=type(request).__name__, caller=stream.remote, error=error.one_line())

@@ -1,12 +1,14 @@
-"""Opening one libp2p stream through p2pd: hivemind's `stream_open`, minus its leak.
+"""Opening one libp2p stream through p2pd (hivemind's `stream_open`, minus its leak), and ending one for good.
 
 Owns: the request to the daemon, closing its socket when it says no, and the errors that this can end in. Must
-not know: what travels on the stream; our framed streams and hivemind's protobuf streams both start here.
+not know: what travels on the stream; our framed streams and hivemind's protobuf streams both start and end here.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
+from contextlib import suppress
 
 from hivemind.p2p import P2P, P2PDaemonError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import raise_if_failed, read_pbmsg_safe, write_pbmsg
@@ -15,6 +17,10 @@ from hivemind.proto import p2pd_pb2
 from protocol.errors import DeadlineError, UnreachableError
 
 OPEN_TIMEOUT_S = 10.0
+LAST_WORD_S = 1.0  # how long a message that ends a talk gets to arrive: closing may destroy what is under way
+
+# one line of libp2p's list, such as "  * [/ip4/203.0.113.5/tcp/4001] dial tcp4 203.0.113.5:4001: i/o timeout"
+_ATTEMPT = re.compile(r"^\s*\* \[(\S+)\] (.*)$", re.MULTILINE)
 
 
 async def dial(
@@ -33,9 +39,39 @@ async def dial(
         said = str(error) or type(error).__name__
         raise UnreachableError(
             f"{peer} cannot be reached: {said.splitlines()[0][:200]}",
-            is_certain=_is_refused(said),
+            is_certain=is_refused(said),
             is_deaf="protocols not supported" in said,
         ) from None
+
+
+async def hang_up(writer: asyncio.StreamWriter) -> None:
+    """Close a stream: what is still to be sent gets a moment to go out, and then the socket is gone.
+
+    `writer.close()` alone would wait for ever for a peer that does not read.
+    """
+    writer.close()
+    try:
+        with suppress(OSError, RuntimeError):  # the first is also a timeout, the second uvloop's word for "closed"
+            async with asyncio.timeout(LAST_WORD_S):
+                await writer.wait_closed()
+    finally:
+        writer.transport.abort()
+
+
+def is_refused(said: str) -> bool:
+    """Tell whether the peer's own machine refused the connection at every address: its process is gone.
+
+    `said` is libp2p's list of what became of each. One refusal is not enough: the peer's loopback address leads to our
+    own machine, and its private ones into our own network, where anybody may refuse. So when our line is down those
+    refuse while the others are not reached; a peer that has no others is one of our own network. What happens at a
+    relay says nothing of the peer behind it.
+    """
+    attempts = _ATTEMPT.findall(said)
+    if not attempts or "... skipping" in said:  # libp2p leaves out what would be too long
+        return False
+    return all(
+        outcome.endswith("connection refused") and "/p2p-circuit" not in address for address, outcome in attempts
+    )
 
 
 async def _open(p2p: P2P, peer: PeerID, name: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -47,11 +83,6 @@ async def _open(p2p: P2P, peer: PeerID, name: str) -> tuple[asyncio.StreamReader
         await read_pbmsg_safe(reader, response)
         raise_if_failed(response)
     except BaseException:
-        writer.close()
+        writer.transport.abort()
         raise
     return reader, writer
-
-
-def _is_refused(reason: str) -> bool:
-    """Tell whether the peer's own machine refused the connection at every address: its process is gone."""
-    return "connection refused" in reason and "timeout" not in reason and "backoff" not in reason

@@ -53,6 +53,7 @@ from protocol.signing import SigningKey
 from protocol.transport import hardening, identity
 from protocol.transport.addresses import by_reach, encodable, host_and_port, parse_address, require_peer, split_peer
 from protocol.transport.daemon import STOP_TIMEOUT_S, Daemon, Reach
+from protocol.transport.descriptors import raise_descriptor_limit
 from protocol.transport.validator import RecordGate
 
 DHT_TIMEOUT_S = 10.0  # three silent nodes in a row cost hivemind 3 s each
@@ -107,6 +108,7 @@ class Node:
         was started by then has been stopped.
         """
         hardening.install()
+        raise_descriptor_limit()
         key = identity.load_or_create(key_path)
         ids = {parse_address(address): require_peer(address)[1] for address in initial_peers}
         ids = {address: peer for address, peer in ids.items() if peer != key.peer_id}  # libp2p cannot dial itself

@@ -23,7 +23,7 @@ from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 
 from protocol.errors import DeadlineError, PeerFault, SwarmError, TransientError, UnreachableError, WireError
 from protocol.ids import Digest, PeerId
-from protocol.transport.dial import OPEN_TIMEOUT_S, dial
+from protocol.transport.dial import OPEN_TIMEOUT_S, dial, hang_up
 from protocol.wire import (
     HEADER,
     MAX_CHUNK_BYTES,
@@ -123,7 +123,7 @@ class Stream:
 
     def close(self) -> None:
         """Close at once. Whatever the other side has not read may be lost."""
-        self._writer.close()
+        self._writer.transport.abort()
 
     async def _write(self, data: bytes | memoryview) -> None:
         try:
@@ -131,6 +131,7 @@ class Stream:
             async with asyncio.timeout(CHUNK_TIMEOUT_S):
                 await self._writer.drain()
         except TimeoutError:
+            self.close()
             raise DeadlineError(f"{self.remote} does not read what is sent to it") from None
         except (ConnectionError, RuntimeError) as error:  # uvloop raises RuntimeError on a closed transport
             raise UnreachableError(f"the stream to {self.remote} broke: {error or type(error).__name__}") from None
@@ -167,10 +168,8 @@ class Streams:
         Raises `UnreachableError` if the peer or its handler is not there, `DeadlineError` if it takes too long.
         """
         reader, writer = await dial(self._p2p, _peer_id(peer), name, timeout_s=timeout_s)
-        try:
+        async with _ending(writer):
             yield Stream(peer, reader, writer)
-        finally:
-            writer.close()
 
     async def serve(self, name: str, handler: Handler) -> None:
         """Let `handler` serve streams called `name`, instead of whoever did before.
@@ -193,15 +192,13 @@ class Streams:
             assert task is not None
             self._serving.add(task)
             try:
-                handler = self._handlers.get(name)
-                if handler is not None:
-                    await self._serve_one(name, handler, Stream(PeerId(str(info.peer_id)), reader, writer))
+                await self._serve_one(name, PeerId(str(info.peer_id)), reader, writer)
             except asyncio.CancelledError:
                 if not self._is_stopping:
                     raise
             finally:
                 self._serving.discard(task)
-                writer.close()
+                writer.transport.abort()
 
         await self._p2p.add_binary_stream_handler(name, on_stream)
 
@@ -213,15 +210,21 @@ class Streams:
             task.cancel()
         await asyncio.gather(*serving, return_exceptions=True)
 
-    async def _serve_one(self, name: str, handler: Handler, stream: Stream) -> None:
-        caller = stream.remote
+    async def _serve_one(
+        self, name: str, caller: PeerId, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Let the handler serve a stream, within the caller's share; it counts until its socket is closed."""
+        handler = self._handlers.get(name)
+        if handler is None:
+            return
         if self._num_open >= MAX_STREAMS or self._open_by_caller.get(caller, 0) >= MAX_STREAMS_PER_CALLER:
             log.warning("stream.refused", name=name, caller=caller, reason="too many streams")
             return
         self._num_open += 1
         self._open_by_caller[caller] = self._open_by_caller.get(caller, 0) + 1
         try:
-            await handler(stream)
+            async with _ending(writer):
+                await handler(Stream(caller, reader, writer))
         except PeerFault as error:
             log.info("stream.fault", name=name, caller=caller, error=error.one_line())
         except TransientError as error:
@@ -233,6 +236,23 @@ class Streams:
             self._open_by_caller[caller] -= 1
             if not self._open_by_caller[caller]:
                 del self._open_by_caller[caller]
+
+
+@asynccontextmanager
+async def _ending(writer: asyncio.StreamWriter) -> AsyncIterator[None]:
+    """Close a stream when the block is left: at once if it is cancelled, else what was sent last may still go out.
+
+    That is also so if the block fails: an error often follows the acknowledgement of what has caused it.
+    """
+    try:
+        yield
+    except SwarmError:
+        await hang_up(writer)
+        raise
+    except BaseException:
+        writer.transport.abort()
+        raise
+    await hang_up(writer)
 
 
 def _peer_id(peer: PeerId) -> PeerID:

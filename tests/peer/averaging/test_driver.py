@@ -6,103 +6,187 @@ Oracle: the events that reach the machine, and the steps that reach the engine.
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
+from peer.averaging import driver, machine_clock
+from peer.averaging.absorb import Update
 from peer.averaging.driver import MAX_INBOX, Hooks, StageDriver
 from peer.reports import ReportQueue
-from protocol.errors import BusyError, UnreachableError
+from protocol.errors import BusyError, PeerFault, UnreachableError
+from protocol.history import LogRequest
 from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, Version, digest
 from protocol.rounds import events
 from protocol.rounds.messages import Hello
 
 STAGE = StageId(1)
-ANNE = PeerId("anne")
+ANNE, BERT = PeerId("anne"), PeerId("bert")
 BEAT_S = 0.01
 
 
 class Machine:
-    """Notes what it is told; may be held up, and asked for actions."""
+    """Notes what it is told and when; may be asked for actions."""
+
+    chain = applied = None
 
     def __init__(self) -> None:
         self.seen: list[events.Event] = []
+        self.seen_s: list[float] = []
         self.answers: list[list[Any]] = []
 
     def handle(self, event: events.Event, now_s: float) -> list[Any]:
         self.seen.append(event)
+        self.seen_s.append(now_s)
         return self.answers.pop(0) if self.answers else []
+
+    def has_seen(self, kind: type[Any]) -> bool:
+        return any(isinstance(event, kind) for event in self.seen)
 
 
 @dataclass
 class Engine:
     version: int = 5
+    shards: tuple[Any, ...] = ()
 
     def state_digest(self) -> Digest:
         return digest(str(self.version).encode())
 
 
 class Sync:
-    """Replays by counting up; the first attempt at `fails_at` finds nobody."""
+    """Fetches at once, unless it is held up, and absorbs by counting up; nobody has `missing`."""
 
-    def __init__(self, engine: Engine, *, fails_at: int) -> None:
+    def __init__(self, engine: Engine, compute: Compute, *, missing: int) -> None:
         self._engine = engine
-        self._fails_at = fails_at
-        self.replayed: list[int] = []
+        self._compute = compute
+        self._missing = missing
+        self.found = asyncio.Event()
+        self.found.set()
+        self.data = b"sum"
+        self.asked: list[tuple[PeerId, ...]] = []
+        self.log: list[str] = []
 
-    async def replay(self, commits: tuple[Any, ...], *, sources: object) -> None:
-        (signed,) = commits
-        if signed.version == self._fails_at:
-            self._fails_at = 0
+    async def fetch_update(self, commit: Any, sources: Any) -> Update:
+        self.asked.append(tuple(sources))
+        if commit.version == self._missing:
+            self._missing = 0
             raise UnreachableError("nobody has it")
-        self.replayed.append(signed.version)
-        self._engine.version = signed.version
+        await self.found.wait()
+        return Update("fp32", self.data)
+
+    async def absorb(self, commit: Any, update: Update) -> None:
+        def step() -> None:
+            if commit.version != self._engine.version + 1:
+                raise PeerFault("that does not follow")
+            self._engine.version = commit.version
+            self.log.append(f"absorbed {commit.version}")
+
+        await self._compute.run(step)
+
+    async def keep(self, commit: Any, signed: Any, update: Update) -> None:
+        self.log.append(f"kept {commit.version}")
+
+    async def from_members(self, sources: Any, *, least_generation: int) -> Any:
+        self.log.append(f"resync at {self._engine.version}")
+        return SimpleNamespace(charter="charter", commits=())
+
+
+class Compute:
+    """As the compute thread: what has begun runs to its end, and it may be busy."""
+
+    def __init__(self) -> None:
+        self.free = asyncio.Event()
+        self.free.set()
+
+    async def run(self, work: Any, **_: object) -> Any:
+        async def job() -> Any:
+            await self.free.wait()
+            return work()
+
+        return await asyncio.shield(asyncio.create_task(job()))
+
+
+class History:
+    """Notes in which thread it is read."""
+
+    def __init__(self) -> None:
+        self.threads: set[threading.Thread] = set()
+
+    def commit_of(self, version: Version) -> None:
+        self.threads.add(threading.current_thread())
+
+
+MANIFEST = SimpleNamespace(
+    batch=SimpleNamespace(num_rounds=9),
+    keeping=SimpleNamespace(checkpoint_every=9),
+    timing=SimpleNamespace(beat_s=4 * BEAT_S, hop_silence_s=1.0, reduce_timeout_s=1.0, round_deadline_s=1.0),
+)
 
 
 class Case:
-    def __init__(self, *, fails_at: int = 0) -> None:
+    def __init__(self, *, missing: int = 0) -> None:
         self.machine = Machine()
         self.engine = Engine()
-        self.sync = Sync(self.engine, fails_at=fails_at)
-        self.held = asyncio.Event()
-        self.held.set()
+        self.compute = Compute()
+        self.sync = Sync(self.engine, self.compute, missing=missing)
+        self.history = History()
+        self.committed: list[int] = []
         self.driver = StageDriver(
             STAGE,
-            manifest=cast(
-                Any, SimpleNamespace(batch=SimpleNamespace(num_rounds=9), keeping=SimpleNamespace(checkpoint_every=9))
-            ),
+            manifest=cast(Any, MANIFEST),
             machine=cast(Any, self.machine),
             me=PeerId("me"),
-            engine=cast(Any, SimpleNamespace(engines={STAGE: self.engine}, open=lambda *_, **__: None)),
-            compute=cast(Any, self),
+            engine=cast(
+                Any,
+                SimpleNamespace(engines={STAGE: self.engine}, open=lambda *_, **__: None, freeze=lambda *_: 0),
+            ),
+            compute=cast(Any, self.compute),
             calls=cast(Any, None),
             reduce=cast(Any, None),
             sync=cast(Any, self.sync),
-            history=cast(Any, None),
-            gate=cast(Any, SimpleNamespace(open=lambda *_, **__: None)),
+            history=cast(Any, self.history),
+            gate=cast(Any, SimpleNamespace(open=lambda *_, **__: None, freeze=lambda *_: None)),
             view=cast(Any, SimpleNamespace(learn=lambda membership: None)),
             reports=ReportQueue(),
             hooks=Hooks(
                 on_freeze=lambda closing: None,
-                on_commit=lambda commit, signed: None,
-                sources=lambda: (),
+                on_commit=lambda commit, signed: self.committed.append(commit.version),
+                sources=lambda: (BERT,),
                 on_own_closing=lambda message: None,
                 on_lost=lambda: None,
             ),
             beat_s=BEAT_S,
         )
+        self.driver._after_step = cast(Any, lambda commit, *_: self.committed.append(commit.version))  # type: ignore[method-assign]
 
-    async def run(self, work: Any, **_: object) -> Any:
-        """As the compute thread, which may be busy."""
-        await self.held.wait()
-        return work()
+    async def perform(self, *actions: Any) -> None:
+        """Let the machine ask for this at the next event, and wait until it has."""
+        self.machine.answers = [list(actions)]
+        self.driver.post(events.Tick())
+        await until(lambda: not self.machine.answers)
 
 
-def step(version: int) -> events.CommitStep:
-    """A commit that only its version is looked at of."""
-    commit = SimpleNamespace(version=Version(version))
+@asynccontextmanager
+async def running(case: Case) -> AsyncIterator[None]:
+    """Run the driver for as long as the block takes; it must not have failed by then."""
+    task = asyncio.create_task(case.driver.run())
+    yield
+    assert not task.done()
+    task.cancel()
+    await asyncio.wait({task})
+
+
+def step(version: int, *contributors: PeerId) -> events.CommitStep:
+    """A commit of which only this is looked at."""
+    given = tuple(SimpleNamespace(peer=peer) for peer in contributors)
+    commit = SimpleNamespace(version=Version(version), digest=digest(b"sum"), contributors=given)
     return cast(events.CommitStep, SimpleNamespace(commit=commit, signed=commit, lineage=Lineage(bytes(32))))
 
 
@@ -125,38 +209,164 @@ async def test_strangers_cannot_fill_the_memory_of_a_stage_that_is_busy() -> Non
     with pytest.raises(BusyError):
         case.driver.receive(ANNE, hello())
     case.driver.post(events.Tick())  # what is our own is never refused
-    running = asyncio.create_task(case.driver.run())
-    await until(lambda: len(case.machine.seen) > MAX_INBOX)
-    case.driver.receive(ANNE, hello())
-    running.cancel()
+    async with running(case):
+        await until(lambda: len(case.machine.seen) > MAX_INBOX)
+        case.driver.receive(ANNE, hello())
+
+
+OPENING = events.OpenRound(
+    round=RoundId(1), version=Version(5), lineage=Lineage(bytes(32)), members=(ANNE,), fresh=True
+)
 
 
 async def test_a_long_step_is_followed_by_one_tick_and_not_by_all_that_were_missed() -> None:
     """Each of them would repeat every message that nobody has acknowledged."""
     case = Case()
-    opening = events.OpenRound(
-        round=RoundId(1), version=Version(5), lineage=Lineage(bytes(32)), members=(ANNE,), fresh=True
-    )
-    case.machine.answers = [[opening]]
-    case.held.clear()
-    running = asyncio.create_task(case.driver.run())
-    await asyncio.sleep(20 * BEAT_S)
-    assert len(case.machine.seen) == 1
-    case.held.set()
-    await until(lambda: len(case.machine.seen) >= 2)
-    assert len(case.machine.seen) <= 3
-    assert all(isinstance(event, events.Tick) for event in case.machine.seen)
-    running.cancel()
+    case.machine.answers = [[OPENING]]
+    case.compute.free.clear()
+    async with running(case):
+        await asyncio.sleep(20 * BEAT_S)
+        assert len(case.machine.seen) == 1
+        case.compute.free.set()
+        await until(lambda: len(case.machine.seen) >= 2)
+        assert len(case.machine.seen) <= 3
+        assert all(isinstance(event, events.Tick) for event in case.machine.seen)
+
+
+@pytest.mark.parametrize(("beats", "is_sleep"), [(5, False), (20, True)])
+async def test_our_own_work_is_no_sleep_unless_others_may_have_given_us_up(
+    monkeypatch: pytest.MonkeyPatch, beats: int, is_sleep: bool
+) -> None:
+    """Three beats without an event are sleep to the machine, and the others' patience is twelve beats.
+
+    Oracle: the time that the machine is told before and after, on a played clock.
+    """
+    time = SimpleNamespace(now_s=0.0)
+    for module in (driver, machine_clock):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: time.now_s))
+    case = Case()
+    case.machine.answers = [[OPENING]]
+    case.compute.free.clear()
+    async with running(case):
+        await until(lambda: case.machine.seen)
+        time.now_s += beats * BEAT_S
+        case.compute.free.set()
+        await until(lambda: len(case.machine.seen) >= 2)
+        before_s, after_s, *_ = case.machine.seen_s
+        assert (after_s - before_s > 3 * BEAT_S) is is_sleep
+
+
+# -- fetching ----------------------------------------------------------------------------------------------
+
+
+async def test_bytes_that_fit_the_digest_and_nothing_else_are_a_failed_fetch() -> None:
+    """A member may commit to nonsense. Oracle: the machine hears of it, and the driver goes on."""
+    case = Case()
+    case.engine.shards = (SimpleNamespace(gradient=torch.zeros(1000)),)
+    async with running(case):
+        await case.perform(events.Fetch(step(6).commit, (BERT,)))
+        await until(lambda: case.machine.has_seen(events.FetchFailed))
+        assert not case.machine.has_seen(events.Fetched)
+
+
+async def test_only_who_is_known_to_host_the_stage_is_asked_for_bytes() -> None:
+    """Not whoever sent the message: a stranger could make us wait. Oracle: whom the fetch is given, in order."""
+    case = Case(missing=6)
+    named = (PeerId("stranger"), ANNE, BERT)
+    async with running(case):
+        await case.perform(events.Fetch(step(6).commit, named))
+        await until(lambda: case.machine.has_seen(events.FetchFailed))
+        await case.perform(events.Replay((step(6, ANNE),), named))
+        await until(lambda: case.machine.has_seen(events.Applied))
+    assert case.sync.asked == [(BERT,), (ANNE, BERT)]
+
+
+async def test_an_update_that_does_not_follow_is_told_to_the_machine() -> None:
+    """It knows how to get to its place again. Oracle: what it hears of a step that follows, and of another."""
+    case = Case()
+    async with running(case):
+        for version, kind in ((6, events.Applied), (9, events.ApplyFailed)):
+            case.driver._stage_update(digest(b"sum"), Update("fp32", b"sum"))
+            target = step(version)
+            await case.perform(events.Apply(target.commit, target.signed, target.lineage))
+            await until(partial(case.machine.has_seen, kind))
+            case.driver._staged.clear()
+        assert case.sync.log == ["absorbed 6", "kept 6"]
+
+
+# -- replay ------------------------------------------------------------------------------------------------
 
 
 async def test_a_replay_goes_on_where_the_last_attempt_ended() -> None:
     """Otherwise a source that dies in the middle would cost a download of the whole state."""
-    case = Case(fails_at=7)
-    steps = (step(6), step(7), step(8))
-    case.driver._after_step = cast(Any, lambda *_, **__: None)  # type: ignore[method-assign]
-    running = asyncio.create_task(case.driver.run())
-    await case.driver._replay(steps, ())
-    await until(lambda: any(isinstance(event, events.ApplyFailed) for event in case.machine.seen))
-    await case.driver._replay(steps, ())
-    assert case.sync.replayed == [6, 7, 8]
-    running.cancel()
+    case = Case(missing=7)
+    replay = events.Replay((step(6), step(7), step(8)), ())
+    async with running(case):
+        await case.perform(replay)
+        await until(lambda: case.machine.has_seen(events.ApplyFailed))
+        await case.perform(replay)
+        await until(lambda: case.machine.has_seen(events.Applied))
+        assert case.committed == [6, 7, 8]
+
+
+async def test_a_replay_of_what_is_there_already_is_answered() -> None:
+    case = Case()
+    async with running(case):
+        await case.perform(events.Replay((step(5),), ()))
+        await until(lambda: case.machine.has_seen(events.Applied))
+        assert case.sync.log == []
+
+
+async def test_the_machine_hears_of_everything_while_a_replay_waits_for_bytes() -> None:
+    case = Case()
+    case.sync.found.clear()
+    async with running(case):
+        await case.perform(events.Replay((step(6),), ()))
+        await until(lambda: case.sync.asked)
+        case.driver.receive(ANNE, hello())
+        await until(lambda: case.machine.has_seen(events.Received))
+        case.sync.found.set()
+        await until(lambda: case.machine.has_seen(events.Applied))
+
+
+async def test_what_replaces_a_replay_waits_for_the_step_that_it_has_begun() -> None:
+    """The compute thread ends its job anyway. Oracle: the order, and that nothing of the step is missing."""
+    case = Case()
+    case.compute.free.clear()
+    async with running(case):
+        await case.perform(events.Replay((step(6), step(7)), ()))
+        await until(lambda: case.sync.asked)
+        await asyncio.sleep(0.01)
+        await case.perform(events.Resync(None, ()))
+        await case.perform(events.Resync(None, ()))
+        await asyncio.sleep(0.01)
+        assert case.sync.log == []
+        case.compute.free.set()
+        await until(lambda: case.machine.has_seen(events.Synced))
+        assert case.sync.log == ["absorbed 6", "kept 6", "resync at 6"]
+        assert case.committed == [6]
+        assert not case.machine.has_seen(events.Applied)
+
+
+async def test_a_goodbye_ends_a_replay() -> None:
+    case = Case()
+    case.sync.found.clear()
+    async with running(case):
+        await case.perform(events.Replay((step(6),), ()))
+        await until(lambda: case.sync.asked)
+        await case.driver.say_goodbye()
+        case.sync.found.set()
+        await asyncio.sleep(0.01)
+        assert case.sync.log == []
+
+
+# -- answers -----------------------------------------------------------------------------------------------
+
+
+async def test_files_that_strangers_ask_for_are_not_read_on_the_event_loop() -> None:
+    """Oracle: the thread."""
+    case = Case()
+    answer = await case.driver.answer_log(LogRequest(stage=STAGE, since=Version(3)))
+    assert answer.commits == ()
+    assert threading.current_thread() not in case.history.threads
+    assert case.history.threads

@@ -172,11 +172,17 @@ async def test_garbage_ends_its_stream_and_nothing_else(swarm: list[Member], kin
     assert joined(second) == joined(await first) == b"".join(reference("fp32", inputs))
 
 
-async def test_caller_gets_only_so_many_streams(swarm: list[Member], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the stream over the limit is closed without an answer; when the others are gone there is room again."""
-    monkeypatch.setattr(link, "MAX_STREAMS_PER_CALLER", 2)
+@pytest.mark.parametrize(("limit", "holder"), [("MAX_STREAMS_PER_CALLER", 3), ("MAX_STREAMS", 2)])
+async def test_there_are_only_so_many_streams(
+    swarm: list[Member], monkeypatch: pytest.MonkeyPatch, limit: str, holder: int
+) -> None:
+    """Oracle: the stream over the limit (of a caller, of all together) is closed without an answer; when the others
+    are gone there is room again.
+    """
+    monkeypatch.setattr(link, limit, 2)
     name = ReduceService._get_handle_name(NAMESPACE, "rpc_aggregate_part")
-    held = [(await swarm[3].p2p.call_binary_stream_handler(swarm[0].p2p.peer_id, name))[1:] for _ in range(2)]
+    held = [(await swarm[holder].p2p.call_binary_stream_handler(swarm[0].p2p.peer_id, name))[1:] for _ in range(2)]
+    await asyncio.sleep(0.1)
     assert await call(swarm[3], swarm[0], hello(b"")) == []
     for _, writer in held:
         writer.transport.abort()

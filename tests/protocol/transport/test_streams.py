@@ -8,6 +8,7 @@ import os
 import weakref
 from pathlib import Path
 
+import psutil
 import pytest
 
 from protocol.errors import (
@@ -22,8 +23,9 @@ from protocol.errors import (
     WireError,
 )
 from protocol.ids import PeerId, digest
+from protocol.transport import streams
 from protocol.transport.blobs import MAX_RANGE_BYTES, Blobs, MissingBlobError
-from protocol.transport.calls import Calls, Done
+from protocol.transport.calls import Calls, Done, Failure
 from protocol.transport.streams import Stream, Streams
 from protocol.wire import HEADER, MAX_MESSAGE_BYTES, FrameKind, Message
 from tests.protocol.transport.network import RUN, StartNode
@@ -240,3 +242,68 @@ async def test_who_serves_nothing_under_a_name_is_told_from_who_is_not_there(sta
         async with streams.open(second.peer_id, "/handcar/99/another-version"):
             pass
     assert not gone.value.is_deaf
+
+
+async def test_a_caller_that_does_not_read_leaves_no_socket_behind(
+    start: StartNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the descriptors of this process, while the caller still holds its own end."""
+    monkeypatch.setattr(streams, "CHUNK_TIMEOUT_S", 0.3)
+    first, second, peer = await pair(start)
+    ended = asyncio.Event()
+
+    async def flood(stream: Stream) -> None:
+        try:
+            await stream.send_body(memoryview(bytes(32 << 20)))  # more than all buffers between the two hold
+        finally:
+            ended.set()
+
+    await second.serve("flood", flood)
+    before = psutil.Process().num_fds()
+    async with first.open(peer, "flood") as stream:
+        stream._reader._transport.pause_reading()  # type: ignore[attr-defined]
+        async with asyncio.timeout(15):
+            await ended.wait()
+            while psutil.Process().num_fds() > before + 1:  # noqa: ASYNC110 - one is our own end
+                await asyncio.sleep(0.02)
+
+
+async def test_a_request_whose_handler_has_gone_off_meanwhile_is_refused(start: StartNode) -> None:
+    """Oracle: an answer, where there used to be a stream that just broke off."""
+    first, second, peer = await pair(start)
+    asking, answering = Calls(first, run=RUN), Calls(second, run=RUN)
+
+    async def answer(caller: PeerId, question: Question) -> Reply:
+        return Reply(number=question.number)
+
+    answering.on(Question, answer)
+    await answering.serve()
+    async with first.open(peer, asking._name) as stream:
+        while not second._num_open:  # noqa: ASYNC110 - until it waits for the request
+            await asyncio.sleep(0.02)
+        answering.off(Question)
+        await stream.send(Question(number=1))
+        answered: Message = await stream.receive(Reply, Failure, timeout_s=5)
+        assert isinstance(answered, Failure)
+        assert answered.code == RefusedError.code
+
+
+async def test_what_is_said_right_before_an_error_arrives(start: StartNode) -> None:
+    """A caller acknowledges an answer that it does not like. Oracle: the other side, which has to hear that."""
+    first, second, peer = await pair(start)
+    heard = asyncio.Queue[int]()
+
+    async def listen(stream: Stream) -> None:
+        heard.put_nowait((await stream.receive(Question, timeout_s=5)).number)
+
+    async def acknowledge(number: int) -> None:
+        async with first.open(peer, "listen") as stream:
+            await stream.send(Question(number=number))
+            raise WireError("that was no good answer")
+
+    await second.serve("listen", listen)
+    for number in range(20):
+        with pytest.raises(WireError, match="no good answer"):
+            await acknowledge(number)
+    async with asyncio.timeout(5):
+        assert sorted([await heard.get() for _ in range(20)]) == list(range(20))
