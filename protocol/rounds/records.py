@@ -107,14 +107,17 @@ def clip_scale(norm: float, rules: RoundRules) -> float:
 
 
 def count_losses(stage: StageId, contributors: Sequence[Contribution], closings: Iterable[Closing]) -> tuple[int, int]:
-    """Return (tokens dropped, tokens double counted) of one stage over all rounds that a commit covers."""
+    """Return (tokens dropped, tokens double counted) of one stage over all rounds that a commit covers.
+
+    Dropped is what somebody is credited with and did not bring: it died, was left out, or had to begin its sum anew.
+    """
     credited: Counter[PeerId] = Counter()
     for closing in closings:
         for credit in closing.credits:
             if credit.stage == stage:
                 credited[credit.peer] += credit.tokens
     accumulated = {contribution.peer: contribution.tokens for contribution in contributors}
-    dropped = sum(tokens for peer, tokens in credited.items() if peer not in accumulated)
+    dropped = sum(max(0, tokens - accumulated.get(peer, 0)) for peer, tokens in credited.items())
     doubled = sum(max(0, tokens - credited[peer]) for peer, tokens in accumulated.items())
     return min(dropped, MAX_COUNT), min(doubled, MAX_COUNT)  # a closing may lie; a record must stay a record
 

@@ -92,10 +92,18 @@ def test_tokens_dropped_are_those_credited_to_whom_the_average_lacks() -> None:
 
 
 def test_tokens_counted_double_are_those_beyond_the_credits() -> None:
-    """Less than credited is no negative double: somebody else's surplus stays visible."""
+    """Also of whom no path of this stage has named."""
     record = draw_closing(RUN, RoundId(0), RoundSize(4), {0: done(0, credits=(_credit(A, 100), _credit(B, 100, 7)))})
     group = [Contribution(peer=A, tokens=130), Contribution(peer=B, tokens=5)]
     assert count_losses(STAGE, group, [record]) == (0, 35)
+
+
+def test_who_had_to_begin_its_sum_anew_has_dropped_what_it_was_credited_with() -> None:
+    """And takes nothing from what another one has counted double."""
+    record = draw_closing(RUN, RoundId(0), RoundSize(4), {0: done(0, credits=(_credit(A, 100),))})
+    for brought, expected in ((0, (100, 0)), (5, (95, 0)), (100, (0, 0)), (130, (0, 30))):
+        group = [Contribution(peer=A, tokens=brought), Contribution(peer=B, tokens=7)]
+        assert count_losses(STAGE, group, [record]) == (expected[0], expected[1] + 7)
 
 
 def test_the_clip_scale_brings_the_average_to_the_threshold() -> None:
