@@ -103,8 +103,7 @@ class Clock:
         actions = self._tell_change(before)
         if self.is_clock:
             actions += self._report_to_earlier()
-            late = now_s - self._opened_s >= self._settings.timers.round_deadline_s
-            return [*actions, *self.close()] if late else actions
+            return [*actions, *self.close()] if self._is_late(now_s) else actions
         return [*actions, *self._report_to(self._order[self._rank], self._own_bits & ~self._clock_has)]
 
     def wake(self, now_s: float) -> None:
@@ -129,6 +128,12 @@ class Clock:
     def _is_full(self) -> bool:
         """A round without any number is never full: it waits for its deadline instead of spinning."""
         return self._own_bits == self.size.all_bits != 0
+
+    def _is_late(self, now_s: float) -> bool:
+        """After the last round there is nothing to close."""
+        last_round = self._settings.rules.last_round
+        exists = last_round is None or self.round <= last_round
+        return exists and now_s - self._opened_s >= self._settings.timers.round_deadline_s
 
     def _is_sound(self, task: DoneTask) -> bool:
         """A number of this round, with one credit per stage at most, and none above its tokens."""

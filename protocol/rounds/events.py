@@ -298,7 +298,8 @@ class Trouble(StrEnum):
     LEFT_OUT = "left_out"
     """We answered the steward, and our work is not in its commit."""
     STRANGE_CLOCK = "strange_clock"
-    """A closing signed by somebody of whom we do not know that it hosts stage 0: look stage 0 up."""
+    """A closing signed by somebody of whom we do not know that it hosts stage 0 (look stage 0 up); or of a round
+    so far ahead that one peer's word does not do."""
     BALLOT_FAILED = "ballot_failed"
     """One attempt to average came to nothing (we were its steward)."""
 

@@ -1,7 +1,8 @@
 """Keeping up: saying where we stand, noticing that somebody stands elsewhere, and passing on what is missing.
 
 Owns: `Hello`, `Ready`, and the questions and answers about chains and closings; the discovery of forks. Must
-not know: ballots. Everything that was lost on the way, or missed while away, is repaired from here.
+not know: ballots. Everything that was lost on the way, or missed while away, is repaired from here. What others
+say of a chain counts as the answer to a question of ours, and only members and known hosts of the stage are asked.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class Gossip:
         self._ready_s = 0.0
         self._turn = 0
         self._asked_s: dict[PeerId, float] = {}
+        self._believed_s: dict[PeerId, float] = {}
+        """On whose word we have given up our state, and when."""
         self._forks: dict[PeerId, Lineage] = {}
 
     def tick(self, now_s: float) -> list[Step]:
@@ -76,7 +79,7 @@ class Gossip:
             actions += self.on_ask_closing(sender, hello.closed)
         if hello.lineage == chain.head.lineage:
             actions += self._compare_state(sender, hello)
-            actions += self._member.note_heir(sender) if hello.applied else []
+            actions += self._member.note_heir(sender) if hello.applied and sender in chain.head.members else []
         return actions
 
     def on_ready(self, sender: PeerId, ready: Ready, now_s: float) -> list[Step]:
@@ -120,6 +123,8 @@ class Gossip:
         chain = self._member.chain
         if chain is None or answer.charter != chain.signed_charter:
             return actions
+        if not self._was_asked(sender, now_s):  # a hint; also ours, to who shows that it is behind
+            return [*actions, *self._ask(sender, chain, now_s)]
         for signed in answer.commits:
             if chain.has(signed):
                 continue
@@ -128,7 +133,7 @@ class Gossip:
             is_more = answer.version > chain.head.version
             return [*actions, *(self._ask(sender, chain, now_s, again=True) if is_more else [])]
         if chain.head.version < answer.oldest_version:
-            return [*actions, *self._member.resync(None)]
+            return [*actions, *self._start_over(sender, now_s)]
         relation = chain.relation(answer.lineage, answer.version)
         parted = relation in (Relation.FORKED, Relation.UNKNOWN)
         return [*actions, *(self._report_fork(sender, answer.lineage) if parted else [])]
@@ -239,11 +244,13 @@ class Gossip:
         )
 
     def _ask(self, peer: PeerId, chain: Chain, now_s: float, *, again: bool = False) -> list[Step]:
-        """Ask for what comes after our head; not more often than once a beat from anybody."""
-        beat_s = self._settings.timers.beat_s
-        if not again and now_s - self._asked_s.get(peer, -beat_s) < beat_s:
+        """Ask a replica of our stage for what comes after our head; not more often than once a beat from anybody."""
+        timers = self._settings.timers
+        if peer not in self._peers(chain):
             return []
-        self._asked_s = {other: at_s for other, at_s in self._asked_s.items() if now_s - at_s < beat_s}
+        if not again and now_s - self._asked_s.get(peer, -timers.beat_s) < timers.beat_s:
+            return []
+        self._asked_s = {other: at_s for other, at_s in self._asked_s.items() if now_s - at_s <= timers.notice_s}
         self._asked_s[peer] = now_s
         question = AskChain(
             stage=self._settings.stage,
@@ -253,10 +260,27 @@ class Gossip:
         )
         return [Send(peer, question)]
 
+    def _was_asked(self, peer: PeerId, now_s: float) -> bool:
+        asked_s = self._asked_s.get(peer)
+        return asked_s is not None and now_s - asked_s <= self._settings.timers.notice_s
+
+    def _start_over(self, peer: PeerId, now_s: float) -> list[Step]:
+        """Give up our state on `peer`'s word that no log reaches it any more.
+
+        Nobody can prove that. So it must look true from here, and who says it again before long is not believed.
+        """
+        isolation_s = self._settings.timers.isolation_s
+        self._believed_s = {other: at_s for other, at_s in self._believed_s.items() if now_s - at_s < isolation_s}
+        if peer in self._believed_s or not self._member.is_left_behind(now_s):
+            return []
+        self._believed_s[peer] = now_s
+        return self._member.resync(None)
+
     def _report_fork(self, peer: PeerId, lineage: Lineage) -> list[Step]:
         chain = self._member.chain
-        if self._forks.get(peer) == lineage or chain is None:
+        if chain is None or peer not in self._peers(chain) or self._forks.get(peer) == lineage:
             return []
+        self._forks = {other: theirs for other, theirs in self._forks.items() if other in self._peers(chain)}
         self._forks[peer] = lineage
         return [Report(Trouble.FORKED, peer, f"{lineage.hex()[:12]} against our {chain.head.lineage.hex()[:12]}")]
 

@@ -105,6 +105,8 @@ class Chain:
         _require(commit.parent == head.lineage, "it follows another lineage")
         _require(commit.version == head.version + 1, "it skips a version")
         _require(commit.first_round == head.next_round <= commit.round, "its rounds do not follow")
+        last_round = settings.rules.last_round
+        _require(last_round is None or commit.round <= last_round, "its round is none of the run's")
         _require(signed.signer in head.members, f"its signer {signed.signer} is not a member")
         _require(bool(commit.seats) and _distinct(s.peer for s in commit.seats), "its seats are wrong")
         peers = [contribution.peer for contribution in commit.contributors]

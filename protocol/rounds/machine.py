@@ -45,6 +45,7 @@ from protocol.rounds.messages import (
     Ack,
     AskChain,
     AskClosing,
+    Ballot,
     BallotMessage,
     Begin,
     ChainAnswer,
@@ -69,10 +70,12 @@ from protocol.rounds.messages import (
 from protocol.rounds.neighbours import Neighbours
 from protocol.rounds.notices import Notices
 from protocol.rounds.settings import Settings
-from protocol.rounds.steward import Phase
+from protocol.rounds.slot import Slot
+from protocol.rounds.steward import Phase, Steward
 from protocol.signing import Signed
 
 MAX_STEPS = 10_000  # of messages to ourselves within one event; a round takes about ten
+MAX_BALLOT_LEAP = 10_000  # over an hour of failed ballots, one a beat, all of which we would have missed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,9 +89,9 @@ class RoundStatistics:
     generation: int
     num_members: int
     steward: PeerId | None
+    """Who conducts the present ballot, as far as we have promised."""
     phase: Phase
     """What our own steward waits for; idle unless we conduct the ballot."""
-    """Who conducts the present ballot, as far as we have promised."""
     ballot: int
     num_done: int
     """Numbers of the open round known to be done; stage 0 only."""
@@ -229,21 +232,20 @@ class RoundMachine:
         if sender in self._neighbours.banned:
             return []
         if sender != self._settings.me.peer:
-            self._neighbours.heard_s = now_s
+            self._neighbours.note_heard(sender, now_s)
         match message:
             case BallotMessage():
                 return self._on_ballot(sender, message, now_s)
             case Outbid():
-                steward = self._member.steward
-                return steward.on_outbid(message, now_s) if steward and self._is_ours(message.parent) else []
+                return self._on_outbid(sender, message, now_s)
             case VoidRound():
                 return self._member.on_void(sender, message, now_s)
             case DoneReport() | DoneUnion():
                 return self._on_done(sender, message, now_s)
             case ClosingNotice(stage=stage, closing=closing):
-                actions = self._member.on_closing(closing, now_s)
-                has_it = self._member.closings.has(closing)
-                return [*actions, *(self._ack(sender, stage, closing) if has_it else [])]
+                actions = self._member.on_closing(sender, closing, now_s)
+                is_strange = any(isinstance(each, Report) for each in actions)
+                return [*actions, *([] if is_strange else self._ack(sender, stage, closing))]
             case Committed(commit=commit):
                 actions = self._gossip.on_committed(sender, message, now_s)
                 chain = self._member.chain
@@ -284,9 +286,9 @@ class RoundMachine:
             # A steward takes us for a member that we no longer are: our session tells it.
             hello = self._gossip.hello(member.chain.head, member.chain.generation)
             return [Send(sender, hello)] if isinstance(message, Ping) else []
-        if sender not in slot.order:
-            raise PeerFault(f"{sender} has no seat")
+        _check_ballot(slot, steward, sender, message.ballot)
         self._neighbours.note_alive(slot.parent.seats, sender)
+        slot.spoke_s[sender] = now_s
         match message:
             case Pong():
                 return steward.on_pong(sender, message, now_s)
@@ -296,6 +298,8 @@ class RoundMachine:
                 return steward.on_accept(sender, message)
             case Decline():
                 return steward.on_decline(sender, message, now_s)
+            case StillHere(ballot=ballot) if ballot.steward == self._settings.me.peer:
+                return []  # a voter, whose sign of life is noted in the slot
         if message.ballot.steward != sender:
             raise PeerFault(f"{sender} conducts a ballot of {message.ballot.steward}")
         match message:
@@ -309,16 +313,24 @@ class RoundMachine:
                 return voter.on_still_here(sender, message.ballot, now_s)
         return []
 
+    def _on_outbid(self, sender: PeerId, outbid: Outbid, now_s: float) -> list[Step]:
+        slot, steward = self._member.slot, self._member.steward
+        if slot is None or steward is None or outbid.parent != slot.parent.lineage:
+            return []
+        _check_ballot(slot, steward, sender, outbid.promised)
+        return steward.on_outbid(outbid, now_s)
+
     def _on_ping(self, sender: PeerId, ping: Ping, now_s: float) -> list[Step]:
         """A ping also brings the closing, to those who have not heard it."""
         member = self._member
-        actions = member.on_closing(ping.closing, now_s)
+        actions = member.on_closing(sender, ping.closing, now_s)
         slot, voter = member.slot, member.voter
         if slot is None or voter is None or any(isinstance(each, Report) for each in actions):
             return actions
         if slot.newest_closing is None:  # we know that its round was void
             void = VoidRound(stage=ping.stage, parent=ping.parent, ballot=ping.ballot, round=RoundId(slot.round - 1))
-            return [*actions, Send(sender, void)]
+            proof = self._gossip.on_ask_closing(sender, slot.round - 2)
+            return [*actions, *proof, Send(sender, void)]
         return [*actions, *voter.on_ping(sender, ping, now_s)]
 
     def _on_done(self, sender: PeerId, message: DoneReport | DoneUnion, now_s: float) -> list[Step]:
@@ -333,10 +345,6 @@ class RoundMachine:
 
     # -- helpers -----------------------------------------------------------------------------------
 
-    def _is_ours(self, parent: Lineage) -> bool:
-        chain = self._member.chain
-        return chain is not None and chain.head.lineage == parent
-
     def _ack(self, sender: PeerId, stage: int, signed: Signed) -> list[Step]:
         if sender == self._settings.me.peer:
             return []
@@ -348,3 +356,11 @@ class RoundMachine:
         more = self._neighbours.everybody() if is_closing else self._neighbours.listeners()
         to = (what.to | more) - {self._settings.me.peer}
         return self._notices.announce(Announce(to=to, message=what.message, key=what.key), now_s)
+
+
+def _check_ballot(slot: Slot, steward: Steward, sender: PeerId, ballot: Ballot) -> None:
+    """Raise `PeerFault` unless a member speaks, of a ballot that may exist: numbers that leap would soon be used up."""
+    if sender not in slot.order:
+        raise PeerFault(f"{sender} has no seat")
+    if ballot.number > steward.newest_number + MAX_BALLOT_LEAP:
+        raise PeerFault(f"ballot {ballot.number} of {sender} cannot follow {steward.newest_number}")

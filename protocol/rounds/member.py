@@ -19,7 +19,7 @@ from enum import Enum
 from protocol.errors import PeerFault
 from protocol.ids import Digest, Lineage, PeerId, RoundId
 from protocol.rounds.clock import Clock
-from protocol.rounds.closings import FIRST_STAGE, Closings
+from protocol.rounds.closings import FIRST_STAGE, Closings, Word
 from protocol.rounds.events import (
     AbortReduce,
     Applied,
@@ -42,7 +42,7 @@ from protocol.rounds.leaving import Leaving
 from protocol.rounds.lineage import Chain, Link, read_charter
 from protocol.rounds.messages import VoidRound
 from protocol.rounds.neighbours import Neighbours
-from protocol.rounds.quorum import steward_order
+from protocol.rounds.quorum import is_quorum, steward_order
 from protocol.rounds.records import check_scale
 from protocol.rounds.settings import Settings
 from protocol.rounds.slot import Slot
@@ -140,6 +140,25 @@ class Member:
         renamed = NewLineage(signed, chain.head.lineage, charter.round)
         return [*actions, renamed, *self._open(now_s, fresh=True)]
 
+    def is_left_behind(self, now_s: float) -> bool:
+        """Tell whether the stage may have gone on without us, as far as can be seen from here.
+
+        No commit follows our head before its round is over. Then its members talk about it at every beat: a voter
+        hears its steward, and a steward those who vote, unless all of them are elsewhere.
+        """
+        slot, wait_s = self.slot, self._settings.timers.ping_timeout_s
+        if self.chain is None or self.closings.newest_round < self.chain.head.next_round:
+            return False
+        if slot is None:
+            return True
+        if not slot.frozen or now_s - slot.frozen_s < wait_s:
+            return False
+        me = self._settings.me.peer
+        present = {peer for peer, at_s in slot.spoke_s.items() if peer != me and now_s - at_s < wait_s}
+        if self.steward is not None and self.steward.is_conducting:
+            return not is_quorum({*present, me}, slot.order, break_tie=not slot.slept)
+        return not present
+
     def resync(self, charter: Signed | None) -> list[Step]:
         """Give up what we have and fetch the stage's state from history."""
         actions = self._end_slot()
@@ -168,9 +187,9 @@ class Member:
 
     # -- closing and void --------------------------------------------------------------------------
 
-    def on_closing(self, signed: Signed, now_s: float) -> list[Step]:
+    def on_closing(self, sender: PeerId, signed: Signed, now_s: float) -> list[Step]:
         """Note that a round is over; if it is ours, freeze what we have accumulated."""
-        heard = self.closings.add(signed, self.chain.head.members if self.chain is not None else ())
+        heard = self.closings.add(signed, self._word_of(sender, now_s))
         if isinstance(heard, Report):
             return [heard]
         closing = heard.closing
@@ -181,6 +200,12 @@ class Member:
             return []
         slot.closings[closing.round] = heard
         return self._freeze(now_s)
+
+    def _word_of(self, sender: PeerId, now_s: float) -> Word:
+        if self.chain is None:
+            return Word(sender, now_s)
+        head = self.chain.head
+        return Word(sender, now_s, head.members, head.next_round if self.slot is None else self.slot.round)
 
     def on_frozen(self, event: Frozen) -> list[Step]:
         """Answer the pings that waited for it. A void round's answer may come when the next is frozen already."""
@@ -196,7 +221,7 @@ class Member:
         if slot is None or void.parent != slot.parent.lineage or sender not in slot.order:
             return []
         stale = slot.promised is not None and slot.promised.outranks(void.ballot)
-        if stale or slot.vote is not None or void.round < slot.round:
+        if stale or slot.vote is not None or not slot.round <= void.round <= self.closings.newest_round:
             return []
         actions: list[Step] = [AbortReduce(slot.reducing.group_id)] if slot.reducing else []
         slot.reducing = None
@@ -300,6 +325,7 @@ class Member:
         """Everything that was measured while we were stopped is worthless."""
         if self.slot is not None:
             self.slot.slept, self.slot.heard_s = True, now_s
+            self.slot.spoke_s.clear()
         if self.steward is not None:
             self.steward.wake(now_s)
         if self.clock is not None:
@@ -326,6 +352,7 @@ class Member:
             return
         slot.company_s = self._neighbours.heard_s
         slot.gone = self._neighbours.gone(slot.parent.seats) - {self._settings.me.peer}
+        slot.has_listeners = self._neighbours.has_listeners(slot.order)
         seated = {(seat.peer, seat.session) for seat in slot.parent.seats}
         ready = self._neighbours.ready_at(slot.parent.lineage, now_s)
         slot.ready = {peer: each for peer, each in ready.items() if (peer, each.session) not in seated}

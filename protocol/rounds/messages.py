@@ -29,6 +29,7 @@ MAX_DONE_PER_MESSAGE = 64  # with 1 KiB of evidence each, well below the size li
 MAX_EVIDENCE_BYTES = 16 * 1024
 MAX_COMMITS_PER_ANSWER = 16
 MAX_COUNT = 1 << 56
+MAX_BALLOT = (1 << 31) - 1
 MAX_NORM = 1e30  # the bounds of numbers keep sums and quotients of them finite and packable
 
 Peer = Annotated[PeerId, Field(min_length=1, max_length=MAX_PEER_ID_CHARS)]
@@ -63,7 +64,7 @@ Seats = Annotated[tuple[Seat, ...], Field(max_length=MAX_SEATS)]
 class Ballot(Message):
     """One attempt to end a round. Ordered by number, then by steward, so no two are equal."""
 
-    number: Annotated[int, Field(ge=1, lt=1 << 31)]
+    number: Annotated[int, Field(ge=1, le=MAX_BALLOT)]
     steward: Peer
 
     def outranks(self, other: Ballot | None) -> bool:
@@ -326,7 +327,7 @@ class Decline(BallotMessage):
 
 
 class StillHere(BallotMessage):
-    """The steward is alive and waiting for others."""
+    """The steward is alive and waiting for others; or a voter, asked again, is still fetching the bytes."""
 
 
 class VoidRound(StageMessage):

@@ -26,16 +26,17 @@ class RoundTimers:
     silence_beats: int = 3
     """A steward or clock that misses so many beats is replaced; a gap of our own as long counts as sleep."""
     ping_timeout_s: float = 2.0
-    """After this, those who did not answer are left out, if the others are a quorum."""
+    """After this, those who did not answer are left out, if the others are a quorum. Whoever is silent for so long
+    in the middle of a ballot is not waited for any longer either."""
     patience_s: float = 10.0
     """Without a quorum, so long must the others have been silent before the rest goes on alone."""
     isolation_s: float = 120.0
     """The same for who hears nobody at all: then the broken link is most likely its own."""
     freeze_timeout_s: float = 60.0
-    """How long a member that answers may still be busy with the last tasks of the round."""
+    """How long a member that keeps answering may still be busy with the last tasks of the round."""
     reduce_timeout_s: float = 600.0
     accept_timeout_s: float = 120.0
-    """Includes fetching the bytes, for a voter who was not in the reduce."""
+    """How long a voter that keeps answering may fetch the bytes, if it was not in the reduce."""
     round_deadline_s: float = 3600.0
     """From the opening of a round to its closing with missing bits."""
     gossip_s: float = 5.0
@@ -86,6 +87,8 @@ class RoundRules:
     """Largest norm of this stage's averaged gradient that passes unscaled."""
     scale_tolerance: float = 1e-3
     """Relative; members on other devices sum the norm in another order."""
+    last_round: RoundId | None = None
+    """Later ones do not exist; None: the run has no end."""
     commits_kept: int = 64
     """How far back a member that was away can be brought up to date without fetching a snapshot."""
 

@@ -60,8 +60,12 @@ class Slot:
     """We were stopped for a while, and others may have gone on without us."""
     gone: set[PeerId] = field(default_factory=set)
     """Members whose process is certainly dead."""
+    has_listeners: bool = False
+    """Somebody without a seat may have followed a commit that we have not heard of."""
     ready: dict[PeerId, Ready] = field(default_factory=dict)
     """Joiners that hold the parent's state."""
+    spoke_s: dict[PeerId, float] = field(default_factory=dict)
+    """When each member, ourselves included, last said something in a ballot of this slot."""
     company_s: float = 0.0
     """When anybody at all was last heard."""
     leaving: bool = False

@@ -24,6 +24,7 @@ from protocol.rounds.events import Announce, Report, Send, Step, Trouble
 from protocol.rounds.lineage import Chain
 from protocol.rounds.messages import (
     COMMIT_CONTEXT,
+    MAX_BALLOT,
     MAX_SEATS,
     Accept,
     Ballot,
@@ -43,7 +44,7 @@ from protocol.rounds.messages import (
     VoidRound,
     Vote,
 )
-from protocol.rounds.quorum import is_quorum
+from protocol.rounds.quorum import is_quorum, may_go_on
 from protocol.rounds.records import Draft, check_proposal, draw_commit, group_id
 from protocol.rounds.settings import Settings
 from protocol.rounds.slot import HeardClosing, Slot, StagedBytes
@@ -87,16 +88,19 @@ class Steward:
         self._objectors: set[PeerId] = set()
         self._strange: set[PeerId] = set()
         self._blamed: dict[PeerId, PeerId] = {}
+        self._failed_alone: set[PeerId] = set()
         self.banned: frozenset[PeerId] = frozenset()
 
     # -- ballots -----------------------------------------------------------------------------------
 
     def start(self, now_s: float) -> list[Step]:
-        """Open a ballot newer than any we know of. Needs a closing."""
+        """Open a ballot newer than any we know of. Needs a closing. Nothing happens once the numbers are used up."""
         heard = self._slot.newest_closing
         assert heard is not None
-        known = [ballot.number for ballot in (self.ballot, self._slot.promised) if ballot is not None]
-        self.ballot = Ballot(number=max(known, default=0) + 1, steward=self._settings.me.peer)
+        if self.newest_number >= MAX_BALLOT:
+            self.stop()
+            return []
+        self.ballot = Ballot(number=self.newest_number + 1, steward=self._settings.me.peer)
         self.phase, self._since_s, self._heard, self._retry = Phase.PINGING, now_s, heard, False
         for peer in self._slot.order:
             if peer in self._pongs and peer not in self._unable:
@@ -161,11 +165,11 @@ class Steward:
         """Try again, without that one's vote if the others are enough. After an objection, let others try first."""
         if self.phase is not Phase.PROPOSING or decline.ballot != self.ballot:
             return []
-        self._unable.add(sender)
+        self._give_up({sender}, now_s)
         failed = self._fail(f"{sender} declined: {decline.reason}", now_s)
         if decline.objection:
             self._objectors.add(sender)
-            self._retry = is_quorum(self._ready() - self._objectors, self._slot.living, break_tie=False)
+            self._retry = is_quorum(self._ready() - self._objectors, self._slot.order, break_tie=False)
             self.has_stepped_down = not self._retry
         return failed
 
@@ -188,9 +192,10 @@ class Steward:
             return self._remind(set(missing))
         if self.phase is Phase.PROPOSING:
             missing_voters = self._voters() - self._accepted
-            given_up = missing_voters if waited_s > timers.accept_timeout_s else missing_voters & self._slot.gone
+            lost = missing_voters & (self._slot.gone | self._silent(now_s))
+            given_up = missing_voters if waited_s > timers.accept_timeout_s else lost
             if given_up:
-                self._unable |= given_up
+                self._give_up(given_up, now_s)
                 return self._fail(f"not accepted by {min(given_up)}", now_s)
             return self._remind(missing_voters)
         return []
@@ -205,6 +210,12 @@ class Steward:
         self.phase, self._retry = Phase.IDLE, False
 
     @property
+    def newest_number(self) -> int:
+        """The number of the newest ballot that we know of, our own included; 0 if there was none."""
+        known = (self.ballot, self._slot.promised)
+        return max((ballot.number for ballot in known if ballot is not None), default=0)
+
+    @property
     def is_conducting(self) -> bool:
         return self.phase is not Phase.IDLE or self._retry
 
@@ -217,11 +228,22 @@ class Steward:
         """Those whose acceptance makes a commit final: who answered, less those who could not accept before."""
         return self._ready() - self._left_out
 
+    def _give_up(self, voters: set[PeerId], now_s: float) -> None:
+        """Count on these no longer. If the others are too few without them, patience begins only now."""
+        self._missing_since_s.update(dict.fromkeys(voters - self._unable, now_s))
+        self._unable |= voters
+
+    def _silent(self, now_s: float) -> set[PeerId]:
+        """Those who have not answered our question for so long that they have vanished, however busy they were."""
+        slot, until_s = self._slot, now_s - self._settings.timers.ping_timeout_s
+        return {peer for peer in slot.order if max(self._since_s, slot.spoke_s.get(peer, 0.0)) <= until_s}
+
     def _close_list(self, now_s: float) -> list[Step]:
         """Freeze the list and begin, if everybody has answered or need not be waited for any longer."""
         timers, ready = self._settings.timers, self._ready()
         waiting = set(self._slot.living) - ready
-        limit_s = timers.freeze_timeout_s if waiting & set(self._pongs) else timers.ping_timeout_s
+        is_busy = bool(waiting & set(self._pongs) - self._silent(now_s))
+        limit_s = timers.freeze_timeout_s if is_busy else timers.ping_timeout_s
         if not ready or (waiting and now_s - self._since_s < limit_s):
             return []
         self._left_out = self._unable if self._enough(ready - self._unable, now_s) else set()
@@ -239,7 +261,7 @@ class Steward:
     def _cannot_be_final(self, vote: Vote) -> bool:
         """Tell whether we may pass over a vote: we object to it, and too few can have accepted it.
 
-        Whoever answered this ballot without that vote can never accept it in its own.
+        Whoever answered this ballot without that vote can never accept it in its own. The dead may have accepted it.
         """
         slot = self._slot
         try:
@@ -249,25 +271,28 @@ class Steward:
             others = {
                 peer for peer, pong in self._pongs.items() if pong.vote is None or pong.vote.commit != vote.commit
             }
-            return not is_quorum(set(slot.living) - others, slot.living, break_tie=True)
+            return not is_quorum(set(slot.order) - others, slot.order, break_tie=True)
         return False
 
     def _enough(self, voters: set[PeerId], now_s: float) -> bool:
-        """A quorum is enough at once; fewer are when all the others have been missing for long (0005).
+        """A quorum, or all who live, are enough at once; fewer are when the others have been missing for long (0005).
 
         A home whose own line is down sees everybody else missing. It waits much longer, and mostly in vain.
         """
         slot = self._slot
         if self._settings.me.peer not in voters:
             return False
-        if is_quorum(voters, slot.living, break_tie=not slot.slept):
+        if may_go_on(voters, slot.order, gone=slot.gone, has_listeners=slot.has_listeners, break_tie=not slot.slept):
             return True
         timers, others = self._settings.timers, set(slot.living) - voters
         if others & self._objectors:
             return False  # they are there, and they are against it
-        alone = now_s - slot.company_s >= timers.patience_s
-        wait_s = timers.isolation_s if alone else timers.patience_s
-        return all(now_s - self._missing_since_s[peer] >= wait_s for peer in others)
+        if slot.has_listeners:
+            others |= slot.gone - voters  # whoever has heard of their last commit needs a moment to tell us
+        since_s = max(self._missing_since_s[peer] for peer in others)
+        # Our own line is fine if it brought anything from anybody lately, and after the last of them fell silent.
+        alone = slot.company_s <= max(now_s - timers.patience_s, since_s + timers.silence_s)
+        return now_s - since_s >= (timers.isolation_s if alone else timers.patience_s)
 
     # -- begin, propose, fail ----------------------------------------------------------------------
 
@@ -294,13 +319,20 @@ class Steward:
             voters = [peer for peer in slot.order if peer in ready]
         me = self._settings.me.peer
         if self.num_failed >= SOLO_AFTER_FAILURES:
-            best = max(voters, key=lambda peer: (self._pongs[peer].tokens or 0, peer == me))
-            return [best]
+            return [self._choose_single([peer for peer in voters if self._pongs[peer].tokens])]
         named = Counter(reporter if suspect == me else suspect for reporter, suspect in self._blamed.items())
         del named[me]  # who cannot reach the steward is left out, never the steward
         worst = sorted(named, key=lambda peer: (-named[peer], -slot.order.index(peer)))
         chosen = [peer for peer in voters if peer not in worst[: self.num_failed]]
         return chosen if any(self._pongs[peer].tokens for peer in chosen) else voters
+
+    def _choose_single(self, holders: list[PeerId]) -> PeerId:
+        """Choose the largest sum of those that have not failed alone yet; when all have, our own if we have any."""
+        me = self._settings.me.peer
+        untried = [peer for peer in holders if peer not in self._failed_alone]
+        if not untried and me in holders:
+            return me
+        return max(untried or holders, key=lambda peer: (self._pongs[peer].tokens or 0, peer == me))
 
     def _propose_new(self, group: Begin, now_s: float) -> list[Step]:
         assert self.ballot is not None
@@ -361,6 +393,8 @@ class Steward:
     def _fail(self, why: str, now_s: float) -> list[Step]:
         """End the ballot; the next one starts at the next tick, so that failures cannot spin."""
         assert self.ballot is not None
+        if self.phase is Phase.REDUCING and self._group is not None and len(self._group.group) == 1:
+            self._failed_alone.add(self._group.group[0].peer)
         self.phase, self._retry, self._slot.heard_s = Phase.IDLE, True, now_s
         self.num_failed += 1
         return [Report(Trouble.BALLOT_FAILED, detail=f"ballot {self.ballot.number}: {why}"[:200])]

@@ -34,6 +34,7 @@ from protocol.rounds.messages import (
     Pong,
     Propose,
     ReduceResult,
+    StillHere,
     Vote,
 )
 from protocol.rounds.records import check_proposal, group_id
@@ -107,7 +108,7 @@ class Voter:
         return ""
 
     def on_propose(self, sender: PeerId, propose: Propose, now_s: float) -> list[Step]:
-        """Accept, fetch the bytes first, or decline."""
+        """Accept, fetch the bytes first, or decline. Asked again meanwhile, say that we are at it."""
         refusal = self._outbid(sender, propose.ballot)
         if refusal:
             return refusal
@@ -118,18 +119,20 @@ class Voter:
                 raise PeerFault(f"two commits in one ballot of {sender}")
             return [*actions, self._accept(propose)]
         if self._fetching is not None and self._fetching.ballot == propose.ballot:
-            return actions
+            return [*actions, self._still_here(propose)]
         try:
             commit = self._chain.follows_head(propose.commit)
             check_proposal(self._settings, slot, commit, staged=slot.staged, banned=self.banned)
         except PeerFault as error:
-            fault = Report(Trouble.FAULT, sender, str(error))
-            return [*actions, fault, self._decline(propose.ballot, str(error), objection=True)]
+            return [*actions, *self._object(Trouble.FAULT, propose.ballot, str(error))]
+        own = self._result
+        if own is not None and own.ballot == propose.ballot and own.digest not in (None, commit.digest):
+            return [*actions, *self._object(Trouble.DIVERGED, propose.ballot, "another sum than we made in its group")]
         if slot.staged is not None and slot.staged.digest == commit.digest:
             slot.vote = Vote(ballot=propose.ballot, commit=propose.commit)
             return [*actions, self._accept(propose)]
         if not slot.applied:
-            return actions  # the next repetition finds us ready
+            return [*actions, self._still_here(propose)]  # the next repetition finds us ready
         self._fetching, slot.staged = propose, None
         sources = tuple(peer for peer in propose.sources if peer != self._settings.me.peer)
         return [*actions, Fetch(commit, sources)]
@@ -189,8 +192,7 @@ class Voter:
         try:
             check_proposal(self._settings, slot, commit, staged=slot.staged, banned=self.banned)
         except PeerFault as error:
-            fault = Report(Trouble.FAULT, propose.ballot.steward, str(error))
-            return [fault, self._decline(propose.ballot, str(error), objection=True)]
+            return self._object(Trouble.FAULT, propose.ballot, str(error))
         slot.vote = Vote(ballot=propose.ballot, commit=propose.commit)
         return [self._accept(propose)]
 
@@ -236,6 +238,13 @@ class Voter:
     def _accept(self, propose: Propose) -> Send:
         message = Accept(stage=propose.stage, parent=propose.parent, ballot=propose.ballot)
         return Send(propose.ballot.steward, message)
+
+    def _still_here(self, propose: Propose) -> Send:
+        message = StillHere(stage=propose.stage, parent=propose.parent, ballot=propose.ballot)
+        return Send(propose.ballot.steward, message)
+
+    def _object(self, trouble: Trouble, ballot: Ballot, why: str) -> list[Step]:
+        return [Report(trouble, ballot.steward, why), self._decline(ballot, why, objection=True)]
 
     def _decline(self, ballot: Ballot, reason: str, *, objection: bool) -> Send:
         message = Decline(

@@ -2,12 +2,14 @@
 
 The simulator in virtual time rarely meets the one bad order of messages; this one has no other aim. Three to
 five real machines of one stage, quorums only (nobody's patience ends), and a random scheduler that delivers
-any message in flight in any order, drops, doubles and holds them back, stops machines for a while, lets
-reduces and fetches end or fail, and lets clocks run apart. Oracle: all machines ever follow one chain.
+any message in flight in any order, drops, doubles and holds them back, stops machines for a while or kills them
+for good, lets reduces and fetches end or fail, and lets clocks run apart. Oracle: all machines that live follow
+one chain.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -26,6 +28,7 @@ from protocol.rounds.events import (
     FetchFailed,
     Freeze,
     Frozen,
+    PeerGone,
     Received,
     ReduceDone,
     ReduceFailed,
@@ -49,6 +52,8 @@ from protocol.rounds.messages import (
     StageMessage,
     StillHere,
 )
+from protocol.rounds.neighbours import Neighbours
+from protocol.rounds.quorum import is_quorum
 from protocol.rounds.records import draw_closing
 from protocol.rounds.steward import Steward
 from tests.sim.notary import FakeNotary
@@ -60,6 +65,7 @@ NEVER_S = 1e9
 TIMERS = RoundTimers(patience_s=NEVER_S, isolation_s=NEVER_S)
 ROUNDS = 4
 STEPS = 1200
+DEATHS = 0.3  # how often somebody may die in a torn swarm, against the other things that happen
 NEWS = (Committed, ChainAnswer, StillHere)
 SLOW_KINDS: tuple[tuple[type[StageMessage], ...], ...] = ((), NEWS, (StillHere, Propose), (*NEWS, Accept))
 """What one member's messages at a time are held back: all, or those after which others think it is silent."""
@@ -73,6 +79,7 @@ class Peer:
     machine: RoundMachine
     now_s: float = 0.0
     awake: bool = True
+    alive: bool = True
     tokens: int = 0
     reducing: StartReduce | None = None
     jobs: list[Event] = field(default_factory=list)
@@ -81,20 +88,23 @@ class Peer:
 
 
 class Adversary:
-    """Chooses."""
+    """Chooses. `torn`: one member at a time is cut off altogether, while others die."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, torn: bool) -> None:
         self.rng = Random(seed)
         names = [PeerId(f"m{index}") for index in range(self.rng.choice((2, 3, 3, 4, 5)))]
         seats = tuple(Seat(peer=name, session=index) for index, name in enumerate(names))
         self.loss = self.rng.choice((0.0, 0.1, 0.3))
-        self.weights = (self.rng.choice((10, 20)), self.rng.choice((1, 3, 6)), 5, 5, 0.5, 0.05)
+        deaths = DEATHS if torn else 0.0
+        self.weights = (self.rng.choice((10, 20)), self.rng.choice((1, 3, 6)), 5, 5, 0.5, 0.05, deaths, 2 * deaths)
         self.slow = self.rng.choice(names)
-        self.slow_kinds = self.rng.choice(SLOW_KINDS)
+        self.slow_kinds = () if torn else self.rng.choice(SLOW_KINDS)
+        self.torn = torn
         self.flying: list[tuple[PeerId, PeerId, StageMessage]] = []
         self.peers = {seat.peer: Peer(seat.peer, RoundMachine(_settings(seat))) for seat in seats}
         self.started: dict[Digest, set[PeerId]] = {}
-        self.children: dict[Lineage, set[Lineage]] = {}
+        self.children: dict[Lineage, dict[Lineage, set[PeerId]]] = {}
+        """Who has followed which commit of a lineage."""
         charter = Charter(
             run=RUN,
             stage=STAGE,
@@ -130,7 +140,8 @@ class Adversary:
             case AbortReduce():
                 peer.reducing = None
             case Fetch(commit):
-                found = any(commit.digest in self.peers[each.peer].holds for each in commit.contributors)
+                holders = [self.peers[each.peer] for each in commit.contributors]
+                found = any(commit.digest in holder.holds for holder in holders if holder.alive)
                 found = found and self.rng.random() < 0.8
                 peer.jobs.append(Fetched(commit.digest, 1.0) if found else FetchFailed(commit.digest, "no source"))
                 peer.holds |= {commit.digest} if found else set()
@@ -143,8 +154,10 @@ class Adversary:
     def _follow(self, peer: Peer, parent: Lineage, lineage: Lineage, *, last: bool = True) -> None:
         peer.reducing = None
         peer.lineages.append(lineage)
-        self.children.setdefault(parent, set()).add(lineage)
-        assert len(self.children[parent]) == 1, f"{peer.name} has left the others"
+        children = self.children.setdefault(parent, {})
+        children.setdefault(lineage, set()).add(peer.name)
+        living = [who for who in children.values() if any(self.peers[name].alive for name in who)]
+        assert len(living) == 1, f"{peer.name} has left the others"
         if last:
             peer.jobs.append(Applied(lineage, None))
 
@@ -152,9 +165,9 @@ class Adversary:
 
     def step(self) -> None:
         """Let one thing happen, whatever it is."""
-        kinds = [self._deliver, self._tick, self._end_job, self._end_reduce, self._close, self._stop_or_go]
-        (what,) = self.rng.choices(kinds, self.weights)
-        what(self.rng.choice(list(self.peers.values())))
+        works = (self._deliver, self._tick, self._end_job, self._end_reduce, self._close)
+        (what,) = self.rng.choices((*works, self._stop_or_go, self._kill, self._call_the_dead), self.weights)
+        what(self.rng.choice([peer for peer in self.peers.values() if peer.alive]))
         if self.rng.random() < 0.003:
             self.slow = self.rng.choice(list(self.peers))
 
@@ -164,9 +177,10 @@ class Adversary:
         index = self.rng.randrange(len(self.flying))
         sender, to, message = self.flying[index]
         kinds = self.slow_kinds
-        if sender == self.slow and (not kinds or type(message) in kinds) and self.rng.random() < 0.98:
+        held = sender == self.slow or (self.torn and to == self.slow)
+        if held and (not kinds or type(message) in kinds) and self.rng.random() < 0.98:
             return
-        if self.rng.random() < self.loss:
+        if self.rng.random() < self.loss or not self.peers[to].alive:
             self.flying.pop(index)
         elif self.peers[to].awake:
             if self.rng.random() < 0.9:
@@ -212,6 +226,22 @@ class Adversary:
         elif self.rng.random() < 0.5:
             peer.awake = False
 
+    def _kill(self, peer: Peer) -> None:
+        """SIGKILL, and no return; what it has sent last is lost. It mostly strikes while some others know of a
+        commit and some do not: who dies then may be all that the two groups had in common.
+        """
+        others = [each for each in self.peers.values() if each.alive and each is not peer]
+        is_news = len({len(each.lineages) for each in others}) > 1
+        if is_news or (others and self.rng.random() < 0.1):
+            peer.alive = False
+            self.flying = [flight for flight in self.flying if flight[0] != peer.name]
+
+    def _call_the_dead(self, peer: Peer) -> None:
+        """The host of a dead process refuses, which its caller takes for certain."""
+        dead = [each.name for each in self.peers.values() if not each.alive]
+        if dead and peer.awake:
+            self.feed(peer, PeerGone(self.rng.choice(dead)))
+
 
 def _settings(seat: Seat) -> Settings:
     rules = RoundRules(size_of=lambda _round: RoundSize(1))
@@ -231,19 +261,20 @@ def _closing(round_id: RoundId) -> ClosingNotice:
     return ClosingNotice(stage=StageId(0), closing=FakeNotary(CLOCK).seal(CLOSING_CONTEXT, closing))
 
 
-def explore(seed: int, *, steps: int) -> int:
+def explore(seed: int, *, steps: int, torn: bool = False) -> int:
     """Run one schedule, and return how many commits were followed by anybody."""
-    adversary = Adversary(seed)
+    adversary = Adversary(seed, torn=torn)
     for _ in range(steps):
         adversary.step()
-    return sum(len(lineages) for lineages in adversary.children.values())
+    return len(adversary.children)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("torn", [False, True])
 @pytest.mark.parametrize("block", range(2))
-def test_no_schedule_makes_two_members_follow_different_commits(block: int) -> None:
+def test_no_schedule_makes_two_members_follow_different_commits(block: int, torn: bool) -> None:
     """A hundred schedules each. The second claim keeps the first from being empty: rounds do get committed."""
-    num_commits = _explore_all(range(100 * block, 100 * block + 100))
+    num_commits = _explore_all(range(100 * block, 100 * block + 100), torn=torn)
     assert num_commits >= 50
 
 
@@ -258,5 +289,26 @@ def test_the_search_finds_the_fork_that_a_quorum_prevents(monkeypatch: pytest.Mo
         _explore_all(range(1000))
 
 
-def _explore_all(seeds: range) -> int:
-    return sum(explore(seed, steps=STEPS) for seed in seeds)
+@pytest.mark.slow
+def test_the_search_finds_the_fork_if_the_dead_shrink_the_quorum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than half of the living are no quorum: the one whom two such groups share may be among the dead."""
+
+    def may_go_on(present: set[PeerId], order: Sequence[PeerId], *, gone: set[PeerId], **facts: bool) -> bool:
+        living = [peer for peer in order if peer not in gone]
+        return is_quorum(present, living, break_tie=facts["break_tie"])
+
+    monkeypatch.setattr("protocol.rounds.steward.may_go_on", may_go_on)
+    with pytest.raises(AssertionError, match="has left the others"):
+        _explore_all(range(1000), torn=True)
+
+
+@pytest.mark.slow
+def test_the_search_finds_the_fork_that_a_listener_of_the_dead_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of two commits alone, a newcomer follows, the first dies: the second must not go on at once."""
+    monkeypatch.setattr(Neighbours, "has_listeners", lambda self, members: False)
+    with pytest.raises(AssertionError, match="has left the others"):
+        _explore_all(range(1000), torn=True)
+
+
+def _explore_all(seeds: range, *, torn: bool = False) -> int:
+    return sum(explore(seed, steps=STEPS, torn=torn) for seed in seeds)

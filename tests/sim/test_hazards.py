@@ -32,7 +32,7 @@ from tests.sim.faults import (
     Worsen,
     torment,
 )
-from tests.sim.network import Link
+from tests.sim.network import Cut, Link
 from tests.sim.pipeline import PipelineRules
 from tests.sim.trial import (
     PAIRS,
@@ -135,6 +135,21 @@ def test_hazard_1g_at_the_deadline_the_missing_bits_are_on_record() -> None:
     world.run(28.0)
     assert any(closing.tasks_lost == 8 for closings in world.checks.closings.values() for closing in closings)
     assert not commits_of(world, 1)
+
+
+def test_hazard_1h_a_clock_alone_cannot_end_the_run_by_closing_a_round_far_ahead() -> None:
+    """A replica of stage 0 signs round 1000 and tells everybody, its own partners included, again and again."""
+    world = World(1, Options(spans=TRIPLES))
+    world.run(0.6)
+    forged = draw_closing(RUN, RoundId(1000), world.rules.size_of(RoundId(1000)), {})
+    signed = world.notary_of(PeerId("p01")).seal(CLOSING_CONTEXT, forged)
+    for _ in range(10):
+        for name in world.processes:
+            world.processes[PeerId("p01")].send(name, ClosingNotice(stage=StageId(0), closing=signed))
+        world.run(1.0)
+    settle(world)
+    assert reports(world, Trouble.STRANGE_CLOCK)
+    assert all(0 < world.newest_round(stage) < 10 for stage in world.stages)
 
 
 # -- 2: the same bytes -------------------------------------------------------------------------------
@@ -277,6 +292,44 @@ def test_hazard_3j_a_minority_waits_for_the_majority_and_follows_it(seed: int) -
     world.run(8.0)
     settle(world)
     world.run_rounds(2, within_s=30.0)
+
+
+@seeds
+def test_hazard_3k_a_death_does_not_let_a_silent_half_go_on_alone(seed: int) -> None:
+    """Two of three commit without the first in order, and one of them dies before the first hears of it.
+
+    The first learns of the death from the dead one's host, while its line to the survivor is still down. Oracle:
+    the checks see no fork in less than the patience, and everybody meets again afterwards.
+    """
+    world = World(seed, Options(spans=TRIPLES, timers=replace(FAST_TIMERS, patience_s=15.0)))
+    world.run(0.3)
+    first = PeerId(steward_of_next_round(world, 1))
+    dying, survivor = (name for name in world.hosts(StageId(1)) if name != first)
+    broken = [_line(first, dying), _line(first, survivor)]
+    world.network.cuts += [cut for line in broken for cut in line]
+    world.run_until(lambda: commits_of(world, 1) != [] and len(world.states(StageId(1))) == 2, within_s=20.0)
+    world.network.cuts = list(broken[1])
+    torment(world, [Kill(dying, 0.0)])
+    world.run(4.0)
+    world.network.cuts.clear()
+    world.run_rounds(2, within_s=40.0)
+    settle(world)
+
+
+@seeds
+@pytest.mark.parametrize("moment", ["Propose", "Begin"])
+def test_hazard_3l_who_stops_in_mid_ballot_costs_seconds_and_not_the_long_timeouts(moment: str, seed: int) -> None:
+    """A laptop's lid closes when the sum is made, or just before. Its partners' long timeouts are for who says so."""
+    timers = replace(FAST_TIMERS, accept_timeout_s=300.0, freeze_timeout_s=300.0)
+    plan = [When(moment, 5, Pause("@target", 0.0, 200.0))]
+    world = World(seed, Options(spans=TRIPLES, timers=timers))
+    torment(world, plan)
+    world.run_rounds(2, within_s=30.0)
+
+
+def _line(one: PeerId, other: PeerId) -> tuple[Cut, Cut]:
+    there, back = frozenset((one,)), frozenset((other,))
+    return Cut(there, back), Cut(back, there)
 
 
 # -- 6 to 9: what hops do to rounds ------------------------------------------------------------------

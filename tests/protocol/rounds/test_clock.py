@@ -164,6 +164,15 @@ def test_a_round_without_numbers_does_not_spin() -> None:
     assert closed(empty.tick(TIMERS.round_deadline_s)) is not None
 
 
+def test_after_the_last_round_nothing_is_closed_any_more() -> None:
+    """Nobody would believe it."""
+    base = settings(A, stage=StageId(0))
+    for last_round, closes in ((ROUND, True), (ROUND - 1, False)):
+        rules = replace(base.rules, size_of=lambda _round: RoundSize(0), last_round=RoundId(last_round))
+        empty = Clock(replace(base, rules=rules), ROUND, (A, B, C), 0.0)
+        assert (closed(empty.tick(TIMERS.round_deadline_s)) is not None) is closes
+
+
 def test_bits_that_only_the_dead_clock_vouched_for_are_done_again_after_a_while() -> None:
     """Clock and feeder died together: the number is shown as undone once the new clock should know better."""
     feeder = clock(C)

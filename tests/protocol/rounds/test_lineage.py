@@ -58,6 +58,16 @@ def test_a_commit_must_be_signed_by_a_member_of_its_parent() -> None:
         lineages.extend(commit(lineages.head.lineage, signer=PeerId("x")))
 
 
+def test_a_commit_of_a_round_that_the_run_does_not_have_is_refused() -> None:
+    """A steward cannot end the run by its number."""
+    ending = settings(rules=replace(settings().rules, last_round=RoundId(7)))
+    lineages = Chain.of_charter(ending, charter(A, B, C))
+    parent = lineages.head.lineage
+    assert lineages.follows_head(commit(parent, round=RoundId(7)))
+    with pytest.raises(PeerFault, match="none of the run's"):
+        lineages.follows_head(commit(parent, round=RoundId(8)))
+
+
 def test_which_member_signs_makes_no_difference_to_the_lineage() -> None:
     """Two stewards may finish the same ballot: same bytes, same lineage."""
     one, other = chain(), chain()

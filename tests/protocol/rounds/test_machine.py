@@ -41,19 +41,24 @@ from protocol.rounds.events import (
     Trouble,
 )
 from protocol.rounds.messages import (
+    MAX_BALLOT,
     Ack,
+    AskChain,
     Ballot,
+    ChainAnswer,
     CharterNotice,
     ClosingNotice,
     Committed,
     Goodbye,
     Hello,
+    Outbid,
     Ping,
     Pong,
     Propose,
     StageMessage,
     VoidRound,
 )
+from protocol.rounds.steward import Phase
 from tests.protocol.rounds.builders import (
     COORDINATOR,
     RULES,
@@ -276,6 +281,125 @@ def test_a_fork_is_reported_once_and_refused() -> None:
     assert not [each for each in second if isinstance(each, Report)]
 
 
+def test_strangers_on_other_branches_are_not_kept_in_mind() -> None:
+    """A fork is between replicas of the stage; anybody can make lineages up."""
+    made, _ = machine(A, B)
+    for number in range(100):
+        hello = Hello(
+            stage=STAGE,
+            session=1,
+            generation=1,
+            lineage=digest(b"another branch"),  # type: ignore[arg-type]
+            version=chain().head.version,
+            applied=True,
+            state_digest=None,
+            closed=-1,
+        )
+        steps = made.handle(Received(PeerId(f"stranger {number}"), hello), 0.0)
+        assert not [each for each in steps if isinstance(each, Report)]
+    assert not made._gossip._forks
+
+
+def chain_answer(made: RoundMachine, version: int = 1_000) -> ChainAnswer:
+    """Claim that the stage is at `version`, and that nobody can tell us how it came there."""
+    assert made.chain is not None
+    return ChainAnswer(
+        stage=STAGE,
+        known=False,
+        charter=made.chain.signed_charter,
+        commits=(),
+        lineage=digest(b"far away"),  # type: ignore[arg-type]
+        version=version,  # type: ignore[arg-type]
+        oldest_version=version,  # type: ignore[arg-type]
+    )
+
+
+def ask(made: RoundMachine, peer: PeerId, now_s: float) -> list[Action]:
+    """Make it ask a peer for its chain, by a commit that it cannot place."""
+    return made.handle(Received(peer, Committed(stage=STAGE, commit=commit(digest(b"x"), signer=B))), now_s)  # type: ignore[arg-type]
+
+
+def test_a_strangers_word_on_the_chain_is_neither_asked_for_nor_believed() -> None:
+    """Whether the round is over or not. Oracle: no question goes out, and the round goes on."""
+    made, _ = machine(A, B, C)
+    close(made)
+    stranger = PeerId("stranger")
+    assert ask(made, stranger, 0.0) == []
+    for now_s in (0.0, 10.0):
+        assert made.handle(Received(stranger, chain_answer(made)), now_s) == []
+    assert made.statistics().standing is Standing.FROZEN
+
+
+def test_a_members_unasked_word_on_the_chain_is_a_reason_to_ask_and_no_more() -> None:
+    """What comes of it depends on the answer."""
+    made, _ = machine(A, B, C)
+    assert made.handle(Received(B, chain_answer(made)), 0.0) == ask_chain(made, B)
+
+
+def ask_chain(made: RoundMachine, to: PeerId) -> list[Action]:
+    assert made.chain is not None
+    head = made.chain.head
+    return [Send(to, AskChain(stage=STAGE, generation=1, lineage=head.lineage, version=head.version))]
+
+
+def test_nothing_can_have_happened_before_our_round_is_over() -> None:
+    """A member says that we are a thousand versions behind, while the round is open: it lies, or has the wrong run."""
+    made, _ = machine(A, B, C)
+    ask(made, B, 0.0)
+    assert made.handle(Received(B, chain_answer(made)), 0.1) == []
+    assert made.statistics().standing is Standing.OPEN
+
+
+def test_who_conducts_with_a_quorum_is_not_left_behind() -> None:
+    """The others answer our ballot, so the stage stands where we stand, whatever one of them says besides."""
+    made, now_s = frozen_steward()
+    for _ in range(8):
+        now_s += 0.5
+        made.handle(Tick(), now_s)
+        for peer in (B, C):
+            made.handle(Received(peer, pong(made)), now_s)
+    ask(made, B, now_s)
+    assert made.handle(Received(B, chain_answer(made)), now_s) == []
+    assert made.statistics().standing is Standing.FROZEN
+
+
+def test_whose_ballots_nobody_answers_fetches_the_state_anew_but_not_twice_on_one_peers_word() -> None:
+    """The rest of the stage is elsewhere and keeps no log that would lead there."""
+    made, now_s = frozen_steward()
+    for _ in range(8):
+        now_s += 0.5
+        made.handle(Tick(), now_s)
+    ask(made, B, now_s)
+    assert kinds(made.handle(Received(B, chain_answer(made)), now_s)) == ["Resync"]
+    made.handle(Synced(charter(A, B, C), (), STATE), now_s)
+    close(made, 1, now_s)
+    ask(made, B, now_s + 1.0)
+    assert kinds(made.handle(Received(B, chain_answer(made)), now_s + 1.0)) == []
+    ask(made, C, now_s + 1.0)
+    assert kinds(made.handle(Received(C, chain_answer(made)), now_s + 1.0)) == ["Resync"]
+
+
+def frozen_steward() -> tuple[RoundMachine, float]:
+    """Make a's machine conduct the end of round 0 with b and c, whoever is first in order."""
+    made, _ = machine(A, B, C)
+    close(made)
+    made.handle(Frozen(RoundId(0), 10), 0.0)
+    now_s = 0.0
+    while made.statistics().phase is Phase.IDLE:
+        now_s += 0.5
+        made.handle(Tick(), now_s)
+    return made, now_s
+
+
+def pong(made: RoundMachine) -> Pong:
+    """Answer a's ballot, still busy."""
+    steward = made._member.steward
+    assert steward is not None
+    assert steward.ballot is not None
+    parent = steward._slot.parent.lineage
+    return Pong(stage=STAGE, parent=parent, ballot=steward.ballot, tokens=None, vote=None, leaving=False)
+
+
 def test_equal_lineages_with_different_states_are_reported() -> None:
     """Broken memory, or another kind of device: the trust layer decides."""
     made, _ = machine(A, B)
@@ -307,6 +431,38 @@ def test_a_message_in_the_name_of_another_steward_is_a_fault() -> None:
     (report,) = made.handle(Received(C, void_of_b), 0.0)
     assert isinstance(report, Report)
     assert (report.trouble, report.peer) == (Trouble.FAULT, C)
+
+
+def test_a_void_reaches_no_further_than_the_closings_that_were_heard() -> None:
+    """Otherwise a member could send the others to the end of the run."""
+    made, _ = machine(A, B, C)
+    close(made)
+    parent = chain().head.lineage
+    for round_id, is_followed in ((1, False), (2**40, False), (0, True)):
+        void = VoidRound(stage=STAGE, parent=parent, ballot=Ballot(number=1, steward=B), round=RoundId(round_id))
+        opened = [each for each in made.handle(Received(B, void), 0.0) if isinstance(each, OpenRound)]
+        assert bool(opened) is is_followed
+    assert made.statistics().round == 1
+
+
+def test_a_ballot_that_leaps_or_comes_from_a_stranger_is_a_fault() -> None:
+    """Neither an answer nor a question of such a ballot changes ours."""
+    made, now_s = frozen_steward()
+    ballot = made.statistics().ballot
+    parent = chain().head.lineage
+    far = Ballot(number=MAX_BALLOT, steward=B)
+    ping = Ping(stage=STAGE, parent=parent, ballot=far, generation=1, closing=closing(clock=FEEDER))
+    for sender, message in (
+        (B, ping),
+        (B, Outbid(stage=STAGE, parent=parent, promised=far)),
+        (PeerId("stranger"), Outbid(stage=STAGE, parent=parent, promised=Ballot(number=ballot + 1, steward=B))),
+    ):
+        (report,) = made.handle(Received(sender, message), now_s)
+        assert isinstance(report, Report)
+        assert (report.trouble, report.peer) == (Trouble.FAULT, sender)
+    assert (made.statistics().phase, made.statistics().ballot) == (Phase.PINGING, ballot)
+    made.handle(Received(B, Outbid(stage=STAGE, parent=parent, promised=Ballot(number=ballot + 1, steward=B))), now_s)
+    assert made.statistics().phase is Phase.IDLE
 
 
 def test_a_void_does_not_undo_a_vote() -> None:

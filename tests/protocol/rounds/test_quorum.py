@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.ids import Lineage, PeerId, RunId, StageId
-from protocol.rounds.quorum import is_quorum, steward_order
+from protocol.rounds.quorum import is_quorum, may_go_on, steward_order
 
 ORDERS = st.integers(1, 9).map(lambda size: tuple(PeerId(f"p{index}") for index in range(size)))
 
@@ -33,6 +33,25 @@ def test_of_two_halves_only_the_one_with_the_first_member_counts() -> None:
     assert is_quorum({PeerId("a")}, order, break_tie=True)
     assert not is_quorum({PeerId("b")}, order, break_tie=True)
     assert not is_quorum({PeerId("a")}, order, break_tie=False)
+
+
+def test_the_dead_are_not_waited_for_but_stay_in_the_count() -> None:
+    """Of three, one is dead and one silent: the third is half of the living, and still no quorum."""
+    a, b, c = (PeerId(name) for name in "abc")
+    facts = {"has_listeners": False, "break_tie": True}
+    assert may_go_on({a}, (a, b, c), gone={b, c}, **facts)
+    assert may_go_on({a, b}, (a, b, c), gone=set(), **facts)
+    assert not may_go_on({a}, (a, b, c), gone={b}, **facts)
+
+
+def test_dead_who_were_a_quorum_may_have_told_somebody_without_a_seat() -> None:
+    """Then the survivor is not enough at once; it is, if those who are dead could not decide without it."""
+    a, b, c = (PeerId(name) for name in "abc")
+    facts = {"has_listeners": True, "break_tie": True}
+    assert not may_go_on({b}, (a, b), gone={a}, **facts)
+    assert may_go_on({a}, (a, b), gone={b}, **facts)
+    assert may_go_on({a, b}, (a, b, c), gone={c}, **facts)
+    assert not may_go_on({a}, (a, b, c), gone={b, c}, **facts)
 
 
 def test_strangers_do_not_count() -> None:

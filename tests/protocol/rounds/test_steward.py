@@ -9,6 +9,7 @@ import pytest
 from protocol.ids import Digest, PeerId, digest
 from protocol.rounds.events import Announce, Report, Send, Step, Trouble
 from protocol.rounds.messages import (
+    MAX_BALLOT,
     Accept,
     Ballot,
     Begin,
@@ -25,6 +26,7 @@ from protocol.rounds.messages import (
     VoidRound,
     Vote,
 )
+from protocol.rounds.slot import StagedBytes
 from protocol.rounds.steward import Phase, Steward
 from protocol.signing import Signed
 from tests.protocol.rounds.builders import STAGE, TIMERS, A, B, C, chain, commit, settings, slot
@@ -45,6 +47,8 @@ class Case:
         self.address: dict[str, Any] = {"stage": STAGE, "parent": self.chain.head.lineage}
         self.now_s = 0.0
         self.company = company
+        self.talkers: set[PeerId] = set()
+        """Members that say something at every beat, though not what is waited for."""
 
     @property
     def ballot(self) -> Ballot:
@@ -75,13 +79,18 @@ class Case:
         steps: list[Step] = []
         until_s = self.now_s + seconds
         while self.now_s < until_s - 1e-9:
-            self.now_s += TIMERS.beat_s
-            if self.company:
-                self.slot.company_s = self.now_s
-            steps = self.steward.tick(self.now_s)
+            steps = self.beat()
             if any(isinstance(step, Send) and isinstance(step.message, Begin | Propose | VoidRound) for step in steps):
                 return steps
         return steps
+
+    def beat(self) -> list[Step]:
+        """Let one beat pass."""
+        self.now_s += TIMERS.beat_s
+        if self.company:
+            self.slot.company_s = self.now_s
+        self.slot.spoke_s.update(dict.fromkeys(self.talkers, self.now_s))
+        return self.steward.tick(self.now_s)
 
     def to_begin(self) -> Begin:
         """Ping, and have everybody answer."""
@@ -152,12 +161,46 @@ def test_a_minority_goes_on_only_when_its_patience_is_at_an_end(company: bool, w
     assert targets(Begin, case.wait(1.5)) == {case.me}
 
 
+def test_company_that_was_heard_before_the_others_fell_silent_proves_nothing() -> None:
+    """A line that broke took everybody away, though not in the same moment."""
+    case = Case(company=False)
+    case.start()
+    case.pong(case.me)
+    case.slot.company_s = TIMERS.beat_s
+    assert not targets(Begin, case.wait(TIMERS.patience_s + 2.0))
+
+
 def test_the_certainly_dead_are_not_waited_for() -> None:
     """Their hosts refuse, so the one that is left is everybody there is."""
     case = Case()
     case.slot.gone = set(case.others)
     case.start()
     assert targets(Begin, case.pong(case.me)) == {case.me}
+
+
+def test_a_death_does_not_make_a_minority_a_quorum() -> None:
+    """One dead, one silent: the first of three waits out its patience, for the two others may have gone on."""
+    case = Case()
+    case.slot.gone = {case.others[0]}
+    case.start()
+    case.pong(case.me)
+    assert not targets(Begin, case.wait(TIMERS.patience_s - 1.0))
+    assert targets(Begin, case.wait(1.5)) == {case.me}
+
+
+def test_a_vote_that_the_dead_may_have_made_final_is_not_passed_over() -> None:
+    """One dead member and the voter are two of three: that we object is no reason to decide something else."""
+    for dead, passes in ((1, False), (0, True)):
+        case = Case()
+        case.slot.gone = set(case.others[:dead])
+        case.slot.staged = StagedBytes(SUM, 600.0)
+        case.start()
+        vote = _voted(case, 1)
+        case.pong(case.me)
+        case.pong(case.others[0]) if not dead else None
+        steps = case.pong(case.others[1], vote=vote)
+        assert bool(targets(Begin, steps)) is passes
+        assert bool(targets(Propose, steps)) is not passes
 
 
 def test_who_is_busy_is_waited_for_longer_than_who_is_silent() -> None:
@@ -167,8 +210,38 @@ def test_who_is_busy_is_waited_for_longer_than_who_is_silent() -> None:
     case.pong(case.me)
     case.pong(case.others[0])
     case.pong(case.others[1], tokens=None)
+    case.talkers = {case.others[1]}
     assert not targets(Begin, case.wait(TIMERS.ping_timeout_s + 5.0))
     assert len(only(Begin, case.pong(case.others[1], tokens=3)).group) == 3
+
+
+def test_who_was_busy_and_has_vanished_is_not_waited_for_any_longer() -> None:
+    """It answered the ping once and then nothing: the others go on after the short timeout, not after the long one."""
+    case = Case()
+    case.start()
+    for peer, tokens in ((case.me, 10), (case.others[0], 10), (case.others[1], None)):
+        case.pong(peer, tokens=tokens)
+    assert targets(Begin, case.wait(TIMERS.ping_timeout_s)) == {case.me, case.others[0]}
+
+
+def test_a_voter_that_fetches_is_waited_for_only_as_long_as_it_says_so() -> None:
+    """It is given up after the short timeout of silence, and at the latest when the long one is over."""
+    case = Case()
+    case.to_propose()
+    fetching, other = case.others
+    for peer in (case.me, other):
+        case.accept(peer)
+    case.talkers = {fetching}
+    for _ in range(100):
+        assert targets(Propose, case.beat()) == {fetching}
+    case.talkers = set()
+    for _ in range(round(TIMERS.ping_timeout_s / TIMERS.beat_s) - 1):
+        assert not reports_of(case.beat())
+    assert reports_of(case.beat()) == [Trouble.BALLOT_FAILED]
+
+
+def reports_of(steps: list[Step]) -> list[Trouble]:
+    return [step.trouble for step in steps if isinstance(step, Report)]
 
 
 def test_half_the_members_suffice_only_with_the_first_and_only_if_it_never_slept() -> None:
@@ -239,6 +312,24 @@ def test_a_failed_reduce_leaves_out_one_scapegoat_and_in_the_end_all_but_one() -
     assert sizes == [3, 2, 2, 1, 1]
 
 
+def test_who_has_failed_alone_is_not_chosen_again_while_another_has_a_sum() -> None:
+    """The largest sum first, then the next; those without tokens never; in the end the steward's own."""
+    case = Case()
+    large, none = case.others
+    tokens = {case.me: 5, large: 9, none: 0}
+    singles = []
+    case.start()
+    for _ in range(7):
+        for peer in case.slot.order:
+            steps = case.pong(peer, tokens=tokens[peer])
+        begin = only(Begin, steps)
+        if len(begin.group) == 1:
+            singles.append(begin.group[0].peer)
+        case.result(begin.group[0].peer, begin, total=None)
+        case.wait(TIMERS.beat_s)
+    assert singles == [large, case.me, case.me, case.me]
+
+
 def test_sums_that_differ_are_not_committed_and_the_odd_one_is_named() -> None:
     """And left out of the next attempt."""
     case = Case()
@@ -265,6 +356,16 @@ def test_a_newer_ballot_silences_us_and_ours_is_newer_next_time() -> None:
     assert case.steward.tick(case.now_s + 1.0) == []
     case.start()
     assert case.ballot.outranks(newer)
+
+
+def test_when_the_numbers_of_ballots_are_used_up_nothing_happens_any_more() -> None:
+    """Instead of a ballot that cannot be sent."""
+    case = Case()
+    case.slot.promised = Ballot(number=MAX_BALLOT, steward=case.others[0])
+    assert case.start() == []
+    assert not case.steward.is_conducting
+    case.slot.promised = Ballot(number=MAX_BALLOT - 1, steward=case.others[0])
+    assert targets(Ping, case.start()) == {A, B, C}
 
 
 def test_the_last_acceptance_makes_a_commit_final_and_not_one_earlier() -> None:

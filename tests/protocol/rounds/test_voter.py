@@ -19,6 +19,7 @@ from protocol.rounds.events import (
     Send,
     StartReduce,
     Step,
+    Trouble,
 )
 from protocol.rounds.lineage import Chain
 from protocol.rounds.messages import (
@@ -209,7 +210,7 @@ def test_without_the_bytes_they_are_fetched_first() -> None:
         (fetch,) = case.propose()
         assert isinstance(fetch, Fetch)
         assert fetch.sources == (B,)
-        assert case.propose() == [], "asked twice"
+        assert sent(case.propose()) == [StillHere(**case.address, ballot=OLD)], "asked twice"
         (message,) = sent(case.voter.on_fetched(outcome))
         assert isinstance(message, answer)
         assert not isinstance(message, Decline) or not message.objection
@@ -233,6 +234,31 @@ def test_a_wrong_commit_is_declined_with_an_objection_and_reported() -> None:
     assert decline.objection
     assert any(isinstance(step, Report) and step.peer == B for step in steps)
     assert case.slot.vote is None
+
+
+def test_another_sum_than_the_one_we_made_in_that_ballot_is_declined() -> None:
+    """The steward had our result when it wrote the commit. Fetching its bytes instead would apply a lie."""
+    case = Case()
+    case.ping()
+    case.begin()
+    case.reduced()
+    steps = case.propose(signed=commit(case.chain.head.lineage, signer=B, digest=digest(b"another sum")))
+    (decline,) = sent(steps)
+    assert isinstance(decline, Decline)
+    assert decline.objection
+    assert [(step.trouble, step.peer) for step in steps if isinstance(step, Report)] == [(Trouble.DIVERGED, B)]
+    assert case.slot.vote is None
+
+
+def test_the_sum_of_an_older_ballot_is_fetched_although_ours_was_another() -> None:
+    """A steward that finds a vote proposes it as it is; what we summed since then does not count."""
+    case = Case()
+    case.ping()
+    case.begin()
+    case.reduced()
+    case.ping(NEW)
+    (fetch,) = case.propose(NEW, commit(case.chain.head.lineage, signer=B, digest=digest(b"another sum")))
+    assert isinstance(fetch, Fetch)
 
 
 def test_two_commits_in_one_ballot_are_a_fault() -> None:
