@@ -74,6 +74,8 @@ class Record:
     seconds: float = 0.0
     peers_killed: int = 0
     peers_started: int = 0
+    peers_running: tuple[str, ...] = ()
+    """Who was there at last: they come back as who they are, with what they have kept."""
 
 
 async def run_demo(plan: DemoPlan, *, say: Say) -> Summary:
@@ -125,7 +127,9 @@ class Demo:
             self._logs.mkdir(exist_ok=True)
         self._started_s = time.monotonic()
         await self._start_coordinator(first=True)
-        for _ in range(self._plan.num_peers):
+        for name in self._record.peers_running[: self._plan.num_peers]:
+            await self._start_peer(name)
+        while len(self._peers) < self._plan.num_peers:
             await self._start_peer()
         self._say(f"{self._plan.num_peers} peers with {self._threads} threads each; logs in {self._logs}")
         await self._watch()
@@ -134,10 +138,11 @@ class Demo:
         await _wait_all(self._running_peers(), timeout_s=LEAVE_TIMEOUT_S)
 
     async def end(self) -> None:
-        """End every child that is left, and keep what a resumed demo needs."""
-        children = [child for child in (*self._peers, self._coordinator) if child is not None and child.is_running]
-        await asyncio.shield(end_children(children))
+        """End every child that is left, and keep what a resumed demo needs. Peers first: they say goodbye."""
         self._save_record()
+        await asyncio.shield(end_children(self._running_peers()))
+        if self._coordinator is not None and self._coordinator.is_running:
+            await asyncio.shield(end_children([self._coordinator]))
 
     @property
     def is_over(self) -> bool:
@@ -251,10 +256,11 @@ class Demo:
 
     # -- peers ----------------------------------------------------------------------------------------
 
-    async def _start_peer(self) -> None:
-        self._record.peers_started += 1
-        self._save_record()
-        name = f"peer-{self._record.peers_started}"
+    async def _start_peer(self, name: str | None = None) -> None:
+        """Start a new peer, or one of an earlier sitting again."""
+        if name is None:
+            self._record.peers_started += 1
+            name = f"peer-{self._record.peers_started}"
         child = await start_child(
             name,
             (
@@ -266,6 +272,7 @@ class Demo:
             environment=_environment(threads=self._threads),
         )
         self._peers.append(child)
+        self._save_record()
 
     def _running_peers(self) -> list[Child]:
         return [peer for peer in self._peers if peer.is_running]
@@ -328,10 +335,12 @@ class Demo:
 
     def _save_record(self) -> None:
         self._record.seconds = self._before_s + (self._ended_s or time.monotonic()) - self._started_s
+        running = [peer.name for peer in self._running_peers()]
         fields = {
             "seconds": self._record.seconds,
             "peers_killed": self._record.peers_killed,
             "peers_started": self._record.peers_started,
+            "peers_running": running,
         }
         write_file(self._run.path / RECORD, json.dumps(fields).encode())
 
@@ -383,7 +392,8 @@ def _is_finished(directory: Path) -> bool:
 def _read_record(directory: Path) -> Record:
     try:
         fields = json.loads((directory / RECORD).read_bytes())
-        return Record(float(fields["seconds"]), int(fields["peers_killed"]), int(fields["peers_started"]))
+        running = tuple(str(name) for name in fields["peers_running"])
+        return Record(float(fields["seconds"]), int(fields["peers_killed"]), int(fields["peers_started"]), running)
     except (OSError, ValueError, KeyError, TypeError):  # the first sitting, or one that died in its first moment
         return Record()
 
