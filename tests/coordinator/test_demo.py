@@ -127,7 +127,7 @@ async def test_a_child_that_does_not_want_to_end_is_killed(tmp_path: Path) -> No
 async def test_what_a_child_said_last_is_known(tmp_path: Path) -> None:
     child = await start_child(
         "child",
-        ("-c", "import sys; print('one'); sys.exit('peer join: E-REF no')"),
+        ("-c", "import sys; print('one', flush=True); sys.exit('peer join: E-REF no')"),
         logs=tmp_path,
         environment=os.environ,
     )

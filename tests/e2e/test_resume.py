@@ -11,8 +11,8 @@ from tests.e2e.swarm import Swarm
 
 pytestmark = pytest.mark.timeout(240)
 
-ROUNDS = 24
-SETTINGS = ("keeping.checkpoint_every=2", "batch.eval_every=12", "batch.heldout_sequences=16")
+ROUNDS = 80  # at five and more a second: the first checkpoint has to be home long before the end
+SETTINGS = ("keeping.checkpoint_every=5", "batch.eval_every=40", "batch.heldout_sequences=16")
 FLAGS = ("--lost-after", "5", "--until-finished")
 
 
