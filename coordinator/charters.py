@@ -168,10 +168,6 @@ class CharterOffice:
             vacant_s={stage: now_s - since_s for stage, since_s in self._vacant_since_s.items()},
             awake_s=0.0 if awake_since_s is None else now_s - awake_since_s,
             settle_s=self._settings.lost_after_s,
-            is_complete=all(
-                peer.presence == "left" or (peer.presence == "live" and peer.heard)
-                for peer in self._registry.everybody()
-            ),
             move_after_s=self._settings.move_after_s,
         )
         self._note_vacancies(view, now_s)

@@ -88,7 +88,7 @@ async def run_demo(plan: DemoPlan, *, say: Say) -> Summary:
             await until_stopped(stop, demo.train())
         finally:
             await demo.end()
-        if not demo.is_over:
+        if not demo.has_ended:
             say(f"stopped; to go on: coordinator demo --dir {directory}")
             raise KeyboardInterrupt
         stop.clear()  # whoever stopped it while peers were leaving wants to see the end
@@ -114,6 +114,8 @@ class Demo:
         self._invite = ""
         self._crashes = 0
         self._before_s = self._record.seconds
+        self._returning = list(self._record.peers_running[: plan.num_peers])
+        """Peers of an earlier sitting that are not there again yet."""
         self._started_s = time.monotonic()
         self._ended_s: float | None = None
         self._replicas = tuple([0] * run.manifest.model.num_stages)
@@ -127,8 +129,9 @@ class Demo:
             self._logs.mkdir(exist_ok=True)
         self._started_s = time.monotonic()
         await self._start_coordinator(first=True)
-        for name in self._record.peers_running[: self._plan.num_peers]:
-            await self._start_peer(name)
+        while self._returning:
+            await self._start_peer(self._returning[0])
+            del self._returning[0]
         while len(self._peers) < self._plan.num_peers:
             await self._start_peer()
         self._say(f"{self._plan.num_peers} peers with {self._threads} threads each; logs in {self._logs}")
@@ -145,7 +148,7 @@ class Demo:
             await asyncio.shield(end_children([self._coordinator]))
 
     @property
-    def is_over(self) -> bool:
+    def has_ended(self) -> bool:
         """The run has come to its end; only the summary is missing."""
         return self._ended_s is not None
 
@@ -297,9 +300,9 @@ class Demo:
         """Say why, and count it. Raises `LocalFault` if peers fail again and again."""
         code = dead.process.returncode
         if code == -signal.SIGKILL:  # by us, or by somebody who tries what happens then
-            dead.killed = True
             self._record.peers_killed += 1
-            return f"killed {dead.name}"
+            by_us, dead.killed = dead.killed, True
+            return f"killed {dead.name}" if by_us else f"{dead.name} was killed (if not by you: is memory short?)"
         if code:
             self._crashes += 1
         if self._crashes >= MAX_CRASHES:
@@ -335,7 +338,7 @@ class Demo:
 
     def _save_record(self) -> None:
         self._record.seconds = self._before_s + (self._ended_s or time.monotonic()) - self._started_s
-        running = [peer.name for peer in self._running_peers()]
+        running = [*dict.fromkeys([*(peer.name for peer in self._running_peers()), *self._returning])]
         fields = {
             "seconds": self._record.seconds,
             "peers_killed": self._record.peers_killed,

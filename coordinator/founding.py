@@ -22,8 +22,6 @@ from coordinator.placement import Host, choose_mover
 from protocol.ids import Digest, PeerId, RoundId, StageId, Version
 from protocol.rounds.messages import Seat
 
-COMPLETE_S = 5.0  # two beats: by then who is not in our books, which may be an old copy, has registered again
-
 
 class Standing(Enum):
     """What we know of a peer."""
@@ -81,8 +79,6 @@ class View:
     """For how long we have been hearing from anybody."""
     settle_s: float
     """How long after waking up everybody may take to report, before silence counts."""
-    is_complete: bool
-    """Whoever was ever here has been heard since we woke up, or has said goodbye."""
     move_after_s: float
 
 
@@ -123,7 +119,7 @@ def decide(view: View) -> Decision:
         return Decision()
     moves = _moves(view)
     started = bool(view.generations)
-    if started and view.awake_s < (min(COMPLETE_S, view.settle_s) if view.is_complete else view.settle_s):
+    if started and view.awake_s < view.settle_s:
         return Decision(waiting_for="the peers to report after an interruption")
     if len(dead) == view.num_stages:
         return _found_all(view, stages, moves, at_least=1 if started else view.start_peers)

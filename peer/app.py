@@ -51,11 +51,11 @@ async def join_run(invite: Invite, settings: PeerSettings) -> None:
                 return
             registration = Registration(link, invite, settings, capability=_capability(settings))
             kept = kept_snapshots(_run_folder(settings, invite.run))
-            if await until_stopped(stop, registration.enter(kept=kept)) is None:
-                return
+            entered = await until_stopped(stop, registration.enter(kept=kept))
             try:
-                await unwrapped(_live(link, settings, registration, stop=stop))
-            finally:
+                if entered is not None:
+                    await unwrapped(_live(link, settings, registration, stop=stop))
+            finally:  # also if we were stopped while it was letting us in
                 await say_goodbye(link, reason="stopped")
 
 

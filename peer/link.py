@@ -72,7 +72,7 @@ class Link:
                 self._introduced.pop(peer, None)
 
     def lost(self, peer: PeerId) -> None:
-        """Note that a peer could not be dialled: the daemon may have forgotten its addresses."""
+        """Note that a peer could not be dialled, or has gone silent: the daemon may have forgotten its addresses."""
         self._introduced.pop(peer, None)
 
 

@@ -114,7 +114,7 @@ class StageDriver:
         self._clock = MachineClock(limit_s=timers.patience_s - timers.ping_timeout_s)  # our last answer may be lost
         self._inbox: asyncio.Queue[events.Event] = asyncio.Queue()
         self._is_tick_due = False
-        self._outbox = Outbox(calls, start=self._start, on_gone=self._on_gone)
+        self._outbox = Outbox(calls, send_timeout_s=timers.ping_timeout_s / 2, start=self._start, on_gone=self._on_gone)
         self._group: asyncio.TaskGroup | None = None
         self._reducing: dict[Digest, asyncio.Task[None]] = {}
         self._staged: dict[Digest, Update] = {}
@@ -218,7 +218,7 @@ class StageDriver:
                 await self._open_round(action)
             case events.Freeze(closing, signed):
                 self._reports.add(ClosingReport(closing=signed))
-                await self._freeze(closing)
+                self._freeze(closing)
             case events.StartReduce():
                 task = self._start(self._run_reduce(action), name=f"reduce-{self.stage}-{action.round}")
                 self._reducing[action.group_id] = task
@@ -253,12 +253,20 @@ class StageDriver:
         if self._is_snapshot_due(action.round):
             self._snapshot = await self.take_snapshot(action.round, action.version, action.lineage)
 
-    async def _freeze(self, closing: Closing) -> None:
-        """Stop adding to the sum, in the thread that adds; then tell the machine what the sum stands for."""
+    def _freeze(self, closing: Closing) -> None:
+        """Stop adding to the sum, in the thread that adds; tell the machine afterwards what the sum stands for.
+
+        The microbatch at hand may take longer than others have patience, so the machine goes on answering meanwhile.
+        """
         self._gate.freeze(self.stage)
         self._hooks.on_freeze(closing)
-        tokens = await self._compute.run(lambda: self._engine.freeze(self.stage), priority=Priority.CONTROL)
-        self.post(events.Frozen(closing.round, tokens))
+        # queued at once: nothing that comes after this in the compute thread may come before it
+        freezing = self._compute.submit(lambda: self._engine.freeze(self.stage), priority=Priority.CONTROL)
+
+        async def tell() -> None:
+            self.post(events.Frozen(closing.round, await freezing))
+
+        self._start(tell(), name=f"freeze-{self.stage}-{closing.round}")
 
     async def _run_reduce(self, action: events.StartReduce) -> None:
         """Sum the frozen gradients with the group; stage the bytes; report how it went."""

@@ -25,7 +25,6 @@ from protocol.transport.calls import Calls
 
 log = structlog.get_logger()
 
-SEND_TIMEOUT_S = 5.0
 GOODBYE_TIMEOUT_S = 1.0
 GOODBYES_TIMEOUT_S = 5.0
 MAX_SENDING = 256  # to a stage of a thousand in four turns; each takes a socket, of a thousand or more
@@ -43,8 +42,12 @@ class Start(Protocol):
 class Outbox:
     """Delivers messages, and never waits for it."""
 
-    def __init__(self, calls: Calls, *, start: Start, on_gone: Callable[[PeerId], None]) -> None:
-        """`on_gone` hears of peers whose own machine says that their process is gone."""
+    def __init__(self, calls: Calls, *, send_timeout_s: float, start: Start, on_gone: Callable[[PeerId], None]) -> None:
+        """`on_gone` hears of peers whose own machine says that their process is gone.
+
+        `send_timeout_s` is well below the machine's patience: a stalled message holds back the next one of its kind.
+        """
+        self._send_timeout_s = send_timeout_s
         self._calls = calls
         self._start = start
         self._on_gone = on_gone
@@ -79,7 +82,7 @@ class Outbox:
                 async with self._place(to):
                     message, self._waiting[key] = self._waiting[key], None
                     assert message is not None
-                    await self._deliver(to, message, timeout_s=SEND_TIMEOUT_S)
+                    await self._deliver(to, message, timeout_s=self._send_timeout_s)
         finally:
             del self._waiting[key]
 

@@ -34,7 +34,7 @@ from protocol.ids import Lineage, PeerId, RoundId, StageId, Version, digest
 from protocol.rounds.lineage import next_lineage
 from protocol.rounds.messages import CHARTER_CONTEXT, COMMIT_CONTEXT, Charter, Commit
 from protocol.signing import Signed, unseal
-from protocol.transport.blobs import MAX_RANGE_BYTES, Blobs
+from protocol.transport.blobs import MAX_RANGE_BYTES, Blobs, MissingBlobError
 from protocol.transport.calls import Calls
 
 log = structlog.get_logger()
@@ -76,10 +76,11 @@ async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
             await asyncio.wait({task})
         except asyncio.CancelledError:
             is_cancelled = True
-    result = task.result()
     if is_cancelled:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.info("change.failed", error=repr(error))  # nobody waits for it any more
         raise asyncio.CancelledError
-    return result
+    return task.result()
 
 
 def root_lineage(signed_charter: Signed) -> Lineage:
@@ -199,9 +200,11 @@ class StageSync:
                 for name in names:
                     try:
                         data = await self._blobs.fetch(source, name, max_bytes=limit)
+                    except MissingBlobError:
+                        continue
                     except (TransientError, PeerFault) as error:
                         log.debug("update.missing", source=source, name=name, error=error.one_line())
-                        continue
+                        return None  # it is not there, or not well: the other name would cost as much again
                     if await asyncio.to_thread(digest, data) == commit.digest:
                         return Update(self._codec, data)
                     log.warning("update.wrong", source=source, name=name)

@@ -93,7 +93,7 @@ class SpanEngine:
     def freeze(self, stage: StageId) -> int:
         """End a stage's contribution to its round; return the target tokens in it: none if the sum overflowed."""
         frozen = self._open.pop(stage, None)
-        for ticket in [ticket for ticket in self._waiting.values() if ticket.round == frozen]:
+        for ticket in [t for t in self._waiting.values() if t.round == frozen and t.entry <= stage]:
             self.discard(ticket)  # their backward would be refused; who asked for it may be gone already
         if not self.engines[stage].has_finite_gradients():  # one overflow, and nobody could average the sum
             self._drop_sum(stage)

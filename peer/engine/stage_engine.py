@@ -21,7 +21,7 @@ from torch import Tensor
 
 from peer.engine.optimizer import Optimizer, OptimizerSpec
 from peer.engine.retention import Retention, measure_saved
-from peer.engine.state import check_same_tensors, is_finite, tensors_digest
+from peer.engine.state import check_same_tensors, is_finite, largest, tensors_digest
 from peer.model.loss import count_targets
 from peer.model.shards import Shard
 from peer.model.stage import Stage, build_stage
@@ -30,6 +30,7 @@ from protocol.errors import LocalFault, PeerFault
 from protocol.ids import Digest, Version
 
 NORM_ELEMENTS = 1 << 20  # piece of a gradient that is widened to fp64 at a time
+MAX_MAGNITUDE = 1e8  # of what others send: 1e4 is a lot in a trained model, and from here nothing overflows in fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +151,8 @@ class StageEngine:
         """
         pending = self._pending[ticket.number]
         inputs = pending.inputs
-        if grad_outputs.shape != (*inputs.shape[:2], self._stage.width) or not is_finite(grad_outputs):
-            raise PeerFault("the gradient from the next stage has the wrong shape or is not finite.")
+        if grad_outputs.shape != (*inputs.shape[:2], self._stage.width) or not largest(grad_outputs) <= MAX_MAGNITUDE:
+            raise PeerFault("the gradient from the next stage has the wrong shape, or numbers that no model makes.")
         self.discard(ticket)
         entered, outputs = pending.entered, pending.outputs
         if entered is None or outputs is None:
@@ -293,8 +294,8 @@ class StageEngine:
             return self._stage.embed(inputs.to(self._stage.device)).requires_grad_()
         if not inputs.is_floating_point() or inputs.dim() != 3 or inputs.shape[2] != self._stage.width:
             raise PeerFault(f"this stage wants hidden states (B, T, {self._stage.width}), not {tuple(inputs.shape)}.")
-        if not is_finite(inputs):
-            raise PeerFault("the hidden states from the stage before are not finite.")
+        if not largest(inputs) <= MAX_MAGNITUDE:
+            raise PeerFault("the hidden states from the stage before have numbers that no model makes.")
         return inputs.detach().to(device=self._stage.device, dtype=self._stage.dtype).requires_grad_()
 
     def _accept_labels(self, inputs: Tensor, labels: Tensor) -> Tensor:

@@ -40,5 +40,10 @@ def tensors_digest(tensors: Iterable[Tensor]) -> Digest:
 
 def is_finite(tensor: Tensor) -> bool:
     """Return whether no element is infinite or NaN, in one pass and without a mask as large as the tensor."""
-    low, high = torch.aminmax(tensor.detach())
-    return math.isfinite(float(low)) and math.isfinite(float(high))
+    return math.isfinite(largest(tensor))
+
+
+def largest(tensor: Tensor) -> float:
+    """Return the largest magnitude of an element; NaN if there is one."""
+    low, high = (float(bound) for bound in torch.aminmax(tensor.detach()))
+    return math.nan if math.isnan(low) or math.isnan(high) else max(-low, high)

@@ -47,6 +47,7 @@ MAX_RETRIES = 8
 RETRY_AFTER_S = 0.2
 PROGRESS_EVERY_S = 0.5
 RECEIVED_TIMEOUT_S = 30.0
+LAST_WORDS_S = 1.0  # for callers of a span that ends
 
 Work = Callable[["HostedTask"], Awaitable[Outcome]]
 
@@ -111,6 +112,7 @@ class HopServer:
         self._slots = SlotPool(num_slots=num_slots, quota=max(1, num_slots // 2))
         self._tasks: dict[TaskKey, HostedTask] = {}
         self._is_stopped = False
+        self._serving: set[asyncio.Task[None]] = set()
         self._taking: dict[asyncio.Timeout, RoundId] = {}
         """Bodies that are coming in, by the deadline that they have."""
 
@@ -143,6 +145,10 @@ class HopServer:
         for result in results:
             result.cancel()
         await asyncio.gather(*results, return_exceptions=True)
+        if self._serving:  # they have a moment to say so; nothing may hold on to the span that is ending
+            _, slow = await asyncio.wait(self._serving, timeout=LAST_WORDS_S)
+            for task in slow:
+                task.cancel()
 
     @property
     def num_tasks(self) -> int:
@@ -150,6 +156,10 @@ class HopServer:
         return len(self._tasks)
 
     async def _answer_stream(self, stream: Stream) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
         request: OpenTask | ResumeTask = await stream.receive(OpenTask, ResumeTask, timeout_s=HEADER_TIMEOUT_S)
         if isinstance(request, ResumeTask):
             await self._resume(stream, request)

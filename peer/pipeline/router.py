@@ -23,6 +23,7 @@ NEWCOMER_S = 0.0  # an unknown replica looks instantly free, so it is measured s
 HALF_LIFE_S = 30.0  # of what is remembered: a card five times slower than its siblings is tried about once a minute
 PENALTY_S = 10.0  # of a first failure; doubles with every further one in a row
 MAX_PENALTY_S = 600.0
+ONE_FAILURE_S = 5.0  # a replica that dies fails all tasks that it has: within this time they count as one
 
 
 @dataclass(slots=True)
@@ -61,10 +62,11 @@ class Router:
 
     def penalise(self, peer: PeerId, *, now_s: float) -> None:
         """Prefer others for a while: the peer failed or could not be reached. In a row, each counts double."""
-        known = self._estimates.get(peer)
-        task_s, penalty_s = (0.0, 0.0) if known is None else (known.task_s, known.penalty_s)
-        penalty_s = min(MAX_PENALTY_S, max(PENALTY_S, 2 * penalty_s))
-        self._estimates[peer] = _Estimate(task_s, 0.0, penalty_s=penalty_s, observed_s=now_s)
+        known = self._estimates.get(peer, _Estimate(0.0, 0.0, penalty_s=0.0, observed_s=now_s))
+        if known.penalty_s and now_s - known.observed_s < ONE_FAILURE_S:
+            return
+        penalty_s = min(MAX_PENALTY_S, max(PENALTY_S, 2 * known.penalty_s))
+        self._estimates[peer] = _Estimate(known.task_s, 0.0, penalty_s=penalty_s, observed_s=now_s)
 
     def _finish_s(self, peer: PeerId, now_s: float) -> float:
         known = self._estimates.get(peer)

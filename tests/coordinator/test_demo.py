@@ -201,6 +201,26 @@ async def test_seconds_of_a_demo_that_was_killed_are_not_lost(tmp_path: Path, mo
 
 
 @pytest.mark.slow
+async def test_a_sitting_that_ends_before_all_peers_are_back_forgets_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have kept state under their names. Oracle: the names in demo.json after each sitting."""
+
+    def running() -> list[str]:
+        names: list[str] = json.loads((tmp_path / "run" / "demo.json").read_text())["peers_running"]
+        return names
+
+    async with demo_of(tmp_path, monkeypatch, WAITING, num_peers=2) as first:
+        for _ in range(2):
+            await first._start_peer()
+    assert running() == ["peer-1", "peer-2"]
+    again = Demo(first._run, DemoPlan(directory=first._run.path, num_peers=2), quiet)
+    await again._start_peer("peer-1")
+    await again.end()
+    assert running() == ["peer-1", "peer-2"]
+
+
+@pytest.mark.slow
 async def test_who_is_killed_follows_from_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     victims = []
     for sitting, seed in enumerate((1, 1)):

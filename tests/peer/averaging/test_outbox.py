@@ -54,7 +54,7 @@ class Case:
         self.network = Network()
         self.tasks: set[asyncio.Task[None]] = set()
         self.gone: list[PeerId] = []
-        self.outbox = Outbox(cast(Any, self.network), start=self.start, on_gone=self.gone.append)
+        self.outbox = Outbox(cast(Any, self.network), send_timeout_s=5.0, start=self.start, on_gone=self.gone.append)
 
     def start(self, work: Coroutine[None, None, None], *, name: str) -> None:
         self.tasks.add(asyncio.create_task(work, name=name))

@@ -307,3 +307,21 @@ async def test_a_step_is_checked_where_it_is_taken(case: Case) -> None:
     assert outcomes[0] is None
     assert isinstance(outcomes[1], PeerFault)
     assert case.engine.version == 1
+
+
+async def test_a_cancelled_change_does_not_go_on_when_its_last_step_fails() -> None:
+    """Its caller would take the failure for an answer and try the next source. Oracle: the task is cancelled."""
+    go = asyncio.Event()
+
+    async def step() -> None:
+        await go.wait()
+        raise PeerFault("nonsense")
+
+    changing = asyncio.create_task(to_its_end(step()))
+    await asyncio.sleep(0)
+    changing.cancel()
+    await asyncio.sleep(0)
+    go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await changing
+    assert changing.cancelled()

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from peer.codecs import codec
+from peer.engine import stage_engine
 from peer.engine.optimizer import OptimizerSpec
 from peer.engine.span import SpanEngine
 from peer.engine.stage_engine import StageEngine
 from peer.tasks import RoundOver
 from protocol.architecture import preset
-from protocol.errors import LocalFault, SwarmError, WireError
+from protocol.errors import LocalFault, PeerFault, SwarmError, WireError
 from protocol.ids import RoundId, StageId
 
 TINY = preset("tiny")
@@ -74,8 +76,22 @@ def test_a_gradient_that_is_none_adds_nothing_and_leaves_nothing() -> None:
     assert [engine.freeze(stage) for stage in engine.engines] == [16, 16]
 
 
-def test_a_gradient_that_overflows_costs_the_sum_and_not_the_stage() -> None:
+@pytest.mark.parametrize("value", [1e9, -1e9, 3e38])
+def test_numbers_that_no_model_makes_are_the_fault_of_who_sent_them(value: float) -> None:
+    """They are finite, and would overflow here: eight of them, and this machine would take itself for broken."""
+    engine = span(1, 2)
+    feed(engine, body())
+    with pytest.raises(PeerFault):
+        feed(engine, body(value))
+    with pytest.raises(PeerFault):
+        engine.forward(body(value), SHAPE, entry=StageId(1), round_id=ROUND)
+    assert held(engine) == 0
+    assert [engine.freeze(stage) for stage in engine.engines] == [16, 16]
+
+
+def test_a_gradient_that_overflows_costs_the_sum_and_not_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or every later reduce of this replica would fail, and with it, where it is the only one, the run."""
+    monkeypatch.setattr(stage_engine, "MAX_MAGNITUDE", math.inf)  # which keeps what others send from overflowing here
     engine = span(1, 2)
     feed(engine, body())
     with pytest.raises(LocalFault):
@@ -182,6 +198,15 @@ def test_a_stage_that_is_frozen_does_not_stop_tasks_that_enter_behind_it() -> No
     engine.forward(body(), SHAPE, entry=StageId(2), round_id=ROUND)
     with pytest.raises(RoundOver):
         engine.forward(body(), SHAPE, entry=StageId(1), round_id=ROUND)
+
+
+def test_what_entered_behind_a_stage_that_is_frozen_still_goes_backward() -> None:
+    """As when one stage of a span is fetched anew. Oracle: the later stage's tokens."""
+    engine = span(1, 2)
+    _, shape, ticket = engine.forward(body(), SHAPE, entry=StageId(2), round_id=ROUND)
+    assert engine.freeze(StageId(1)) == 0
+    engine.backward(ticket, body(), shape, target_tokens=16)
+    assert engine.freeze(StageId(2)) == 16
 
 
 def test_what_a_failed_backward_has_added_does_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,6 +242,19 @@ def test_a_replica_that_fails_is_tried_less_and_less_often() -> None:
     assert _order(router, {ANNE: 1.0, BERT: 1.0}, now_s=600.0)[0] == ANNE, "a penalty outlives its cause"
 
 
+def test_a_replica_that_dies_with_all_its_tasks_has_failed_once() -> None:
+    """Oracle: one that lost a single task; both come back at the same time."""
+    router = Router(run=RunId("r"))
+    for _ in range(8):
+        router.penalise(ANNE, now_s=0.0)
+    router.penalise(BERT, now_s=0.0)
+    for second in (1.0, 20.0, 100.0):
+        router.observe(CARA, task_s=1.0, load_s=0.0, now_s=second)
+        first, *others = _order(router, dict.fromkeys((ANNE, BERT, CARA), 1.0), now_s=second)
+        assert (first == CARA) == (second < 100.0), "a death is held against it for too long, or not at all"
+        assert set(others) | {first} == {ANNE, BERT, CARA}
+
+
 def test_a_queue_that_was_reported_is_worked_off_meanwhile() -> None:
     router = Router(run=RunId("r"))
     router.observe(ANNE, task_s=1.0, load_s=4.0, now_s=0.0)
