@@ -1,7 +1,8 @@
 """AdamW on flat shards, with 8-bit or 32-bit state: the one adapter to bitsandbytes and to torch's AdamW.
 
-Owns: the moments, what is decayed, and the names under which the state is saved. Must not know: modules,
-rounds, where a gradient comes from. `peer/engine/stage_engine.py` calls `step` once per version.
+Owns: the step, what is decayed, and the names under which the state is saved. Must not know: modules, rounds, where
+a gradient comes from, how the state lies in its buffer (`peer/memory/moments.py`). `peer/engine/stage_engine.py`
+calls `step` once per version.
 
 A shard is updated in two segments: its matrices (with weight decay) and its vectors (norms and biases,
 without). `adamw8bit` keeps 8-bit blockwise moments for the matrices of the layers; vectors, embedding and
@@ -15,20 +16,21 @@ or on how threads share the work. Processors without fused multiply-add would st
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from peer.engine.state import check_same_tensors
+from peer.memory.moments import Field, Moment, OptimizerName, is_in_8_bit, moment_bytes, moment_fields, segments
 from peer.model.shards import Shard
-from protocol.architecture import ALIGNMENT_ELEMENTS, ShardKind
+from protocol.architecture import ALIGNMENT_ELEMENTS
 from protocol.errors import ConfigError, LocalFault
 
-OPTIMIZERS = ("adamw8bit", "adamw32")
+OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
 
 # bitsandbytes' CPU path makes fp32 copies of all it touches (about 20 bytes per element): bounds them to 80 MiB
 STEP_ELEMENTS = 1 << 22
@@ -38,7 +40,7 @@ STEP_ELEMENTS = 1 << 22
 class OptimizerSpec:
     """What every replica of a run has to agree on, apart from the learning rate."""
 
-    name: Literal["adamw8bit", "adamw32"] = "adamw8bit"
+    name: OptimizerName = "adamw8bit"
     betas: tuple[float, float] = (0.9, 0.95)
     epsilon: float = 1e-8
     weight_decay: float = 0.1
@@ -51,14 +53,6 @@ class OptimizerSpec:
             raise ConfigError(f"the optimizer's settings make no sense: {self}.")
 
 
-class _Segment(Protocol):
-    """A part of a shard with its moments, and one way of updating it."""
-
-    def update(self, step: int, learning_rate: float) -> None: ...
-
-    def state(self) -> dict[str, Tensor]: ...
-
-
 class Optimizer:
     """The optimizer of one stage. Every shard steps together, so one step count serves all."""
 
@@ -66,23 +60,22 @@ class Optimizer:
         self.spec = spec
         self.steps = 0
         self._shards = tuple(shards)
-        self._segments = {name: segment for shard in shards for name, segment in _segments(spec, shard)}
+        self.moments = tuple(_allocate_moments(spec, shard) for shard in shards)
+        """Per shard, all of its state in one flat uint8 buffer (`peer/memory/moments.py`)."""
+        self._updates = [ShardUpdate(spec, shard, flat) for shard, flat in zip(shards, self.moments, strict=True)]
 
     def step(self, learning_rate: float) -> None:
         """Update the weights of all shards from their gradients, which stay as they are."""
         self.steps += 1
-        for segment in self._segments.values():
-            segment.update(self.steps, learning_rate)
-        for shard in self._shards:
-            # bitsandbytes' CPU quantiser has no code for zero (0.50.2 takes 2e-5 of the block's largest instead),
-            # so its moments push even weights that never had a gradient
-            shard.clear_weight_padding()
+        for update in self._updates:
+            update.step(self.steps, learning_rate)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the state by stable names, sharing memory (but for the step count), in hash order."""
         tensors = {"optimizer.steps": torch.tensor(self.steps, dtype=torch.int64)}
-        for name, segment in self._segments.items():
-            tensors |= {f"{name}.{field}": tensor for field, tensor in segment.state().items()}
+        for shard, flat in zip(self._shards, self.moments, strict=True):
+            for field in moment_fields(shard.layout, self.spec.name):
+                tensors[f"optimizer.{shard.name}.{field.segment}.{field.name}"] = field_view(flat, field)
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -98,29 +91,49 @@ class Optimizer:
         return sum(tensor.nbytes for tensor in self.state_tensors().values())
 
 
-def _segments(spec: OptimizerSpec, shard: Shard) -> Iterator[tuple[str, _Segment]]:
-    if shard.weights.dtype != torch.float32 or shard.gradient.dtype != torch.float32:
-        # bitsandbytes' CUDA kernel would take the second buffer's bytes for the first one's type
-        raise LocalFault("training needs fp32 weights and gradients.")
-    border, end = shard.layout.num_matrix_elements, shard.layout.num_elements
-    assert border % ALIGNMENT_ELEMENTS == 0
-    assert end % ALIGNMENT_ELEMENTS == 0
-    if border:
-        in_8_bit = spec.name == "adamw8bit" and shard.layout.kind is ShardKind.LAYER
-        make = _EightBit if in_8_bit else _ThirtyTwoBit
-        yield f"optimizer.{shard.name}.matrices", make(spec, shard, slice(0, border), decay=spec.weight_decay)
-    if border < end:
-        yield f"optimizer.{shard.name}.vectors", _ThirtyTwoBit(spec, shard, slice(border, end), decay=0.0)
+class ShardUpdate:
+    """The AdamW step of one shard, on whatever buffers it is given: wherever they live, they are updated in place."""
+
+    def __init__(self, spec: OptimizerSpec, shard: Shard, moments: Tensor) -> None:
+        if shard.weights.dtype != torch.float32 or shard.gradient.dtype != torch.float32:
+            # bitsandbytes' CUDA kernel would take the second buffer's bytes for the first one's type
+            raise LocalFault("training needs fp32 weights and gradients.")
+        self._shard = shard
+        views = {(f.segment, f.name): field_view(moments, f) for f in moment_fields(shard.layout, spec.name)}
+        self._segments: list[_EightBit | _ThirtyTwoBit] = []
+        for segment, part in segments(shard.layout):
+            make = _EightBit if is_in_8_bit(shard.layout, segment, spec.name) else _ThirtyTwoBit
+            own = {name: view for (owner, name), view in views.items() if owner == segment}
+            decay = spec.weight_decay if segment == "matrices" else 0.0
+            self._segments.append(make(spec, shard.weights[part], shard.gradient[part], own, decay=decay))
+
+    def step(self, step: int, learning_rate: float) -> None:
+        """Take step number `step` (from 1). The gradient stays as it is."""
+        for segment in self._segments:
+            segment.update(step, learning_rate)
+        # bitsandbytes' CPU quantiser has no code for zero (0.50.2 takes 2e-5 of the block's largest instead),
+        # so its moments push even weights that never had a gradient
+        self._shard.clear_weight_padding()
+
+
+def field_view(moments: Tensor, field: Field) -> Tensor:
+    """Return one array of a shard's moments, sharing memory."""
+    return moments[field.offset_bytes : field.end_bytes].view(getattr(torch, field.dtype))
+
+
+def _allocate_moments(spec: OptimizerSpec, shard: Shard) -> Tensor:
+    return torch.zeros(moment_bytes(shard.layout, spec.name), dtype=torch.uint8, device=shard.weights.device)
 
 
 class _ThirtyTwoBit:
-    """torch's fused AdamW on a slice of a shard."""
+    """torch's fused AdamW on a segment of a shard."""
 
-    def __init__(self, spec: OptimizerSpec, shard: Shard, part: slice, *, decay: float) -> None:
+    def __init__(
+        self, spec: OptimizerSpec, weights: Tensor, gradient: Tensor, state: Mapping[Moment, Tensor], *, decay: float
+    ) -> None:
         self._spec, self._decay = spec, decay
-        self._weights, self._gradient = shard.weights[part], shard.gradient[part]
-        self._moment1 = torch.zeros_like(self._weights)
-        self._moment2 = torch.zeros_like(self._weights)
+        self._weights, self._gradient = weights, gradient
+        self._moment1, self._moment2 = state["moment1"], state["moment2"]
 
     def update(self, step: int, learning_rate: float) -> None:
         steps_before = torch.tensor(float(step - 1), device=self._weights.device)  # the kernel counts it up
@@ -142,23 +155,22 @@ class _ThirtyTwoBit:
                 maximize=False,
             )
 
-    def state(self) -> dict[str, Tensor]:
-        return {"moment1": self._moment1, "moment2": self._moment2}
-
 
 class _EightBit:
-    """bitsandbytes' blockwise AdamW on a slice of a shard."""
+    """bitsandbytes' blockwise AdamW on a segment of a shard."""
 
-    def __init__(self, spec: OptimizerSpec, shard: Shard, part: slice, *, decay: float) -> None:
+    def __init__(
+        self, spec: OptimizerSpec, weights: Tensor, gradient: Tensor, state: Mapping[Moment, Tensor], *, decay: float
+    ) -> None:
         functional = _bitsandbytes()
         self._update = functional.optimizer_update_8bit_blockwise
         self._spec, self._decay = spec, decay
-        self._weights, self._gradient = shard.weights[part], shard.gradient[part]
-        device, elements = self._weights.device, self._weights.numel()
-        self._codes1, self._codes2 = (torch.zeros(elements, dtype=torch.uint8, device=device) for _ in range(2))
-        blocks = elements // ALIGNMENT_ELEMENTS
-        self._scales1, self._scales2 = (torch.zeros(blocks, dtype=torch.float32, device=device) for _ in range(2))
-        self._map1, self._map2 = (functional.create_dynamic_map(signed=signed).to(device) for signed in (True, False))
+        self._weights, self._gradient = weights, gradient
+        self._codes1, self._codes2 = state["moment1"], state["moment2"]
+        self._scales1, self._scales2 = state["scale1"], state["scale2"]
+        self._map1, self._map2 = (
+            functional.create_dynamic_map(signed=signed).to(weights.device) for signed in (True, False)
+        )
 
     def update(self, step: int, learning_rate: float) -> None:
         for start in range(0, self._weights.numel(), STEP_ELEMENTS):
@@ -183,9 +195,6 @@ class _EightBit:
                 self._scales2[blocks],
                 self._decay,
             )
-
-    def state(self) -> dict[str, Tensor]:
-        return {"moment1": self._codes1, "moment2": self._codes2, "scale1": self._scales1, "scale2": self._scales2}
 
 
 def _bitsandbytes() -> Any:

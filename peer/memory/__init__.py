@@ -1,0 +1,1 @@
+"""The memory engine: training state in tiers, moved by a schedule that is known in advance."""

@@ -1,0 +1,93 @@
+"""Where the optimizer's state of one shard lies: one flat byte buffer, so that it moves and is kept in one piece.
+
+Owns: the fields of that buffer (names, types, offsets) and its size. Must not know: torch, which optimizer step
+uses them (`peer/engine/optimizer.py` does), where the buffer lives. Pure, so that a plan can be made before
+anything is allocated.
+
+A shard is updated in two segments: its matrices and, behind them, its vectors (norms and biases). AdamW keeps two
+moments per element, in 32 bit or as 8-bit codes with one fp32 scale per block of 256 (Dettmers et al. 2022,
+"8-bit Optimizers via Block-wise Quantization"). Only matrices of layers are kept in 8 bit: tiny or rarely updated
+tensors suffer most from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from protocol.architecture import ALIGNMENT_ELEMENTS, ShardKind, ShardLayout
+
+FIELD_ALIGNMENT_BYTES = 256  # of a field in its buffer: enough for every vector unit and for CUDA
+
+OptimizerName = Literal["adamw8bit", "adamw32"]
+Segment = Literal["matrices", "vectors"]
+Moment = Literal["moment1", "moment2", "scale1", "scale2"]
+DType = Literal["uint8", "float32"]
+
+_ITEM_BYTES = {"uint8": 1, "float32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One array in the buffer. `name` says which moment, or which moment's scales."""
+
+    segment: Segment
+    name: Moment
+    dtype: DType
+    offset_bytes: int
+    num_elements: int
+
+    @property
+    def end_bytes(self) -> int:
+        return self.offset_bytes + self.num_elements * _ITEM_BYTES[self.dtype]
+
+
+def is_in_8_bit(layout: ShardLayout, segment: Segment, optimizer: OptimizerName) -> bool:
+    """Tell whether a segment's moments are kept in 8 bit."""
+    return optimizer == "adamw8bit" and layout.kind is ShardKind.LAYER and segment == "matrices"
+
+
+def moment_fields(layout: ShardLayout, optimizer: OptimizerName) -> tuple[Field, ...]:
+    """List the fields of a shard's moments in their order in the buffer, which is also the order of hashing."""
+    fields: list[Field] = []
+    end_bytes = 0
+    for segment, name, dtype, num_elements in _arrays(layout, optimizer):
+        offset_bytes = _aligned(end_bytes)
+        fields.append(Field(segment, name, dtype, offset_bytes, num_elements))
+        end_bytes = fields[-1].end_bytes
+    return tuple(fields)
+
+
+def moment_bytes(layout: ShardLayout, optimizer: OptimizerName) -> int:
+    """Return the size of a shard's moments, padding included."""
+    fields = moment_fields(layout, optimizer)
+    return _aligned(fields[-1].end_bytes) if fields else 0
+
+
+def segments(layout: ShardLayout) -> Iterator[tuple[Segment, slice]]:
+    """Yield the segments that a shard has, with their part of its elements."""
+    border, end = layout.num_matrix_elements, layout.num_elements
+    assert border % ALIGNMENT_ELEMENTS == 0
+    assert end % ALIGNMENT_ELEMENTS == 0
+    if border:
+        yield "matrices", slice(0, border)
+    if border < end:
+        yield "vectors", slice(border, end)
+
+
+def _arrays(layout: ShardLayout, optimizer: OptimizerName) -> Iterator[tuple[Segment, Moment, DType, int]]:
+    for segment, part in segments(layout):
+        num_elements = part.stop - part.start
+        if is_in_8_bit(layout, segment, optimizer):
+            yield segment, "moment1", "uint8", num_elements
+            yield segment, "moment2", "uint8", num_elements
+            yield segment, "scale1", "float32", num_elements // ALIGNMENT_ELEMENTS
+            yield segment, "scale2", "float32", num_elements // ALIGNMENT_ELEMENTS
+        else:
+            yield segment, "moment1", "float32", num_elements
+            yield segment, "moment2", "float32", num_elements
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // FIELD_ALIGNMENT_BYTES) * FIELD_ALIGNMENT_BYTES
