@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import structlog
 
 from peer.link import Link
-from peer.reports import ReportQueue
+from peer.reports import PER_BEAT, ReportQueue
 from peer.settings import PeerSettings
 from protocol.control import (
     Beat,
@@ -52,6 +52,7 @@ REGISTER_ATTEMPTS = 5
 DEAF_ATTEMPTS = 2  # a coordinator that starts is in the DHT a moment before it serves calls
 REGISTER_PAUSE_S = 2.0
 BEAT_S = 2.0
+CATCH_UP_S = 0.1
 LEAVE_TIMEOUT_S = 3.0
 
 
@@ -175,6 +176,9 @@ async def keep_beating(
 ) -> None:
     """Beat until cancelled. A coordinator that is away is tried again, one that has forgotten us is told once more.
 
+    One that was away for long is told in quick beats what has piled up: at the usual pace, fast rounds would bring
+    reports as fast as they are handed in.
+
     Raises `RefusedError` if it does not want us any more.
     """
     was_reachable = True
@@ -195,7 +199,8 @@ async def keep_beating(
                 log.info("coordinator.back")
             was_reachable = True
             on_reply(reply)
-        await asyncio.sleep(BEAT_S)
+        has_backlog = was_reachable and len(reports) > PER_BEAT
+        await asyncio.sleep(CATCH_UP_S if has_backlog else BEAT_S)
 
 
 async def _beat_or_renew(

@@ -16,15 +16,15 @@ import pytest
 from peer import coordination
 from peer.coordination import Condition, Registration, keep_beating
 from peer.link import Link
-from peer.reports import ReportQueue
+from peer.reports import PER_BEAT, ReportQueue
 from peer.settings import PeerSettings
-from protocol.control import Beat, BeatReply, Capability, PeerState, Register, Welcome
+from protocol.control import Beat, BeatReply, Capability, ClosingReport, PeerState, Register, Welcome
 from protocol.errors import ClockError, IncompatibleError, RefusedError, UnreachableError
 from protocol.ids import StageId
 from protocol.invite import Invite
 from protocol.manifest import MANIFEST_CONTEXT
 from protocol.records import admit
-from protocol.signing import SigningKey, seal
+from protocol.signing import Signed, SigningKey, seal
 from tests.protocol.manifests import KEY, manifest
 
 RUN = manifest()
@@ -48,6 +48,7 @@ class Coordinator:
         self.calls = self
         self.node = SimpleNamespace(addresses=self._addresses)
         self.on_beat: Callable[[], None] = lambda: None
+        self.reply: Callable[[Beat], BeatReply] = lambda beat: REPLY
         self.manifest_key = KEY
         self.clock_ahead_s = 0.0
         self.refusal: Exception | None = None
@@ -62,7 +63,7 @@ class Coordinator:
                 raise self.refusal
             return self._welcome()
         self.on_beat()
-        answer = self.answers.pop(0) if self.answers else REPLY
+        answer = self.answers.pop(0) if self.answers else self.reply(message)
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -86,7 +87,9 @@ def registration(coordinator: Coordinator) -> Registration:
     return Registration(cast(Link, coordinator), INVITE, PeerSettings(), capability=CAPABILITY)
 
 
-async def beat_times(coordinator: Coordinator, number: int, registered: Registration) -> list[BeatReply]:
+async def beat_times(
+    coordinator: Coordinator, number: int, registered: Registration, *, reports: ReportQueue | None = None
+) -> list[BeatReply]:
     """Beat until `number` beats were sent, and return what was taken over."""
     replies: list[BeatReply] = []
     enough = asyncio.Event()
@@ -104,7 +107,7 @@ async def beat_times(coordinator: Coordinator, number: int, registered: Registra
             cast(Link, coordinator),
             registered,
             condition=lambda: TRAINING,
-            reports=ReportQueue(),
+            reports=reports or ReportQueue(),
             on_reply=replies.append,
         )
     )
@@ -178,6 +181,27 @@ async def test_a_silent_coordinator_is_asked_again() -> None:
     registered = registration(coordinator)
     await registered.enter()
     assert REPLY in await beat_times(coordinator, 4, registered)
+
+
+async def test_what_has_piled_up_while_the_coordinator_was_away_is_handed_in_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Oracle: beats that each take what one holds; at the usual pace, which is an hour here, there would be one."""
+    monkeypatch.setattr(coordination, "BEAT_S", 3600.0)
+    monkeypatch.setattr(coordination, "CATCH_UP_S", 0.0)
+    coordinator, reports = Coordinator(), ReportQueue()
+    for _ in range(3 * PER_BEAT + 1):
+        reports.add(ClosingReport(closing=Signed(payload=b"", signer=ME.peer_id, signature=bytes(64))))
+
+    def acknowledge(message: Beat) -> BeatReply:
+        return REPLY.model_copy(update={"acknowledged": message.reports[-1].sequence})
+
+    coordinator.reply = acknowledge
+    registered = registration(coordinator)
+    await registered.enter()
+    await beat_times(coordinator, 3, registered, reports=reports)
+    assert coordinator.kinds == ["Register", "Beat", "Beat", "Beat"]
+    assert len(reports) == 1, "which can wait for the next beat"
 
 
 async def test_a_manifest_that_another_key_signed_is_not_trusted() -> None:
