@@ -116,6 +116,7 @@ class StageDriver:
         self._is_tick_due = False
         self._outbox = Outbox(calls, send_timeout_s=timers.ping_timeout_s / 2, start=self._start, on_gone=self._on_gone)
         self._group: asyncio.TaskGroup | None = None
+        self._is_draining = False
         self._reducing: dict[Digest, asyncio.Task[None]] = {}
         self._staged: dict[Digest, Update] = {}
         self._snapshot: Snapshot | None = None
@@ -131,6 +132,7 @@ class StageDriver:
 
     def post(self, event: events.Event) -> None:
         """Hand the machine a fact. Never blocks."""
+        self._is_draining = self._is_draining or isinstance(event, events.Drain)
         self._inbox.put_nowait(event)
 
     def receive(self, caller: PeerId, message: StageMessage) -> None:
@@ -248,7 +250,10 @@ class StageDriver:
         await self._compute.run(
             lambda: self._engine.open(self.stage, action.round, fresh=action.fresh), priority=Priority.CONTROL
         )
-        self._gate.open(self.stage, round_id=action.round, version=action.version, lineage=action.lineage)
+        if self._is_draining:  # what would be begun now would be left half done, and done again by somebody else
+            self._gate.leave(self.stage)
+        else:
+            self._gate.open(self.stage, round_id=action.round, version=action.version, lineage=action.lineage)
         log.info("round.open", stage=self.stage, round=action.round, version=action.version, peers=len(action.members))
         if self._is_snapshot_due(action.round):
             self._snapshot = await self.take_snapshot(action.round, action.version, action.lineage)

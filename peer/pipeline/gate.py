@@ -34,7 +34,9 @@ class Gate:
         self._run = run
         self._stages: dict[StageId, Opening] = {}
         self._changed = asyncio.Event()
+        self._left: set[StageId] = set()
         self.is_leaving = False
+        """The whole span goes."""
 
     def open(self, stage: StageId, *, round_id: RoundId, version: Version, lineage: Lineage) -> None:
         """Let tasks of `round_id` in."""
@@ -48,6 +50,11 @@ class Gate:
         if stage in self._stages:
             self._stages[stage].is_open = False
             self._notify()
+
+    def leave(self, stage: StageId) -> None:
+        """Let nothing in any more: this replica goes with the round that it has ended."""
+        self._left.add(stage)
+        self.freeze(stage)
 
     def version_of(self, stage: StageId) -> Version:
         """Return a hosted stage's version (0 before it has begun)."""
@@ -89,7 +96,7 @@ class Gate:
         known = self._stages.get(header.stage)
         if known is None:
             return Refused(code=RefusalCode.WRONG_STAGE, detail=f"stage {header.stage} is not hosted here")
-        if self.is_leaving:
+        if self.is_leaving or header.stage in self._left:
             return Refused(code=RefusalCode.LEAVING)
         if header.round > known.round:
             return Refused(code=RefusalCode.AHEAD, detail=f"here it is still round {known.round}")

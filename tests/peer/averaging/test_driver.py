@@ -9,7 +9,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,10 +20,11 @@ import torch
 from peer.averaging import driver, machine_clock
 from peer.averaging.absorb import Update
 from peer.averaging.driver import MAX_INBOX, Hooks, StageDriver
+from peer.pipeline.gate import Gate
 from peer.reports import ReportQueue
 from protocol.errors import BusyError, PeerFault, UnreachableError
 from protocol.history import LogRequest
-from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, Version, digest
+from protocol.ids import Digest, Lineage, PeerId, RoundId, RunId, StageId, Version, digest
 from protocol.rounds import events
 from protocol.rounds.messages import Hello
 
@@ -370,3 +371,22 @@ async def test_files_that_strangers_ask_for_are_not_read_on_the_event_loop() -> 
     assert answer.commits == ()
     assert threading.current_thread() not in case.history.threads
     assert case.history.threads
+
+
+async def test_who_leaves_begins_no_further_round() -> None:
+    """Its microbatches would be left half done, and be counted twice when others do them. Oracle: the gate."""
+    case = Case()
+    gate = Gate(run=RunId("0" * 32))
+    case.driver._gate = gate
+    async with running(case):
+        await case.perform(OPENING)
+        await until(lambda: gate.version_of(STAGE) == 5)
+        opening = await gate.wait_open(STAGE)
+        case.driver.post(events.Drain())
+        await until(lambda: any(isinstance(event, events.Drain) for event in case.machine.seen))
+        assert opening.is_open, "the round at hand is finished"
+        await case.perform(replace(OPENING, round=RoundId(2), version=Version(6)))
+        await until(lambda: not opening.is_open)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await gate.wait_open(STAGE)
