@@ -81,12 +81,14 @@ class LossyStream:
         self.isatty = stream.isatty
 
     def write(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
-            self._stream.write(text)
+        if not self._stream.closed:
+            with contextlib.suppress(OSError):
+                self._stream.write(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.flush()
+        if not self._stream.closed:
+            with contextlib.suppress(OSError):
+                self._stream.flush()
 
 
 def _open_log(file: Path) -> TextIO:

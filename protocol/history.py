@@ -13,10 +13,9 @@ from pydantic import Field
 
 from protocol.control import Snapshot
 from protocol.ids import Lineage, StageId, Version
+from protocol.rounds.messages import MAX_COMMITS_PER_ANSWER
 from protocol.signing import Signed
 from protocol.wire import Message
-
-MAX_COMMITS_PER_ANSWER = 16
 
 
 class StateRequest(Message):

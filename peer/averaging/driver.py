@@ -29,12 +29,12 @@ from peer.pipeline.view import Membership, View
 from peer.reports import ReportQueue
 from protocol.control import AveragingReport, ClosingReport, CommitReport, Snapshot
 from protocol.errors import BusyError, PeerFault, StorageError, SwarmError, TransientError, UnreachableError
-from protocol.history import MAX_COMMITS_PER_ANSWER, LogAnswer, LogRequest, StateAnswer
+from protocol.history import LogAnswer, LogRequest, StateAnswer
 from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, Version
 from protocol.manifest import Manifest
 from protocol.rounds import events
 from protocol.rounds.machine import RoundMachine
-from protocol.rounds.messages import Charter, Closing, Commit, StageMessage
+from protocol.rounds.messages import MAX_COMMITS_PER_ANSWER, Charter, Closing, Commit, StageMessage
 from protocol.signing import Signed
 from protocol.transport.calls import Calls
 from protocol.wire import MAX_MESSAGE_BYTES

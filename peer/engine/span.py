@@ -101,6 +101,10 @@ class SpanEngine:
 
     # -- tasks ----------------------------------------------------------------------------------------
 
+    def stages_from(self, entry: StageId) -> tuple[StageId, ...]:
+        """Return the stages that a task passes which enters at `entry`."""
+        return tuple(stage for stage in self.engines if stage >= entry)
+
     def body_bytes(self, shape: tuple[int, ...]) -> int:
         """Return the exact size of an encoded (B, T, D) body, or raise `WireError` if it cannot be one."""
         most = (*self._microbatch, self._hidden_size)
@@ -202,11 +206,11 @@ class SpanEngine:
     # -- private --------------------------------------------------------------------------------------
 
     def _engines_from(self, entry: StageId) -> list[StageEngine]:
-        return [engine for stage, engine in self.engines.items() if stage >= entry]
+        return [self.engines[stage] for stage in self.stages_from(entry)]
 
     def _check_open(self, entry: StageId, round_id: RoundId) -> None:
-        for stage in self.engines:
-            if stage >= entry and self._open.get(stage) != round_id:
+        for stage in self.stages_from(entry):
+            if self._open.get(stage) != round_id:
                 raise RoundOver(f"round {round_id} is over at stage {stage}")
 
     @contextmanager
@@ -225,7 +229,7 @@ class SpanEngine:
 
         What it added cannot be taken back, and its microbatch is worked on again: left in, it would count twice.
         """
-        before = {stage: engine.additions for stage, engine in self.engines.items() if stage >= entry}
+        before = {stage: self.engines[stage].additions for stage in self.stages_from(entry)}
         try:
             yield
         except LocalFault:
@@ -241,9 +245,8 @@ class SpanEngine:
         self.accumulated_tokens[stage] = 0
 
     def _count(self, entry: StageId, target_tokens: int) -> None:
-        for stage in self.engines:
-            if stage >= entry:
-                self.accumulated_tokens[stage] += target_tokens
+        for stage in self.stages_from(entry):
+            self.accumulated_tokens[stage] += target_tokens
 
     def _decode(self, source: Source, shape: tuple[int, ...]) -> torch.Tensor:
         """Return token ids (B, T) for a token array, hidden values (B, T, D) for a body."""

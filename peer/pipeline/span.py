@@ -201,7 +201,7 @@ class SpanRunner:
             kind=task.kind,
             round=task.round,
             number=task.number,
-            stages=tuple(stage for stage in self._engine.engines if stage >= entering.stage),
+            stages=self._engine.stages_from(entering.stage),
             peer=self._key.peer_id,
             version=self._gate.version_of(entering.stage),
             local_step=0,

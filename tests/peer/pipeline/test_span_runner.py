@@ -31,9 +31,11 @@ class PlayedEngine:
     """A span of the last two stages that does what it is told."""
 
     def __init__(self) -> None:
-        self.engines = {StageId(1): None, LAST: None}
         self.first, self.is_last = StageId(1), True
         self.errors: list[Exception] = []
+
+    def stages_from(self, entry: StageId) -> tuple[StageId, ...]:
+        return tuple(stage for stage in (StageId(1), LAST) if stage >= entry)
 
     def loss_and_backward(self, *_: object, entry: StageId, round_id: RoundId) -> SpanLoss:
         if self.errors:
