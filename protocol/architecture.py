@@ -1,7 +1,7 @@
 """Which models a run can have, and how one is cut into stages and shards. Pure: no torch, no transformers.
 
 Owns: the list of supported architectures, the exact name, shape and order of every tensor of every stage,
-the flat layout of a shard (what replicas hash, average and save), the cut itself, and the presets.
+the cut into stages and blocks (`layout.py` says how a block lies in memory), and the presets.
 Must not know: tensors, devices, optimizers. Peers build from it, the coordinator plans and exports with it,
 and two sides that disagree here could not average, so it is part of the protocol.
 
@@ -13,26 +13,29 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from math import prod
 from types import MappingProxyType
 from typing import Any
 
 from protocol.errors import ModelError
+from protocol.layout import BlockKind, BlockLayout, Shape, block_layout
 
 ModelConfig = Mapping[str, Any]
 """A parsed `config.json`."""
 
-Shape = tuple[int, ...]
-
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 SUPPORTED_HINT = "Supported are dense decoders of model_type " + ", ".join(SUPPORTED) + "."
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 
-ALIGNMENT_ELEMENTS = 256
-"""Every tensor of a shard starts at a multiple of this: bitsandbytes' quantisation block, so none spans two tensors."""
+TABLE_ELEMENTS = 1 << 26
+"""Embedding and head are cut into blocks of rows, each at most this large (256 MiB in fp32): they can be larger than
+a small card.
+"""
 
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 # transformers' class defaults for keys that a config may leave out
@@ -41,60 +44,6 @@ _DEFAULT_HEAD_DIM = {"qwen3": 128}
 _DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
 _DEFAULT_WINDOW = 4096
 _DEFAULT_WINDOW_START = 28
-
-
-class ShardKind(StrEnum):
-    """What a shard holds; the optimizer keeps 32-bit state for all but `LAYER`."""
-
-    EMBEDDING = "embedding"
-    LAYER = "layer"
-    HEAD = "head"
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSlot:
-    """Where one tensor lies in its shard's flat buffer."""
-
-    name: str
-    shape: Shape
-    offset: int
-
-    @property
-    def num_elements(self) -> int:
-        return prod(self.shape)
-
-    @property
-    def end(self) -> int:
-        """Index behind the last element; from here to the next slot the buffer is padding and stays zero."""
-        return self.offset + self.num_elements
-
-
-@dataclass(frozen=True, slots=True)
-class ShardLayout:
-    """The flat buffer of one shard: matrices first (they are decayed), then norms and biases (they are not).
-
-    Name and layout depend on the layer alone, not on the cut, so state that was saved under one cut can be
-    loaded under another.
-    """
-
-    name: str
-    kind: ShardKind
-    slots: tuple[TensorSlot, ...]
-    num_matrix_elements: int
-    """Length of the leading part that holds the matrices, padding included."""
-    num_elements: int
-    """Length of the buffer, padding included."""
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(slot.num_elements for slot in self.slots)
-
-    def padding(self) -> Iterator[tuple[int, int]]:
-        """Yield the (start, end) of every non-empty gap."""
-        ends = [slot.offset for slot in self.slots[1:]] + [self.num_elements]
-        for slot, end in zip(self.slots, ends, strict=True):
-            if slot.end < end:
-                yield slot.end, end
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,32 +121,38 @@ def stage_layers(config: ModelConfig, num_stages: int) -> tuple[range, ...]:
     return tuple(ranges)
 
 
-def stage_shards(config: ModelConfig, num_stages: int, stage: int) -> tuple[ShardLayout, ...]:
-    """Return the shards of one stage in forward order: embedding, one per layer, head."""
+def stage_blocks(config: ModelConfig, num_stages: int, stage: int) -> tuple[BlockLayout, ...]:
+    """Return the blocks of one stage in forward order: embedding, layers, final norm, head."""
     if config.get("tie_word_embeddings", False):
         raise ModelError("a tied head cannot be cut off its embedding.", hint="Untie the model first.")
     dims = _dimensions(config)
     ranges = stage_layers(config, num_stages)
     if not 0 <= stage < num_stages:
         raise ModelError(f"there is no stage {stage} in a cut of {num_stages}.")
-    shards = []
+    blocks = []
     if stage == 0:
-        shards.append(_layout("embedding", ShardKind.EMBEDDING, _embedding_tensors(dims)))
-    shards += [_layout(f"layer.{i}", ShardKind.LAYER, _layer_tensors(dims, i)) for i in ranges[stage]]
+        blocks += _table_blocks("embedding", BlockKind.EMBEDDING, EMBEDDING, dims)
+    blocks += [block_layout(f"layer.{i}", BlockKind.LAYER, _layer_tensors(dims, i)) for i in ranges[stage]]
     if stage == num_stages - 1:
-        shards.append(_layout("head", ShardKind.HEAD, _head_tensors(dims)))
-    return tuple(shards)
+        blocks.append(block_layout("norm", BlockKind.NORM, [(FINAL_NORM, (dims.hidden,))]))
+        blocks += _table_blocks("head", BlockKind.HEAD, HEAD, dims)
+    return tuple(blocks)
 
 
 def stage_tensors(config: ModelConfig, num_stages: int, stage: int) -> dict[str, Shape]:
     """Return the shapes of one stage's tensors by their Hugging Face names, in the order in which they are hashed."""
-    return {slot.name: slot.shape for shard in stage_shards(config, num_stages, stage) for slot in shard.slots}
+    shapes: dict[str, Shape] = {}
+    for block in stage_blocks(config, num_stages, stage):
+        for slot in block.slots:
+            rows, *others = slot.shape
+            shapes[slot.name] = (slot.first_row + rows, *others)  # the last rows of a table tell how many there are
+    return shapes
 
 
 def num_parameters(config: ModelConfig, num_stages: int = 1, stage: int | None = None) -> int:
     """Count the parameters of one stage, or of the whole (untied) model."""
     stages = range(num_stages) if stage is None else (stage,)
-    return sum(shard.num_parameters for index in stages for shard in stage_shards(config, num_stages, index))
+    return sum(block.num_parameters for index in stages for block in stage_blocks(config, num_stages, index))
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -278,12 +233,20 @@ def _layers_per_stage(dims: _Dimensions, num_stages: int) -> list[int]:
     return [each + (index >= others - extra) for index in range(others)] + [last]
 
 
-def _embedding_tensors(dims: _Dimensions) -> list[tuple[str, Shape]]:
-    return [("model.embed_tokens.weight", (dims.vocabulary, dims.hidden))]
-
-
-def _head_tensors(dims: _Dimensions) -> list[tuple[str, Shape]]:
-    return [("lm_head.weight", (dims.vocabulary, dims.hidden)), ("model.norm.weight", (dims.hidden,))]
+def _table_blocks(name: str, kind: BlockKind, tensor: str, dims: _Dimensions) -> list[BlockLayout]:
+    """Cut a table of the vocabulary into the fewest blocks of about equal numbers of rows."""
+    count = -(-dims.vocabulary // max(1, TABLE_ELEMENTS // dims.hidden))
+    rows = -(-dims.vocabulary // count)
+    starts = range(0, dims.vocabulary, rows)
+    return [
+        block_layout(
+            name if count == 1 else f"{name}.{index}",
+            kind,
+            [(tensor, (min(rows, dims.vocabulary - start), dims.hidden))],
+            first_row=start,
+        )
+        for index, start in enumerate(starts)
+    ]
 
 
 def _layer_tensors(dims: _Dimensions, index: int) -> list[tuple[str, Shape]]:
@@ -310,16 +273,6 @@ def _layer_tensors(dims: _Dimensions, index: int) -> list[tuple[str, Shape]]:
     if dims.qk_norm:
         tensors += [(f"self_attn.{name}_norm.weight", (dims.head_dim,)) for name in ("q", "k")]
     return [(f"model.layers.{index}.{name}", shape) for name, shape in tensors]
-
-
-def _layout(name: str, kind: ShardKind, tensors: list[tuple[str, Shape]]) -> ShardLayout:
-    slots, offset, matrices = [], 0, 0
-    for tensor_name, shape in tensors:
-        slots.append(TensorSlot(tensor_name, shape, offset))
-        offset += -(-prod(shape) // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS
-        if len(shape) > 1:
-            matrices = offset
-    return ShardLayout(name, kind, tuple(slots), matrices, offset)
 
 
 def initializer_range(hidden: int) -> float:

@@ -1,6 +1,6 @@
 """What a safetensors file says it holds: names, types, shapes and places, read from its header alone. Pure.
 
-Owns: parsing and checking the header. Must not know: files, torch, the values. The coordinator checks with it
+Owns: writing, parsing and checking the header. Must not know: files, torch, the values. The coordinator checks with it
 what it exports, without torch; a peer can check what it was sent before any library maps it.
 
 A safetensors file is `length: u64 little-endian, JSON header, tensor bytes`.
@@ -70,6 +70,19 @@ def parse_header(data: bytes, *, file_bytes: int) -> TensorHeader:
     tensors = {name: _entry(name, value) for name, value in fields.items()}
     _check_places(tensors, body_bytes=file_bytes - PREFIX_BYTES - len(data))
     return TensorHeader(metadata, tensors)
+
+
+def format_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
+    """Return the beginning of a file of tensors, given by name as (dtype, shape), that follow in the same order."""
+    fields: dict[str, Any] = {METADATA: {"format": "pt"}}
+    position = 0
+    for name, (dtype, shape) in tensors.items():
+        end = position + prod(shape) * BYTES_PER_ELEMENT[dtype]
+        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    data = json.dumps(fields, separators=(",", ":")).encode()
+    data += b" " * (-len(data) % PREFIX_BYTES)  # so that the tensors start aligned
+    return len(data).to_bytes(PREFIX_BYTES, "little") + data
 
 
 def check_tensors(header: TensorHeader, expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -11,19 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from protocol import architecture
 from protocol.architecture import (
-    ALIGNMENT_ELEMENTS,
     PRESETS,
-    ShardKind,
+    TABLE_ELEMENTS,
     check_config,
     num_parameters,
     preset,
+    stage_blocks,
     stage_layers,
-    stage_shards,
     stage_tensors,
     untie,
 )
 from protocol.errors import ModelError
+from protocol.layout import ALIGNMENT_ELEMENTS, BlockKind
 
 AUTO_MODEL: Any = AutoModelForCausalLM  # untyped
 
@@ -74,8 +75,8 @@ def test_order_of_tensors_is_fixed() -> None:
         *(f"{prefix}mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
         f"{prefix}input_layernorm.weight",
         f"{prefix}post_attention_layernorm.weight",
-        "lm_head.weight",
         "model.norm.weight",
+        "lm_head.weight",
     ]
 
 
@@ -193,28 +194,57 @@ def test_untying_reports_what_was_and_leaves_the_original_alone() -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_shards_are_aligned_with_matrices_first(name: str) -> None:
+def test_blocks_are_aligned_with_matrices_first(name: str) -> None:
     """Oracle: the rules of the layout, and padding that fills exactly what the tensors leave."""
-    for shard in stage_shards(CONFIGS[name], 1, 0):
-        matrices = [len(slot.shape) > 1 for slot in shard.slots]
+    for block in stage_blocks(CONFIGS[name], 1, 0):
+        matrices = [len(slot.shape) > 1 for slot in block.slots]
         assert matrices == sorted(matrices, reverse=True)
-        assert all(slot.offset % ALIGNMENT_ELEMENTS == 0 for slot in shard.slots)
-        assert shard.num_elements % ALIGNMENT_ELEMENTS == shard.num_matrix_elements % ALIGNMENT_ELEMENTS == 0
-        assert max(slot.end for slot in shard.slots if len(slot.shape) > 1) <= shard.num_matrix_elements
-        assert all(slot.offset >= shard.num_matrix_elements for slot in shard.slots if len(slot.shape) == 1)
-        covered = [0] * shard.num_elements
-        for start, end in [(slot.offset, slot.end) for slot in shard.slots] + list(shard.padding()):
+        assert all(slot.offset % ALIGNMENT_ELEMENTS == 0 for slot in block.slots)
+        assert block.num_elements % ALIGNMENT_ELEMENTS == block.num_matrix_elements % ALIGNMENT_ELEMENTS == 0
+        assert max([slot.end for slot in block.slots if len(slot.shape) > 1], default=0) <= block.num_matrix_elements
+        assert all(slot.offset >= block.num_matrix_elements for slot in block.slots if len(slot.shape) == 1)
+        covered = [0] * block.num_elements
+        for start, end in [(slot.offset, slot.end) for slot in block.slots] + list(block.padding()):
             covered[start:end] = [count + 1 for count in covered[start:end]]
         assert set(covered) == {1}
 
 
+@pytest.mark.parametrize("table_elements", [TABLE_ELEMENTS, 1000])
 @pytest.mark.parametrize("num_stages", [1, 2, 4])
-def test_shards_do_not_depend_on_the_cut(num_stages: int) -> None:
-    """Oracle: the shards of the uncut model, so that saved state survives another cut."""
+def test_blocks_do_not_depend_on_the_cut(monkeypatch: pytest.MonkeyPatch, num_stages: int, table_elements: int) -> None:
+    """Oracle: the blocks of the uncut model, so that saved state survives another cut."""
+    monkeypatch.setattr(architecture, "TABLE_ELEMENTS", table_elements)
     config = CONFIGS["qwen3"]
-    shards = [shard for stage in range(num_stages) for shard in stage_shards(config, num_stages, stage)]
-    assert tuple(shards) == stage_shards(config, 1, 0)
-    assert [shard.kind for shard in shards] == [ShardKind.EMBEDDING, *[ShardKind.LAYER] * 4, ShardKind.HEAD]
+    blocks = [block for stage in range(num_stages) for block in stage_blocks(config, num_stages, stage)]
+    assert tuple(blocks) == stage_blocks(config, 1, 0)
+    tables = 1 if table_elements == TABLE_ELEMENTS else 5
+    assert [block.kind for block in blocks] == [
+        *[BlockKind.EMBEDDING] * tables,
+        *[BlockKind.LAYER] * 4,
+        BlockKind.NORM,
+        *[BlockKind.HEAD] * tables,
+    ]
+    assert len({block.name for block in blocks}) == len(blocks)
+
+
+@given(vocabulary=st.integers(1, 500), hidden=st.integers(1, 64), limit=st.integers(1, 4000))
+def test_blocks_of_rows_cover_a_table_once_and_none_is_too_large(vocabulary: int, hidden: int, limit: int) -> None:
+    """Oracle: the rows counted one by one; a block over the limit is a single row, and fewer blocks would not do."""
+    config = {**SMALL, "model_type": "llama", "vocab_size": vocabulary, "hidden_size": hidden}
+    config |= {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(architecture, "TABLE_ELEMENTS", limit)
+        blocks = stage_blocks(config, 1, 0)
+        tensors = stage_tensors(config, 1, 0)
+    for kind, name in ((BlockKind.EMBEDDING, "model.embed_tokens.weight"), (BlockKind.HEAD, "lm_head.weight")):
+        slots = [slot for block in blocks if block.kind is kind for slot in block.slots]
+        assert {slot.name for slot in slots} == {name}
+        rows = [row for slot in slots for row in range(slot.first_row, slot.first_row + slot.shape[0])]
+        assert rows == list(range(vocabulary))
+        assert all(slot.shape[1] == hidden for slot in slots)
+        assert all(slot.num_elements <= limit or slot.shape[0] == 1 for slot in slots)
+        assert len(slots) == 1 or (len(slots) - 1) * (limit // hidden) < vocabulary
+        assert tensors[name] == (vocabulary, hidden)
 
 
 @pytest.mark.parametrize(

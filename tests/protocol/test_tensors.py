@@ -9,10 +9,24 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from protocol.errors import WireError
-from protocol.tensors import MAX_HEADER_BYTES, PREFIX_BYTES, TensorHeader, check_tensors, header_length, parse_header
+from protocol.tensors import (
+    BYTES_PER_ELEMENT,
+    MAX_HEADER_BYTES,
+    PREFIX_BYTES,
+    TensorHeader,
+    check_tensors,
+    format_header,
+    header_length,
+    parse_header,
+)
+
+NUMPY_TYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1",
+    "BOOL": "?",
+}  # fmt: skip
 
 
 def _parse(file: bytes) -> TensorHeader:
@@ -41,6 +55,48 @@ def test_a_header_says_what_safetensors_wrote(shapes: dict[str, tuple[int, ...]]
     for name, entry in header.tensors.items():
         assert entry.dtype == "F32"
         assert body[entry.start : entry.end] == arrays[name].tobytes()
+
+
+@given(
+    tensors=st.dictionaries(
+        st.text("abc.é", min_size=1, max_size=8),
+        st.tuples(st.sampled_from(sorted(NUMPY_TYPES)), st.lists(st.integers(0, 4), max_size=3).map(tuple)),
+        max_size=6,
+    ),
+    seed=st.integers(0, 1000),
+)
+def test_safetensors_reads_what_a_formatted_header_says(
+    tensors: dict[str, tuple[str, tuple[int, ...]]], seed: int
+) -> None:
+    """Oracle: the library's own reader gives back every tensor, and our parser what was asked for."""
+    random = np.random.default_rng(seed)
+    arrays = {name: random.integers(0, 2, shape).astype(NUMPY_TYPES[dtype]) for name, (dtype, shape) in tensors.items()}
+    start = format_header(tensors)
+    file = start + b"".join(array.tobytes() for array in arrays.values())
+    loaded = load(file)
+    assert loaded.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert loaded[name].dtype == array.dtype
+        assert loaded[name].shape == array.shape
+        assert loaded[name].tobytes() == array.tobytes()
+    header = _parse(file)
+    assert header.metadata == {"format": "pt"}
+    assert {name: (entry.dtype, entry.shape) for name, entry in header.tensors.items()} == tensors
+    assert len(start) % PREFIX_BYTES == 0
+
+
+def test_a_formatted_header_is_the_librarys_own_where_the_order_is() -> None:
+    """Oracle: the bytes that safetensors writes for tensors of one type, which it sorts by name."""
+    arrays = {f"layer.{index}": np.full((index, 3), index, dtype=np.float32) for index in range(1, 9)}
+    body = b"".join(array.tobytes() for array in arrays.values())
+    ours = format_header({name: ("F32", array.shape) for name, array in arrays.items()}) + body
+    assert ours == save(arrays, metadata={"format": "pt"})
+
+
+def test_every_type_has_its_size() -> None:
+    """Oracle: numpy's sizes; it has no bfloat16, which is half a float32."""
+    sizes = {name: np.dtype(numpys).itemsize for name, numpys in NUMPY_TYPES.items()} | {"BF16": 2}
+    assert sizes == BYTES_PER_ELEMENT
 
 
 @given(st.binary(max_size=200))
