@@ -17,7 +17,7 @@ FITS := import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 
 HAS_TORCH := import importlib.metadata as m; raise SystemExit([int(n) for n in m.version("torch").split(".")[:2]] < [2, 10])
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench lock clean
+.PHONY: help setup demo test check bench chaos-memory lock clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -44,6 +44,9 @@ bench: $(STAMP) ## run every benchmark (ARGS='--quick --json FILE')
 
 bench-%: $(STAMP) ## run one benchmark, for example make bench-pipeline
 	@$(BIN)/python -m tests.benchmarks.$* $(ARGS)
+
+chaos-memory: $(STAMP) ## kill -9 training with its state on disk, 100 times
+	@$(BIN)/python -m tests.e2e.memory_chaos $(ARGS)
 
 lock: $(STAMP) ## resolve the locked dependency set again
 	@$(PIP) install 'uv>=0.9'

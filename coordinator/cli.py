@@ -6,6 +6,7 @@ Heavy libraries are imported inside the commands that need them, so that `coordi
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -264,6 +265,7 @@ def export(directory: Path, target: Path, as_json: bool, debug: bool) -> None:
     help="Kill a random peer with SIGKILL, start another, again and again.",
 )
 @click.option("--threads-per-peer", type=click.IntRange(1, 1024), default=None, help="[default: cores / peers]")
+@click.option("--peer-options", default="", metavar="TEXT", help="Passed on, as '--device-memory 20MB --nvme DIR'.")
 @_json
 @_debug
 def demo(
@@ -277,6 +279,7 @@ def demo(
     directory: Path | None,
     kill_every_s: float | None,
     threads_per_peer: int | None,
+    peer_options: str,
     as_json: bool,
     debug: bool,
 ) -> None:
@@ -304,6 +307,7 @@ def demo(
             directory=directory,
             kill_every_s=kill_every_s,
             threads_per_peer=threads_per_peer,
+            peer_options=_split(peer_options),
         )
         summary = run_loop(run_demo(plan, say=lambda line: click.echo(line, err=True)))
         show_summary(summary, say=lambda line: click.echo(line, err=True))
@@ -316,6 +320,13 @@ def demo(
 def main() -> None:
     """Entry point of the `coordinator` script."""
     coordinator(prog_name="coordinator")
+
+
+def _split(options: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(options))
+    except ValueError as error:
+        raise ConfigError(f"--peer-options cannot be read: {error}.") from None
 
 
 def parse_settings(words: tuple[str, ...]) -> dict[str, Any]:

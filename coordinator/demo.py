@@ -65,6 +65,8 @@ class DemoPlan:
     directory: Path | None = None
     kill_every_s: float | None = None
     threads_per_peer: int | None = None
+    peer_options: tuple[str, ...] = ()
+    """More options for `peer join`."""
 
 
 @dataclass(slots=True)
@@ -270,6 +272,7 @@ class Demo:
                 *(*PEER_PROGRAM, "join", self._invite, "--name", name, "--listen", LOOPBACK),
                 *("--data-dir", str(self._run.path / PEERS / name), "--threads", str(self._threads)),
                 *("--log-file", str(self._logs / f"{name}.jsonl"), "--log-level", "info"),
+                *self._plan.peer_options,
             ),
             logs=self._logs,
             environment=_environment(threads=self._threads),

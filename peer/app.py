@@ -19,6 +19,7 @@ from peer.averaging.history import kept_snapshots
 from peer.coordination import Condition, Registration, hand_in, keep_beating, say_goodbye
 from peer.engine.build import build_span, choose_device
 from peer.link import Link, connected
+from peer.memory.executor import Pause
 from peer.pipeline.compute import ComputeThread, Priority
 from peer.presence import Presence
 from peer.reports import ReportQueue
@@ -30,6 +31,7 @@ from protocol.control import BeatReply, Capability, PeerState
 from protocol.errors import ClockError, PeerFault, TransientError
 from protocol.ids import RunId, StageId
 from protocol.invite import Invite
+from protocol.manifest import Manifest
 from protocol.process import folder_lock, interruptible, until_stopped, unwrapped
 
 log = structlog.get_logger()
@@ -79,14 +81,43 @@ async def _live(link: Link, settings: PeerSettings, registration: Registration, 
                     link, settings, registration, stop=stop, reports=reports, compute=compute, present=present
                 )
                 log.info("session.ended", ending=ending.value)
-                is_over = ending in (Ending.LEFT, Ending.FINISHED)
-                if is_over or not await _moved(registration, stages, stop=stop):
+                if ending in (Ending.LEFT, Ending.FINISHED):
+                    break
+                if present.pause is not None:
+                    await _pause(present, settings, manifest=registration.manifest, stop=stop)
+                if not await _moved(registration, stages, stop=stop):
                     break
             for task in beside:
                 task.cancel()
         await hand_in(link, reports=reports)
     finally:
         await compute.stop()
+
+
+async def _pause(present: _Present, settings: PeerSettings, *, manifest: Manifest, stop: asyncio.Event) -> None:
+    """Do nothing for as long as this machine needs, and say so."""
+    pause = present.pause
+    assert pause is not None
+    log.warning("peer.paused", reason=pause.reason, seconds=pause.seconds)
+    line = Line(
+        name=settings.name,
+        state=PeerState.PAUSED,
+        reason=pause.reason,
+        stages=(),
+        round=None,
+        num_rounds=manifest.batch.num_rounds,
+        loss=None,
+        target_tokens=0,
+        tokens_per_s=None,
+        accepted_s=None,
+        replicas=0,
+    )
+    showing = asyncio.create_task(show_live(lambda: line))
+    try:
+        await until_stopped(stop, asyncio.sleep(pause.seconds))
+    finally:
+        showing.cancel()
+        present.pause = None
 
 
 async def _moved(registration: Registration, stages: tuple[StageId, ...], *, stop: asyncio.Event) -> bool:
@@ -105,8 +136,12 @@ class _Present:
 
     def __init__(self) -> None:
         self.session: Session | None = None
+        self.pause: Pause | None = None
+        """Set while there is no session for a reason of this machine's own."""
 
     def condition(self) -> Condition:
+        if self.pause is not None:
+            return Condition(PeerState.PAUSED, self.pause.reason[:200], ())
         if self.session is None:
             return Condition(PeerState.STARTING, "building", ())
         return self.session.condition()
@@ -129,7 +164,8 @@ async def _one_session(
     """Host the span that the coordinator gave us; return why that ended and which stages are wanted next."""
     manifest, session = registration.manifest, registration.session
     stages = registration.welcome.stages
-    engine = await compute.run(lambda: build_span(manifest, stages, settings), priority=Priority.CONTROL)
+    nvme = settings.nvme_folder(manifest.run_id, link.peer_id)
+    engine = await compute.run(lambda: build_span(manifest, stages, settings, nvme=nvme), priority=Priority.CONTROL)
     parts = SpanParts(
         link=link,
         settings=settings,
@@ -159,7 +195,7 @@ async def _one_session(
             tasks.create_task(show_live(lambda: _line(tenure, settings, manifest.batch.num_rounds))),
         ]
         ending = await tenure.run(stop)
-        present.session = None
+        present.session, present.pause = None, tenure.pause
         for task in beside:
             task.cancel()
     await presence.withdraw()

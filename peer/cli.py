@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from peer.memory.budgets import Limits, parse_size
 from peer.settings import PeerSettings, default_data_dir, default_name
 from protocol.console import run_command, set_up_logging
 from protocol.control import NAME_PATTERN
@@ -19,6 +21,11 @@ from protocol.errors import ConfigError
 from protocol.invite import Invite
 from protocol.process import run_loop
 
+if TYPE_CHECKING:
+    from peer.planning import Question
+
+FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+FOLDER = click.Path(path_type=Path, file_okay=False)
 LEVELS = click.Choice(["debug", "info", "warning", "error"])
 
 
@@ -35,6 +42,11 @@ def peer() -> None:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--threads", type=click.IntRange(1, 1024), default=None, help="CPU threads. [default: all but one]")
 @click.option("--stage", "stages", type=click.IntRange(min=0), multiple=True, help="Ask for this stage; repeatable.")
+@click.option("--device-memory", metavar="SIZE", default=None, help="Such as 6GiB. [default: most of what is free]")
+@click.option("--host-memory", metavar="SIZE", default=None, help="For what the device cannot hold. [same default]")
+@click.option("--nvme", metavar="DIR", type=FOLDER, default=None, help="For what memory cannot hold. [default: none]")
+@click.option("--nvme-limit", metavar="SIZE", default=None, help="Of the files there. [default: free space]")
+@click.option("--nvme-writes-per-day", metavar="SIZE", default=None, help="Spares the drive. [default: no cap]")
 @click.option("--listen", multiple=True, help="Multiaddr to listen on; repeatable. [default: any TCP port]")
 @click.option("--announce", multiple=True, help="Multiaddr that others should dial; repeatable.")
 @click.option("--log-file", type=click.Path(path_type=Path, dir_okay=False), default=None, help="JSON lines go here.")
@@ -47,6 +59,11 @@ def join(
     device: str,
     threads: int | None,
     stages: tuple[int, ...],
+    device_memory: str | None,
+    host_memory: str | None,
+    nvme: Path | None,
+    nvme_limit: str | None,
+    nvme_writes_per_day: str | None,
     listen: tuple[str, ...],
     announce: tuple[str, ...],
     log_file: Path | None,
@@ -61,7 +78,8 @@ def join(
     """
 
     def command() -> None:
-        settings = _settings(name, data_dir, device, threads, stages, listen, announce)
+        limits = _limits(device_memory, host_memory, nvme, nvme_limit, nvme_writes_per_day)
+        settings = _settings(name, data_dir, device, threads, stages, limits, listen, announce)
         parsed = Invite.from_text(invite)
         set_up_logging(level=log_level, file=log_file)
         from peer.app import join_run  # imports torch and hivemind
@@ -91,6 +109,53 @@ def sample(model_dir: Path, prompt: str, tokens: int, seed: int, debug: bool) ->
     sys.exit(run_command(command, program="peer sample", debug=debug))
 
 
+@peer.group()
+def bench() -> None:
+    """See what this machine, or another one, can do.
+
+    Example: peer bench plan
+    """
+
+
+@bench.command(name="plan")
+@click.option("--preset", default=None, metavar="NAME", help="A preset's model. [default: demo]")
+@click.option("--config", type=FILE, default=None, help="Or a model's config.json.")
+@click.option("--stages", type=click.IntRange(1), default=1, metavar="N", help="Into how many stages it is cut.")
+@click.option("--stage", type=click.IntRange(0), multiple=True, metavar="K", help="Host this one; repeatable.")
+@click.option("--sequences", type=click.IntRange(1), default=4, metavar="N", help="Per microbatch. [default: 4]")
+@click.option("--sequence-length", type=click.IntRange(2), default=None, metavar="N", help="[default: up to 1024]")
+@click.option("--microbatches", type=click.IntRange(1), default=16, metavar="N", help="Per step. [default: 16]")
+@click.option("--optimizer", type=click.Choice(["adamw8bit", "adamw32"]), default="adamw8bit")
+@click.option("--master", type=click.Choice(["fp32", "bf16+16", "bf16-sr"]), default="fp32", help="Of weights.")
+@click.option("--mode", type=click.Choice(["averaged", "local"]), default="averaged", help="When to step.")
+@click.option("--device-memory", metavar="SIZE", default=None, help="Such as 6GiB. [default: most of what is free]")
+@click.option("--host-memory", metavar="SIZE", default=None, help="[default: most of what is free]")
+@click.option("--nvme", metavar="DIR", type=FOLDER, default=None, help="Folder on an NVMe drive. [default: none]")
+@click.option("--nvme-limit", metavar="SIZE", default=None, help="Of the files there. [default: free space]")
+@click.option("--nvme-writes-per-day", metavar="SIZE", default=None, help="Spares the drive. [default: no cap]")
+@click.option("--machine", metavar="NAME", default=None, help="Calculate for another, as 12gb-pcie3x16-good.")
+@click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")
+@click.option("--threads", type=click.IntRange(1, 1024), default=None, metavar="N", help="CPU threads.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@click.option("--debug", is_flag=True, help="Show a traceback if something unexpected happens.")
+def bench_plan(as_json: bool, debug: bool, **options: Any) -> None:
+    """Show how a span would train within the memory that is given, and how fast.
+
+    Measures this machine for some seconds. Nothing of the model is allocated.
+
+    Example: peer bench plan --preset 1b --device-memory 6GiB --nvme /data
+    """
+
+    def command() -> None:
+        from peer.memory.plan_report import describe, to_json
+        from peer.planning import answer
+
+        found = answer(_question(**options))
+        click.echo(to_json(found) if as_json else describe(found))
+
+    sys.exit(run_command(command, program="peer bench plan", debug=debug))
+
+
 def main() -> None:
     """Entry point of the `peer` script."""
     peer(prog_name="peer")
@@ -102,6 +167,7 @@ def _settings(
     device: str,
     threads: int | None,
     stages: tuple[int, ...],
+    limits: Limits,
     listen: tuple[str, ...],
     announce: tuple[str, ...],
 ) -> PeerSettings:
@@ -116,8 +182,56 @@ def _settings(
         device=device,
         threads=threads or defaults.threads,
         stages=stages,
+        limits=limits,
         listen=listen or defaults.listen,
         announce=announce,
+    )
+
+
+def _limits(
+    device_memory: str | None,
+    host_memory: str | None,
+    nvme: Path | None,
+    nvme_limit: str | None,
+    nvme_writes_per_day: str | None,
+) -> Limits:
+    def size(option: str, text: str | None) -> int | None:
+        return None if text is None else parse_size(text, what=option)
+
+    return Limits(
+        device_bytes=size("--device-memory", device_memory),
+        host_bytes=size("--host-memory", host_memory),
+        nvme=nvme,
+        nvme_bytes=size("--nvme-limit", nvme_limit),
+        nvme_writes_per_day_bytes=size("--nvme-writes-per-day", nvme_writes_per_day),
+    )
+
+
+def _question(
+    *,
+    stage: tuple[int, ...],
+    stages: int,
+    device_memory: str | None,
+    host_memory: str | None,
+    nvme: Path | None,
+    nvme_limit: str | None,
+    nvme_writes_per_day: str | None,
+    mode: str,
+    sequence_length: int | None,
+    threads: int | None,
+    **others: Any,
+) -> Question:
+    from peer.memory.workload import Mode
+    from peer.planning import Question
+
+    return Question(
+        num_stages=stages,
+        stages=stage,
+        mode=Mode(mode),
+        sequence_length=sequence_length,
+        threads=threads or PeerSettings().threads,
+        limits=_limits(device_memory, host_memory, nvme, nvme_limit, nvme_writes_per_day),
+        **others,
     )
 
 

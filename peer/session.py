@@ -19,6 +19,7 @@ from peer.averaging.restore import Restorer
 from peer.averaging.sync import Place, root_lineage
 from peer.coordination import Condition
 from peer.link import Link
+from peer.memory.executor import Pause
 from peer.span_parts import SpanParts
 from peer.tally import Tally
 from protocol.control import BeatReply, PeerState, StageState
@@ -45,6 +46,8 @@ class Ending(Enum):
     LOST = "lost"
     """Nobody can bring us a stage's state (any more)."""
     FINISHED = "finished"
+    PAUSED = "paused"
+    """This machine's own limits leave nothing to do for a while."""
 
 
 class Session:
@@ -62,6 +65,8 @@ class Session:
         self._finished = self._lost = False
         self._wanted = parts.stages
         self._changed = asyncio.Event()
+        self.pause: Pause | None = None
+        """Why the session has ended, and for how long, if this machine needs a pause."""
         self.state, self.reason = PeerState.STARTING, ""
         self._take_charters(charters)
         parts.view.on_change = self._post_roster
@@ -126,8 +131,8 @@ class Session:
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(self._train(), name="session")
             ending = await self._wait_ending(stop)
-            if ending in (Ending.LEFT, Ending.REASSIGNED):
-                await self._drain(DRAIN_TIMEOUT_S if ending is Ending.LEFT else MOVE_TIMEOUT_S)
+            if ending in (Ending.LEFT, Ending.PAUSED, Ending.REASSIGNED):
+                await self._drain(MOVE_TIMEOUT_S if ending is Ending.REASSIGNED else DRAIN_TIMEOUT_S)
             running.cancel()
         await self._parts.stop()
         return ending
@@ -226,6 +231,9 @@ class Session:
                     return Ending.LOST
                 if self._wanted != self._parts.stages:
                     return Ending.REASSIGNED
+                self.pause = self._parts.pause()  # looked at with every beat
+                if self.pause is not None:
+                    return Ending.PAUSED
                 changed = asyncio.create_task(self._changed.wait())
                 await asyncio.wait({stopped, changed}, return_when=asyncio.FIRST_COMPLETED)
                 changed.cancel()

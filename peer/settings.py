@@ -9,6 +9,9 @@ from pathlib import Path
 
 import platformdirs
 
+from peer.memory.budgets import Limits
+from protocol.ids import PeerId, RunId
+
 
 def default_data_dir() -> Path:
     """Return the per-user data folder of this platform."""
@@ -40,6 +43,13 @@ class PeerSettings:
     """Microbatches that stage 0 keeps in the pipeline; 0 picks one more than there are stages."""
     activation_bytes: int = 2 << 30
     """Memory for kept activations; beyond it they are recomputed."""
+    limits: Limits = field(default_factory=Limits)
+    """Of memory, and of an NVMe drive for what fits nowhere else."""
+
+    def nvme_folder(self, run: RunId, peer: PeerId) -> Path | None:
+        """Return where this peer's state of a run belongs on the NVMe drive, if it may use one."""
+        folder = self.limits.nvme
+        return None if folder is None else folder / f"handcar-{run[:12]}-{peer[-8:]}"
 
     @property
     def system(self) -> str:

@@ -26,15 +26,17 @@ from peer.data.tokens import TokenFile
 from peer.engine.build import learning_rate
 from peer.engine.span import SpanEngine
 from peer.link import Link
+from peer.memory.executor import Pause
 from peer.pipeline.board import Board
 from peer.pipeline.callee import HopServer, HostedTask
 from peer.pipeline.caller import HopCaller
-from peer.pipeline.compute import ComputeThread
+from peer.pipeline.compute import ComputeThread, Priority
 from peer.pipeline.feeder import FIRST_STAGE, Feeder
 from peer.pipeline.gate import Gate
 from peer.pipeline.router import Router
 from peer.pipeline.span import SpanRunner
 from peer.pipeline.view import Membership, View
+from peer.pipeline.waves import Waves
 from peer.reports import ReportQueue
 from peer.settings import PeerSettings
 from peer.tally import Tally
@@ -120,6 +122,7 @@ class SpanParts:
             key=link.key,
             engine=engine,
             compute=compute,
+            waves=Waves(compute, size=lambda: engine.wave, patience_s=engine.wave_patience_s),
             caller=self._caller,
             gate=self.gate,
             batches=self._batches,
@@ -134,11 +137,11 @@ class SpanParts:
             body_bytes=engine.body_bytes,
             load_s=compute.load_s,
             jobs_done=lambda: compute.jobs_done,
-            num_slots=settings.slots,
+            num_slots=max(settings.slots, 2 * engine.wave),
             num_numbers=lambda round_id: len(self._batches.plan(round_id)),
             round_deadline_s=manifest.timing.round_deadline_s,
         )
-        self._reduce = ButterflyReduce(link.node.p2p, namespace=run)
+        self._reduce = ButterflyReduce(link.node.p2p, namespace=run, folder=folder)
         self._feeder = Feeder(
             run=run,
             me=link.peer_id,
@@ -148,7 +151,7 @@ class SpanParts:
             batches=self._batches,
             on_board=self._take_board,
             on_finished=self._finished,
-            in_flight=settings.in_flight or manifest.model.num_stages + 1,
+            in_flight=settings.in_flight or max(manifest.model.num_stages + 1, 2 * engine.wave),
             round_deadline_s=manifest.timing.round_deadline_s,
             first_takeover_s=manifest.timing.hop_silence_s,
         )
@@ -208,8 +211,13 @@ class SpanParts:
             task.cancel()
         await asyncio.gather(*self._errands, return_exceptions=True)
         await self._reduce.stop()
+        await self._compute.run(self._engine.close, priority=Priority.CONTROL)
         for file in self._token_files.values():
             file.close()
+
+    def pause(self) -> Pause | None:
+        """Return why this machine needs a pause, if it does."""
+        return self._engine.pause()
 
     def restorer(self, stage: StageId) -> Restorer:
         """Return what brings a stage to its first state."""
@@ -259,6 +267,8 @@ class SpanParts:
             codec=self._manifest.averaging.codec,
             schedule=learning_rate(self._manifest),
             check_history=partial(Chain.of_history, machine),
+            init_seed=self._manifest.model.init_seed,
+            resumed=self._engine.resumed.get(stage),
         )
 
     def _make_driver(self, stage: StageId, machine: Settings) -> StageDriver:
@@ -363,7 +373,7 @@ class SpanParts:
             raise RefusedError(f"stage {stage} is not hosted here")
         return driver
 
-    def _resolve(self, caller: PeerId, name: str) -> Path | bytes | Load | None:
+    def _resolve(self, caller: PeerId, name: str) -> Path | bytes | memoryview | Load | None:
         """Find a blob by name: token chunks, snapshots, updates."""
         kinds = {TaskKind.TRAIN: self._manifest.data.train.name, TaskKind.EVAL: self._manifest.data.heldout.name}
         if name.startswith("tokens/"):

@@ -51,6 +51,10 @@ class Capability(Message):
     software: Text
 
 
+STATE_PARTS = ("weights", "optimizer")
+"""The files in which a stage's state is kept and travels."""
+
+
 class StateFile(Message):
     """One part (`weights` or `optimizer`) of a stage's shared state, as a safetensors file."""
 

@@ -31,6 +31,16 @@ class OptimizerName(StrEnum):
     ADAMW32 = "adamw32"
 
 
+class MasterName(StrEnum):
+    """How every replica keeps its weights."""
+
+    FP32 = "fp32"
+    SPLIT = "bf16+16"
+    """As bf16 and the 16 bits that make it fp32 again."""
+    ROUNDED = "bf16-sr"
+    """As bf16 alone, rounded up or down at random (from the run's seed) after each step."""
+
+
 class ModelSpec(Message):
     """What is trained: a Hugging Face config, cut into stages, initialised from a seed."""
 
@@ -103,6 +113,7 @@ class OptimizerSpec(Message):
     """AdamW and its schedule. `clip` is c in the per-stage threshold `c * sqrt(P_stage / P_total)`."""
 
     name: Annotated[OptimizerName, Field(strict=False)]
+    master: Annotated[MasterName, Field(strict=False)] = MasterName.FP32
     learning_rate: PositiveFloat
     warmup_rounds: Annotated[int, Field(ge=0, lt=1 << 31)]
     final_lr_fraction: Annotated[float, Field(ge=0, le=1)]

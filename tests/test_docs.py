@@ -30,7 +30,6 @@ from protocol.errors import SwarmError
 ROOT = Path(__file__).parents[1]
 DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "docker").rglob("*.md")])
 GROUPS: dict[str, click.Group] = {"peer": peer, "coordinator": coordinator, "swarm": swarm}
-COMMANDS = {(name, sub): command for name, group in GROUPS.items() for sub, command in group.commands.items()}
 MAX_HELP_LINES = 40
 
 TOP_LEVEL = ("peer", "coordinator", "protocol", "tests", "docs", "docker", ".lock", ".ci")
@@ -40,6 +39,15 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 IMAGE = re.compile(r"^docker run .*?handcar-(peer|coordinator)(?::\w+)? ")
 DOCKERS_OPTIONS = {"--network", "--stop-timeout"}
+
+
+def commands_of(group: click.Group, *before: str) -> Iterator[tuple[str, click.Command]]:
+    """Yield all commands of a group, those of groups in it with both words."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands_of(command, *before, name)
+        else:
+            yield " ".join((*before, name)), command
 
 
 def inline_code(text: str) -> Iterator[str]:
@@ -62,6 +70,7 @@ def options_of(command: click.Command) -> set[str]:
     return {name for parameter in command.params for name in parameter.opts if name.startswith("--")}
 
 
+COMMANDS = {(name, sub): command for name, group in GROUPS.items() for sub, command in commands_of(group)}
 ALL_OPTIONS = set().union(*(options_of(command) for command in COMMANDS.values()))
 
 
@@ -159,9 +168,16 @@ def typed_in_image(role: str, arguments: str) -> str:
     return f"run DIR {arguments}" if arguments.startswith("-") else arguments
 
 
+def command_in(line: str) -> tuple[str, str]:
+    """Return the words of a command line that say which command it is."""
+    group, *words = line.split()
+    longer = (group, " ".join(words[:2]))
+    return longer if longer in COMMANDS else (group, words[0])
+
+
 def mistakes_in(line: str) -> list[str]:
     """List what of a command line does not exist."""
-    group, subcommand, *_ = line.split()
+    group, subcommand = command_in(line)
     command = COMMANDS.get((group, subcommand))
     if command is None:
         return [] if subcommand in ("--help", "--version") else [f"{group} {subcommand}"]
@@ -180,13 +196,15 @@ def test_commands_exist_with_their_options(page: Path) -> None:
 def test_a_wrong_command_is_noticed() -> None:
     assert mistakes_in("peer joyn handcar1:x") == ["peer joyn"]
     assert mistakes_in("peer join handcar1:x --nome oak") == ["peer join --nome"]
+    assert mistakes_in("peer bench plan --preset 1b --nome oak") == ["peer bench plan --nome"]
+    assert mistakes_in("peer bench plans") == ["peer bench"]
     assert list(commands_in("```sh\ndocker run --rm -v a:/b handcar-peer:cuda handcar1:x --nome\n```\n")) == [
         "peer join handcar1:x --nome"
     ]
 
 
 def test_docs_show_commands_at_all() -> None:
-    shown = {tuple(line.split()[:2]) for page in DOCS for line in commands_in(page.read_text("utf-8"))}
+    shown = {command_in(line) for page in DOCS for line in commands_in(page.read_text("utf-8"))}
     assert shown >= set(COMMANDS)
 
 
@@ -302,7 +320,8 @@ def test_tree_of_errors_draws_every_code() -> None:
 
 @pytest.mark.parametrize("words", [*((name,) for name in GROUPS), *COMMANDS], ids=" ".join)
 def test_help_fits_a_screen(words: tuple[str, ...]) -> None:
-    done = CliRunner().invoke(GROUPS[words[0]], [*words[1:], "--help"], prog_name=words[0], terminal_width=80)
+    name, *subcommand = " ".join(words).split()
+    done = CliRunner().invoke(GROUPS[name], [*subcommand, "--help"], prog_name=name, terminal_width=80)
     assert done.exit_code == 0, done.output
     assert 3 < len(done.output.splitlines()) <= MAX_HELP_LINES
 

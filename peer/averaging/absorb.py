@@ -23,17 +23,17 @@ class Update:
     """An encoded sum of gradients: shard after shard, each as its codec made it."""
 
     codec: str
-    data: bytes
+    data: bytes | memoryview
 
     @classmethod
     def of(cls, reduced: Reduced) -> Update:
-        """Join the parts of a finished reduce."""
-        return cls(reduced.codec, b"".join(part for parts in reduced.parts for part in parts))
+        """Return what a finished reduce has come to."""
+        return cls(reduced.codec, reduced.data)
 
 
 def update_bytes(engine: StageEngine, codec: str) -> int:
     """Return the exact size of a stage's updates."""
-    return sum(encoded_shard_bytes(codec, shard.gradient.numel()) for shard in engine.shards)
+    return sum(encoded_shard_bytes(codec, shard.num_elements) for shard in engine.shards)
 
 
 def update_norm(engine: StageEngine, update: Update) -> float:
@@ -44,7 +44,7 @@ def update_norm(engine: StageEngine, update: Update) -> float:
     """
     total = 0.0
     for shard, data in zip(engine.shards, _split(engine, update), strict=True):
-        values = torch.empty_like(shard.gradient, device="cpu")
+        values = torch.empty(shard.num_elements)
         decode_shard(update.codec, data, values)
         for start in range(0, values.numel(), NORM_ELEMENTS):
             total += float(values[start : start + NORM_ELEMENTS].double().square().sum())
@@ -54,15 +54,19 @@ def update_norm(engine: StageEngine, update: Update) -> float:
 def absorb(
     engine: StageEngine, update: Update, *, total_tokens: int, clip_scale: float, schedule: LearningRate
 ) -> None:
-    """Take the optimizer step that leads from `engine.version` to the next one.
+    """Take the optimizer step that leads from `engine.version` to the next one, one shard at a time.
 
-    `clip_scale` comes with the commit and `total_tokens` is the number of target tokens in the sum.
+    `clip_scale` comes with the commit and `total_tokens` is the number of target tokens in the sum. Raises `WireError`,
+    with nothing changed, unless the bytes are a sum of this stage's gradients.
     """
-    for index, data in enumerate(_split(engine, update)):
-        values = torch.empty_like(engine.shards[index].gradient, device="cpu")
-        decode_shard(update.codec, data, values)
-        engine.load_gradient(index, values)
-    engine.step(schedule.at(engine.version), scale=clip_scale / total_tokens)
+    pieces = _split(engine, update)
+    if not math.isfinite(update_norm(engine, update)):
+        raise WireError("an update that holds numbers which are none")
+
+    def load(number: int, out: torch.Tensor) -> None:
+        decode_shard(update.codec, pieces[number], out)
+
+    engine.step(schedule.at(engine.version), scale=clip_scale / total_tokens, load=load)
 
 
 def _split(engine: StageEngine, update: Update) -> list[memoryview]:
@@ -71,7 +75,7 @@ def _split(engine: StageEngine, update: Update) -> list[memoryview]:
         raise WireError(f"an update of {len(update.data)} bytes does not fit this stage")
     view, pieces, offset = memoryview(update.data), [], 0
     for shard in engine.shards:
-        size = encoded_shard_bytes(update.codec, shard.gradient.numel())
+        size = encoded_shard_bytes(update.codec, shard.num_elements)
         pieces.append(view[offset : offset + size])
         offset += size
     return pieces

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
 
 import structlog
-import torch
 from hivemind.p2p import P2P
-from torch import Tensor
 
 from peer.averaging.link import Link, from_hivemind
 from peer.averaging.parts import cut
-from peer.averaging.reduce import Reduced, ReduceError, ReduceGroup
+from peer.averaging.reduce import Reduced, ReduceError, ReduceGroup, Shards
 from peer.averaging.reduce_service import ReduceService
 from peer.averaging.runner import ButterflyRunner
+from peer.averaging.spool import Spool
 from peer.codecs import Codec, codec
 from protocol.ids import Digest, digest
 
@@ -32,9 +32,12 @@ EARLY_WAIT_S = 10.0  # for a member that gets the steward's list a little later 
 class ButterflyReduce:
     """Sums shards with hivemind's butterfly. One per process and namespace; any number of groups at a time."""
 
-    def __init__(self, p2p: P2P, *, namespace: str, early_wait_s: float = EARLY_WAIT_S) -> None:
+    def __init__(
+        self, p2p: P2P, *, namespace: str, folder: Path | None = None, early_wait_s: float = EARLY_WAIT_S
+    ) -> None:
+        """Long results are put into `folder` while they come in; without one they are in memory."""
         self._link = Link(p2p)
-        self._namespace = namespace
+        self._namespace, self._folder = namespace, folder
         self._service = ReduceService(from_hivemind(p2p.peer_id), early_wait_s=early_wait_s)
 
     async def start(self) -> None:
@@ -45,19 +48,16 @@ class ButterflyReduce:
         """Stop answering. Reduces under way belong to their callers, who cancel them first."""
         await self._service.remove_p2p_handlers(self._link, namespace=self._namespace)
 
-    async def reduce(self, group: ReduceGroup, shards: Sequence[Tensor]) -> Reduced:
+    async def reduce(self, group: ReduceGroup, shards: Shards) -> Reduced:
         """Sum `shards` over `group` (see `peer.averaging.reduce.Reduce`)."""
         me = from_hivemind(self._link.peer_id)
         if me not in group.members:
             raise ValueError(f"{me} is no member of the group it is asked to reduce with")
-        for shard in shards:
-            if shard.dtype != torch.float32 or shard.dim() != 1 or not shard.is_contiguous():
-                raise ValueError(f"a shard is flat contiguous fp32, not {shard.dtype} {tuple(shard.shape)}")
         started_s = time.monotonic()
         if len(group.members) == 1:
-            parts = await asyncio.to_thread(_encode_alone, codec(group.codec), shards)
-            return _reduced(group, shards, parts, await asyncio.to_thread(digest, *parts), started_s)
-        runner = ButterflyRunner(self._link, group=group, shards=shards, namespace=self._namespace)
+            result = await asyncio.to_thread(_encode_alone, codec(group.codec), shards, self._folder)
+            return _reduced(group, shards, result, await asyncio.to_thread(digest, result), started_s)
+        runner = ButterflyRunner(self._link, group=group, shards=shards, namespace=self._namespace, folder=self._folder)
         with self._service.serving(group.group_id, runner):
             await self._service.announce()
             try:
@@ -69,34 +69,38 @@ class ButterflyReduce:
                     raise ReduceError("this peer's own p2p daemon is gone", peer=me) from None
                 raise
         return _reduced(
-            group, shards, runner.results(), total, started_s, sent=runner.bytes_sent, received=runner.bytes_received
+            group, shards, runner.result, total, started_s, sent=runner.bytes_sent, received=runner.bytes_received
         )
 
 
-def _encode_alone(using: Codec, shards: Sequence[Tensor]) -> tuple[bytes, ...]:
+def _encode_alone(using: Codec, shards: Shards, folder: Path | None) -> memoryview:
     """Sum over ourselves: nothing is added to what we have, so it is encoded once. Takes long; not for the loop."""
-    parts = cut([len(shard) for shard in shards], num_members=1)
-    return tuple(using.encode(shards[part.shard][part.start : part.start + part.length]) for part in parts)
+    parts = cut(shards.lengths, num_members=1)
+    spool = Spool(sum(using.encoded_bytes(part.length) for part in parts), folder)
+    offset = 0
+    for shard, own_parts in groupby(parts, key=lambda part: part.shard):  # each is read once
+        values = shards.part(shard, 0, shards.lengths[shard])
+        for part in own_parts:
+            data = using.encode(values[part.start : part.start + part.length])
+            spool.put(offset, data)
+            offset += len(data)
+    return spool.view
 
 
 def _reduced(
     group: ReduceGroup,
-    shards: Sequence[Tensor],
-    results: Sequence[bytes],
+    shards: Shards,
+    result: memoryview,
     total: Digest,
     started_s: float,
     *,
     sent: int = 0,
     received: int = 0,
 ) -> Reduced:
-    lengths = tuple(len(shard) for shard in shards)
-    by_shard: list[list[bytes]] = [[] for _ in lengths]
-    for part, data in zip(cut(lengths, num_members=1), results, strict=True):
-        by_shard[part.shard].append(data)
     return Reduced(
         codec=group.codec,
-        shard_elements=lengths,
-        parts=tuple(tuple(parts) for parts in by_shard),
+        shard_elements=shards.lengths,
+        data=result,
         digest=total,
         bytes_sent=sent,
         bytes_received=received,

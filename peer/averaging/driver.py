@@ -19,9 +19,10 @@ from peer.averaging.absorb import Update, update_norm
 from peer.averaging.history import History
 from peer.averaging.machine_clock import MachineClock
 from peer.averaging.outbox import Outbox
-from peer.averaging.reduce import Reduce, Reduced, ReduceError, ReduceGroup, ReduceTimeouts
+from peer.averaging.reduce import Reduce, Reduced, ReduceError, ReduceGroup, ReduceTimeouts, Shards
 from peer.averaging.rules import round_timers
 from peer.averaging.sync import StageSync, to_its_end
+from peer.engine.local_checkpoint import Standing
 from peer.engine.span import SpanEngine
 from peer.pipeline.compute import ComputeThread, Priority
 from peer.pipeline.gate import Gate
@@ -170,7 +171,7 @@ class StageDriver:
         """Stands somewhere in the stage's lineage; False while the state is being fetched anew."""
         return self._machine.applied is not None
 
-    def staged_update(self, digest_hex: str) -> bytes | None:
+    def staged_update(self, digest_hex: str) -> bytes | memoryview | None:
         """Return update bytes that are summed but not committed yet, for a member that missed the reduce."""
         for known, update in self._staged.items():
             if known.hex() == digest_hex:
@@ -284,7 +285,8 @@ class StageDriver:
                 sender_s=timing.hop_silence_s, reducer_s=2 * timing.hop_silence_s, deadline_s=timing.reduce_timeout_s
             ),
         )
-        shards = [shard.gradient for shard in self._engine.engines[self.stage].shards]
+        engine = self._engine.engines[self.stage]
+        shards = Shards([layout.num_elements for layout in engine.shards], engine.gradient_shard)
         try:
             reduced = await self._reduce.reduce(group, shards)
         except SwarmError as error:
@@ -294,8 +296,7 @@ class StageDriver:
             return
         finally:
             self._reducing.pop(action.group_id, None)
-        update = await asyncio.to_thread(Update.of, reduced)
-        engine = self._engine.engines[self.stage]
+        update = Update.of(reduced)
         norm = await self._compute.run(lambda: update_norm(engine, update), priority=Priority.CONTROL)
         self._stage_update(reduced.digest, update)
         self._reported(action, reduced, "")
@@ -393,6 +394,8 @@ class StageDriver:
         await self._sync.absorb(commit, update)
         keeping = self._sync.keep(commit, signed, update)
         state_digest, _ = await asyncio.gather(self._state_digest(), keeping)  # the disk need not wait for the hash
+        standing = Standing(commit.version, RoundId(commit.round + 1), lineage)
+        await self._compute.run(lambda: self._engine.note_standing(self.stage, standing), priority=Priority.CONTROL)
         self._after_step(commit, signed, lineage, state_digest)
         return state_digest
 
@@ -420,11 +423,18 @@ class StageDriver:
 
     async def take_snapshot(self, round_id: RoundId, version: Version, lineage: Lineage) -> Snapshot | None:
         """Write the present state to disk. A full disk costs the snapshot, not the training."""
-        parts = await self._compute.run(lambda: self._engine.state_parts(self.stage), priority=Priority.CONTROL)
-        try:
-            return await asyncio.to_thread(
-                self._history.save_snapshot, parts, round_id=round_id, version=version, lineage=lineage
+
+        def save() -> Snapshot:
+            return self._history.save_snapshot(
+                lambda files: self._engine.write_state(self.stage, files),
+                round_id=round_id,
+                version=version,
+                lineage=lineage,
             )
+
+        try:
+            # in the compute thread, so that no step comes between: written as it lies, there is no second copy of it
+            return await self._compute.run(save, priority=Priority.CONTROL)
         except StorageError as error:
             log.error("snapshot.failed", stage=self.stage, version=version, error=error.one_line())
             return self._snapshot

@@ -16,23 +16,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import BinaryIO
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-
-from protocol.control import Snapshot, StateFile
-from protocol.errors import PeerFault, StorageError, WireError
-from protocol.ids import Digest, Lineage, RoundId, StageId, Version, digest
+from protocol.control import STATE_PARTS, Snapshot, StateFile
+from protocol.errors import StorageError, WireError
+from protocol.ids import Digest, Lineage, RoundId, StageId, Version
 from protocol.signing import Signed
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 SNAPSHOTS_KEPT = 2  # the newest may be in the middle of being written or fetched by others; one more is safe
-PARTS = ("weights", "optimizer")
 
 
 def kept_snapshots(run_folder: Path) -> tuple[Snapshot, ...]:
@@ -55,7 +48,7 @@ class History:
     """The snapshots and updates of one stage in one folder."""
 
     def __init__(self, folder: Path, *, stage: StageId) -> None:
-        self._folder = folder
+        self.folder = folder
         self._stage = stage
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -65,15 +58,24 @@ class History:
     # -- snapshots ------------------------------------------------------------------------------------
 
     def save_snapshot(
-        self, tensors: Mapping[str, Mapping[str, Tensor]], *, round_id: RoundId, version: Version, lineage: Lineage
+        self,
+        write: Callable[[Mapping[str, HashingFile]], None],
+        *,
+        round_id: RoundId,
+        version: Version,
+        lineage: Lineage,
     ) -> Snapshot:
-        """Write a snapshot (`tensors` by part) and prune what is too old. Atomic: all of it or nothing."""
-        files = []
-        for part in PARTS:
-            data = save(dict(tensors[part]), metadata={"format": "pt"})
-            self._write(self._part_path(version, part), data)
-            files.append(StateFile(part=part, num_bytes=len(data), digest=digest(data)))
-        snapshot = Snapshot(stage=self._stage, round=round_id, version=version, lineage=lineage, files=tuple(files))
+        """Write a snapshot and prune what is too old. Atomic: all of it or nothing.
+
+        `write` is given an open file for each part and writes the state into them from front to back.
+        """
+        with contextlib.ExitStack() as stack:
+            writing = {part: stack.enter_context(self._writing(self._part_path(version, part))) for part in STATE_PARTS}
+            write(writing)
+            files = tuple(
+                StateFile(part=part, num_bytes=file.num_bytes, digest=file.digest()) for part, file in writing.items()
+            )
+        snapshot = Snapshot(stage=self._stage, round=round_id, version=version, lineage=lineage, files=files)
         self.adopt_snapshot(snapshot)
         return snapshot
 
@@ -93,7 +95,7 @@ class History:
     def snapshots(self) -> tuple[Snapshot, ...]:
         """List the snapshots that are there whole, newest first. Contents are verified when they are loaded."""
         found = []
-        for path in sorted(self._folder.glob("v*.json"), reverse=True):
+        for path in sorted(self.folder.glob("v*.json"), reverse=True):
             with contextlib.suppress(WireError, OSError):  # a torn or foreign file is simply not a snapshot
                 snapshot = Snapshot.from_bytes(path.read_bytes())
                 sizes = [self._part_path(snapshot.version, file.part).stat().st_size for file in snapshot.files]
@@ -103,50 +105,54 @@ class History:
 
     def discard_snapshot(self, version: Version) -> None:
         """Remove a snapshot that turned out to be damaged, or to be none."""
-        for path in [self._snapshot_path(version), *(self._part_path(version, part) for part in PARTS)]:
+        for path in [self._snapshot_path(version), *(self._part_path(version, part) for part in STATE_PARTS)]:
             path.unlink(missing_ok=True)
 
-    def load_snapshot(self, snapshot: Snapshot) -> dict[str, dict[str, Tensor]]:
-        """Read a snapshot's tensors by part, after checking every byte.
+    def check_snapshot(self, snapshot: Snapshot) -> None:
+        """Read every byte of a snapshot's files; raise `StorageError` if one is not what was written.
 
-        Raises `StorageError` if a file is not what was written, `PeerFault` if it is and holds no tensors.
+        Takes seconds per gigabyte.
         """
-        loaded = {}
         for file in snapshot.files:
             path = self._part_path(snapshot.version, file.part)
-            try:
+            with _readable(path):
                 if file_digest(path) != file.digest:
                     raise StorageError(f"{path.name} is damaged: its SHA-256 does not fit.")
-                loaded[file.part] = load_file(path)
-            except OSError as error:
-                raise StorageError(f"cannot read {path.name}: {error.strerror}.") from None
-            except SafetensorError as error:  # whoever promised that hash promised nonsense
-                raise PeerFault(f"{path.name} holds no tensors: {error!s:.100}") from None
-        return loaded
+
+    @contextlib.contextmanager
+    def open_snapshot(self, snapshot: Snapshot) -> Iterator[dict[str, BinaryIO]]:
+        """Open a snapshot's files by part; raises `StorageError` where that fails."""
+        with contextlib.ExitStack() as stack:
+            files: dict[str, BinaryIO] = {}
+            for file in snapshot.files:
+                path = self._part_path(snapshot.version, file.part)
+                with _readable(path):
+                    files[file.part] = stack.enter_context(path.open("rb"))
+            yield files
 
     # -- updates --------------------------------------------------------------------------------------
 
-    def append(self, version: Version, update: bytes, commit: Signed) -> None:
+    def append(self, version: Version, update: bytes | memoryview, commit: Signed) -> None:
         """Keep the update that was applied to `version`."""
-        self._write(self._folder / f"u{version:08d}.bin", update)
-        self._write(self._folder / f"u{version:08d}.commit", commit.to_bytes())
+        self._write(self.folder / f"u{version:08d}.bin", update)
+        self._write(self.folder / f"u{version:08d}.commit", commit.to_bytes())
 
     def keep_commit(self, version: Version, commit: Signed) -> None:
         """Keep the commit that led from `version` to a snapshot which was fetched: it says who the members are."""
-        self._write(self._folder / f"u{version:08d}.commit", commit.to_bytes())
+        self._write(self.folder / f"u{version:08d}.commit", commit.to_bytes())
 
     def commit_of(self, version: Version) -> Signed | None:
         """Return the signed commit that followed `version`, or None if it is not kept (any more)."""
         try:
-            return Signed.from_bytes((self._folder / f"u{version:08d}.commit").read_bytes())
+            return Signed.from_bytes((self.folder / f"u{version:08d}.commit").read_bytes())
         except (OSError, WireError):
             return None
 
     def resolve(self, kind: str, version: Version, part: str) -> Path | None:
         """Return the file of a blob name `state/STAGE/VERSION/PART` or `update/STAGE/VERSION`, if it is here."""
         if kind == "update":
-            path = self._folder / f"u{version:08d}.bin"
-        elif kind == "state" and part in PARTS and self._snapshot_path(version).exists():
+            path = self.folder / f"u{version:08d}.bin"
+        elif kind == "state" and part in STATE_PARTS and self._snapshot_path(version).exists():
             path = self._part_path(version, part)
         else:
             return None
@@ -155,40 +161,73 @@ class History:
     # -- private --------------------------------------------------------------------------------------
 
     def _snapshot_path(self, version: Version) -> Path:
-        return self._folder / f"v{version:08d}.json"
+        return self.folder / f"v{version:08d}.json"
 
     def _part_path(self, version: Version, part: str) -> Path:
-        return self._folder / f"v{version:08d}.{part}.safetensors"
+        return self.folder / f"v{version:08d}.{part}.safetensors"
 
-    def _write(self, path: Path, data: bytes) -> None:
+    def _write(self, path: Path, data: bytes | memoryview) -> None:
         """Write a file so that it is there whole or not at all, also after a power cut."""
+        with self._writing(path) as file:
+            file.write(data)
+
+    @contextlib.contextmanager
+    def _writing(self, path: Path) -> Iterator[HashingFile]:
+        """Open a file that gets its name only once it is whole and on the disk."""
         temporary = path.with_suffix(path.suffix + ".part")
         try:
             with temporary.open("wb") as file:
-                file.write(data)
+                yield HashingFile(file)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise StorageError(f"cannot write {path.name}: {error.strerror}.", hint="Free some disk space.") from None
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
     def _forget_after(self, version: Version) -> None:
-        for path in [*self._folder.glob("v*.json"), *self._folder.glob("v*.safetensors")]:
+        for path in [*self.folder.glob("v*.json"), *self.folder.glob("v*.safetensors")]:
             if int(path.name[1:9]) > version:
                 path.unlink(missing_ok=True)
-        for path in self._folder.glob("u*"):
+        for path in self.folder.glob("u*"):
             if int(path.name[1:9]) >= version:
                 path.unlink(missing_ok=True)
 
     def _prune(self) -> None:
         """Drop old snapshots, updates that none of the kept ones needs, and commits before the oldest one's own."""
-        versions = sorted((int(path.stem[1:]) for path in self._folder.glob("v*.json")), reverse=True)
+        versions = sorted((int(path.stem[1:]) for path in self.folder.glob("v*.json")), reverse=True)
         for version in versions[SNAPSHOTS_KEPT:]:
             self._snapshot_path(Version(version)).unlink(missing_ok=True)
-            for part in PARTS:
+            for part in STATE_PARTS:
                 self._part_path(Version(version), part).unlink(missing_ok=True)
         oldest = versions[:SNAPSHOTS_KEPT][-1]
-        for path in self._folder.glob("u*"):
+        for path in self.folder.glob("u*"):
             if int(path.name[1:9]) < oldest - path.name.endswith(".commit"):
                 path.unlink(missing_ok=True)
+
+
+class HashingFile:
+    """A file that is written from front to back, and its hash."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._hasher = file, hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._hasher.update(data)
+        self.num_bytes += len(data)
+
+    def digest(self) -> Digest:
+        return Digest(self._hasher.digest())
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot read {path.name}: {error.strerror}.") from None

@@ -10,10 +10,13 @@ member ends with the very same bytes, or raises. Nobody is ever left out silentl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, Self
 
+import torch
 from torch import Tensor
 
 from peer.averaging.parts import spans_of
@@ -22,6 +25,7 @@ from protocol.errors import TransientError, WireError
 from protocol.ids import Digest, PeerId
 
 MAX_GROUP_ID_BYTES = 64
+SHARDS_AT_HAND = 3  # at most 32 MiB each
 
 
 class ReduceError(TransientError):
@@ -79,8 +83,8 @@ class Reduced:
 
     codec: str
     shard_elements: tuple[int, ...]
-    parts: tuple[tuple[bytes, ...], ...]
-    """For each shard its encoded parts; joined, they are what the update log stores."""
+    data: memoryview
+    """The encoded shards, one behind the other: what the update log stores."""
     digest: Digest
     """Over all bytes, in order."""
     bytes_sent: int
@@ -88,11 +92,58 @@ class Reduced:
     seconds: float
 
 
+class Shards:
+    """A member's flat fp32 shards, read one at a time when they are needed: they may live on a disk.
+
+    The latest few stay at hand, as members work on the same shards at the same time, but not in step.
+    """
+
+    def __init__(self, lengths: Sequence[int], read: Callable[[int], Tensor]) -> None:
+        """`read(number)` returns a shard; it is called in other threads, and what it returns is not changed."""
+        self.lengths = tuple(lengths)
+        self._read = read
+        self._at_hand: OrderedDict[int, Tensor] = OrderedDict()
+        self._reading: dict[int, asyncio.Future[Tensor]] = {}
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Self:
+        """Wrap shards that are in memory."""
+        return cls([len(tensor) for tensor in tensors], tensors.__getitem__)
+
+    def part(self, shard: int, start: int, length: int) -> Tensor:
+        """Return some elements of a shard; waits for the disk."""
+        return self._read_checked(shard)[start : start + length]
+
+    async def part_soon(self, shard: int, start: int, length: int) -> Tensor:
+        """Return some elements of a shard, without holding up the event loop."""
+        values = self._at_hand.get(shard)
+        if values is None:
+            reading = self._reading.get(shard)
+            if reading is None:
+                reading = self._reading[shard] = asyncio.ensure_future(asyncio.to_thread(self._read_checked, shard))
+                reading.add_done_callback(lambda read: self._keep(shard, read))
+            values = await asyncio.shield(reading)
+        return values[start : start + length]
+
+    def _keep(self, shard: int, read: asyncio.Future[Tensor]) -> None:
+        del self._reading[shard]
+        if not read.cancelled() and read.exception() is None:
+            self._at_hand[shard] = read.result()
+            while len(self._at_hand) > SHARDS_AT_HAND:
+                self._at_hand.popitem(last=False)
+
+    def _read_checked(self, shard: int) -> Tensor:
+        values, expected = self._read(shard), (torch.float32, (self.lengths[shard],))
+        if (values.dtype, tuple(values.shape)) != expected or not values.is_contiguous():
+            raise ValueError(f"a shard is flat contiguous fp32, not {values.dtype} {tuple(values.shape)}")
+        return values
+
+
 class Reduce(Protocol):
     """Sums shards over a group."""
 
-    async def reduce(self, group: ReduceGroup, shards: Sequence[Tensor]) -> Reduced:
-        """Sum flat fp32 `shards` (equal lengths at every member) over `group`, of which we are a member.
+    async def reduce(self, group: ReduceGroup, shards: Shards) -> Reduced:
+        """Sum `shards` (of equal lengths at every member) over `group`, of which we are a member.
 
         Raises `ReduceError` naming a peer, or `LocalFault` if our own values cannot be sent. Leaves no task
         behind, however it ends. Several groups may run at the same time.

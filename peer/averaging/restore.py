@@ -7,7 +7,6 @@ beyond the fact that one exists. `sync.py` does the fetching.
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterable
 
@@ -64,8 +63,10 @@ class Restorer:
         if snapshot is not None:
             folder = f"checkpoint/{snapshot.round}"
             return await self._sync.from_checkpoint(snapshot, source=self._coordinator, folder=folder)
-        if not allow_initial or self._engine.engines[self._stage].version != 0:
+        is_ahead = self._engine.engines[self._stage].version != 0 and self._stage not in self._engine.resumed
+        if not allow_initial or is_ahead:
             raise UnreachableError(f"there is no checkpoint of stage {self._stage} to start from yet.")
+        await self._sync.start_over()
         await self._keep_initial()
         return Place(charter=None, commits=(), round=RoundId(0), version=Version(0), lineage=NO_LINEAGE)
 
@@ -88,9 +89,14 @@ class Restorer:
 
     async def _keep_initial(self) -> None:
         """Serve the initial state as a snapshot, so that a late joiner finds the start of the log."""
-        parts = await self._compute.run(lambda: self._engine.state_parts(self._stage), priority=Priority.CONTROL)
-        await asyncio.to_thread(
-            self._history.save_snapshot, parts, round_id=RoundId(0), version=Version(0), lineage=NO_LINEAGE
+        await self._compute.run(
+            lambda: self._history.save_snapshot(
+                lambda files: self._engine.write_state(self._stage, files),
+                round_id=RoundId(0),
+                version=Version(0),
+                lineage=NO_LINEAGE,
+            ),
+            priority=Priority.CONTROL,
         )
 
 

@@ -22,8 +22,10 @@ steward's commit is for.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -44,8 +46,9 @@ from torch import Tensor
 from peer.averaging.link import Exchange, Inbox, Link, to_hivemind
 from peer.averaging.merge import MergeStopped, OrderedMerger
 from peer.averaging.parts import Part, cut
-from peer.averaging.reduce import ReduceError, ReduceGroup, contribution
+from peer.averaging.reduce import ReduceError, ReduceGroup, Shards, contribution
 from peer.averaging.reduce_service import ReduceService
+from peer.averaging.spool import Spool
 from peer.codecs import codec
 from protocol.errors import LocalFault, SwarmError, TransientError, WireError
 from protocol.ids import Digest, digest
@@ -57,7 +60,10 @@ log = structlog.get_logger()
 class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
     """One reduce of one group, seen from one member. Use it once."""
 
-    def __init__(self, link: Link, *, group: ReduceGroup, shards: Sequence[Tensor], namespace: str) -> None:
+    def __init__(
+        self, link: Link, *, group: ReduceGroup, shards: Shards, namespace: str, folder: Path | None = None
+    ) -> None:
+        """`folder` is for long results, which then are not in memory."""
         members = tuple(to_hivemind(member) for member in group.members)
         super().__init__(
             p2p=link,
@@ -72,11 +78,14 @@ class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
         )
         self._group, self._shards, self._codec = group, shards, codec(group.codec)
         self._me = members.index(link.peer_id)
-        self._parts = cut([len(shard) for shard in shards], num_members=len(members))
+        self._parts = cut(shards.lengths, num_members=len(members))
         self.tensor_part_reducer = OrderedMerger(
             self._codec, [part.length for part in self._parts_of(self._me)], num_senders=len(members)
         )
-        self._results: dict[int, bytes] = {}
+        sizes = [self._codec.encoded_bytes(part.length) for part in self._parts]
+        self._offsets = [0, *itertools.accumulate(sizes)]
+        self._spool = Spool(self._offsets[-1], folder)
+        self._results: set[int] = set()
         self._all_results = asyncio.Event()
         self._digest: Digest | None = None
         self._settled = asyncio.Event()  # the digest is known, or the reduce has failed
@@ -86,7 +95,7 @@ class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
         self.bytes_sent = self.bytes_received = 0
 
     async def reduce(self) -> Digest:
-        """Run to the end and return the digest of `results()`. Raises `ReduceError` or `LocalFault`."""
+        """Run to the end and return the digest of `result`. Raises `ReduceError` or `LocalFault`."""
         deadline = asyncio.get_running_loop().call_later(self._group.timeouts.deadline_s, self._fail_at_deadline)
         stopped = False
         try:
@@ -109,12 +118,13 @@ class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
     async def run(self) -> AsyncIterator[bytes]:
         """As hivemind's `run`, but what is yielded are the encoded sums, in order, once all members have them."""
         await self.reduce()
-        for data in self.results():
-            yield data
+        for start, end in itertools.pairwise(self._offsets):
+            yield bytes(self.result[start:end])
 
-    def results(self) -> tuple[bytes, ...]:
-        """The encoded sum of every part, in order."""
-        return tuple(self._results[part.index] for part in self._parts)
+    @property
+    def result(self) -> memoryview:
+        """The encoded sums of all parts, in order."""
+        return self._spool.view
 
     def farewell(self) -> AveragingData:
         """What to tell members who call after this reduce has failed."""
@@ -139,7 +149,7 @@ class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
         talks = [tasks.create_task(self._guard(self._communicate_with_peer(peer))) for peer in others]
         if self._parts:
             await self._all_results.wait()
-        self._digest = await asyncio.to_thread(digest, *self.results())
+        self._digest = await asyncio.to_thread(digest, self.result)
         self._settled.set()
         await self._guard(self._wait_until_all_accepted())
         _, unended = await asyncio.wait(talks, timeout=self.reducer_timeout)
@@ -162,7 +172,7 @@ class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
     async def _merge_own_parts(self) -> None:
         """Contribute to the parts we reduce, and see to it that the others do so in time."""
         for slot, part in enumerate(self._parts_of(self._me)):
-            values = contribution(self._values(part), using=self._codec)
+            values = contribution(await self._values(part), using=self._codec)
             merging = asyncio.create_task(self.tensor_part_reducer.accumulate_part(self._me, slot, values))
             try:
                 await asyncio.wait({merging}, timeout=self.sender_timeout)
@@ -201,7 +211,7 @@ class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
             if self._future.done():
                 break
             try:
-                data = self._codec.encode(self._values(part))
+                data = self._codec.encode(await self._values(part))
             except SwarmError as error:
                 self.finalize(exception=error)
                 break
@@ -243,7 +253,8 @@ class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
         return answer
 
     def _take_result(self, part: Part, data: bytes) -> None:
-        self._results[part.index] = data
+        self._spool.put(self._offsets[part.index], data)
+        self._results.add(part.index)
         if len(self._results) == len(self._parts):
             self._all_results.set()
 
@@ -349,8 +360,8 @@ class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
     def _parts_of(self, reducer: int) -> list[Part]:
         return [part for part in self._parts if part.reducer == reducer]
 
-    def _values(self, part: Part) -> Tensor:
-        return self._shards[part.shard][part.start : part.start + part.length]
+    async def _values(self, part: Part) -> Tensor:
+        return await self._shards.part_soon(part.shard, part.start, part.length)
 
     def _count_sent(self, message: AveragingData) -> AveragingData:
         self.bytes_sent += message.ByteSize()

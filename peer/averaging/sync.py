@@ -8,8 +8,9 @@ believed as far as its hashes go; whether the state is the members' own, the rou
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
 
@@ -17,6 +18,8 @@ import structlog
 
 from peer.averaging.absorb import Update, absorb, update_bytes
 from peer.averaging.history import History, file_digest
+from peer.averaging.spool import Spool
+from peer.engine.local_checkpoint import Standing
 from peer.engine.schedule import LearningRate
 from peer.engine.stage_engine import StageEngine
 from peer.pipeline.compute import ComputeThread, Priority
@@ -88,6 +91,13 @@ def root_lineage(signed_charter: Signed) -> Lineage:
     return Lineage(digest(CHARTER_CONTEXT.encode(), signed_charter.payload))
 
 
+_Start = Callable[
+    [PeerId, list[PeerId], StateAnswer, Signed, Charter],
+    Awaitable[tuple[Lineage, Version, RoundId, list[Signed]]],
+]
+"""Brings the engine to a state that a source vouches for; returns where it stands and the commit that led there."""
+
+
 class StageSync:
     """Brings one engine to the state of its stage."""
 
@@ -105,8 +115,13 @@ class StageSync:
         codec: str,
         schedule: LearningRate,
         check_history: Callable[[Signed, tuple[Signed, ...]], object],
+        init_seed: int = 0,
+        resumed: Standing | None = None,
     ) -> None:
-        """`check_history` raises `PeerFault` unless commits follow a charter by the rules of the round machine."""
+        """`check_history` raises `PeerFault` unless commits follow a charter by the rules of the round machine.
+
+        `resumed` says where the engine's state stands if it was found on this peer's own disk.
+        """
         self._check_history = check_history
         self._stage = stage
         self._engine = engine
@@ -118,6 +133,8 @@ class StageSync:
         self._coordinator = coordinator
         self._codec = codec
         self._schedule = schedule
+        self._init_seed = init_seed
+        self._resumed = resumed
 
     async def from_members(self, sources: Iterable[PeerId], *, least_generation: int = 0) -> Place:
         """Become what the members are: their newest snapshot (or ours, if it is theirs too) and the log after it.
@@ -132,17 +149,27 @@ class StageSync:
             raise UnreachableError(f"no member of stage {self._stage} answers.")
         current = {peer: answer for peer, (answer, charter) in answers.items() if charter.generation == newest}
         peers = _most_shared_first(current)
-        for source in peers:
+        # everybody is asked to vouch for what was on our own disk before anybody's snapshot is fetched
+        ways = [self._start_from] if self._resumed is None else [self._start_from_resumed, self._start_from]
+        for start, source in itertools.product(ways, peers):
             answer, charter = answers[source]
             try:
-                place = await self._follow(source, peers, answer, charter)
+                place = await self._follow(source, peers, answer, charter, start)
                 assert place.charter is not None
                 self._check_history(place.charter, place.commits)
             except REMOTE_FAULTS as error:
                 log.info("sync.failed", stage=self._stage, source=source, error=error.one_line())
             else:
+                self._resumed = None  # from here on it is another state
                 return place
         raise UnreachableError(f"nobody could bring us to the state of stage {self._stage}.")
+
+    async def start_over(self) -> None:
+        """Go back to the initial weights, unless the engine is there."""
+        if self._engine.version != 0:
+            await to_its_end(
+                self._compute.run(lambda: self._engine.initialise(self._init_seed), priority=Priority.CONTROL)
+            )
 
     async def from_checkpoint(self, snapshot: Snapshot, *, source: PeerId, folder: str) -> Place:
         """Become a checkpoint that `source` (the coordinator) serves under the blob folder `folder`."""
@@ -199,7 +226,7 @@ class StageSync:
             async with asyncio.timeout(patience_s):
                 for name in names:
                     try:
-                        data = await self._blobs.fetch(source, name, max_bytes=limit)
+                        data = await self._blobs.fetch_into(source, name, self._make_room, max_bytes=limit)
                     except MissingBlobError:
                         continue
                     except (TransientError, PeerFault) as error:
@@ -211,6 +238,9 @@ class StageSync:
         except TimeoutError:
             log.info("update.slow", source=source, version=commit.version, patience_s=patience_s)
         return None
+
+    def _make_room(self, num_bytes: int) -> memoryview:
+        return Spool(num_bytes, self._history.folder).view
 
     async def _replay(self, signed: Signed, commit: Commit, sources: Iterable[PeerId]) -> None:
         """Apply a commit that follows our state, fetching its bytes. Raises if they cannot be had or do not fit."""
@@ -243,12 +273,13 @@ class StageSync:
             raise PeerFault("that charter is about another stage")
         return charter
 
-    async def _follow(self, source: PeerId, peers: list[PeerId], answer: StateAnswer, charter: Charter) -> Place:
-        """Load the best starting point that `source` vouches for, then replay until it has nothing newer."""
+    async def _follow(
+        self, source: PeerId, peers: list[PeerId], answer: StateAnswer, charter: Charter, start: _Start
+    ) -> Place:
+        """Take a starting point that `source` vouches for, then replay until it has nothing newer."""
         signed_charter = answer.charter
         assert signed_charter is not None, "answers without one are not kept"
-        lineage, version, round_id = await self._start_from(source, peers, answer, signed_charter, charter)
-        commits = [] if version == charter.version else [await self._commit_before(source, lineage, version)]
+        lineage, version, round_id, commits = await start(source, peers, answer, signed_charter, charter)
         for _ in range(MAX_STEPS):
             answered = await self._calls.call(source, LogRequest(stage=self._stage, since=version), LogAnswer)
             if not answered.commits:
@@ -276,9 +307,25 @@ class StageSync:
         await asyncio.to_thread(self._history.keep_commit, before, signed)
         return signed
 
+    async def _start_from_resumed(
+        self, source: PeerId, peers: list[PeerId], answer: StateAnswer, signed_charter: Signed, charter: Charter
+    ) -> tuple[Lineage, Version, RoundId, list[Signed]]:
+        """Go on from the state that was on our own disk, if it is one that `source` has passed through."""
+        own = self._resumed
+        if own is None or own.version != self._engine.version or not charter.version <= own.version <= answer.version:
+            raise UnreachableError(f"{source} is not ahead of what is here of stage {self._stage}.")
+        commits: list[Signed] = []
+        if own.version > charter.version:
+            commits = [await self._commit_before(source, own.lineage, own.version)]
+        elif own.lineage != root_lineage(signed_charter):
+            raise UnreachableError(f"{source} begins stage {self._stage} from another state than ours.")
+        log.info("resume.own_disk", stage=self._stage, version=own.version)
+        return own.lineage, own.version, max(own.round, charter.round), commits
+
     async def _start_from(
         self, source: PeerId, peers: list[PeerId], answer: StateAnswer, signed_charter: Signed, charter: Charter
-    ) -> tuple[Lineage, Version, RoundId]:
+    ) -> tuple[Lineage, Version, RoundId, list[Signed]]:
+        """Load the newest snapshot that `source` vouches for, or begin where its stage began."""
         snapshots = [one for one in answer.snapshots if charter.version <= one.version <= answer.version]
         if snapshots:
             newest = max(snapshots, key=lambda one: one.version)
@@ -286,10 +333,14 @@ class StageSync:
             await self._become(newest, names, [source, *peers])
             # the state at the charter's own version is where its lineage begins, whatever it was called before
             lineage = root_lineage(signed_charter) if newest.version == charter.version else newest.lineage
-            return lineage, newest.version, max(newest.round, charter.round)
-        if not charter.version == self._engine.version == 0:
+            commits = []
+            if newest.version != charter.version:
+                commits = [await self._commit_before(source, lineage, newest.version)]
+            return lineage, newest.version, max(newest.round, charter.round), commits
+        if charter.version != 0:
             raise UnreachableError(f"{source} serves no snapshot of stage {self._stage} yet.")
-        return root_lineage(signed_charter), charter.version, charter.round
+        await self.start_over()
+        return root_lineage(signed_charter), charter.version, charter.round, []
 
     async def _become(self, snapshot: Snapshot, names: dict[str, str], sources: list[PeerId]) -> None:
         """Load a snapshot, from our own disk if it is there and sound; otherwise fetch its files by their `names`."""
@@ -316,15 +367,16 @@ class StageSync:
         """Become a snapshot whose files are here. Raises `StorageError` if they are damaged, `PeerFault` if they are
         what was promised, and no state of this stage.
         """
-        tensors = await asyncio.to_thread(self._history.load_snapshot, snapshot)
-        joined = {name: tensor for part in tensors.values() for name, tensor in part.items()}
-        loading = self._compute.run(
-            lambda: self._engine.load_state_tensors(joined, version=snapshot.version), priority=Priority.CONTROL
-        )
-        try:
-            await to_its_end(loading)
-        except StorageError as error:
-            raise PeerFault(f"the snapshot of version {snapshot.version} cannot be loaded: {error}") from None
+        await asyncio.to_thread(self._history.check_snapshot, snapshot)
+
+        def load() -> None:
+            with self._history.open_snapshot(snapshot) as files:
+                try:
+                    self._engine.read_state(files, version=snapshot.version)
+                except StorageError as error:  # whoever promised that hash promised nonsense
+                    raise PeerFault(f"the snapshot of version {snapshot.version} cannot be loaded: {error}") from None
+
+        await to_its_end(self._compute.run(load, priority=Priority.CONTROL))
 
     async def _fetch_file(self, snapshot: Snapshot, file: StateFile, name: str, sources: list[PeerId]) -> None:
         """Fetch a file range by range, going on with another source where one fails."""

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
 
 from peer.codecs import codec
 from peer.engine.optimizer import OptimizerSpec
+from peer.engine.passes import Parking
+from peer.engine.provision import Provision, choose
 from peer.engine.schedule import LearningRate
 from peer.engine.span import SpanEngine
 from peer.engine.stage_engine import StageEngine
+from peer.memory.arena import Arena
+from peer.memory.backend import backend_for
+from peer.memory.executor import Executor, open_memory
+from peer.memory.placement import Tier
+from peer.memory.units import Inventory
+from peer.model.stage import Stage, build_stage
 from peer.settings import PeerSettings
 from protocol.errors import LocalFault
 from protocol.ids import StageId
 from protocol.manifest import Manifest
 
 
-def build_span(manifest: Manifest, stages: Sequence[StageId], settings: PeerSettings) -> SpanEngine:
+def build_span(
+    manifest: Manifest, stages: Sequence[StageId], settings: PeerSettings, *, nvme: Path | None = None
+) -> SpanEngine:
     """Materialise only the given stages, with the initial weights that the manifest's seed defines.
 
-    Raises `LocalFault` if the device is not there or too small.
+    What the memory engine has committed in the folder `nvme` is taken up again instead. Raises `LocalFault` if the
+    device is not there or too small.
     """
     torch.set_num_threads(settings.threads)
     device = choose_device(settings.device)
@@ -34,30 +47,80 @@ def build_span(manifest: Manifest, stages: Sequence[StageId], settings: PeerSett
         betas=(spec.beta1, spec.beta2),
         epsilon=spec.eps,
         weight_decay=spec.weight_decay,
+        master=spec.master.value,
+        rounding_seed=manifest.model.init_seed,
     )
+    with _torch_errors(stages, device), ExitStack() as undo:
+        models = {stage: _model(manifest, stage, device) for stage in stages}
+        layouts = [layout for model in models.values() for layout in model.layouts]
+        inventory, backend = Inventory(layouts, optimizer.name, optimizer.master), backend_for(device)
+        chosen = choose(
+            manifest,
+            inventory,
+            settings,
+            device=device,
+            stages_behind=manifest.model.num_stages - 1 - max(stages),
+            memo=None if nvme is None else nvme.with_suffix(".plan.json"),
+        )
+        memory = open_memory(
+            inventory,
+            chosen.placement,
+            backend,
+            nvme=nvme,
+            fingerprint=f"{manifest.run_id} {list(stages)} {optimizer}",
+            limit_bytes=settings.limits.nvme_bytes,
+            writes_per_day_bytes=settings.limits.nvme_writes_per_day_bytes,
+            activations=chosen.places.get(Tier.NVME, 0),
+            activation_bytes=chosen.entry_bytes,
+        )
+        undo.callback(memory.close)  # or the drive's folder would stay locked
+        engines = _engines(models, optimizer, memory, chosen)
+        span = SpanEngine(
+            engines,
+            codec=codec(manifest.averaging.activation_codec),
+            hidden_size=manifest.model.config["hidden_size"],
+            num_stages=manifest.model.num_stages,
+            microbatch=(manifest.batch.sequences_per_microbatch, manifest.batch.sequence_length),
+            wave=chosen.wave,
+            wave_patience_s=chosen.patience_s,
+            memory=memory,
+        )
+        for stage in stages:
+            if stage not in span.resumed:
+                engines[stage].initialise(manifest.model.init_seed)
+        undo.pop_all()
+    return span
+
+
+def _engines(
+    models: Mapping[StageId, Stage], optimizer: OptimizerSpec, memory: Executor, chosen: Provision
+) -> dict[StageId, StageEngine]:
+    """Make the engines of stages that share a memory, their blocks one behind the other."""
+    arena = Arena(memory, chosen.places, num_bytes=chosen.entry_bytes) if chosen.places else None
+    engines, first_block = {}, 0
+    for stage, model in models.items():
+        own = range(first_block, first_block + len(model.blocks))
+        engines[stage] = StageEngine(
+            model,
+            optimizer,
+            memory,
+            first_block=first_block,
+            keep_budget_bytes=chosen.keep_bytes // len(models),
+            kept=chosen.kept_in(own),
+            parking=None if arena is None else Parking(arena, chosen.parked_in(own)),
+        )
+        first_block = own.stop
+    return engines
+
+
+@contextmanager
+def _torch_errors(stages: Sequence[StageId], device: str) -> Iterator[None]:
+    """Translate torch's ways of saying "no such device" and "out of memory"."""
     try:
-        engines = {
-            stage: StageEngine.build(
-                manifest.model.config,
-                num_stages=manifest.model.num_stages,
-                stage=stage,
-                optimizer=optimizer,
-                seed=manifest.model.init_seed,
-                device=device,
-                keep_budget_bytes=settings.activation_bytes // len(stages),
-            )
-            for stage in stages
-        }
-    except (RuntimeError, AssertionError) as error:  # torch's ways of saying "no such device" and "out of memory"
+        yield
+    except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise LocalFault(f"cannot build stages {list(stages)} on '{device}': {reason}.") from None
-    return SpanEngine(
-        engines,
-        codec=codec(manifest.averaging.activation_codec),
-        hidden_size=manifest.model.config["hidden_size"],
-        num_stages=manifest.model.num_stages,
-        microbatch=(manifest.batch.sequences_per_microbatch, manifest.batch.sequence_length),
-    )
 
 
 def choose_device(wanted: str) -> str:
@@ -65,6 +128,10 @@ def choose_device(wanted: str) -> str:
     if wanted != "auto":
         return wanted
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _model(manifest: Manifest, stage: StageId, device: str) -> Stage:
+    return build_stage(manifest.model.config, num_stages=manifest.model.num_stages, stage=stage, device=device)
 
 
 def learning_rate(manifest: Manifest) -> LearningRate:

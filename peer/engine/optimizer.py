@@ -1,8 +1,7 @@
 """AdamW on flat shards, with 8-bit or 32-bit state: the one adapter to bitsandbytes and to torch's AdamW.
 
-Owns: the step, what is decayed, and the names under which the state is saved. Must not know: modules, rounds, where
-a gradient comes from, how the state lies in its buffer (`peer/memory/moments.py`). `peer/engine/stage_engine.py`
-calls `step` once per version.
+Owns: the step and what is decayed. Must not know: modules, rounds, where a gradient comes from, how the state lies in
+its buffer (`peer/memory/moments.py`). `peer/engine/passes.py` calls `step` once per shard and version.
 
 A shard is updated in two segments: its matrices (with weight decay) and its vectors (norms and biases,
 without). `adamw8bit` keeps 8-bit blockwise moments for the matrices of the layers; vectors, embedding and
@@ -16,7 +15,7 @@ or on how threads share the work. Processors without fused multiply-add would st
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -24,16 +23,16 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from peer.engine.state import check_same_tensors
-from peer.memory.moments import Field, Moment, OptimizerName, is_in_8_bit, moment_bytes, moment_fields, segments
-from peer.model.shards import Shard
-from protocol.architecture import ALIGNMENT_ELEMENTS
+from peer.engine.rounding import join, round_at_random, round_nearest, split
+from peer.memory.moments import Field, MasterName, Moment, OptimizerName, Segment, is_in_8_bit, moment_fields, segments
 from protocol.errors import ConfigError, LocalFault
+from protocol.layout import ALIGNMENT_ELEMENTS, ShardLayout
 
 OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
+MASTERS: tuple[str, ...] = get_args(MasterName)
 
-# bitsandbytes' CPU path makes fp32 copies of all it touches (about 20 bytes per element): bounds them to 80 MiB
-STEP_ELEMENTS = 1 << 22
+# bitsandbytes' CPU path makes fp32 copies of all it touches (about 20 bytes per element): bounds them to 20 MiB
+STEP_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,104 +44,106 @@ class OptimizerSpec:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     """Decoupled decay of matrices; norms and biases are never decayed."""
+    master: MasterName = "fp32"
+    """How weights are kept."""
+    rounding_seed: int = 0
+    """Of `bf16-sr`: the same at every replica."""
 
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:
-            raise ConfigError(f"there is no optimizer {self.name!r}.", hint="Choose " + " or ".join(OPTIMIZERS) + ".")
+            raise ConfigError(f"there is no optimizer {self.name!r}.", hint=f"Choose {_either(OPTIMIZERS)}.")
+        if self.master not in MASTERS:
+            raise ConfigError(f"there is no way {self.master!r} to keep weights.", hint=f"Choose {_either(MASTERS)}.")
         if not all(0 <= beta < 1 for beta in self.betas) or self.epsilon <= 0 or self.weight_decay < 0:
             raise ConfigError(f"the optimizer's settings make no sense: {self}.")
 
 
-class Optimizer:
-    """The optimizer of one stage. Every shard steps together, so one step count serves all."""
-
-    def __init__(self, spec: OptimizerSpec, shards: Sequence[Shard]) -> None:
-        self.spec = spec
-        self.steps = 0
-        self._shards = tuple(shards)
-        self.moments = tuple(_allocate_moments(spec, shard) for shard in shards)
-        """Per shard, all of its state in one flat uint8 buffer (`peer/memory/moments.py`)."""
-        self._updates = [ShardUpdate(spec, shard, flat) for shard, flat in zip(shards, self.moments, strict=True)]
-
-    def step(self, learning_rate: float) -> None:
-        """Update the weights of all shards from their gradients, which stay as they are."""
-        self.steps += 1
-        for update in self._updates:
-            update.step(self.steps, learning_rate)
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Return the state by stable names, sharing memory (but for the step count), in hash order."""
-        tensors = {"optimizer.steps": torch.tensor(self.steps, dtype=torch.int64)}
-        for shard, flat in zip(self._shards, self.moments, strict=True):
-            for field in moment_fields(shard.layout, self.spec.name):
-                tensors[f"optimizer.{shard.name}.{field.segment}.{field.name}"] = field_view(flat, field)
-        return tensors
-
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Replace the state by a saved one; raises `StorageError` and changes nothing if that does not fit."""
-        own = self.state_tensors()
-        check_same_tensors(own, tensors)
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
-        self.steps = int(tensors["optimizer.steps"])
-
-    @property
-    def state_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.state_tensors().values())
+_Fields = dict[Segment, dict[Moment, Tensor]]
+"""The arrays of a shard's moments, by segment and name."""
 
 
-class ShardUpdate:
-    """The AdamW step of one shard, on whatever buffers it is given: wherever they live, they are updated in place."""
+class AdamW:
+    """The AdamW step of single shards, on whatever buffers it is given: wherever they live, they are updated in place.
 
-    def __init__(self, spec: OptimizerSpec, shard: Shard, moments: Tensor) -> None:
-        if shard.weights.dtype != torch.float32 or shard.gradient.dtype != torch.float32:
+    It has no state of its own; the caller counts the steps, and all shards of a stage step together.
+    """
+
+    def __init__(self, spec: OptimizerSpec, device: torch.device) -> None:
+        self._spec = spec
+        if spec.name == "adamw8bit":
+            functional = _bitsandbytes()
+            self._update_8_bit = functional.optimizer_update_8bit_blockwise
+            self._maps = tuple(functional.create_dynamic_map(signed=signed).to(device) for signed in (True, False))
+
+    def step(
+        self,
+        layout: ShardLayout,
+        weights: Tensor,
+        gradient: Tensor,
+        moments: Tensor,
+        *,
+        step: int,
+        learning_rate: float,
+    ) -> None:
+        """Take step number `step` (from 1). The gradient stays as it is.
+
+        `weights` and `gradient` are flat fp32 of the shard's length, `moments` flat bytes as `peer/memory/moments.py`
+        lays them out.
+        """
+        if weights.dtype != torch.float32 or gradient.dtype != torch.float32:
             # bitsandbytes' CUDA kernel would take the second buffer's bytes for the first one's type
             raise LocalFault("training needs fp32 weights and gradients.")
-        self._shard = shard
-        views = {(f.segment, f.name): field_view(moments, f) for f in moment_fields(shard.layout, spec.name)}
-        self._segments: list[_EightBit | _ThirtyTwoBit] = []
-        for segment, part in segments(shard.layout):
-            make = _EightBit if is_in_8_bit(shard.layout, segment, spec.name) else _ThirtyTwoBit
-            own = {name: view for (owner, name), view in views.items() if owner == segment}
-            decay = spec.weight_decay if segment == "matrices" else 0.0
-            self._segments.append(make(spec, shard.weights[part], shard.gradient[part], own, decay=decay))
-
-    def step(self, step: int, learning_rate: float) -> None:
-        """Take step number `step` (from 1). The gradient stays as it is."""
-        for segment in self._segments:
-            segment.update(step, learning_rate)
+        fields = self._views(layout, moments)
+        for segment, part in segments(layout):
+            own, piece = fields[segment], weights[part]
+            if self._spec.master == "bf16+16":
+                join(piece, own["remainder"])
+            update = self._step_8_bit if is_in_8_bit(layout, segment, self._spec.name) else self._step_32_bit
+            decay = self._spec.weight_decay if segment == "matrices" else 0.0
+            update(piece, gradient[part], own, step, learning_rate, decay)
         # bitsandbytes' CPU quantiser has no code for zero (0.50.2 takes 2e-5 of the block's largest instead),
         # so its moments push even weights that never had a gradient
-        self._shard.clear_weight_padding()
+        for start, end in layout.padding:
+            weights[start:end].zero_()
+        if self._spec.master == "bf16-sr":
+            round_at_random(weights, seed=self._spec.rounding_seed, step=step, name=layout.name)
+        elif self._spec.master == "bf16+16":
+            self._split(layout, weights, fields)
 
+    def begin(self, layout: ShardLayout, weights: Tensor, moments: Tensor) -> None:
+        """Make initial weights (fp32) ones that are kept as this optimizer keeps them, with moments of nothing."""
+        moments.zero_()
+        if self._spec.master == "bf16-sr":
+            round_nearest(weights)
+        elif self._spec.master == "bf16+16":
+            self._split(layout, weights, self._views(layout, moments))
 
-def field_view(moments: Tensor, field: Field) -> Tensor:
-    """Return one array of a shard's moments, sharing memory."""
-    return moments[field.offset_bytes : field.end_bytes].view(getattr(torch, field.dtype))
+    def _split(self, layout: ShardLayout, weights: Tensor, fields: _Fields) -> None:
+        for segment, part in segments(layout):
+            split(weights[part], fields[segment]["remainder"])
 
+    def _views(self, layout: ShardLayout, moments: Tensor) -> _Fields:
+        views: _Fields = {}
+        for each in moment_fields(layout, self._spec.name, self._spec.master):
+            views.setdefault(each.segment, {})[each.name] = field_view(moments, each)
+        return views
 
-def _allocate_moments(spec: OptimizerSpec, shard: Shard) -> Tensor:
-    return torch.zeros(moment_bytes(shard.layout, spec.name), dtype=torch.uint8, device=shard.weights.device)
-
-
-class _ThirtyTwoBit:
-    """torch's fused AdamW on a segment of a shard."""
-
-    def __init__(
-        self, spec: OptimizerSpec, weights: Tensor, gradient: Tensor, state: Mapping[Moment, Tensor], *, decay: float
+    def _step_32_bit(
+        self,
+        weights: Tensor,
+        gradient: Tensor,
+        state: Mapping[Moment, Tensor],
+        step: int,
+        learning_rate: float,
+        decay: float,
     ) -> None:
-        self._spec, self._decay = spec, decay
-        self._weights, self._gradient = weights, gradient
-        self._moment1, self._moment2 = state["moment1"], state["moment2"]
-
-    def update(self, step: int, learning_rate: float) -> None:
-        steps_before = torch.tensor(float(step - 1), device=self._weights.device)  # the kernel counts it up
+        steps_before = torch.tensor(float(step - 1), device=weights.device)  # the kernel counts it up
         with torch.no_grad():
             adamw(
-                [self._weights],
-                [self._gradient],
-                [self._moment1],
-                [self._moment2],
+                [weights],
+                [gradient],
+                [state["moment1"]],
+                [state["moment2"]],
                 [],
                 [steps_before],
                 fused=True,
@@ -150,38 +151,29 @@ class _ThirtyTwoBit:
                 beta1=self._spec.betas[0],
                 beta2=self._spec.betas[1],
                 lr=learning_rate,
-                weight_decay=self._decay,
+                weight_decay=decay,
                 eps=self._spec.epsilon,
                 maximize=False,
             )
 
-
-class _EightBit:
-    """bitsandbytes' blockwise AdamW on a segment of a shard."""
-
-    def __init__(
-        self, spec: OptimizerSpec, weights: Tensor, gradient: Tensor, state: Mapping[Moment, Tensor], *, decay: float
+    def _step_8_bit(
+        self,
+        weights: Tensor,
+        gradient: Tensor,
+        state: Mapping[Moment, Tensor],
+        step: int,
+        learning_rate: float,
+        decay: float,
     ) -> None:
-        functional = _bitsandbytes()
-        self._update = functional.optimizer_update_8bit_blockwise
-        self._spec, self._decay = spec, decay
-        self._weights, self._gradient = weights, gradient
-        self._codes1, self._codes2 = state["moment1"], state["moment2"]
-        self._scales1, self._scales2 = state["scale1"], state["scale2"]
-        self._map1, self._map2 = (
-            functional.create_dynamic_map(signed=signed).to(weights.device) for signed in (True, False)
-        )
-
-    def update(self, step: int, learning_rate: float) -> None:
-        for start in range(0, self._weights.numel(), STEP_ELEMENTS):
+        for start in range(0, weights.numel(), STEP_ELEMENTS):
             part = slice(start, start + STEP_ELEMENTS)
             blocks = slice(start // ALIGNMENT_ELEMENTS, (start + STEP_ELEMENTS) // ALIGNMENT_ELEMENTS)
-            self._update(
+            self._update_8_bit(
                 "adam",  # bitsandbytes' name for Adam with decoupled decay
-                self._gradient[part],
-                self._weights[part],
-                self._codes1[part],
-                self._codes2[part],
+                gradient[part],
+                weights[part],
+                state["moment1"][part],
+                state["moment2"][part],
                 self._spec.betas[0],
                 self._spec.betas[1],
                 0.0,  # beta3 and alpha belong to AdEMAMix
@@ -189,12 +181,20 @@ class _EightBit:
                 self._spec.epsilon,
                 step,
                 learning_rate,
-                self._map1,
-                self._map2,
-                self._scales1[blocks],
-                self._scales2[blocks],
-                self._decay,
+                *self._maps,
+                state["scale1"][blocks],
+                state["scale2"][blocks],
+                decay,
             )
+
+
+def _either(names: tuple[str, ...]) -> str:
+    return " or ".join(names)
+
+
+def field_view(moments: Tensor, field: Field) -> Tensor:
+    """Return one array of a shard's moments, sharing memory."""
+    return moments[field.offset_bytes : field.end_bytes].view(getattr(torch, field.dtype))
 
 
 def _bitsandbytes() -> Any:

@@ -1,66 +1,35 @@
-"""What a forward pass leaves behind for its backward: the whole autograd graph, or only its input.
+"""How much of what forward passes leave behind for backward passes may stay: the byte budget of kept graphs.
 
-Owns: the byte budget for kept graphs and the measurement of what one costs. Must not know: stages, tickets.
-A kept graph saves the second forward pass; a dropped one saves memory. Both give the same bits.
+Owns: the budget and the book. Must not know: blocks, tickets, what a graph is.
+A kept graph saves a second forward pass through its block; a dropped one saves memory. Both give the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
 
 
 @dataclass(slots=True)
 class Retention:
-    """Decides by budget. The cost of a graph depends on the input's shape alone, so each shape is measured once."""
+    """Decides by budget. Graphs of one kind (same layers, same shape of input) cost the same: it is measured once."""
 
     budget_bytes: int
     kept_bytes: int = 0
-    _costs: dict[tuple[int, ...], int] = field(default_factory=dict)
+    _costs: dict[Hashable, int] = field(default_factory=dict)
 
-    def may_keep(self, shape: tuple[int, ...]) -> bool:
-        """Return whether to try: a shape that was never measured is tried as long as anything is left."""
-        return self.kept_bytes + self._costs.get(shape, 1) <= self.budget_bytes
+    def may_keep(self, kind: Hashable) -> bool:
+        """Return whether to try: a kind that was never measured is tried as long as anything is left."""
+        return self.kept_bytes + self._costs.get(kind, 1) <= self.budget_bytes
 
-    def keep(self, shape: tuple[int, ...], measured_bytes: int) -> int | None:
-        """Book a graph of `measured_bytes`; None (and nothing booked) if it turned out not to fit."""
-        self._costs[shape] = measured_bytes
+    def keep(self, kind: Hashable, measured_bytes: int) -> bool:
+        """Book a graph of `measured_bytes`; False (and nothing booked) if it turned out not to fit."""
+        self._costs[kind] = measured_bytes
         if self.kept_bytes + measured_bytes > self.budget_bytes:
-            return None
+            return False
         self.kept_bytes += measured_bytes
-        return measured_bytes
+        return True
 
     def release(self, kept_bytes: int) -> None:
         """Give the bytes of a graph back."""
         self.kept_bytes -= kept_bytes
-
-
-@dataclass(slots=True)
-class SavedBytes:
-    """Result of `measure_saved`."""
-
-    total: int = 0
-
-
-@contextmanager
-def measure_saved(*, besides: Iterable[Tensor]) -> Iterator[SavedBytes]:
-    """Count the bytes that autograd saves for backward inside the block, each storage once.
-
-    Storages of `besides` (the weights, which live anyway) are left out.
-    """
-    seen = {tensor.untyped_storage().data_ptr() for tensor in besides}
-    saved = SavedBytes()
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            saved.total += storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved

@@ -9,18 +9,22 @@ from the compute thread only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 import torch
+from torch import Tensor
 
 from peer.codecs import Codec
+from peer.engine.local_checkpoint import LocalCheckpoint, Standing
 from peer.engine.stage_engine import StageEngine, Ticket
+from peer.engine.statefiles import Sink
+from peer.memory.executor import Executor, Pause
 from peer.tasks import RoundOver
-from protocol.errors import LocalFault, WireError
+from protocol.errors import LocalFault, SwarmError, WireError
 from protocol.ids import RoundId, StageId
 
 if TYPE_CHECKING:
@@ -31,6 +35,10 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+Started = TypeVar("Started")
+Result = TypeVar("Result")
+
+MEMORY_PAUSE_S = 300.0  # after which whatever took the memory may have ended
 MEMORY_HINT = "Close what else uses this device, or host fewer stages (--stage)."
 
 # B: sequences of a microbatch, T: tokens of a sequence, D: hidden size
@@ -67,16 +75,28 @@ class SpanEngine:
         hidden_size: int,
         num_stages: int,
         microbatch: tuple[int, int],
+        wave: int = 1,
+        wave_patience_s: float = 0.0,
+        memory: Executor | None = None,
     ) -> None:
-        """`microbatch` is the run's (B, T), which no body may exceed."""
+        """`microbatch` is the run's (B, T), which no body may exceed; `wave` how many should pass the span together,
+        and `wave_patience_s` how long the first of them should wait for the others. `memory` is what the engines
+        share; without it, nothing of theirs is kept on NVMe.
+        """
         self.engines = dict(sorted(engines.items()))
         self.first = StageId(min(self.engines))
         self.last = StageId(max(self.engines))
         self.is_first = self.first == 0
         self.is_last = self.last == num_stages - 1
+        self.wave, self.wave_patience_s = wave, wave_patience_s
         self._codec = codec
         self._hidden_size = hidden_size
         self._microbatch = microbatch
+        self._memory = memory
+        self._pause: Pause | None = None
+        self._checkpoint = None if memory is None else LocalCheckpoint(memory, self.engines)
+        self.resumed = {} if self._checkpoint is None else self._checkpoint.recover()
+        """Stages whose state was on this peer's own NVMe, and where they stand. The others have no state yet."""
         self._open: dict[StageId, RoundId] = {}
         self._waiting: dict[int, SpanTicket] = {}
         self.accumulated_tokens: dict[StageId, int] = dict.fromkeys(self.engines, 0)
@@ -116,20 +136,43 @@ class SpanEngine:
         self, source: Source, shape: tuple[int, ...], *, entry: StageId, round_id: RoundId
     ) -> tuple[bytes, tuple[int, ...], SpanTicket]:
         """Run a training task from stage `entry` on; return the encoded output, its shape and what backward needs."""
+        return settled(self.forward_wave([(source, shape)], entry=entry, round_id=round_id))
+
+    def forward_wave(
+        self, wave: Sequence[tuple[Source, tuple[int, ...]]], *, entry: StageId, round_id: RoundId
+    ) -> list[tuple[bytes, tuple[int, ...], SpanTicket] | SwarmError]:
+        """Run several training tasks layer by layer. What is wrong with one of them is its own result."""
         self._check_open(entry, round_id)
-        hidden_BTD = self._decode(source, shape)
-        ticket = SpanTicket(round_id, entry, [], tuple(hidden_BTD.shape))
-        with _device_memory(), self._discarding(entry, ticket.tickets):
-            for engine in self._engines_from(entry):
-                hidden_BTD, kept = engine.forward(hidden_BTD)
-                ticket.tickets.append(kept)
-        self._waiting[id(ticket)] = ticket
-        return self._encode(hidden_BTD), tuple(hidden_BTD.shape), ticket
+        tasks = [SpanTicket(round_id, entry, [], shape) for _, shape in wave]
+
+        def start(number: int) -> Tensor:
+            source, shape = wave[number]
+            hidden_BTD = self._decode(source, shape)
+            self.engines[entry].check_inputs(hidden_BTD)
+            tasks[number].shape = tuple(hidden_BTD.shape)
+            return hidden_BTD
+
+        def run(numbers: list[int], inputs: list[Tensor]) -> list[tuple[bytes, tuple[int, ...], SpanTicket]]:
+            tickets = [tasks[number].tickets for number in numbers]
+            with self._device_memory(), self._discarding(entry, tickets):
+                for engine in self._engines_from(entry):
+                    passed = engine.forward_wave(inputs)
+                    inputs = [hidden_BTD for hidden_BTD, _ in passed]
+                    for kept, (_, ticket) in zip(tickets, passed, strict=True):
+                        kept.append(ticket)
+                encoded = [self._encode(hidden_BTD) for hidden_BTD in inputs]
+            self._waiting |= {id(tasks[number]): tasks[number] for number in numbers}
+            return [
+                (body, tuple(hidden_BTD.shape), tasks[number])
+                for number, body, hidden_BTD in zip(numbers, encoded, inputs, strict=True)
+            ]
+
+        return _each(len(wave), start, run, one_by_one=True)
 
     def forward_only(self, source: Source, shape: tuple[int, ...], *, entry: StageId) -> tuple[bytes, tuple[int, ...]]:
         """Run an evaluation task from stage `entry` on; nothing is kept."""
         hidden_BTD = self._decode(source, shape)
-        with _device_memory():
+        with self._device_memory():
             for engine in self._engines_from(entry):
                 hidden_BTD = engine.forward_only(hidden_BTD)
         return self._encode(hidden_BTD), tuple(hidden_BTD.shape)
@@ -142,43 +185,85 @@ class SpanEngine:
         Raises `RoundOver` or `PeerFault`, with nothing added anywhere, if a stage of the span has been frozen
         meanwhile or the gradient is none. A `LocalFault` (overflow, no memory) costs the sums that it spoilt.
         """
-        self._check_open(ticket.entry, ticket.round)
-        grad_BTD: torch.Tensor | None = self._decode(gradient, shape)
-        self._waiting.pop(id(ticket))
-        engines = self._engines_from(ticket.entry)
-        with self._discarding(ticket.entry, ticket.tickets), self._adding(ticket.entry), _device_memory():
-            for engine, kept in zip(reversed(engines), reversed(ticket.tickets), strict=True):
-                assert grad_BTD is not None
-                grad_BTD = engine.backward(kept, grad_BTD)
-        self._count(ticket.entry, target_tokens)
-        return None if grad_BTD is None else self._encode(grad_BTD)
+        return settled(self.backward_wave([(ticket, gradient, shape, target_tokens)]))
+
+    def backward_wave(
+        self, wave: Sequence[tuple[SpanTicket, bytes | bytearray, tuple[int, ...], int]]
+    ) -> list[bytes | SwarmError | None]:
+        """Take several tasks back, layer by layer; all of them have entered at the same stage, in the same round."""
+        first = wave[0][0]
+        self._check_open(first.entry, first.round)
+        engines = self._engines_from(first.entry)
+
+        def start(number: int) -> Tensor:
+            ticket, gradient, shape, _ = wave[number]
+            grad_BTD = self._decode(gradient, shape)
+            engines[-1].check_gradient(ticket.tickets[-1], grad_BTD)
+            return grad_BTD
+
+        def run(numbers: list[int], gradients: list[Tensor]) -> list[bytes | None]:
+            tickets = [wave[number][0] for number in numbers]
+            for ticket in tickets:
+                self._waiting.pop(id(ticket))
+            kept = [ticket.tickets for ticket in tickets]
+            with self._discarding(first.entry, kept), self._adding(first.entry), self._device_memory():
+                results = self._run_down(engines, kept, gradients)
+            for number in numbers:
+                self._count(first.entry, wave[number][3])
+            return [None if each is None else self._encode(each) for each in results]
+
+        return _each(len(wave), start, run)
 
     def loss_and_backward(
         self, source: Source, shape: tuple[int, ...], labels: TokenArray, *, entry: StageId, round_id: RoundId
     ) -> SpanLoss:
         """Finish a training task that enters at `entry`: forward, loss and backward in one go."""
+        return settled(self.loss_wave([(source, shape, labels)], entry=entry, round_id=round_id))
+
+    def loss_wave(
+        self,
+        wave: Sequence[tuple[Source, tuple[int, ...], TokenArray]],
+        *,
+        entry: StageId,
+        round_id: RoundId,
+    ) -> list[SpanLoss | SwarmError]:
+        """Finish several training tasks, layer by layer."""
         self._check_open(entry, round_id)
-        hidden_BTD = self._decode(source, shape)
         *before, last = self._engines_from(entry)
-        tickets: list[Ticket] = []
-        with _device_memory(), self._discarding(entry, tickets):
-            for engine in before:
-                hidden_BTD, kept = engine.forward(hidden_BTD)
-                tickets.append(kept)
-            with self._adding(entry), _device_memory():
-                result = last.loss_and_backward(hidden_BTD, torch.from_numpy(labels))
-                grad_BTD = result.grad_inputs
-                for engine, kept in zip(reversed(before), reversed(tickets), strict=True):
-                    assert grad_BTD is not None
-                    grad_BTD = engine.backward(kept, grad_BTD)
-        self._count(entry, result.target_tokens)
-        return SpanLoss(result.loss_sum, result.target_tokens, None if grad_BTD is None else self._encode(grad_BTD))
+
+        def start(number: int) -> tuple[Tensor, Tensor]:
+            source, shape, labels = wave[number]
+            hidden_BTD, labels_BT = self._decode(source, shape), torch.from_numpy(labels)
+            self.engines[entry].check_inputs(hidden_BTD)
+            last.check_labels(hidden_BTD.shape[:2], labels_BT)
+            return hidden_BTD, labels_BT
+
+        def run(numbers: list[int], started: list[tuple[Tensor, Tensor]]) -> list[SpanLoss]:
+            inputs = [hidden_BTD for hidden_BTD, _ in started]
+            tickets: list[list[Ticket]] = [[] for _ in numbers]
+            with self._device_memory(), self._discarding(entry, tickets):
+                for engine in before:
+                    passed = engine.forward_wave(inputs)
+                    inputs = [hidden_BTD for hidden_BTD, _ in passed]
+                    for kept, (_, ticket) in zip(tickets, passed, strict=True):
+                        kept.append(ticket)
+                with self._adding(entry), self._device_memory():
+                    losses = last.loss_wave([(each, labels) for each, (_, labels) in zip(inputs, started, strict=True)])
+                    results = self._run_down(before, tickets, [loss.grad_inputs for loss in losses])
+            for loss in losses:
+                self._count(entry, loss.target_tokens)
+            return [
+                SpanLoss(loss.loss_sum, loss.target_tokens, None if each is None else self._encode(each))
+                for loss, each in zip(losses, results, strict=True)
+            ]
+
+        return _each(len(wave), start, run)
 
     def evaluate(self, source: Source, shape: tuple[int, ...], labels: TokenArray, *, entry: StageId) -> SpanLoss:
         """Measure the loss of an evaluation task that enters at `entry`."""
         hidden_BTD = self._decode(source, shape)
         *before, last = self._engines_from(entry)
-        with _device_memory():
+        with self._device_memory():
             for engine in before:
                 hidden_BTD = engine.forward_only(hidden_BTD)
             result = last.evaluate(hidden_BTD, torch.from_numpy(labels))
@@ -193,15 +278,29 @@ class SpanEngine:
 
     # -- state ----------------------------------------------------------------------------------------
 
-    def state_parts(self, stage: StageId) -> dict[str, dict[str, torch.Tensor]]:
-        """Return a copy of a stage's state in two parts, `weights` and `optimizer`, for a snapshot."""
-        engine = self.engines[stage]
-        weights = engine.weight_tensors()
-        copies = {name: tensor.detach().cpu().clone() for name, tensor in engine.state_tensors().items()}
-        return {
-            "weights": {name: copies[name] for name in weights},
-            "optimizer": {name: copy for name, copy in copies.items() if name not in weights},
-        }
+    def note_standing(self, stage: StageId, standing: Standing) -> None:
+        """Take note of where a stage stands after a step; now and then that becomes the local checkpoint."""
+        if self._checkpoint is not None:
+            self._checkpoint.note(stage, standing)
+
+    def pause(self) -> Pause | None:
+        """Return why this peer should stop for a while, if it should. May be called from any thread."""
+        if self._pause is not None or self._memory is None:
+            return self._pause
+        return self._memory.pause()
+
+    def close(self) -> None:
+        """Keep the present state where something of it is kept, and let go of the memory."""
+        if self._checkpoint is None or self._memory is None:
+            return
+        try:
+            self._checkpoint.commit()
+        finally:
+            self._memory.close()
+
+    def write_state(self, stage: StageId, files: Mapping[str, Sink]) -> None:
+        """Write a stage's state into open files, one for `weights` and one for `optimizer`."""
+        self.engines[stage].write_state(files)
 
     # -- private --------------------------------------------------------------------------------------
 
@@ -213,14 +312,28 @@ class SpanEngine:
             if self._open.get(stage) != round_id:
                 raise RoundOver(f"round {round_id} is over at stage {stage}")
 
+    def _run_down(
+        self, engines: Sequence[StageEngine], tickets: Sequence[list[Ticket]], gradients: Sequence[Tensor | None]
+    ) -> Sequence[Tensor | None]:
+        """Take the gradients of a wave back through engines in reverse order."""
+        for position in reversed(range(len(engines))):
+            wave = []
+            for kept, grad_BTD in zip(tickets, gradients, strict=True):
+                assert grad_BTD is not None, "only the first stage has no gradient by its inputs"
+                wave.append((kept[position], grad_BTD))
+            gradients = engines[position].backward_wave(wave)
+        return gradients
+
     @contextmanager
-    def _discarding(self, entry: StageId, tickets: list[Ticket]) -> Iterator[None]:
-        """If the block fails, free what its forward passes kept, however many of them there were."""
+    def _discarding(self, entry: StageId, wave: Sequence[list[Ticket]]) -> Iterator[None]:
+        """If the block fails, free what the wave's forward passes kept, however many of them there were."""
         try:
             yield
         except BaseException:
-            for engine, kept in zip(self._engines_from(entry), tickets, strict=False):
-                engine.discard(kept)
+            for tickets in wave:
+                for engine, kept in zip(self._engines_from(entry), tickets, strict=False):
+                    engine.discard(kept)
+                tickets.clear()  # or another try would go on behind them
             raise
 
     @contextmanager
@@ -238,6 +351,23 @@ class SpanEngine:
                     self._drop_sum(stage)
             raise
 
+    @contextmanager
+    def _device_memory(self) -> Iterator[None]:
+        """Say in our own words that the device is full: the microbatch may do well elsewhere, or later.
+
+        Something else uses it, or the plan was too bold. Smaller waves may do; if that does not help, a pause may.
+        """
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            reason = " ".join(str(error).split())[:200]
+            if self.wave > 1:
+                self.wave = max(1, self.wave // 2)
+                log.warning("memory.smaller_waves", wave=self.wave, reason=reason)
+            else:
+                self._pause = Pause(f"out of memory: {reason}", MEMORY_PAUSE_S)
+            raise LocalFault(f"out of memory: {reason}", hint=MEMORY_HINT) from None
+
     def _drop_sum(self, stage: StageId) -> None:
         """Begin a stage's sum anew, without the tokens in it; the round's commit shows them as dropped."""
         log.warning("gradients.dropped", stage=stage, tokens=self.accumulated_tokens[stage])
@@ -248,22 +378,55 @@ class SpanEngine:
         for stage in self.stages_from(entry):
             self.accumulated_tokens[stage] += target_tokens
 
-    def _decode(self, source: Source, shape: tuple[int, ...]) -> torch.Tensor:
+    def _decode(self, source: Source, shape: tuple[int, ...]) -> Tensor:
         """Return token ids (B, T) for a token array, hidden values (B, T, D) for a body."""
         if not isinstance(source, (bytes, bytearray)):
             return torch.from_numpy(source)
         size = shape[0] * shape[1] * shape[2]
         return self._codec.decode(source, size).reshape(shape)
 
-    def _encode(self, hidden_BTD: torch.Tensor) -> bytes:
+    def _encode(self, hidden_BTD: Tensor) -> bytes:
         return self._codec.encode(hidden_BTD.reshape(-1).contiguous())
 
 
-@contextmanager
-def _device_memory() -> Iterator[None]:
-    """Say in our own words that the device is full: the microbatch may do well elsewhere, or later."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise LocalFault(f"out of memory: {reason}", hint=MEMORY_HINT) from None
+def _each(
+    count: int,
+    start: Callable[[int], Started],
+    run: Callable[[list[int], list[Started]], Sequence[Result]],
+    *,
+    one_by_one: bool = False,
+) -> list[Result | SwarmError]:
+    """Run what can be started as one wave; return everybody's result or error.
+
+    A wave that fails on this machine fails for all; with `one_by_one` each is tried alone then: one of them may have
+    brought numbers that overflow here.
+    """
+    results: list[Result | SwarmError | None] = [None] * count
+    started: dict[int, Started] = {}
+    for number in range(count):
+        try:
+            started[number] = start(number)
+        except SwarmError as error:
+            results[number] = error
+    waves = [list(started)]
+    while waves:
+        numbers = waves.pop(0)
+        try:
+            found = run(numbers, [started[number] for number in numbers]) if numbers else []
+        except LocalFault as error:
+            if one_by_one and len(numbers) > 1:
+                waves += [[number] for number in numbers]
+                continue
+            results = [error if index in numbers else each for index, each in enumerate(results)]
+        else:
+            for number, result in zip(numbers, found, strict=True):
+                results[number] = result
+    return results  # type: ignore[return-value] # every number was started, or has its error
+
+
+def settled(results: Sequence[Result | SwarmError]) -> Result:
+    """Return the one result there is, or raise what it is."""
+    (result,) = results
+    if isinstance(result, SwarmError):
+        raise result
+    return result

@@ -1,8 +1,9 @@
 """Train one stage: forward, backward, loss, optimizer step, and the state to save or hash.
 
-Owns: a `Stage`, its optimizer, the version, and what is kept between a microbatch's forward and backward.
-Must not know: the network, rounds, who asks. Synchronous; every call comes from the one compute thread.
-`peer/pipeline/` brings microbatches here, `peer/averaging/` reads and replaces the shards' gradients.
+Owns: a `Stage` in the peer's memory, its optimizer, the version, and what is kept between a microbatch's forward and
+backward. Must not know: the network, rounds, who asks; where the state lives (`peer/memory/` does). Synchronous; every
+call comes from the one compute thread, but for those that say so. `peer/pipeline/` brings microbatches here,
+`peer/averaging/` reads the gradient sums and brings the averaged ones.
 
 Losses and gradients are sums over target tokens. They add up in the shards until `step` multiplies them by
 the scale it is given (one over the round's target tokens, times the clip factor) and updates the weights.
@@ -13,21 +14,34 @@ Shapes: B sequences, T positions, D model width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
+from pathlib import Path
+from typing import BinaryIO, Self
 
 import torch
 from torch import Tensor
 
-from peer.engine.optimizer import Optimizer, OptimizerSpec
-from peer.engine.retention import Retention, measure_saved
-from peer.engine.state import check_same_tensors, is_finite, largest, tensors_digest
+from peer.engine.optimizer import AdamW, OptimizerSpec
+from peer.engine.passes import InitialPass, OnShard, Parking, ShardPass, StepPass, WavePass
+from peer.engine.retention import Retention
+from peer.engine.state import check_computed, is_finite, largest, shard_digest, state_digest
+from peer.engine.statefiles import Sink, StateFormat, StateReader, StateWriter
+from peer.engine.tape import Tape
+from peer.memory.arena import Arena, Parked
+from peer.memory.backend import CpuBackend
+from peer.memory.executor import Executor, open_memory
+from peer.memory.placement import Placement, Tier, all_on_device
+from peer.memory.schedule import Gradient, Kind, Visit, backward_visits, forward_visits, shard_visits
+from peer.memory.units import Inventory, Section, Unit
+from peer.model.blocks import named_views
 from peer.model.loss import count_targets
-from peer.model.shards import Shard
 from peer.model.stage import Stage, build_stage
 from protocol.architecture import ModelConfig
-from protocol.errors import LocalFault, PeerFault
+from protocol.errors import PeerFault
 from protocol.ids import Digest, Version
+from protocol.layout import ShardLayout
 
 NORM_ELEMENTS = 1 << 20  # piece of a gradient that is widened to fp64 at a time
 MAX_MAGNITUDE = 1e8  # of what others send: 1e4 is a lot in a trained model, and from here nothing overflows in fp32
@@ -62,27 +76,54 @@ class EngineStatistics:
     recomputed: int
 
 
-@dataclass(slots=True)
-class _Pending:
-    inputs: Tensor
-    entered: Tensor | None = None  # set together with `outputs`: both ends of a kept graph
-    outputs: Tensor | None = None
-    kept_bytes: int = 0
+@dataclass(frozen=True, slots=True)
+class Step:
+    """An optimizer step that is taken inside a backward pass: for who averages nothing, or not at every step."""
+
+    learning_rate: float
+    scale: float
 
 
 class StageEngine:
     """One stage in training."""
 
-    def __init__(self, stage: Stage, spec: OptimizerSpec, *, keep_budget_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        spec: OptimizerSpec,
+        memory: Executor,
+        *,
+        first_block: int = 0,
+        keep_budget_bytes: int = 0,
+        kept: Collection[int] | None = None,
+        parking: Parking | None = None,
+    ) -> None:
+        """`memory` holds the stage's blocks from `first_block` on; what is in it counts as the state of version 0.
+
+        Graphs of up to `keep_budget_bytes` stay on the device between forward and backward pass (those of the blocks
+        in `kept`, counted within the stage, or of any); other blocks are recomputed from their inputs, which stay there
+        too unless `parking` sends them elsewhere.
+        """
         self.version = Version(0)
-        self._stage = stage
-        self._optimizer = Optimizer(spec, stage.shards)
-        self._retention = Retention(keep_budget_bytes)
-        self._pending: dict[int, _Pending] = {}
+        self.shards: tuple[ShardLayout, ...] = tuple(shard for layout in stage.layouts for shard in layout.shards())
+        self._stage, self._memory, self._first = stage, memory, first_block
+        self._blocks = range(first_block, first_block + len(stage.blocks))
+        self._gradient_units = tuple(self._units(Section.GRADIENT))
+        self._spec, self._optimizer = spec, AdamW(spec, stage.device)
+        self.steps = 0
+        """How many steps the optimizer has taken: after a restored state this may differ from the version."""
+        self._digest: Digest | None = None  # of the present state, if it is known
+        self._retention, self._kept_blocks = Retention(keep_budget_bytes), kept
+        self._parking = parking
+        self._parked = set() if parking is None else {first_block + block for block in parking.tiers}
+        self._pending: dict[int, Tape] = {}
+        self._fresh = set(self._blocks)  # blocks whose gradient sum is zero, whatever their buffers hold
         self._next_ticket = 0
         self._forwards = self._backwards = self._recomputed = 0
         self.additions = 0
         """How often something has begun to be added to the gradient sums."""
+        self.changes = 0
+        """How often something has begun to change the state: if the last of them failed, it is of no version."""
 
     @classmethod
     def build(
@@ -93,16 +134,49 @@ class StageEngine:
         stage: int,
         optimizer: OptimizerSpec,
         seed: int | None = None,
-        device: torch.device | str = "cpu",
         keep_budget_bytes: int = 0,
+        placement: Callable[[Inventory], Placement] = all_on_device,
+        nvme: Path | None = None,
+        parked: Tier | None = None,
+        places: int = 0,
+        activation_bytes: int = 0,
     ) -> Self:
-        """Build stage `stage` of `num_stages` with initial weights from `seed` (None: zeros, to be loaded over)."""
-        built = build_stage(config, num_stages=num_stages, stage=stage, seed=seed, device=device)
-        return cls(built, optimizer, keep_budget_bytes=keep_budget_bytes)
+        """Build one stage in memory of its own, on the CPU, with initial weights from `seed` (None: as they are).
 
-    @property
-    def shards(self) -> tuple[Shard, ...]:
-        return self._stage.shards
+        `nvme` is the folder for what `placement` puts there. With `parked`, the inputs of all blocks wait in that tier,
+        which gets `places` for them of `activation_bytes` each.
+        """
+        built = build_stage(config, num_stages=num_stages, stage=stage)
+        inventory = Inventory(built.layouts, optimizer.name, optimizer.master)
+        memory = open_memory(
+            inventory,
+            placement(inventory),
+            CpuBackend(),
+            nvme=nvme,
+            activations=places if parked is Tier.NVME else 0,
+            activation_bytes=activation_bytes,
+        )
+        parking = None
+        if parked is not None:
+            arena = Arena(memory, {parked: places}, num_bytes=activation_bytes)
+            parking = Parking(arena, dict.fromkeys(built.body, parked))
+        engine = cls(built, optimizer, memory, keep_budget_bytes=keep_budget_bytes, parking=parking)
+        if seed is not None:
+            engine.initialise(seed)
+        return engine
+
+    def close(self) -> None:
+        """Give back what the memory holds open."""
+        self._memory.close()
+
+    def initialise(self, seed: int) -> None:
+        """Start from the weights that a run's seed defines, with an optimizer that has seen nothing."""
+        self._begin_anew()
+        self._memory.let_go()  # blocks are drawn as a whole, when they are entered: none may be on its way home
+        self._memory.run(
+            shard_visits(self._blocks, Kind.FILL), InitialPass(self._stage, self._first, self._optimizer, seed=seed)
+        )
+        self.steps, self.version = 0, Version(0)
 
     @property
     def is_first(self) -> bool:
@@ -114,7 +188,7 @@ class StageEngine:
 
     @property
     def num_parameters(self) -> int:
-        return sum(shard.layout.num_parameters for shard in self.shards)
+        return sum(layout.num_parameters for layout in self._stage.layouts)
 
     def statistics(self) -> EngineStatistics:
         return EngineStatistics(
@@ -132,16 +206,14 @@ class StageEngine:
 
         `inputs` is kept by reference until `backward` or `discard`: the caller must not write to it.
         """
-        pending = _Pending(inputs)
-        if self._retention.may_keep(tuple(inputs.shape)):
-            outputs = self._forward_keeping(pending)
-        else:
-            outputs = self.forward_only(inputs)
-        ticket = Ticket(self._next_ticket, self.version)
-        self._next_ticket += 1
-        self._forwards += 1
-        self._pending[ticket.number] = pending
-        return outputs, ticket
+        return self.forward_wave([inputs])[0]
+
+    def forward_wave(self, wave: Sequence[Tensor]) -> list[tuple[Tensor, Ticket]]:
+        """Run the stage on several microbatches, layer by layer: one load of a layer serves them all."""
+        tapes = [Tape(self._accept_inputs(inputs)) for inputs in wave]
+        with self._forgetting(tapes):
+            self._run_up(tapes, self._retention)
+        return [self._kept(tape) for tape in tapes]
 
     def backward(self, ticket: Ticket, grad_outputs: Tensor) -> Tensor | None:
         """Add the microbatch's gradient to the shards; return that of the inputs, or None on the first stage.
@@ -149,174 +221,355 @@ class StageEngine:
         If weights changed since the forward pass, the inside is recomputed at the present ones. After a `LocalFault`
         from here the gradient sums are spoilt: only `zero_gradients` makes them good again.
         """
-        pending = self._pending[ticket.number]
-        inputs = pending.inputs
-        if grad_outputs.shape != (*inputs.shape[:2], self._stage.width) or not largest(grad_outputs) <= MAX_MAGNITUDE:
-            raise PeerFault("the gradient from the next stage has the wrong shape, or numbers that no model makes.")
-        self.discard(ticket)
-        entered, outputs = pending.entered, pending.outputs
-        if entered is None or outputs is None:
-            self._recomputed += 1
-            entered = self._enter(inputs)
-            with torch.enable_grad():
-                outputs = self._stage.body(entered)
-        return self._backward(inputs, entered, outputs, grad_outputs.to(outputs))
+        return self.backward_wave([(ticket, grad_outputs)])[0]
+
+    def backward_wave(self, wave: Sequence[tuple[Ticket, Tensor]], *, step: Step | None = None) -> list[Tensor | None]:
+        """Take several microbatches back, layer by layer; `step`, if given, updates each layer right after it.
+
+        Nothing has changed anywhere if one of the gradients is refused.
+        """
+        tapes = [self._pending[ticket.number] for ticket, _ in wave]
+        for ticket, grad in wave:
+            self.check_gradient(ticket, grad)
+        for ticket, _ in wave:
+            del self._pending[ticket.number]
+        with self._forgetting(tapes):
+            up = [tape for tape in tapes if tape.is_forgotten]  # because the weights have changed
+            if up:
+                self._run_up(up, self._retention)
+            self._recomputed += sum(bool(tape.entries) or tape in up for tape in tapes)
+            for tape, (_, grad) in zip(tapes, wave, strict=True):
+                tape.hidden_BTD = grad.to(device=self._stage.device, dtype=torch.float32)
+            self._run_down(tapes, self._stage.body, step)
+        return [None if self.is_first else tape.hidden_BTD for tape in tapes]
 
     def loss_and_backward(self, inputs: Tensor, labels: Tensor) -> LossResult:
         """Run the last stage both ways at once. Labels (B, T) stand at their target's position; -100 is no target."""
-        labels = self._accept_labels(inputs, labels)
-        entered = self._enter(inputs)
-        with torch.enable_grad():
-            outputs = self._stage.body(entered)
-        _check_computed(outputs, "hidden states")  # before anything is added to the head's gradient
-        self.additions += 1
-        loss, grad_outputs = self._stage.head_loss_and_gradient(outputs.detach(), labels)
-        self._forwards += 1
-        _check_loss(loss)
-        return LossResult(loss, count_targets(labels), self._backward(inputs, entered, outputs, grad_outputs))
+        return self.loss_wave([(inputs, labels)])[0]
+
+    def loss_wave(self, wave: Sequence[tuple[Tensor, Tensor]], *, step: Step | None = None) -> list[LossResult]:
+        """Run the last stage both ways on several microbatches, layer by layer."""
+        tapes = [Tape(self._accept_inputs(inputs), self._accept_labels(inputs, labels)) for inputs, labels in wave]
+        with self._forgetting(tapes):
+            down = range(self._stage.body.start, len(self._stage.blocks))
+            self._run_up(tapes, self._retention, score=len(self._stage.head) > 1, then=[*reversed(down)])
+            self._run_down(tapes, down, step)
+            self._forwards += len(tapes)
+            for tape in tapes:
+                _check_loss(tape.loss_sum)
+        return [
+            LossResult(tape.loss_sum, _num_targets(tape), None if self.is_first else tape.hidden_BTD) for tape in tapes
+        ]
 
     def evaluate(self, inputs: Tensor, labels: Tensor) -> LossResult:
         """Return the loss of the last stage; nothing is kept or added up."""
-        labels = self._accept_labels(inputs, labels)
-        loss = self._stage.head_loss(self.forward_only(inputs), labels)
+        tape = Tape(self._accept_inputs(inputs), self._accept_labels(inputs, labels))
+        self._run_up([tape], None, score=True)
+        assert tape.scores is not None
+        assert tape.labels_BT is not None
+        loss = tape.scores.loss_sum(tape.labels_BT.reshape(-1))
         _check_loss(loss)
-        return LossResult(loss, count_targets(labels), None)
+        return LossResult(loss, _num_targets(tape), None)
 
     def forward_only(self, inputs: Tensor) -> Tensor:
         """Return the stage's hidden states (after the final norm on the last stage); nothing is kept."""
-        with torch.no_grad():
-            outputs = self._stage.body(self._enter(inputs))
-        _check_computed(outputs, "hidden states")
-        return outputs
+        tape = Tape(self._accept_inputs(inputs))
+        self._run_up([tape], None)
+        return tape.present_BTD
 
     def discard(self, ticket: Ticket) -> None:
         """Forget a forward pass whose backward will not come. Does nothing for one that is forgotten already."""
-        pending = self._pending.pop(ticket.number, None)
-        if pending is not None:
-            self._retention.release(pending.kept_bytes)
+        tape = self._pending.pop(ticket.number, None)
+        if tape is not None:
+            self._forget(tape)
 
-    # --- gradients and weights -----------------------------------------------------------------------
-
-    def zero_gradients(self) -> None:
-        for shard in self.shards:
-            shard.gradient.zero_()
-
-    def has_finite_gradients(self) -> bool:
-        """Tell whether the gradient sums can be averaged: one overflow anywhere, and they cannot."""
-        return all(is_finite(shard.gradient) for shard in self.shards)
-
-    def load_gradient(self, shard_index: int, gradient: Tensor) -> None:
-        """Replace one shard's summed gradient, flat and with padding as in `shards[shard_index].gradient`."""
-        self.shards[shard_index].set_gradient(gradient)
-
-    def gradient_norm(self) -> float:
-        """Return the Euclidean norm of the summed gradient of the stage, added up in fp64."""
-        pieces = (piece for shard in self.shards for piece in torch.split(shard.gradient, NORM_ELEMENTS))
-        return math.sqrt(sum(float(torch.linalg.vector_norm(piece.double())) ** 2 for piece in pieces))
-
-    def step(self, learning_rate: float, *, scale: float) -> None:
-        """Update the weights from `gradient * scale`, clear the gradients, and go to the next version.
-
-        Raises `LocalFault`, with no weight changed, if a gradient is not finite.
-        """
-        for shard in self.shards:
-            _check_computed(shard.gradient, f"gradient of shard {shard.name}")
-        self._drop_graphs()
-        for shard in self.shards:
-            shard.gradient.mul_(scale)  # in place: the sums are not needed afterwards
-        self._optimizer.step(learning_rate)
-        self.zero_gradients()
-        self.version = Version(self.version + 1)
-
-    # --- state ---------------------------------------------------------------------------------------
-
-    def weight_tensors(self) -> dict[str, Tensor]:
-        """Return the weights by Hugging Face name, sharing memory: consume them before the next step."""
-        return dict(self._stage.named_tensors())
-
-    @property
-    def state_bytes(self) -> int:
-        """Return how many bytes weights and optimizer state take."""
-        return sum(tensor.nbytes for tensor in self.state_tensors().values())
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Return weights and optimizer state (names with the prefix "optimizer."), sharing memory."""
-        return self.weight_tensors() | self._optimizer.state_tensors()
-
-    def load_state_tensors(self, tensors: dict[str, Tensor], *, version: Version) -> None:
-        """Become the saved state of `version`; raises `StorageError`, with nothing changed, if it does not fit."""
-        check_same_tensors(self.state_tensors(), tensors)
-        self._drop_graphs()
-        for name, tensor in self._stage.named_tensors():
-            tensor.copy_(tensors[name])
-        self._optimizer.load_state_tensors({name: tensors[name] for name in self._optimizer.state_tensors()})
-        self.zero_gradients()
-        self.version = version
-
-    def weights_digest(self) -> Digest:
-        """Hash the weights, without padding, in layout order."""
-        return tensors_digest(self.weight_tensors().values())
-
-    def state_digest(self) -> Digest:
-        """Hash weights and optimizer state."""
-        return tensors_digest(self.state_tensors().values())
-
-    # --- inside --------------------------------------------------------------------------------------
-
-    def _forward_keeping(self, pending: _Pending) -> Tensor:
-        entered = self._enter(pending.inputs)
-        shape = tuple(pending.inputs.shape)
-        with torch.enable_grad(), measure_saved(besides=(shard.weights for shard in self.shards)) as saved:
-            outputs = self._stage.body(entered)
-        _check_computed(outputs, "hidden states")
-        kept_bytes = self._retention.keep(shape, saved.total)
-        if kept_bytes is not None:
-            pending.entered, pending.outputs, pending.kept_bytes = entered, outputs, kept_bytes
-        return outputs.detach()
-
-    def _backward(self, inputs: Tensor, entered: Tensor, outputs: Tensor, grad_outputs: Tensor) -> Tensor | None:
-        self.additions += 1
-        torch.autograd.backward([outputs], [grad_outputs])
-        grad_inputs = entered.grad
-        assert grad_inputs is not None
-        _check_computed(grad_inputs, "gradient")
-        self._backwards += 1
-        if not self.is_first:
-            return grad_inputs
-        self._stage.add_embedding_gradient(inputs.to(entered.device), grad_inputs)
-        return None
-
-    def _enter(self, inputs: Tensor) -> Tensor:
-        """Return the hidden states at which the stage's graph starts, as a leaf that collects their gradient."""
+    def check_inputs(self, inputs: Tensor) -> None:
+        """Raise `PeerFault` or `CorpusError` for what no stage before this one makes."""
         if self.is_first:
             if inputs.dtype != torch.int64 or inputs.dim() != 2:
                 raise PeerFault(f"the first stage wants int64 tokens (B, T), not {inputs.dtype} {tuple(inputs.shape)}.")
-            return self._stage.embed(inputs.to(self._stage.device)).requires_grad_()
+            self._stage.check_tokens(inputs)
+            return
         if not inputs.is_floating_point() or inputs.dim() != 3 or inputs.shape[2] != self._stage.width:
             raise PeerFault(f"this stage wants hidden states (B, T, {self._stage.width}), not {tuple(inputs.shape)}.")
         if not largest(inputs) <= MAX_MAGNITUDE:
             raise PeerFault("the hidden states from the stage before have numbers that no model makes.")
-        return inputs.detach().to(device=self._stage.device, dtype=self._stage.dtype).requires_grad_()
+
+    def check_labels(self, shape: tuple[int, ...], labels: Tensor) -> None:
+        """Raise `PeerFault` or `CorpusError` unless these can be the labels of a microbatch of `shape` (B, T)."""
+        if labels.dtype != torch.int64 or labels.shape != shape:
+            raise PeerFault(f"labels must be int64 {tuple(shape)}, not {labels.dtype} {tuple(labels.shape)}.")
+        self._stage.check_tokens(labels, allow_ignored=True)
+
+    def check_gradient(self, ticket: Ticket, grad_outputs: Tensor) -> None:
+        """Raise `PeerFault` for what cannot be the gradient of a forward pass that is waiting for it."""
+        expected = (*self._pending[ticket.number].inputs.shape[:2], self._stage.width)
+        if grad_outputs.shape != expected or not largest(grad_outputs) <= MAX_MAGNITUDE:
+            raise PeerFault("the gradient from the next stage has the wrong shape, or numbers that no model makes.")
+
+    # --- gradients and weights -----------------------------------------------------------------------
+
+    def zero_gradients(self) -> None:
+        self._fresh = set(self._blocks)
+
+    def gradient_shard(self, number: int) -> Tensor:
+        """Return the gradient sum of one shard, flat fp32 in host memory; it may share that of the sum.
+
+        May be called from any thread while nothing is added, and holds until something is.
+        """
+        return self._gradient_of(self._gradient_units[number])
+
+    def gradient_shards(self) -> list[Tensor]:
+        """Return the gradient sums of all shards: for small stages only."""
+        return [self._gradient_of(unit) for unit in self._gradient_units]
+
+    def has_finite_gradients(self) -> bool:
+        """Tell whether the gradient sums can be averaged: one overflow anywhere, and they cannot."""
+        return all(is_finite(self._gradient_of(unit)) for unit in self._gradient_units if self._has(unit))
+
+    def gradient_norm(self) -> float:
+        """Return the Euclidean norm of the summed gradient of the stage, added up in fp64."""
+        pieces = (
+            piece for unit in self._gradient_units for piece in torch.split(self._gradient_of(unit), NORM_ELEMENTS)
+        )
+        return math.sqrt(sum(float(torch.linalg.vector_norm(piece.double())) ** 2 for piece in pieces))
+
+    def step(self, learning_rate: float, *, scale: float, load: Callable[[int, Tensor], None] | None = None) -> None:
+        """Update the weights from `gradient * scale`, clear the gradients, and go to the next version.
+
+        With `load(number, out)`, which writes the sum for shard `number` (finite, flat fp32), the own sums are dropped.
+        Raises `LocalFault`, with no weight changed, if an own sum is not finite.
+        """
+        if load is None:
+            for layout, unit in zip(self.shards, self._gradient_units, strict=True):
+                if self._has(unit):
+                    check_computed(self._gradient_of(unit), f"gradient of shard {layout.name}")
+        self._forget_all()
+        visits = [
+            Visit(
+                block=block,
+                shard_work=Kind.STEP,
+                gradient=self._gradient_before(block) if load is None else Gradient.SPACE,
+                keeps_gradient=False,
+            )
+            for block in self._blocks
+        ]
+        digests: list[Digest] | None = None if load is None else []  # who brings sums will ask for the new state's hash
+        self._memory.run(visits, self._step_pass(Step(learning_rate, scale), load, digests))
+        self._finish_step()
+        self._digest = None if digests is None else state_digest(self.steps, digests)
+
+    # --- state ---------------------------------------------------------------------------------------
+
+    @property
+    def state_bytes(self) -> int:
+        """Return how many bytes weights and optimizer state take."""
+        units = [*self._units(Section.WEIGHTS), *self._units(Section.MOMENTS)]
+        return sum(self._memory.pool.inventory.num_bytes(unit) for unit in units)
+
+    def weight_tensors(self) -> dict[str, Tensor]:
+        """Return a copy of the weights by Hugging Face name: all of them, so for small stages only."""
+        shards: list[list[Tensor]] = [[] for _ in self._stage.blocks]
+        self._read_shards(lambda block, layout, weights, moments: shards[block].append(weights.cpu().clone()))
+        parts: dict[str, list[Tensor]] = {}
+        for layout, pieces in zip(self._stage.layouts, shards, strict=True):
+            for name, view in named_views(layout, torch.cat(pieces)).items():
+                parts.setdefault(name, []).append(view)
+        return {name: rows[0] if len(rows) == 1 else torch.cat(rows) for name, rows in parts.items()}
+
+    def state_digest(self) -> Digest:
+        """Hash weights and optimizer state. At hand after a step with sums from elsewhere, else all shards are read."""
+        if self._digest is None:
+            digests: list[Digest] = []
+            self._read_shards(lambda block, layout, weights, moments: digests.append(shard_digest(weights, moments)))
+            self._digest = state_digest(self.steps, digests)
+        return self._digest
+
+    def write_state(self, files: Mapping[str, Sink]) -> None:
+        """Write weights and optimizer state into open files (by part), one shard at a time."""
+        writer = StateWriter(files, self._format(), steps=self.steps)
+        self._read_shards(lambda block, layout, weights, moments: writer.write(layout, weights, moments))
+
+    def read_state(self, files: Mapping[str, BinaryIO], *, version: Version) -> None:
+        """Become the saved state of `version`; raises `StorageError`, with nothing changed, if it does not fit."""
+        reader = StateReader(files, self._format())
+        self._begin_anew()  # before the first byte changes: reading may fail half-way
+        self._memory.let_go()
+        self._memory.run(
+            shard_visits(self._blocks, Kind.FILL),
+            ShardPass(
+                self._stage,
+                self._first,
+                lambda block, layout, weights, moments: reader.read(layout, weights, moments),
+            ),
+        )
+        self.steps, self.version = reader.steps, version
+
+    def resume(self, *, version: Version, steps: int) -> None:
+        """Take note that the memory holds the state of `version`."""
+        self.steps, self.version = steps, version
+        self._begin_anew()
+
+    # --- inside: passes ------------------------------------------------------------------------------
+
+    def _run_up(
+        self, tapes: Sequence[Tape], retention: Retention | None, *, score: bool = False, then: Sequence[int] = ()
+    ) -> None:
+        """Take tapes from their inputs to the end of the body, and through the head's scores if asked to.
+
+        `then` names the blocks of the stage that will come next.
+        """
+        for tape in tapes:
+            tape.hidden_BTD = None if self.is_first else tape.inputs
+        blocks = [self._first + block for block in (*self._stage.embedding, *self._stage.body)]
+        visits = forward_visits(blocks, len(tapes), parked=self._parked if retention is not None else ())
+        if score:
+            head = [self._first + block for block in self._stage.head]
+            visits += forward_visits(head, len(tapes), kind=Kind.SCORE)
+        worker = WavePass(
+            self._stage, self._first, tapes, retention=retention, kept=self._kept_blocks, parking=self._parking
+        )
+        self._memory.run(visits, worker, then=[self._first + block for block in then])
+        for tape in tapes:
+            check_computed(tape.present_BTD, "hidden states")
+
+    def _run_down(self, tapes: Sequence[Tape], blocks: range, step: Step | None) -> None:
+        """Take tapes back through `blocks` (the body, or the body and the head) and the embedding."""
+        if step is not None:
+            self._forget_all()
+        visits: list[Visit] = []
+        for block in (*reversed(blocks), *reversed(self._stage.embedding)):
+            kind = Kind.LOSS if block in self._stage.head else Kind.BACKWARD
+            visits += backward_visits(
+                [self._first + block],
+                len(tapes),
+                kind=kind,
+                is_fresh=lambda block: block in self._fresh,
+                step=step is not None,
+                parked=self._parked,
+            )
+        worker = WavePass(
+            self._stage,
+            self._first,
+            tapes,
+            retention=self._retention,
+            step=None if step is None else self._step_pass(step),
+            parking=self._parking,
+            before_adding=self._note_addition,
+        )
+        self._memory.run(visits, worker, then=self._blocks)
+        self._backwards += len(tapes)
+        if not self.is_first:
+            for tape in tapes:
+                check_computed(tape.present_BTD, "gradient")
+        self._fresh.clear()
+        if step is not None:
+            self._finish_step()
+
+    def _note_addition(self) -> None:
+        self.additions += 1
+
+    def _note_change(self) -> None:
+        self.changes += 1
+
+    def _step_pass(
+        self,
+        step: Step,
+        load: Callable[[int, Tensor], None] | None = None,
+        digests: list[Digest] | None = None,
+    ) -> StepPass:
+        return StepPass(
+            self._stage,
+            self._first,
+            self._optimizer,
+            step=self.steps + 1,
+            learning_rate=step.learning_rate,
+            scale=step.scale,
+            load=load,
+            digests=digests,
+            before_changing=self._note_change,
+        )
+
+    def _finish_step(self) -> None:
+        self.steps += 1
+        self.version = Version(self.version + 1)
+        self.zero_gradients()
+
+    def _read_shards(self, on_shard: OnShard) -> None:
+        self._memory.run(shard_visits(self._blocks, Kind.READ), ShardPass(self._stage, self._first, on_shard))
+
+    # --- inside: the rest ----------------------------------------------------------------------------
+
+    def _units(self, section: Section, block: int | None = None) -> Iterator[Unit]:
+        for index in self._blocks if block is None else [block]:
+            yield from self._memory.pool.inventory.block_units(index, section)
+
+    def _has(self, unit: Unit) -> bool:
+        """Tell whether anything has been added to a gradient since it was last cleared."""
+        return unit.block not in self._fresh
+
+    def _gradient_before(self, block: int) -> Gradient:
+        return Gradient.ZERO if block in self._fresh else Gradient.SUM
+
+    def _gradient_of(self, unit: Unit) -> Tensor:
+        if not self._has(unit):
+            return torch.zeros(self._memory.pool.inventory.layout(unit).num_elements)
+        return self._memory.look(unit).view(torch.float32).cpu()
+
+    def _format(self) -> StateFormat:
+        return StateFormat(self._stage.layouts, self._spec.name, self._spec.master)
+
+    def _kept(self, tape: Tape) -> tuple[Tensor, Ticket]:
+        ticket = Ticket(self._next_ticket, self.version)
+        self._next_ticket += 1
+        self._forwards += 1
+        self._pending[ticket.number] = tape
+        outputs, tape.hidden_BTD = tape.present_BTD, None
+        return outputs, ticket
+
+    def _accept_inputs(self, inputs: Tensor) -> Tensor:
+        self.check_inputs(inputs)
+        dtype = torch.int64 if self.is_first else torch.float32
+        return inputs.detach().to(device=self._stage.device, dtype=dtype)
 
     def _accept_labels(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        if labels.dtype != torch.int64 or labels.shape != inputs.shape[:2]:
-            raise PeerFault(
-                f"labels must be int64 {tuple(inputs.shape[:2])}, not {labels.dtype} {tuple(labels.shape)}."
-            )
+        self.check_labels(inputs.shape[:2], labels)
         return labels.to(self._stage.device)
 
-    def _drop_graphs(self) -> None:
-        """Make every open microbatch recompute: its graph refers to weights that are about to change in place."""
-        for pending in self._pending.values():
-            self._retention.release(pending.kept_bytes)
-            pending.entered, pending.outputs, pending.kept_bytes = None, None, 0
+    @contextmanager
+    def _forgetting(self, tapes: Sequence[Tape]) -> Iterator[None]:
+        """If the block fails, free what the tapes hold."""
+        try:
+            yield
+        except BaseException:
+            for tape in tapes:
+                self._forget(tape)
+            raise
+
+    def _forget(self, tape: Tape) -> None:
+        self._retention.release(tape.kept_bytes)
+        for entry in tape.entries.values():
+            if self._parking is not None and isinstance(entry, Parked):
+                self._parking.arena.drop(entry)
+        tape.forget()
+
+    def _forget_all(self) -> None:
+        """Make every open microbatch recompute: the weights that it was computed with are about to change."""
+        self._digest = None
+        for tape in self._pending.values():
+            self._forget(tape)
+
+    def _begin_anew(self) -> None:
+        """Let go of everything that belonged to another state."""
+        self._note_change()
+        self._forget_all()
+        self.zero_gradients()
 
 
-def _check_computed(tensor: Tensor, what: str) -> None:
-    if not is_finite(tensor):
-        raise LocalFault(f"the {what} that this machine computed is not finite.")
+def _num_targets(tape: Tape) -> int:
+    assert tape.labels_BT is not None
+    return count_targets(tape.labels_BT)
 
 
 def _check_loss(loss_sum: float) -> None:
-    if not math.isfinite(loss_sum):
-        raise LocalFault("the loss that this machine computed is not finite.")
+    check_computed(torch.tensor(loss_sum), "loss")

@@ -1,41 +1,25 @@
-"""A stage's state as named tensors: comparing, hashing, checking for numbers that are none.
+"""Looking at numbers: whether they are finite, how large they are, and the hash of a shard's state.
 
-Owns: the rule that state is a mapping from stable names to plain tensors (safetensors in a file, ranges on
-the wire) and the bytes that a hash covers. Must not know: what the tensors mean, files, the network.
+Owns: what a hash covers. Must not know: files (`statefiles.py`), the network, who computed the numbers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from protocol.errors import StorageError
+from protocol.errors import LocalFault
 from protocol.ids import Digest
 
 
-def check_same_tensors(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Raise `StorageError` unless `given` has exactly the names, shapes and types of `own`."""
-    if unequal := own.keys() ^ given.keys():
-        raise StorageError(f"the saved state does not fit this stage: {min(unequal)} is missing or unknown.")
-    for name, tensor in own.items():
-        if given[name].shape != tensor.shape or given[name].dtype != tensor.dtype:
-            raise StorageError(
-                f"the saved state does not fit this stage: {name} is {tuple(given[name].shape)} {given[name].dtype}, "
-                f"not {tuple(tensor.shape)} {tensor.dtype}."
-            )
-
-
-def tensors_digest(tensors: Iterable[Tensor]) -> Digest:
-    """Hash the tensors' elements (little-endian, row by row) in the order given."""
-    hasher = hashlib.sha256()  # not ids.digest: that wants all parts at once, and on a GPU every part is a copy
-    for tensor in tensors:
-        plain = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
-        hasher.update(plain.numpy().data)
-    return Digest(hasher.digest())
+def check_computed(tensor: Tensor, what: str) -> None:
+    """Raise `LocalFault` unless all that this machine computed is finite."""
+    if not is_finite(tensor):
+        raise LocalFault(f"the {what} that this machine computed is not finite.")
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -47,3 +31,26 @@ def largest(tensor: Tensor) -> float:
     """Return the largest magnitude of an element; NaN if there is one."""
     low, high = (float(bound) for bound in torch.aminmax(tensor.detach()))
     return math.nan if math.isnan(low) or math.isnan(high) else max(-low, high)
+
+
+def plain_bytes(tensor: Tensor) -> memoryview:
+    """Return a flat tensor's bytes (little-endian), without a copy if it is in host memory."""
+    return tensor.detach().view(torch.uint8).cpu().numpy().data
+
+
+def shard_digest(weights: Tensor, moments: Tensor) -> Digest:
+    """Hash one shard: its weights, padding (zeros) included, then its moments as they lie in their buffer."""
+    hasher = hashlib.sha256(plain_bytes(weights))
+    hasher.update(plain_bytes(moments))
+    return Digest(hasher.digest())
+
+
+def state_digest(steps: int, shards: Iterable[Digest]) -> Digest:
+    """Hash a stage's state: the optimizer's step count and the digests of its shards in order.
+
+    A hash of hashes, so that a shard can be hashed while it is in place, in any order, and by several threads.
+    """
+    hasher = hashlib.sha256(steps.to_bytes(8, "little"))
+    for each in shards:
+        hasher.update(each)
+    return Digest(hasher.digest())

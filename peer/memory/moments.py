@@ -8,6 +8,9 @@ A shard is updated in two segments: its matrices and, behind them, its vectors (
 moments per element, in 32 bit or as 8-bit codes with one fp32 scale per block of 256 (Dettmers et al. 2022,
 "8-bit Optimizers via Block-wise Quantization"). Only matrices of layers are kept in 8 bit: tiny or rarely updated
 tensors suffer most from it.
+
+With master weights of bf16 and 16 bits, what a weight has beyond its nearest bf16 lies here too: it is needed when the
+moments are, and nowhere else.
 """
 
 from __future__ import annotations
@@ -16,16 +19,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from protocol.architecture import ALIGNMENT_ELEMENTS, ShardKind, ShardLayout
+from protocol.layout import ALIGNMENT_ELEMENTS, BlockKind, ShardLayout
 
 FIELD_ALIGNMENT_BYTES = 256  # of a field in its buffer: enough for every vector unit and for CUDA
 
 OptimizerName = Literal["adamw8bit", "adamw32"]
+MasterName = Literal["fp32", "bf16+16", "bf16-sr"]
+"""How weights are kept: as fp32; as bf16 with the remainder to fp32; as bf16, rounded at random after each step."""
 Segment = Literal["matrices", "vectors"]
-Moment = Literal["moment1", "moment2", "scale1", "scale2"]
-DType = Literal["uint8", "float32"]
+Moment = Literal["moment1", "moment2", "scale1", "scale2", "remainder"]
+DType = Literal["uint8", "int16", "float32"]
 
-_ITEM_BYTES = {"uint8": 1, "float32": 4}
+_ITEM_BYTES = {"uint8": 1, "int16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,23 +50,23 @@ class Field:
 
 def is_in_8_bit(layout: ShardLayout, segment: Segment, optimizer: OptimizerName) -> bool:
     """Tell whether a segment's moments are kept in 8 bit."""
-    return optimizer == "adamw8bit" and layout.kind is ShardKind.LAYER and segment == "matrices"
+    return optimizer == "adamw8bit" and layout.kind is BlockKind.LAYER and segment == "matrices"
 
 
-def moment_fields(layout: ShardLayout, optimizer: OptimizerName) -> tuple[Field, ...]:
+def moment_fields(layout: ShardLayout, optimizer: OptimizerName, master: MasterName = "fp32") -> tuple[Field, ...]:
     """List the fields of a shard's moments in their order in the buffer, which is also the order of hashing."""
     fields: list[Field] = []
     end_bytes = 0
-    for segment, name, dtype, num_elements in _arrays(layout, optimizer):
+    for segment, name, dtype, num_elements in _arrays(layout, optimizer, master):
         offset_bytes = _aligned(end_bytes)
         fields.append(Field(segment, name, dtype, offset_bytes, num_elements))
         end_bytes = fields[-1].end_bytes
     return tuple(fields)
 
 
-def moment_bytes(layout: ShardLayout, optimizer: OptimizerName) -> int:
+def moment_bytes(layout: ShardLayout, optimizer: OptimizerName, master: MasterName = "fp32") -> int:
     """Return the size of a shard's moments, padding included."""
-    fields = moment_fields(layout, optimizer)
+    fields = moment_fields(layout, optimizer, master)
     return _aligned(fields[-1].end_bytes) if fields else 0
 
 
@@ -76,7 +81,9 @@ def segments(layout: ShardLayout) -> Iterator[tuple[Segment, slice]]:
         yield "vectors", slice(border, end)
 
 
-def _arrays(layout: ShardLayout, optimizer: OptimizerName) -> Iterator[tuple[Segment, Moment, DType, int]]:
+def _arrays(
+    layout: ShardLayout, optimizer: OptimizerName, master: MasterName
+) -> Iterator[tuple[Segment, Moment, DType, int]]:
     for segment, part in segments(layout):
         num_elements = part.stop - part.start
         if is_in_8_bit(layout, segment, optimizer):
@@ -87,6 +94,8 @@ def _arrays(layout: ShardLayout, optimizer: OptimizerName) -> Iterator[tuple[Seg
         else:
             yield segment, "moment1", "float32", num_elements
             yield segment, "moment2", "float32", num_elements
+        if master == "bf16+16":
+            yield segment, "remainder", "int16", num_elements
 
 
 def _aligned(num_bytes: int) -> int:

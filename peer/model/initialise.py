@@ -16,24 +16,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from protocol.architecture import EMBEDDING
+
 DRAW_ELEMENTS = 1 << 20  # draw in pieces, so that double precision never doubles a large embedding
 
 
-def initialise(tensor: Tensor, name: str, *, seed: int, deviation: float, pad_token: int | None = None) -> None:
-    """Fill `tensor`: normal for matrices, one for norms, zero for biases and for the padding token's embedding."""
+def initialise(
+    tensor: Tensor, name: str, *, seed: int, deviation: float, pad_token: int | None = None, first_row: int = 0
+) -> None:
+    """Fill `tensor`: normal for matrices, one for norms, zero for biases and for the padding token's embedding.
+
+    Where a table is cut into blocks of rows, `first_row` says which these are; each block has a stream of its own.
+    """
     with torch.no_grad():
         if name.endswith(".bias"):
             tensor.zero_()
         elif tensor.dim() == 1:
             tensor.fill_(1.0)
         else:
-            _fill_normal(tensor.view(-1), name, seed=seed, deviation=deviation)
-        if name == "model.embed_tokens.weight" and pad_token is not None:
-            tensor[pad_token].zero_()
+            stream = f"{name}/{first_row}" if first_row else name
+            _fill_normal(tensor.view(-1), stream, seed=seed, deviation=deviation)
+        if name == EMBEDDING and pad_token is not None and 0 <= pad_token - first_row < len(tensor):
+            tensor[pad_token - first_row].zero_()
 
 
-def _fill_normal(flat: Tensor, name: str, *, seed: int, deviation: float) -> None:
-    key = hashlib.sha256(f"handcar/weights/{seed}/{name}".encode()).digest()[:16]
+def _fill_normal(flat: Tensor, stream: str, *, seed: int, deviation: float) -> None:
+    key = hashlib.sha256(f"handcar/weights/{seed}/{stream}".encode()).digest()[:16]
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
     for start in range(0, flat.numel(), DRAW_ELEMENTS):
         piece = flat[start : start + DRAW_ELEMENTS]

@@ -4,11 +4,17 @@ Owns: the loss and its gradients by hand, chunk by chunk over tokens: the gradie
 added straight into its shard, so neither logits nor a second copy of a large head appear. Must not know:
 stages, tickets.
 
-Shapes: N tokens, C tokens of one chunk, D model width, V vocabulary. Arithmetic on logits is fp32; sums over
-tokens are taken in fp64, so that the way the tokens are split hardly shows.
+A head that is too large for one block is gone through twice, block by block: `add_scores` collects each token's
+normaliser and target, then `add_gradients` knows the softmax. That costs a third more arithmetic in the head, and
+only one block of it has to be on the device.
+
+Shapes: N tokens, C tokens of one chunk, D model width, V vocabulary, R rows of the head in one block. Arithmetic on
+logits is fp32; sums over tokens are taken in fp64, so that the way the tokens are split hardly shows.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -69,6 +75,65 @@ def loss_sum_and_gradients(
         torch.mm(by_logits_CV, weight_VD, out=gradient_ND[rows])
         weight_gradient_VD.addmm_(by_logits_CV.T, hidden_ND[rows])
     return total, gradient_ND
+
+
+@dataclass(slots=True)
+class Scores:
+    """What the blocks of a head have said about each token so far."""
+
+    normaliser_N: Tensor  # log of the sum of exp(logit) over the rows seen
+    target_N: Tensor  # the target's logit; 0 until its row is seen
+
+    @classmethod
+    def before(cls, hidden_ND: Tensor) -> Scores:
+        """Return the scores over no rows at all."""
+        normaliser_N = hidden_ND.new_full((hidden_ND.shape[0],), float("-inf"), dtype=torch.float32)
+        return cls(normaliser_N, torch.zeros_like(normaliser_N))
+
+    def loss_sum(self, labels_N: Tensor) -> float:
+        """Return the summed cross-entropy in nats, once all rows were seen."""
+        return float(((self.normaliser_N - self.target_N).double() * (labels_N != IGNORED)).sum())
+
+
+@torch.no_grad()
+def add_scores(hidden_ND: Tensor, weight_RD: Tensor, labels_N: Tensor, scores: Scores, *, first_row: int) -> None:
+    """Add the rows from `first_row` on to the scores."""
+    for tokens in _chunks(labels_N, chunk_tokens(weight_RD.shape[0])):
+        logits_CR = torch.mm(hidden_ND[tokens], weight_RD.T).float()
+        normaliser_C = scores.normaliser_N[tokens]
+        torch.logaddexp(normaliser_C, torch.logsumexp(logits_CR, dim=-1), out=normaliser_C)
+        rows_C, is_here_C = _rows_here(labels_N[tokens], first_row, weight_RD.shape[0])
+        scores.target_N[tokens] += logits_CR.gather(1, rows_C[:, None]).squeeze(1) * is_here_C
+
+
+@torch.no_grad()
+def add_gradients(
+    hidden_ND: Tensor,
+    weight_RD: Tensor,
+    labels_N: Tensor,
+    scores: Scores,
+    *,
+    first_row: int,
+    gradient_ND: Tensor,  # added to
+    weight_gradient_RD: Tensor,  # added to
+) -> None:
+    """Add what the rows from `first_row` on have to do with the gradients; the scores are those over all rows."""
+    for tokens in _chunks(labels_N, chunk_tokens(weight_RD.shape[0])):
+        by_logits_CR = torch.mm(hidden_ND[tokens], weight_RD.T).float()
+        by_logits_CR.sub_(scores.normaliser_N[tokens, None]).exp_()
+        rows_C, is_here_C = _rows_here(labels_N[tokens], first_row, weight_RD.shape[0])
+        by_logits_CR.scatter_add_(1, rows_C[:, None], -is_here_C[:, None].to(by_logits_CR.dtype))
+        by_logits_CR.mul_((labels_N[tokens] != IGNORED)[:, None])
+        by_logits_CR = by_logits_CR.to(weight_RD.dtype)
+        gradient_ND[tokens].addmm_(by_logits_CR, weight_RD)
+        weight_gradient_RD.addmm_(by_logits_CR.T, hidden_ND[tokens])
+
+
+def _rows_here(labels_C: Tensor, first_row: int, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Return each token's target as a row of this block (0 if it is elsewhere), and whether it is here."""
+    rows_C = labels_C - first_row
+    is_here_C = (labels_C != IGNORED) & (rows_C >= 0) & (rows_C < num_rows)
+    return rows_C.where(is_here_C, 0), is_here_C
 
 
 def _chunks(labels_N: Tensor, chunk: int) -> list[slice]:

@@ -9,23 +9,24 @@ tensors (the engine does).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from peer.pipeline.caller import HopCaller
 from peer.pipeline.compute import ComputeThread, Priority
 from peer.pipeline.gate import Gate
+from peer.pipeline.waves import Waves
 from peer.tasks import Body, Outcome, Pulse, TaskId
 from protocol.batches import TaskKind
 from protocol.errors import PeerFault, SwarmError, TransientError
 from protocol.hops import ENTRY_CONTEXT, PathEntry, path_digest
-from protocol.ids import Digest, RunId, StageId, digest
+from protocol.ids import Digest, RoundId, RunId, StageId, digest
 from protocol.signing import Signed, SigningKey, seal
 
 if TYPE_CHECKING:
     from peer.data.source import BatchSource
-    from peer.engine.span import Source, SpanEngine, SpanLoss, SpanTicket
+    from peer.engine.span import Source, SpanEngine, SpanLoss, SpanTicket, TokenArray
 
 Gradient = tuple[bytes | None, Digest]
 """An encoded gradient and its SHA-256, or what stands for none."""
@@ -57,6 +58,7 @@ class SpanRunner:
         key: SigningKey,
         engine: SpanEngine,
         compute: ComputeThread,
+        waves: Waves,
         caller: HopCaller,
         gate: Gate,
         batches: BatchSource,
@@ -65,10 +67,12 @@ class SpanRunner:
         self._key = key
         self._engine = engine
         self._compute = compute
+        self._waves = waves
         self._caller = caller
         self._gate = gate
         self._batches = batches
         self._own_faults = 0
+        self._last_fault: SwarmError | None = None
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def wait_broken(self) -> None:
@@ -100,7 +104,9 @@ class SpanRunner:
         except (PeerFault, TransientError):
             raise
         except SwarmError as error:
-            self._own_faults += 1
+            if error is not self._last_fault:  # a wave that fails is one fault, however many are in it
+                self._own_faults += 1
+            self._last_fault = error
             if self._own_faults >= MAX_OWN_FAULTS:
                 self._break(error)
             raise
@@ -129,21 +135,21 @@ class SpanRunner:
     async def _train(self, entering: _Entering, pulse: Pulse, deadline_s: float, retries_left: int) -> Outcome:
         task = entering.task
 
-        def forward() -> tuple[Body, SpanTicket]:
-            data, shape, ticket = self._engine.forward(
-                entering.source, entering.body.shape, entry=entering.stage, round_id=task.round
-            )
-            return Body.of(data, shape), ticket
-
-        onward, ticket = await self._forward(task, forward)
+        onward, ticket = await self._waves.run(
+            ("forward", entering.stage, task.round),
+            entering,
+            lambda wave: self._forward_wave(wave, entering.stage, task.round),
+            priority=Priority.FORWARD,
+            age=task.number,
+        )
         try:
             answer = await self._send(task, onward, pulse, deadline_s, retries_left)
             returned = answer.gradient
             assert returned is not None, "the caller has seen that its size is right"
-            gradient = await self._compute.run(
-                lambda: _hashed(
-                    self._engine.backward(ticket, returned, onward.shape, target_tokens=answer.target_tokens)
-                ),
+            gradient = await self._waves.run(
+                ("backward", entering.stage, task.round),
+                (ticket, returned, onward.shape, answer.target_tokens),
+                self._backward_wave,
                 priority=Priority.BACKWARD,
                 age=task.number,
             )
@@ -157,15 +163,38 @@ class SpanRunner:
         task, source, shape, entry = entering.task, entering.source, entering.body.shape, entering.stage
         labels_BT = await self._batches.labels(task)
 
-        def finish() -> tuple[SpanLoss, Gradient]:
-            if task.kind is TaskKind.EVAL:
-                result = self._engine.evaluate(source, shape, labels_BT, entry=entry)
-            else:
-                result = self._engine.loss_and_backward(source, shape, labels_BT, entry=entry, round_id=task.round)
-            return result, _hashed(result.gradient)
-
-        result, gradient = await self._forward(task, finish)
+        if task.kind is TaskKind.EVAL:
+            result = await self._forward(task, lambda: self._engine.evaluate(source, shape, labels_BT, entry=entry))
+            gradient = NO_GRADIENT
+        else:
+            result, gradient = await self._waves.run(
+                ("finish", entry, task.round),
+                (source, shape, labels_BT),
+                lambda wave: self._finish_wave(wave, entry, task.round),
+                priority=Priority.FORWARD,
+                age=task.number,
+            )
         return self._sign(entering, gradient, result.loss_sum, result.target_tokens, ())
+
+    def _forward_wave(
+        self, wave: Sequence[_Entering], entry: StageId, round_id: RoundId
+    ) -> list[tuple[Body, SpanTicket] | SwarmError]:
+        results = self._engine.forward_wave(
+            [(each.source, each.body.shape) for each in wave], entry=entry, round_id=round_id
+        )
+        return [each if isinstance(each, SwarmError) else (Body.of(each[0], each[1]), each[2]) for each in results]
+
+    def _backward_wave(
+        self, wave: Sequence[tuple[SpanTicket, bytes | bytearray, tuple[int, ...], int]]
+    ) -> list[Gradient | SwarmError]:
+        results = self._engine.backward_wave(wave)
+        return [each if isinstance(each, SwarmError) else _hashed(each) for each in results]
+
+    def _finish_wave(
+        self, wave: Sequence[tuple[Source, tuple[int, ...], TokenArray]], entry: StageId, round_id: RoundId
+    ) -> list[tuple[SpanLoss, Gradient] | SwarmError]:
+        results = self._engine.loss_wave(wave, entry=entry, round_id=round_id)
+        return [each if isinstance(each, SwarmError) else (each, _hashed(each.gradient)) for each in results]
 
     async def _forward(self, task: TaskId, work: Callable[[], T]) -> T:
         return await self._compute.run(work, priority=Priority.FORWARD, age=task.number)

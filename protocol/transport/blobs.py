@@ -23,10 +23,10 @@ MAX_RANGE_BYTES = 8 * 1024 * 1024  # what one request may bring; bounds memory o
 ANSWER_TIMEOUT_S = 20.0
 CLOSE_TIMEOUT_S = 10.0
 
-Load = Callable[[], bytes | None]
+Load = Callable[[], bytes | memoryview | None]
 """Brings the bytes, or None if they are not here after all. Called in a thread, for it may read and hash."""
 
-Resolver = Callable[[PeerId, str], Path | bytes | Load | None]
+Resolver = Callable[[PeerId, str], Path | bytes | memoryview | Load | None]
 
 
 class RangeRequest(Message):
@@ -84,17 +84,28 @@ class Blobs:
 
     async def fetch(self, peer: PeerId, name: str, *, max_bytes: int) -> bytes:
         """Return a whole blob, refusing one larger than `max_bytes` before it is transferred."""
-        body = bytearray()
-        total: int | None = None
-        while total is None or len(body) < total:
-            piece, now_total = await self.fetch_range(peer, name, offset=len(body), length=MAX_RANGE_BYTES)
-            if now_total > max_bytes:
-                raise WireError(f"{peer} offers {now_total} bytes of {name}, more than the {max_bytes} expected")
-            if total not in (None, now_total) or (not piece and len(body) < now_total):
+        return bytes(await self.fetch_into(peer, name, lambda total: memoryview(bytearray(total)), max_bytes=max_bytes))
+
+    async def fetch_into(
+        self, peer: PeerId, name: str, make_room: Callable[[int], memoryview], *, max_bytes: int
+    ) -> memoryview:
+        """Bring a whole blob into the buffer that `make_room` gives for its length, and return that.
+
+        One larger than `max_bytes` is refused before it is transferred.
+        """
+        room: memoryview | None = None
+        done = 0
+        while room is None or done < len(room):
+            piece, total = await self.fetch_range(peer, name, offset=done, length=MAX_RANGE_BYTES)
+            if total > max_bytes:
+                raise WireError(f"{peer} offers {total} bytes of {name}, more than the {max_bytes} expected")
+            if room is None:
+                room = make_room(total)
+            if total != len(room) or (not piece and done < total) or done + len(piece) > total:
                 raise TransientError(f"{name} changed at {peer} while it was fetched")
-            total = now_total
-            body += piece
-        return bytes(body)
+            room[done : done + len(piece)] = piece
+            done += len(piece)
+        return room
 
     async def _answer(self, stream: Stream) -> None:
         request = await stream.receive(RangeRequest, timeout_s=ANSWER_TIMEOUT_S)
@@ -109,13 +120,13 @@ class Blobs:
         await stream.wait_closed(timeout_s=CLOSE_TIMEOUT_S)
 
 
-def _read(source: Path | bytes | Load, request: RangeRequest) -> tuple[bytes | None, int]:
+def _read(source: Path | bytes | memoryview | Load, request: RangeRequest) -> tuple[bytes | memoryview | None, int]:
     if callable(source):
         loaded = source()
         if loaded is None:
             return None, 0
         source = loaded
-    if isinstance(source, bytes):
+    if isinstance(source, (bytes, memoryview)):
         return source[request.offset : request.offset + request.length], len(source)
     try:
         with source.open("rb") as file:

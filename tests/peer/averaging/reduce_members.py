@@ -16,7 +16,7 @@ from torch import Tensor
 from peer.averaging.butterfly import ButterflyReduce
 from peer.averaging.link import from_hivemind
 from peer.averaging.parts import PART_ELEMENTS, cut
-from peer.averaging.reduce import Reduced, ReduceGroup, ReduceTimeouts
+from peer.averaging.reduce import Reduced, ReduceGroup, ReduceTimeouts, Shards
 from peer.averaging.reduce_service import ReduceService
 from peer.codecs import codec
 from protocol.ids import PeerId
@@ -81,14 +81,14 @@ async def reduce_all(
     order = order or range(len(members))
     tasks = {}
     for position in order:
-        tasks[position] = asyncio.create_task(members[position].reduce.reduce(group, inputs[position]))
+        tasks[position] = asyncio.create_task(members[position].reduce.reduce(group, Shards.of(inputs[position])))
         await asyncio.sleep(0.02)  # lets this member call the others before they know of the group
     return await asyncio.gather(*(tasks[position] for position in range(len(members))), return_exceptions=True)
 
 
 def joined(reduced: Reduced | BaseException) -> bytes:
     assert isinstance(reduced, Reduced), reduced
-    return b"".join(part for parts in reduced.parts for part in parts)
+    return bytes(reduced.data)
 
 
 async def call(caller: Member, callee: Member, requests: AsyncIterator[AveragingData]) -> list[AveragingData]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from peer.engine.schedule import LearningRate
 from peer.engine.span import SpanEngine
 from peer.engine.stage_engine import StageEngine
 from protocol.architecture import preset
+from protocol.control import Snapshot
 from protocol.errors import StorageError, WireError
 from protocol.ids import Lineage, RoundId, StageId, Version
 from protocol.signing import Signed, SigningKey
@@ -35,7 +37,7 @@ def update(target: StageEngine, name: str = "fp16", seed: int = 0) -> Update:
     random = torch.Generator().manual_seed(seed)
     data = b""
     for shard in target.shards:
-        values = torch.randn(shard.gradient.numel(), generator=random)
+        values = torch.randn(shard.num_elements, generator=random)
         encoded = codec(name).encode(values)
         assert len(encoded) == encoded_shard_bytes(name, len(values)), "tiny shards are one part each"
         data += encoded
@@ -58,8 +60,8 @@ def test_the_norm_is_that_of_what_everybody_decodes() -> None:
     sum_ = update(target)
     decoded, offset = [], 0
     for shard in target.shards:
-        size = encoded_shard_bytes("fp16", shard.gradient.numel())
-        decoded.append(codec("fp16").decode(sum_.data[offset : offset + size], shard.gradient.numel()))
+        size = encoded_shard_bytes("fp16", shard.num_elements)
+        decoded.append(codec("fp16").decode(sum_.data[offset : offset + size], shard.num_elements))
         offset += size
     expected = float(torch.cat(decoded).double().norm())
     assert update_norm(target, sum_) == pytest.approx(expected, rel=1e-12)
@@ -76,9 +78,49 @@ def test_an_update_of_the_wrong_length_changes_nothing() -> None:
     assert target.state_digest() == before
 
 
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16", "int8"])
+def test_an_update_whose_last_number_is_none_changes_nothing(name: str) -> None:
+    """Oracle: the digest before and after: no shard may step before the last one has been looked at."""
+    target = engine()
+    before = target.state_digest()
+    endings = {"fp32": b"\x00\x00\x80\x7f", "bf16": b"\x80\x7f", "fp16": b"\x7f", "int8": b"\x00\x00\xc0\x7f"}
+    good = bytes(update(target, name).data)
+    broken = Update(name, good[: -len(endings[name])] + endings[name])
+    with pytest.raises(WireError):
+        absorb(target, broken, total_tokens=1, clip_scale=1.0, schedule=SCHEDULE)
+    assert (target.state_digest(), target.version) == (before, 0)
+    absorb(target, Update(name, good), total_tokens=1, clip_scale=1.0, schedule=SCHEDULE)
+    assert target.version == 1
+
+
+def test_a_step_is_the_one_from_the_decoded_sums() -> None:
+    """Oracle: the engine's own step with the values that torch decodes, clipped and divided once."""
+    absorbed, stepped = engine(), engine()
+    sum_ = update(absorbed)
+    sizes = [encoded_shard_bytes("fp16", shard.num_elements) for shard in absorbed.shards]
+    ends = list(itertools.accumulate(sizes, initial=0))
+
+    def load(number: int, out: torch.Tensor) -> None:
+        piece = sum_.data[ends[number] : ends[number + 1]]
+        out.copy_(codec("fp16").decode(piece, absorbed.shards[number].num_elements))
+
+    absorb(absorbed, sum_, total_tokens=50, clip_scale=0.5, schedule=SCHEDULE)
+    stepped.step(SCHEDULE.at(0), scale=0.01, load=load)
+    assert absorbed.state_digest() == stepped.state_digest()
+
+
 def signed() -> Signed:
     key = SigningKey(bytes(32))
     return Signed(payload=b"commit", signer=key.peer_id, signature=key.sign("c", b"commit"))
+
+
+def snap(history: History, span: SpanEngine, version: int) -> Snapshot:
+    return history.save_snapshot(
+        lambda files: span.write_state(STAGE, files),
+        round_id=RoundId(version),
+        version=Version(version),
+        lineage=LINEAGE,
+    )
 
 
 def test_a_snapshot_and_its_log_lead_to_the_same_state(tmp_path: Path) -> None:
@@ -87,14 +129,16 @@ def test_a_snapshot_and_its_log_lead_to_the_same_state(tmp_path: Path) -> None:
     span = SpanEngine({STAGE: target}, codec=codec("fp32"), hidden_size=64, num_stages=2, microbatch=MICROBATCH)
     for version in range(3):
         if version == 1:
-            history.save_snapshot(span.state_parts(STAGE), round_id=RoundId(1), version=Version(1), lineage=LINEAGE)
+            snap(history, span, 1)
         step = update(target, seed=version)
         absorb(target, step, total_tokens=50, clip_scale=1.0, schedule=SCHEDULE)
         history.append(Version(version), step.data, signed())
     again, reopened = engine(), History(tmp_path, stage=STAGE)
     (snapshot,) = reopened.snapshots()
-    tensors = reopened.load_snapshot(snapshot)
-    again.load_state_tensors({**tensors["weights"], **tensors["optimizer"]}, version=snapshot.version)
+    reopened.check_snapshot(snapshot)
+    with reopened.open_snapshot(snapshot) as files:
+        again.read_state(files, version=snapshot.version)
+    assert again.version == 1
     for version in (1, 2):
         path = reopened.resolve("update", Version(version), "")
         assert path is not None
@@ -107,13 +151,13 @@ def test_a_flipped_byte_on_disk_is_never_loaded(tmp_path: Path) -> None:
     """Oracle: the snapshot's digests."""
     history = History(tmp_path, stage=STAGE)
     span = SpanEngine({STAGE: engine()}, codec=codec("fp32"), hidden_size=64, num_stages=2, microbatch=MICROBATCH)
-    snapshot = history.save_snapshot(span.state_parts(STAGE), round_id=RoundId(0), version=Version(0), lineage=LINEAGE)
+    snapshot = snap(history, span, 0)
     path = history.incoming_path(Version(0), "weights")
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(StorageError, match="damaged"):
-        history.load_snapshot(snapshot)
+        history.check_snapshot(snapshot)
 
 
 def test_old_snapshots_and_the_updates_before_them_are_pruned(tmp_path: Path) -> None:
@@ -121,9 +165,7 @@ def test_old_snapshots_and_the_updates_before_them_are_pruned(tmp_path: Path) ->
     history = History(tmp_path / "stage-0", stage=STAGE)
     span = SpanEngine({STAGE: engine()}, codec=codec("fp32"), hidden_size=64, num_stages=2, microbatch=MICROBATCH)
     for version in range(4):
-        history.save_snapshot(
-            span.state_parts(STAGE), round_id=RoundId(version), version=Version(version), lineage=LINEAGE
-        )
+        snap(history, span, version)
         history.append(Version(version), b"update", signed())
     assert [snapshot.version for snapshot in history.snapshots()] == [3, 2][:SNAPSHOTS_KEPT]
     assert history.resolve("update", Version(1), "") is None

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import torch
 
 from peer.averaging import driver, machine_clock
 from peer.averaging.absorb import Update
@@ -146,7 +145,12 @@ class Case:
             me=PeerId("me"),
             engine=cast(
                 Any,
-                SimpleNamespace(engines={STAGE: self.engine}, open=lambda *_, **__: None, freeze=lambda *_: 0),
+                SimpleNamespace(
+                    engines={STAGE: self.engine},
+                    open=lambda *_, **__: None,
+                    freeze=lambda *_: 0,
+                    note_standing=lambda *_: None,
+                ),
             ),
             compute=cast(Any, self.compute),
             calls=cast(Any, None),
@@ -187,7 +191,9 @@ async def running(case: Case) -> AsyncIterator[None]:
 def step(version: int, *contributors: PeerId) -> events.CommitStep:
     """A commit of which only this is looked at."""
     given = tuple(SimpleNamespace(peer=peer) for peer in contributors)
-    commit = SimpleNamespace(version=Version(version), digest=digest(b"sum"), contributors=given)
+    commit = SimpleNamespace(
+        version=Version(version), round=RoundId(version), digest=digest(b"sum"), contributors=given
+    )
     return cast(events.CommitStep, SimpleNamespace(commit=commit, signed=commit, lineage=Lineage(bytes(32))))
 
 
@@ -263,7 +269,7 @@ async def test_our_own_work_is_no_sleep_unless_others_may_have_given_us_up(
 async def test_bytes_that_fit_the_digest_and_nothing_else_are_a_failed_fetch() -> None:
     """A member may commit to nonsense. Oracle: the machine hears of it, and the driver goes on."""
     case = Case()
-    case.engine.shards = (SimpleNamespace(gradient=torch.zeros(1000)),)
+    case.engine.shards = (SimpleNamespace(num_elements=1000),)
     async with running(case):
         await case.perform(events.Fetch(step(6).commit, (BERT,)))
         await until(lambda: case.machine.has_seen(events.FetchFailed))

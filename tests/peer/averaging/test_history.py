@@ -1,20 +1,19 @@
 """Snapshots and updates on disk: whole or not there, pruned, and never a way into a history that was given up.
 
-Oracles: the tensors and bytes that were saved; damage done to the files by hand.
+Oracles: the bytes that were saved; damage done to the files by hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-import torch
 
-from peer.averaging.history import PARTS, SNAPSHOTS_KEPT, History, kept_snapshots
-from protocol.control import Snapshot
+from peer.averaging.history import SNAPSHOTS_KEPT, HashingFile, History, kept_snapshots
+from protocol.control import STATE_PARTS, Snapshot
 from protocol.errors import StorageError
-from protocol.ids import Lineage, RoundId, StageId, Version
+from protocol.ids import Lineage, RoundId, StageId, Version, digest
 from protocol.signing import Signed, SigningKey
 
 STAGE = StageId(3)
@@ -27,9 +26,18 @@ def history(tmp_path: Path) -> History:
     return History(tmp_path / "stage-3", stage=STAGE)
 
 
+def contents(part: str, version: int) -> bytes:
+    return f"{part} of version {version} ".encode() * (version + 1)
+
+
 def save(history: History, version: int) -> Snapshot:
-    tensors = {part: {f"{part}.a": torch.full((2, 3), float(version))} for part in PARTS}
-    return history.save_snapshot(tensors, round_id=RoundId(version), version=Version(version), lineage=LINEAGE)
+    def write(files: Mapping[str, HashingFile]) -> None:
+        for part, file in files.items():
+            data = contents(part, version)
+            for start in range(0, len(data), 7):  # in pieces, of either kind
+                file.write(data[start : start + 7] if start % 2 else memoryview(data)[start : start + 7])
+
+    return history.save_snapshot(write, round_id=RoundId(version), version=Version(version), lineage=LINEAGE)
 
 
 def versions(history: History) -> list[int]:
@@ -39,13 +47,46 @@ def versions(history: History) -> list[int]:
 def test_a_snapshot_comes_back_as_it_was(history: History) -> None:
     saved = save(history, 7)
     assert history.snapshots() == (saved,)
-    loaded = history.load_snapshot(saved)
-    assert set(loaded) == set(PARTS)
-    for part in PARTS:
-        assert torch.equal(loaded[part][f"{part}.a"], torch.full((2, 3), 7.0))
+    history.check_snapshot(saved)
+    with history.open_snapshot(saved) as files:
+        loaded = {part: file.read() for part, file in files.items()}
+    assert all(file.closed for file in files.values())
+    assert set(loaded) == set(STATE_PARTS)
+    for part in STATE_PARTS:
+        assert loaded[part] == contents(part, 7)
         path = history.resolve("state", Version(7), part)
         assert path is not None
-        assert path.stat().st_size == next(file.num_bytes for file in saved.files if file.part == part)
+        said = next(file for file in saved.files if file.part == part)
+        assert path.stat().st_size == said.num_bytes == len(loaded[part])
+        assert said.digest == digest(loaded[part])
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("a bug"), KeyboardInterrupt()])
+def test_a_snapshot_that_was_not_written_to_its_end_leaves_nothing(
+    tmp_path: Path, history: History, error: BaseException
+) -> None:
+    """Oracle: the files from before, and an error that says what is wrong (a full disk is no bug)."""
+    saved = save(history, 1)
+    before = sorted((tmp_path / "stage-3").iterdir())
+
+    def write(files: Mapping[str, HashingFile]) -> None:
+        files[STATE_PARTS[0]].write(b"the first half")
+        raise error
+
+    with pytest.raises(StorageError if isinstance(error, OSError) else type(error)):
+        history.save_snapshot(write, round_id=RoundId(2), version=Version(2), lineage=LINEAGE)
+    assert sorted((tmp_path / "stage-3").iterdir()) == before
+    assert history.snapshots() == (saved,)
+
+
+@pytest.mark.parametrize("part", STATE_PARTS)
+def test_a_snapshot_that_is_gone_cannot_be_opened(history: History, part: str) -> None:
+    saved = save(history, 1)
+    history.incoming_path(Version(1), part).unlink()
+    with pytest.raises(StorageError, match="No such file"):
+        history.check_snapshot(saved)
+    with pytest.raises(StorageError, match="No such file"), history.open_snapshot(saved):
+        pass
 
 
 def _cut(path: Path) -> None:
@@ -72,7 +113,7 @@ def test_a_flipped_bit_is_found_when_it_is_loaded_and_can_be_forgotten(tmp_path:
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(StorageError, match="damaged"):
-        history.load_snapshot(saved)
+        history.check_snapshot(saved)
     history.discard_snapshot(Version(1))
     assert versions(history) == []
     assert versions_after(history, 1) == [1]

@@ -9,7 +9,15 @@ import torch
 
 from peer.averaging.link import Link
 from peer.averaging.parts import PART_ELEMENTS
-from peer.averaging.reduce import Reduced, ReduceError, ReduceGroup, ReduceTimeouts, decode_shard
+from peer.averaging.reduce import (
+    Reduced,
+    ReduceError,
+    ReduceGroup,
+    ReduceTimeouts,
+    Shards,
+    decode_shard,
+    encoded_shard_bytes,
+)
 from peer.averaging.reduce_service import ReduceService
 from protocol.errors import LocalFault, UnreachableError
 from protocol.ids import PeerId, digest
@@ -66,9 +74,12 @@ async def test_a_shard_of_the_result_is_read_as_its_sum(swarm: list[Member]) -> 
     inputs = [make_shards(seed) for seed in range(2)]
     result = (await reduce_all(swarm[:2], make_group(swarm[:2]), inputs))[1]
     assert isinstance(result, Reduced)
+    offset = 0
     for index, length in enumerate(SHARDS):
         out = torch.empty(length)
-        decode_shard(result.codec, b"".join(result.parts[index]), out)
+        size = encoded_shard_bytes(result.codec, length)
+        decode_shard(result.codec, result.data[offset : offset + size], out)
+        offset += size
         assert torch.equal(out, inputs[0][index] + inputs[1][index])
 
 
@@ -101,7 +112,9 @@ async def test_everybody_raises_when_a_member_is_killed_half_way(mortals: list[M
     """Oracle: nobody has a result, all survivors name the dead one, long before the deadline."""
     inputs = [make_shards(seed, (60 * PART_ELEMENTS,)) for seed in range(3)]
     group = make_group(mortals)
-    tasks = [asyncio.create_task(m.reduce.reduce(group, given)) for m, given in zip(mortals, inputs, strict=True)]
+    tasks = [
+        asyncio.create_task(m.reduce.reduce(group, Shards.of(given))) for m, given in zip(mortals, inputs, strict=True)
+    ]
     await asyncio.sleep(0.1)
     assert not any(task.done() for task in tasks), "the kill must hit a reduce that is under way"
     async with asyncio.timeout(QUICK.reducer_s + 3):
@@ -151,7 +164,7 @@ async def test_unreachable_member_is_named(swarm: list[Member]) -> None:
 async def test_cancelled_reduce_leaves_no_task_and_tells_the_others(swarm: list[Member]) -> None:
     group = make_group(swarm[:3])
     inputs = [make_shards(seed, (40 * PART_ELEMENTS,)) for seed in range(3)]
-    tasks = [asyncio.create_task(m.reduce.reduce(group, x)) for m, x in zip(swarm[:3], inputs, strict=True)]
+    tasks = [asyncio.create_task(m.reduce.reduce(group, Shards.of(x))) for m, x in zip(swarm[:3], inputs, strict=True)]
     await asyncio.sleep(0.05)
     tasks[0].cancel()
     results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -165,7 +178,7 @@ async def test_deadline_ends_a_reduce_that_only_trickles(swarm: list[Member]) ->
     """The silent member keeps its streams open, so only the deadline (shorter than its timeout) can end this."""
     group = make_group(swarm[:2], timeouts=ReduceTimeouts(sender_s=8, reducer_s=9, deadline_s=0.5))
     with pytest.raises(ReduceError, match="deadline") as caught:
-        await swarm[0].reduce.reduce(group, make_shards(0, (1000,)))
+        await swarm[0].reduce.reduce(group, Shards.of(make_shards(0, (1000,))))
     assert caught.value.peer == swarm[1].peer
 
 
@@ -174,16 +187,16 @@ async def test_a_group_that_is_asked_for_twice_fails_the_second_attempt_and_noth
     group = make_group(swarm[:2])
     await reduce_all(swarm[:2], group, [make_shards(0, (5,))] * 2)
     with pytest.raises(ReduceError, match="used before") as caught:
-        await swarm[0].reduce.reduce(group, make_shards(0, (5,)))
+        await swarm[0].reduce.reduce(group, Shards.of(make_shards(0, (5,))))
     assert caught.value.peer == swarm[0].peer
 
 
 async def test_who_is_no_member_or_has_no_flat_shards_is_told_at_once(swarm: list[Member]) -> None:
     """Both are bugs of our own code."""
     with pytest.raises(ValueError, match="no member"):
-        await swarm[2].reduce.reduce(make_group(swarm[:2]), [])
+        await swarm[2].reduce.reduce(make_group(swarm[:2]), Shards.of([]))
     with pytest.raises(ValueError, match="flat contiguous fp32"):
-        await swarm[0].reduce.reduce(make_group(swarm[:2]), [torch.zeros(2, 2)])
+        await swarm[0].reduce.reduce(make_group(swarm[:1]), Shards.of([torch.zeros(2, 2)]))
 
 
 async def test_stopped_member_answers_nobody_any_more(mortals: list[Member]) -> None:

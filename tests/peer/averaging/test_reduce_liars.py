@@ -20,7 +20,7 @@ from hivemind.proto.runtime_pb2 import Tensor as WireTensor
 
 from peer.averaging import link
 from peer.averaging.butterfly import ButterflyReduce
-from peer.averaging.reduce import ReduceError, ReduceTimeouts
+from peer.averaging.reduce import ReduceError, ReduceTimeouts, Shards
 from peer.averaging.reduce_service import ReduceService
 from tests.peer.averaging.reduce_members import (
     NAMESPACE,
@@ -43,11 +43,11 @@ async def test_foreign_peer_is_refused_and_does_no_harm(swarm: list[Member]) -> 
     """Oracle: the refusal's code, and the members' result is that of the members."""
     group = make_group(swarm[:2])
     inputs = [make_shards(seed, (1000,)) for seed in range(2)]
-    first = asyncio.create_task(swarm[0].reduce.reduce(group, inputs[0]))
+    first = asyncio.create_task(swarm[0].reduce.reduce(group, Shards.of(inputs[0])))
     await asyncio.sleep(0.1)
     answers = await call(swarm[3], swarm[0], hello(group.group_id, part_message(bytes(4000))))
     assert [answer.code for answer in answers] == [PROTOCOL_VIOLATION]
-    second = await swarm[1].reduce.reduce(group, inputs[1])
+    second = await swarm[1].reduce.reduce(group, Shards.of(inputs[1]))
     assert joined(second) == joined(await first) == b"".join(reference("fp32", inputs))
 
 
@@ -90,7 +90,7 @@ async def test_lying_sender_is_named(swarm: list[Member], lie: str) -> None:
     """An authenticated member that says the wrong thing: the reducer raises, says why, names it, and tells it."""
     messages, why = LIES[lie]
     group = make_group(swarm[:2])
-    honest = asyncio.create_task(swarm[0].reduce.reduce(group, [torch.ones(100)]))
+    honest = asyncio.create_task(swarm[0].reduce.reduce(group, Shards.of([torch.ones(100)])))
     answers = await call(swarm[1], swarm[0], hello(group.group_id, *messages))
     with pytest.raises(ReduceError, match=why) as caught:
         await honest
@@ -111,7 +111,7 @@ async def test_second_stream_of_a_member_is_refused(swarm: list[Member]) -> None
         await let_go.wait()
         yield part_message(bytes(4))  # too short: ends it all
 
-    honest = asyncio.create_task(swarm[0].reduce.reduce(group, [torch.ones(100)]))
+    honest = asyncio.create_task(swarm[0].reduce.reduce(group, Shards.of([torch.ones(100)])))
     first = asyncio.create_task(call(swarm[1], swarm[0], hold()))
     await asyncio.sleep(0.1)
     answers = await call(swarm[1], swarm[0], hello(group.group_id, ZEROS))
@@ -134,7 +134,7 @@ async def test_member_that_never_accepts_is_named(swarm: list[Member]) -> None:
             yield message
         await let_go.wait()
 
-    honest = asyncio.create_task(swarm[0].reduce.reduce(group, [torch.ones(100)]))
+    honest = asyncio.create_task(swarm[0].reduce.reduce(group, Shards.of([torch.ones(100)])))
     answers = asyncio.create_task(call(swarm[1], swarm[0], silent()))
     with pytest.raises(ReduceError, match="did not acknowledge") as caught:
         await honest
@@ -158,7 +158,7 @@ async def test_garbage_ends_its_stream_and_nothing_else(swarm: list[Member], kin
     """Raw bytes where a protobuf stream should be, from a peer of no group, while a reduce is waiting to happen."""
     group = make_group(swarm[:2])
     inputs = [make_shards(seed, (1000,)) for seed in range(2)]
-    first = asyncio.create_task(swarm[0].reduce.reduce(group, inputs[0]))
+    first = asyncio.create_task(swarm[0].reduce.reduce(group, Shards.of(inputs[0])))
     _, reader, writer = await swarm[3].p2p.call_binary_stream_handler(
         swarm[0].p2p.peer_id, ReduceService._get_handle_name(NAMESPACE, "rpc_aggregate_part")
     )
@@ -168,7 +168,7 @@ async def test_garbage_ends_its_stream_and_nothing_else(swarm: list[Member], kin
         async with asyncio.timeout(5):
             assert await reader.read() == b""  # refused before a single byte of it was waited for
     writer.transport.abort()
-    second = await swarm[1].reduce.reduce(group, inputs[1])
+    second = await swarm[1].reduce.reduce(group, Shards.of(inputs[1]))
     assert joined(second) == joined(await first) == b"".join(reference("fp32", inputs))
 
 
@@ -213,5 +213,5 @@ async def test_lying_reducer_is_named(swarm: list[Member], answers: list[Averagi
     honest = ButterflyReduce(swarm[0].p2p, namespace=namespace)
     await honest.start()
     with pytest.raises(ReduceError) as caught:
-        await honest.reduce(make_group([swarm[1], swarm[0]]), [torch.ones(100)])
+        await honest.reduce(make_group([swarm[1], swarm[0]]), Shards.of([torch.ones(100)]))
     assert caught.value.peer == swarm[1].peer

@@ -7,6 +7,8 @@ initial state needs no snapshot. Oracle: who was asked, and the place that comes
 from __future__ import annotations
 
 import asyncio
+import io
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,15 +18,16 @@ import torch
 from safetensors.torch import save
 
 from peer.averaging import sync
-from peer.averaging.absorb import Update
-from peer.averaging.history import PARTS, History
-from peer.averaging.sync import StageSync, to_its_end
+from peer.averaging.absorb import Update, absorb
+from peer.averaging.history import History
+from peer.averaging.sync import Place, StageSync, root_lineage, to_its_end
+from peer.engine.local_checkpoint import Standing
 from peer.engine.optimizer import OptimizerSpec
 from peer.engine.schedule import LearningRate
 from peer.engine.stage_engine import StageEngine
 from peer.pipeline.compute import ComputeThread
 from protocol.architecture import preset
-from protocol.control import Snapshot, StateFile
+from protocol.control import STATE_PARTS, Snapshot, StateFile
 from protocol.errors import (
     DeadlineError,
     PeerFault,
@@ -37,7 +40,17 @@ from protocol.errors import (
 )
 from protocol.history import LogAnswer, LogRequest, StateAnswer, StateRequest
 from protocol.ids import Lineage, PeerId, RoundId, RunId, StageId, Version, digest
-from protocol.rounds.messages import CHARTER_CONTEXT, Charter, Commit, Seat
+from protocol.rounds.lineage import next_lineage
+from protocol.rounds.messages import (
+    CHARTER_CONTEXT,
+    COMMIT_CONTEXT,
+    Ballot,
+    Charter,
+    Commit,
+    Contribution,
+    RoundSummary,
+    Seat,
+)
 from protocol.signing import Signed, SigningKey, seal
 from protocol.transport.blobs import Blobs
 from protocol.transport.calls import Calls
@@ -163,8 +176,8 @@ async def test_whatever_a_member_fails_with_the_next_one_is_followed(case: Case,
 
 async def test_a_full_disk_of_ours_is_not_blamed_on_the_members(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asking the next one would go on for ever, and nobody would learn why."""
-    files = dict.fromkeys(PARTS, b"something")
-    case.network.blobs = {f"state/{STAGE}/0/{part}": b"something" for part in PARTS}
+    files = dict.fromkeys(STATE_PARTS, b"something")
+    case.network.blobs = {f"state/{STAGE}/0/{part}": b"something" for part in STATE_PARTS}
     case.network.states = {peer: answer(charter(), snapshot(files)) for peer in (ANNE, BERT)}
 
     def no_room(*_: object) -> Path:
@@ -223,7 +236,7 @@ def snapshot(files: dict[str, bytes], *, num_bytes: int | None = None) -> Snapsh
 
 async def test_a_file_that_the_stage_cannot_have_is_not_fetched(case: Case) -> None:
     """A terabyte would be written to the volunteer's disk until that is full."""
-    huge = snapshot(dict.fromkeys(PARTS, b"x"), num_bytes=1 << 40)
+    huge = snapshot(dict.fromkeys(STATE_PARTS, b"x"), num_bytes=1 << 40)
     case.network.states = {ANNE: answer(charter(), huge), BERT: UnreachableError("gone")}
     with pytest.raises(UnreachableError):
         await case.follow()
@@ -233,21 +246,21 @@ async def test_a_file_that_the_stage_cannot_have_is_not_fetched(case: Case) -> N
 @pytest.mark.parametrize("last", ["gone", "wrong hash", "no tensors"])
 async def test_what_was_fetched_in_vain_does_not_stay(case: Case, last: str) -> None:
     """Nor does a file whose hash fits and which holds no tensors end the peer."""
-    files = dict.fromkeys(PARTS, b"these are no tensors")
+    files = dict.fromkeys(STATE_PARTS, b"these are no tensors")
     offered = snapshot(files)
     served = b"these are no tensorz" if last == "wrong hash" else b"these are no tensors"
-    case.network.blobs = {f"state/{STAGE}/0/{part}": served for part in PARTS}
+    case.network.blobs = {f"state/{STAGE}/0/{part}": served for part in STATE_PARTS}
     if last == "gone":
-        del case.network.blobs[f"state/{STAGE}/0/{PARTS[0]}"]
+        del case.network.blobs[f"state/{STAGE}/0/{STATE_PARTS[0]}"]
     case.network.states = {ANNE: answer(charter(), offered), BERT: UnreachableError("gone")}
     with pytest.raises(UnreachableError):
         await case.follow()
-    assert [path for path in case.folder.iterdir() if PARTS[0] in path.name] == []
+    assert [path for path in case.folder.iterdir() if STATE_PARTS[0] in path.name] == []
 
 
 async def test_tensors_of_another_stage_are_that_members_fault_and_do_not_stay(case: Case) -> None:
     """Oracle: the next member is followed; what the first one promised is not served on as our own snapshot."""
-    files = dict.fromkeys(PARTS, save({"nothing.of.ours": torch.zeros(3)}))
+    files = dict.fromkeys(STATE_PARTS, save({"nothing.of.ours": torch.zeros(3)}))
     case.network.blobs = {f"state/{STAGE}/0/{part}": data for part, data in files.items()}
     case.network.states = {ANNE: answer(charter(), snapshot(files)), BERT: answer(charter())}
     assert (await case.follow()).version == 0
@@ -268,12 +281,12 @@ async def test_a_source_that_takes_for_ever_does_not_keep_us_from_the_next(
     monkeypatch.setattr(sync, "MIN_BYTES_PER_S", 1e12)
     slow = [PeerId(f"slow-{number}") for number in range(9)]
 
-    async def fetch(source: PeerId, name: str, *, max_bytes: int) -> bytes:
+    async def fetch(source: PeerId, name: str, make_room: object, *, max_bytes: int) -> bytes:
         if source in slow:
             await asyncio.sleep(60)
         return b"the sum"
 
-    monkeypatch.setattr(case.network, "fetch", fetch, raising=False)
+    monkeypatch.setattr(case.network, "fetch_into", fetch, raising=False)
     assert (await case.sync.fetch_update(commit(b"the sum"), [slow[0], ANNE])).data == b"the sum"
     with pytest.raises(DeadlineError):
         await case.sync.fetch_update(commit(b"the sum"), slow)
@@ -299,7 +312,7 @@ async def test_what_changes_the_engine_runs_to_its_end_before_its_caller_is_stop
 
 async def test_a_step_is_checked_where_it_is_taken(case: Case) -> None:
     """Two steps to the same version, the second queued while the first runs. Oracle: one step, one error."""
-    zeros = b"".join(bytes(4 * shard.gradient.numel()) for shard in case.engine.shards)
+    zeros = b"".join(bytes(4 * shard.num_elements) for shard in case.engine.shards)
     step = cast(Commit, SimpleNamespace(version=Version(1), total_tokens=1, clip_scale=1.0))
     taken = [case.sync.absorb(step, Update("fp32", zeros)) for _ in range(2)]
     outcomes = await asyncio.gather(*taken, return_exceptions=True)
@@ -325,3 +338,266 @@ async def test_a_cancelled_change_does_not_go_on_when_its_last_step_fails() -> N
     with pytest.raises(asyncio.CancelledError):
         await changing
     assert changing.cancelled()
+
+
+# -- a state that was on our own disk ---------------------------------------------------------------------------------
+
+NUM_COMMITS = 4
+
+
+class Swarm(Network):
+    """Members that serve a real lineage: a charter, commits, their updates and a snapshot at version 3."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.signed = charter()
+        self.lineages = [root_lineage(self.signed)]
+        self.commits: list[Signed] = []
+        self.digests = [case.engine.state_digest()]
+        self.fetched: list[str] = []
+        self.since: list[int] = []
+        self.lost: set[int] = set()
+        """Versions whose commits the members do not keep any more."""
+        random = torch.Generator().manual_seed(1)
+        reference = _engine()
+        for version in range(1, NUM_COMMITS + 1):
+            values = torch.randn(sum(shard.num_elements for shard in reference.shards), generator=random)
+            data = values.numpy().tobytes()
+            signed = _commit(version, self.lineages[-1], data)
+            self.commits.append(signed)
+            self.lineages.append(next_lineage(self.lineages[-1], signed.payload))
+            self.blobs[f"update/{STAGE}/{version - 1}"] = data
+            absorb(
+                reference,
+                Update("fp32", data),
+                total_tokens=10,
+                clip_scale=1.0,
+                schedule=LearningRate(peak=1e-2, warmup=0, total=10),
+            )
+            self.digests.append(reference.state_digest())
+            if version == 3:
+                self._serve(reference)
+
+    def _serve(self, engine: StageEngine) -> None:
+        files = {part: io.BytesIO() for part in STATE_PARTS}
+        engine.write_state(files)
+        saved = {part: file.getvalue() for part, file in files.items()}
+        self.blobs |= {f"state/{STAGE}/3/{part}": data for part, data in saved.items()}
+        offered = snapshot(saved).model_copy(
+            update={"version": Version(3), "round": RoundId(3), "lineage": self.lineages[3]}
+        )
+        self.states[ANNE] = StateAnswer(
+            charter=self.signed,
+            commit=self.commits[-1],
+            version=Version(NUM_COMMITS),
+            lineage=self.lineages[-1],
+            snapshots=(offered,),
+        )
+        self.states[BERT] = UnreachableError("gone")
+
+    async def call(self, peer: PeerId, request: Message, response: type[Message]) -> Message:
+        if isinstance(request, LogRequest):
+            self.since.append(request.since)
+            later = self.commits[request.since :]
+            return LogAnswer(commits=() if request.since + 1 in self.lost else tuple(later))
+        return await super().call(peer, request, response)
+
+    async def fetch_range(self, peer: PeerId, name: str, *, offset: int, length: int) -> tuple[bytes, int]:
+        self.fetched.append(name)
+        return await super().fetch_range(peer, name, offset=offset, length=length)
+
+    async def fetch_into(
+        self, peer: PeerId, name: str, make_room: Callable[[int], memoryview], *, max_bytes: int
+    ) -> memoryview:
+        data = self.blobs[name]
+        assert len(data) <= max_bytes
+        self.fetched.append(name)
+        room = make_room(len(data))
+        room[:] = data
+        return room
+
+
+def _engine() -> StageEngine:
+    return StageEngine.build(preset("tiny"), num_stages=2, stage=STAGE, optimizer=OptimizerSpec(name="adamw32"), seed=1)
+
+
+def _commit(version: int, parent: Lineage, data: bytes) -> Signed:
+    me = STRANGER.peer_id
+    fields = Commit(
+        run=RunId("ab" * 16),
+        stage=STAGE,
+        generation=1,
+        first_round=RoundId(version - 1),
+        round=RoundId(version - 1),
+        version=Version(version),
+        parent=parent,
+        ballot=Ballot(number=1, steward=me),
+        contributors=(Contribution(peer=me, tokens=10),),
+        digest=digest(data),
+        norm=1.0,
+        clip_scale=1.0,
+        seats=(Seat(peer=me, session=1),),
+        joiners=(),
+        summary=RoundSummary(
+            round=RoundId(version - 1),
+            clock=me,
+            closing_digest=digest(b"closing"),
+            tasks_done=1,
+            tasks_lost=0,
+            evals_done=0,
+            loss_sum=1.0,
+            target_tokens=10,
+            eval_loss_sum=0.0,
+            eval_tokens=0,
+        ),
+        tokens_dropped=0,
+        double_counted=0,
+    )
+    return seal(STRANGER, COMMIT_CONTEXT, fields)
+
+
+def resume(case: Case, version: int, lineage: Lineage) -> Swarm:
+    """Let the case's engine stand at a version of the members' lineage, as it would after a restart, and call it
+    `lineage`."""
+    swarm = Swarm(case)
+    for number in range(version):
+        data = swarm.blobs[f"update/{STAGE}/{number}"]
+        absorb(case.engine, Update("fp32", data), total_tokens=10, clip_scale=1.0, schedule=case.sync._schedule)
+    _use(case, swarm, Standing(Version(version), RoundId(version), lineage))
+    return swarm
+
+
+def _use(case: Case, swarm: Swarm, standing: Standing) -> None:
+    case.network = swarm
+    case.sync = StageSync(
+        STAGE,
+        engine=case.engine,
+        history=case.history,
+        compute=case.compute,
+        calls=cast(Calls, swarm),
+        blobs=cast(Blobs, swarm),
+        me=ME,
+        coordinator=COORDINATOR.peer_id,
+        codec="fp32",
+        schedule=LearningRate(peak=1e-2, warmup=0, total=10),
+        check_history=case._check,
+        init_seed=1,
+        resumed=standing,
+    )
+
+
+async def follow(case: Case, swarm: Swarm) -> Place:
+    place: Place = await case.follow()
+    assert (place.version, place.round, place.lineage) == (NUM_COMMITS, NUM_COMMITS, swarm.lineages[-1])
+    assert case.engine.state_digest() == swarm.digests[-1]
+    return place
+
+
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+async def test_our_own_state_is_taken_if_the_members_have_passed_through_it(case: Case, version: int) -> None:
+    """Oracle: what was fetched: only the updates after it; the members' own digest; the commits, from the one that led
+    to it on."""
+    swarm = resume(case, version, Lineage(b""))
+    _use(case, swarm, Standing(Version(version), RoundId(version), swarm.lineages[version]))
+    place = await follow(case, swarm)
+    assert swarm.fetched == [f"update/{STAGE}/{number}" for number in range(version, NUM_COMMITS)]
+    assert list(place.commits) == swarm.commits[version - 1 :]
+    assert case.history.commit_of(Version(version - 1)) == swarm.commits[version - 1]
+
+
+async def test_our_own_state_at_the_charter_is_where_its_lineage_begins(case: Case) -> None:
+    """Then there is no commit that led to it. Oracle: as above."""
+    swarm = Swarm(case)
+    _use(case, swarm, Standing(Version(0), RoundId(0), swarm.lineages[0]))
+    place = await follow(case, swarm)
+    assert swarm.fetched == [f"update/{STAGE}/{number}" for number in range(NUM_COMMITS)]
+    assert list(place.commits) == swarm.commits
+
+
+@pytest.mark.parametrize("version", [0, 2, 4])
+async def test_our_own_state_of_another_lineage_is_given_up(case: Case, version: int) -> None:
+    """As when the members went on without what we had. Oracle: the snapshot's files and the update after it."""
+    swarm = resume(case, version, Lineage(b"x" * 32))
+    await follow(case, swarm)
+    assert swarm.fetched == [*(f"state/{STAGE}/3/{part}" for part in STATE_PARTS), f"update/{STAGE}/3"]
+
+
+async def test_our_own_state_ahead_of_the_members_is_given_up(case: Case) -> None:
+    """It was committed to our disk and to nobody else's. Oracle: as above."""
+    swarm = resume(case, 4, Lineage(b""))
+    case.engine.resume(version=Version(9), steps=9)
+    _use(case, swarm, Standing(Version(9), RoundId(9), Lineage(b"9" * 32)))
+    await follow(case, swarm)
+    assert f"state/{STAGE}/3/{STATE_PARTS[0]}" in swarm.fetched
+
+
+async def test_our_own_state_that_nobody_can_vouch_for_is_given_up(case: Case) -> None:
+    """The commit that led to it is not kept any more. Oracle: as above."""
+    swarm = resume(case, 2, Lineage(b""))
+    swarm.lost = {2}
+    _use(case, swarm, Standing(Version(2), RoundId(2), swarm.lineages[2]))
+    await follow(case, swarm)
+    assert f"state/{STAGE}/3/{STATE_PARTS[0]}" in swarm.fetched
+
+
+async def test_an_engine_that_has_moved_on_is_not_taken_for_what_was_on_the_disk(case: Case) -> None:
+    """Oracle: the engine's own version, whatever the standing says."""
+    swarm = resume(case, 2, Lineage(b""))
+    _use(case, swarm, Standing(Version(1), RoundId(1), swarm.lineages[1]))
+    await follow(case, swarm)
+    assert f"state/{STAGE}/3/{STATE_PARTS[0]}" in swarm.fetched
+
+
+async def test_what_was_on_the_disk_counts_once(case: Case) -> None:
+    """Who comes back to the members later, after a step that nobody knows of, is in another state. Oracle: the snapshot
+    is asked for, or used from our own disk, the second time."""
+    swarm = resume(case, 3, Lineage(b""))
+    _use(case, swarm, Standing(Version(3), RoundId(3), swarm.lineages[3]))
+    await case.sync.from_members(swarm.states)
+    assert swarm.fetched == [f"update/{STAGE}/3"]
+    case.engine.resume(version=Version(3), steps=3)  # claims the version, with another state
+    swarm.fetched.clear()
+    await follow(case, swarm)
+    assert swarm.fetched[0] == f"state/{STAGE}/3/{STATE_PARTS[0]}"
+
+
+async def test_a_run_at_its_beginning_starts_over_whatever_was_on_the_disk(case: Case) -> None:
+    """No snapshot and version 0: the run was begun anew. Oracle: the initial weights, which the run's seed defines."""
+    swarm = resume(case, 3, Lineage(b"x" * 32))
+    assert case.engine.state_digest() == swarm.digests[3]
+    swarm.commits.clear()
+    swarm.states = {ANNE: answer(swarm.signed)}
+    place = await case.follow()
+    assert (place.version, place.lineage, place.commits) == (0, swarm.lineages[0], ())
+    assert (case.engine.version, case.engine.steps) == (0, 0)
+    assert case.engine.state_digest() == swarm.digests[0] == _engine().state_digest()
+    assert swarm.fetched == []
+
+
+async def test_an_engine_at_its_beginning_is_not_drawn_again(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes minutes for a large stage. Oracle: the engine is not asked to."""
+
+    def refuse(seed: int) -> None:
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(case.engine, "initialise", refuse)
+    await case.sync.start_over()
+    await case.compute.stop()
+
+
+async def test_one_member_that_does_not_answer_costs_us_nothing_of_our_own(case: Case) -> None:
+    """There is another one that would vouch for our state. Oracle: no snapshot is fetched."""
+    swarm = resume(case, 3, Lineage(b""))
+    _use(case, swarm, Standing(Version(3), RoundId(3), swarm.lineages[3]))
+    good = swarm.states[ANNE]
+    swarm.states = {ANNE: good, BERT: good}
+    call = swarm.call
+
+    async def flaky(peer: PeerId, request: Message, response: type[Message]) -> Message:
+        if peer == ANNE and isinstance(request, LogRequest):
+            raise TransientError("gone")
+        return await call(peer, request, response)
+
+    swarm.call = flaky  # type: ignore[method-assign]
+    await follow(case, swarm)
+    assert swarm.fetched == [f"update/{STAGE}/3"]

@@ -11,7 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from peer.engine.optimizer import OptimizerSpec
 from peer.engine.stage_engine import LossResult, StageEngine
-from protocol.architecture import preset
+from peer.model.blocks import named_views
+from protocol import architecture, layout
+from protocol.architecture import preset, stage_blocks
+from tests.peer.engine.poke import named_gradients, weights
 
 TINY = preset("tiny")
 AUTO_MODEL: Any = AutoModelForCausalLM  # untyped
@@ -35,9 +38,10 @@ def chain(config: dict[str, Any], num_stages: int) -> list[StageEngine]:
         for stage in range(num_stages)
     ]
     for engine in engines:  # norms and biases away from one and zero, where they would hide mistakes
-        for name, tensor in engine.weight_tensors().items():
-            if tensor.dim() == 1:
-                tensor.add_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name))))
+        for block, own in enumerate(engine._stage.layouts):
+            for name, tensor in named_views(own, weights(engine, block)).items():
+                if tensor.dim() == 1:
+                    tensor.add_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name))))
     return engines
 
 
@@ -95,23 +99,36 @@ def test_chain_is_the_whole_model(name: str, num_stages: int) -> None:
     assert result.loss_sum == pytest.approx(expected.item(), rel=1e-6)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     for engine in engines:
-        for shard in engine.shards:
-            for slot in shard.layout.slots:
-                theirs = gradients.pop(slot.name)
-                assert relative(shard.gradient_view(slot), theirs) < 1e-5, slot.name
+        for tensor_name, ours in named_gradients(engine).items():
+            assert relative(ours, gradients.pop(tensor_name)) < 1e-5, tensor_name
     assert not gradients
 
 
 @pytest.mark.parametrize("num_stages", [1, 3])
-def test_evaluation_is_the_loss_and_leaves_no_trace(num_stages: int) -> None:
+def test_chain_with_tables_in_several_blocks_is_the_whole_model(
+    num_stages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: as above; the head's sums are taken in another order, so the loss is equal to 1e-6 here too."""
+    monkeypatch.setattr(architecture, "TABLE_ELEMENTS", 64 * 200)
+    monkeypatch.setattr(layout, "SHARD_ELEMENTS", 8192)
+    assert len(stage_blocks(TINY, 1, 0)) == 3 + 4 + 1 + 3
+    test_chain_is_the_whole_model("llama", num_stages)
+
+
+@pytest.mark.parametrize("table_elements", [architecture.TABLE_ELEMENTS, 64 * 200])
+@pytest.mark.parametrize("num_stages", [1, 3])
+def test_evaluation_is_the_loss_and_leaves_no_trace(
+    num_stages: int, table_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Oracle: the loss of the training pass, and zero gradients."""
+    monkeypatch.setattr(architecture, "TABLE_ELEMENTS", table_elements)
     engines = chain(TINY, num_stages)
     hidden, labels = batch(1)
     for engine in engines[:-1]:
         hidden = engine.forward_only(hidden)
     evaluated = engines[-1].evaluate(hidden, labels)
     assert evaluated.grad_inputs is None
-    assert not any(shard.gradient.any() for engine in engines for shard in engine.shards)
+    assert not any(shard.any() for engine in engines for shard in engine.gradient_shards())
     trained = train(engines, *batch(1))
     assert (evaluated.loss_sum, evaluated.target_tokens) == (trained.loss_sum, trained.target_tokens)
 
@@ -125,9 +142,8 @@ def test_gradients_of_microbatches_add_up() -> None:
         torch.autograd.backward([cross_entropy_sum(model, *batch(seed))])
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     for engine in engines:
-        for shard in engine.shards:
-            for slot in shard.layout.slots:
-                assert relative(shard.gradient_view(slot), gradients[slot.name]) < 1e-5, slot.name
+        for name, ours in named_gradients(engine).items():
+            assert relative(ours, gradients[name]) < 1e-5, name
     squares = sum(float(gradient.double().square().sum()) for gradient in gradients.values())
     assert sum(engine.gradient_norm() ** 2 for engine in engines) == pytest.approx(squares, rel=1e-5)
 

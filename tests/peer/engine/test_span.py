@@ -17,6 +17,7 @@ from peer.tasks import RoundOver
 from protocol.architecture import preset
 from protocol.errors import LocalFault, PeerFault, SwarmError, WireError
 from protocol.ids import RoundId, StageId
+from tests.peer.engine.poke import gradient, gradients
 
 TINY = preset("tiny")
 WIDTH = int(TINY["hidden_size"])
@@ -54,11 +55,11 @@ def held(engine: SpanEngine) -> int:
     return sum(one.statistics().pending for one in engine.engines.values())
 
 
-def feed(engine: SpanEngine, gradient: bytes) -> bytes | None:
+def feed(engine: SpanEngine, back: bytes) -> bytes | None:
     """One microbatch forth and back, as the runner does it: what fails is discarded."""
     _, shape, ticket = engine.forward(body(), SHAPE, entry=engine.first, round_id=ROUND)
     try:
-        return engine.backward(ticket, gradient, shape, target_tokens=16)
+        return engine.backward(ticket, back, shape, target_tokens=16)
     except SwarmError:
         engine.discard(ticket)
         raise
@@ -67,10 +68,11 @@ def feed(engine: SpanEngine, gradient: bytes) -> bytes | None:
 def test_a_gradient_that_is_none_adds_nothing_and_leaves_nothing() -> None:
     engine = span(1, 2)
     feed(engine, body())
-    before = [shard.gradient.clone() for one in engine.engines.values() for shard in one.shards]
+    before = [shard for one in engine.engines.values() for shard in gradients(one)]
     with pytest.raises(WireError):
         feed(engine, not_finite())
-    after = [shard.gradient for one in engine.engines.values() for shard in one.shards]
+    after = [shard for one in engine.engines.values() for shard in gradients(one)]
+    assert any(one.any() for one in before)
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     assert held(engine) == 0
     assert [engine.freeze(stage) for stage in engine.engines] == [16, 16]
@@ -102,14 +104,14 @@ def test_a_gradient_that_overflows_costs_the_sum_and_not_the_stage(monkeypatch: 
     for one, counted in zip(engine.engines.values(), tokens, strict=True):
         assert one.has_finite_gradients()
         assert counted in (16, 32), "what was dropped must not be counted"
-        assert all(FP32.encode(shard.gradient) for shard in one.shards)
+        assert all(FP32.encode(shard) for shard in one.gradient_shards())
     assert 16 in tokens, "nothing overflowed: the test is too tame"
 
 
 def test_an_overflow_that_nobody_noticed_is_found_at_the_end_of_the_round() -> None:
     engine = span(1)
     feed(engine, body())
-    engine.engines[StageId(1)].shards[0].gradient[0] = torch.inf
+    gradient(engine.engines[StageId(1)])[0] = torch.inf
     assert engine.freeze(StageId(1)) == 0
     assert engine.engines[StageId(1)].gradient_norm() == 0.0
 
@@ -117,10 +119,10 @@ def test_an_overflow_that_nobody_noticed_is_found_at_the_end_of_the_round() -> N
 def test_a_forward_pass_that_fails_half_way_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = span(1, 2)
 
-    def broken(inputs: torch.Tensor) -> None:
+    def broken(wave: object) -> None:
         raise LocalFault("the hidden states that this machine computed are not finite.")
 
-    monkeypatch.setattr(engine.engines[StageId(2)], "forward", broken)
+    monkeypatch.setattr(engine.engines[StageId(2)], "forward_wave", broken)
     with pytest.raises(LocalFault):
         engine.forward(body(), SHAPE, entry=engine.first, round_id=ROUND)
     assert held(engine) == 0
@@ -129,10 +131,10 @@ def test_a_forward_pass_that_fails_half_way_is_forgotten(monkeypatch: pytest.Mon
 def test_the_last_span_forgets_a_microbatch_whose_loss_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = span(2, 3)
 
-    def broken(inputs: torch.Tensor, labels: torch.Tensor) -> None:
+    def broken(wave: object) -> None:
         raise LocalFault("the loss that this machine computed is not finite.")
 
-    monkeypatch.setattr(engine.engines[StageId(3)], "loss_and_backward", broken)
+    monkeypatch.setattr(engine.engines[StageId(3)], "loss_wave", broken)
     labels = torch.zeros(MICROBATCH, dtype=torch.int64).numpy()
     with pytest.raises(LocalFault):
         engine.loss_and_backward(body(), SHAPE, labels, entry=engine.first, round_id=ROUND)
@@ -171,8 +173,8 @@ def test_a_task_may_enter_in_the_middle_of_a_span() -> None:
     results = []
     for engine in (wide, narrow):
         hidden, shape, ticket = engine.forward(body(), SHAPE, entry=StageId(2), round_id=ROUND)
-        gradient = engine.backward(ticket, body(), shape, target_tokens=16)
-        results.append((hidden, gradient, engine.forward_only(body(), SHAPE, entry=StageId(2))))
+        back = engine.backward(ticket, body(), shape, target_tokens=16)
+        results.append((hidden, back, engine.forward_only(body(), SHAPE, entry=StageId(2))))
     assert results[0] == results[1]
     assert wide.engines[StageId(1)].gradient_norm() == 0.0
     assert wide.engines[StageId(2)].gradient_norm() == narrow.engines[StageId(2)].gradient_norm() > 0
@@ -214,12 +216,12 @@ def test_what_a_failed_backward_has_added_does_not_stay(monkeypatch: pytest.Monk
     engine = span(1, 2)
     feed(engine, body())
 
-    def broken(ticket: object, gradient: torch.Tensor) -> None:
+    def broken(wave: object) -> None:
         engine.engines[StageId(1)].additions += 1
-        engine.engines[StageId(1)].shards[0].gradient[0] = 1e30
+        gradient(engine.engines[StageId(1)])[0] = 1e30
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
-    monkeypatch.setattr(engine.engines[StageId(1)], "backward", broken)
+    monkeypatch.setattr(engine.engines[StageId(1)], "backward_wave", broken)
     with pytest.raises(LocalFault, match="out of memory"):
         feed(engine, body())
     assert [one.gradient_norm() for one in engine.engines.values()] == [0.0, 0.0]
@@ -231,10 +233,10 @@ def test_a_full_device_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None
     engine = span(1)
     feed(engine, body())
 
-    def broken(inputs: torch.Tensor) -> None:
+    def broken(wave: object) -> None:
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
-    monkeypatch.setattr(engine.engines[StageId(1)], "forward", broken)
+    monkeypatch.setattr(engine.engines[StageId(1)], "forward_wave", broken)
     with pytest.raises(LocalFault, match="tried to allocate 2 GiB"):
         engine.forward(body(), SHAPE, entry=StageId(1), round_id=ROUND)
     assert engine.freeze(StageId(1)) == 16

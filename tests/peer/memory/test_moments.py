@@ -7,9 +7,21 @@ import itertools
 import pytest
 
 from peer.memory.moments import FIELD_ALIGNMENT_BYTES, OptimizerName, moment_bytes, moment_fields, segments
-from protocol.architecture import ShardKind, preset, stage_shards
+from protocol import layout as layouts
+from protocol.architecture import preset, stage_blocks
+from protocol.layout import BlockKind, ShardLayout
 
-SHARDS = stage_shards(preset("demo"), 1, 0)
+BLOCKS = stage_blocks(preset("demo"), 1, 0)
+
+
+def cut() -> tuple[ShardLayout, ...]:
+    """Some shards are all matrices, some all vectors, some both."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layouts, "SHARD_ELEMENTS", 1 << 17)
+        return tuple(shard for block in BLOCKS for shard in block.shards())
+
+
+SHARDS = (*(shard for block in BLOCKS for shard in block.shards()), *cut())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw32"])
@@ -35,7 +47,7 @@ def test_only_matrices_of_layers_are_kept_in_8_bit() -> None:
     """Oracle: the kinds of shards; 8 bits and a scale per 256 elements are 2.03 bytes per element."""
     for layout in SHARDS:
         in_8_bit = {field.segment for field in moment_fields(layout, "adamw8bit") if field.dtype == "uint8"}
-        assert in_8_bit == ({"matrices"} if layout.kind is ShardKind.LAYER else set())
-    layer = next(layout for layout in SHARDS if layout.kind is ShardKind.LAYER)
+        assert in_8_bit == ({"matrices"} if layout.kind is BlockKind.LAYER else set())
+    layer = next(layout for layout in SHARDS if layout.kind is BlockKind.LAYER)
     assert moment_bytes(layer, "adamw32") / layer.num_elements == pytest.approx(8.0, rel=0.01)
     assert moment_bytes(layer, "adamw8bit") / layer.num_elements == pytest.approx(2.03, rel=0.02)

@@ -52,3 +52,21 @@ def test_norms_are_one_biases_zero_and_the_padding_token_has_no_embedding() -> N
     embedding = torch.ones(4, 8)
     initialise(embedding, "model.embed_tokens.weight", seed=0, deviation=0.02, pad_token=2)
     assert (embedding == 0).all(dim=1).tolist() == [False, False, True, False]
+
+
+def test_blocks_of_rows_have_streams_of_their_own() -> None:
+    """Oracle: the first block is drawn as a whole table would be, and no value of another one is the same."""
+    first, second = torch.zeros(30, 50), torch.zeros(30, 50)
+    initialise(first, "lm_head.weight", seed=0, deviation=0.02, first_row=0)
+    initialise(second, "lm_head.weight", seed=0, deviation=0.02, first_row=30)
+    assert torch.equal(first, drawn()[:30])
+    assert not (second == first).any()
+    assert not (second == drawn()[30:]).any()
+
+
+@pytest.mark.parametrize(("pad_token", "zero"), [(9, []), (10, [0]), (13, [3]), (14, [])])
+def test_the_padding_token_has_no_embedding_in_whichever_block_it_is(pad_token: int, zero: list[int]) -> None:
+    """Oracle: rows 10 to 13 are here."""
+    embedding = torch.ones(4, 8)
+    initialise(embedding, "model.embed_tokens.weight", seed=0, deviation=0.02, pad_token=pad_token, first_row=10)
+    assert (embedding == 0).all(dim=1).nonzero().flatten().tolist() == zero

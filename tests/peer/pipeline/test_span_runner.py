@@ -13,6 +13,7 @@ from peer.pipeline.caller import HopCaller, read_path
 from peer.pipeline.compute import ComputeThread
 from peer.pipeline.gate import Gate
 from peer.pipeline.span import MAX_OWN_FAULTS, SpanRunner
+from peer.pipeline.waves import Waves
 from peer.tasks import Body, Outcome, Pulse, RoundOver, TaskId
 from protocol.batches import TaskKind
 from protocol.errors import LocalFault, PeerFault, SwarmError
@@ -37,10 +38,10 @@ class PlayedEngine:
     def stages_from(self, entry: StageId) -> tuple[StageId, ...]:
         return tuple(stage for stage in (StageId(1), LAST) if stage >= entry)
 
-    def loss_and_backward(self, *_: object, entry: StageId, round_id: RoundId) -> SpanLoss:
+    def loss_wave(self, wave: list[object], *, entry: StageId, round_id: RoundId) -> list[SpanLoss | SwarmError]:
         if self.errors:
             raise self.errors.pop(0)
-        return SpanLoss(1.0, 2, b"gradient")
+        return [SpanLoss(1.0, 2, b"gradient") for _ in wave]
 
 
 class PlayedTokens:
@@ -60,6 +61,7 @@ class Played:
             key=SigningKey.generate(),
             engine=cast("SpanEngine", self.engine),
             compute=compute,
+            waves=Waves(compute),
             caller=cast(HopCaller, None),
             gate=Gate(run=RUN),
             batches=cast("BatchSource", PlayedTokens()),
@@ -88,7 +90,7 @@ async def played() -> AsyncIterator[Played]:
 
 async def test_a_machine_that_computes_nothing_but_nonsense_gives_up(played: Played) -> None:
     """Others would send it task after task, and it would cost each of them a retry."""
-    played.engine.errors = [LocalFault("the gradient is not finite.")] * MAX_OWN_FAULTS
+    played.engine.errors = [LocalFault("the gradient is not finite.") for _ in range(MAX_OWN_FAULTS)]
     for _ in range(MAX_OWN_FAULTS):
         assert not played.broken.done()
         with pytest.raises(LocalFault):
@@ -99,7 +101,7 @@ async def test_a_machine_that_computes_nothing_but_nonsense_gives_up(played: Pla
 
 async def test_one_microbatch_that_works_makes_up_for_all_that_did_not(played: Played) -> None:
     for _ in range(3):
-        played.engine.errors = [LocalFault("the gradient is not finite.")] * (MAX_OWN_FAULTS - 1)
+        played.engine.errors = [LocalFault("the gradient is not finite.") for _ in range(MAX_OWN_FAULTS - 1)]
         for _ in range(MAX_OWN_FAULTS - 1):
             with pytest.raises(LocalFault):
                 await played.work()

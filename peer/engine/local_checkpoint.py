@@ -1,0 +1,126 @@
+"""The state on NVMe as this peer's own checkpoint: what its last commit holds, and when the next one is due.
+
+Owns: the record that goes with a commit, and the choice of the moment. Must not know: how a commit is made safe
+(`peer/memory/nvme.py`), whom the state agrees with (`peer/averaging/sync.py` asks). Called from the compute thread
+only, between passes, so that a commit is of one version of every stage.
+
+What streams from NVMe is there anyway and costs nothing to commit; what lives in memory has to be written beside it.
+A drive at home must not wear out by that, so the more there is of it, the rarer the commits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import structlog
+
+from peer.engine.stage_engine import StageEngine
+from peer.memory.executor import Executor
+from peer.memory.slot_table import Json
+from protocol.errors import StorageError
+from protocol.ids import Lineage, RoundId, StageId, Version
+
+log = structlog.get_logger()
+
+MIN_INTERVAL_S = 60.0
+WEAR_BYTES_PER_S = 50e9 / 86_400  # 50 GB a day at most for commits: a sixth of what a 1 TB drive is warranted for
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a stage's state stands in the run's history. `round` is the first that starts from it."""
+
+    version: Version
+    round: RoundId
+    lineage: Lineage
+
+
+class LocalCheckpoint:
+    """The local checkpoint of one span. Does nothing where nothing lives on NVMe."""
+
+    def __init__(
+        self,
+        memory: Executor,
+        engines: Mapping[StageId, StageEngine],
+        *,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._memory, self._engines, self._now_s = memory, engines, now_s
+        self._standings: dict[StageId, Standing] = {}
+        self._changes: dict[StageId, int] = {}  # of each engine when it stood there
+        self._interval_s = max(MIN_INTERVAL_S, memory.pool.beside_bytes / WEAR_BYTES_PER_S)
+        self._committed_s = now_s()
+
+    def recover(self) -> dict[StageId, Standing]:
+        """Bring the engines to the last commit and return where they stand; empty if there is none."""
+        store = self._memory.pool.store
+        record = store.committed if store is not None and self._memory.pool.keeps_state else None
+        if record is None:
+            return {}
+        try:
+            standings = {stage: _read(record, stage) for stage in self._engines}
+        except (KeyError, TypeError, ValueError) as error:  # whole by its checksum, so an older version wrote it
+            log.warning("checkpoint.unreadable", error=repr(error))
+            return {}
+        try:
+            self._memory.recover()
+        except StorageError as error:
+            log.warning("checkpoint.damaged", error=error.one_line())
+            return {}
+        for stage, (standing, steps) in standings.items():
+            self._engines[stage].resume(version=standing.version, steps=steps)
+            self._keep(stage, standing)
+        return dict(self._standings)
+
+    def note(self, stage: StageId, standing: Standing) -> None:
+        """Take note of a state that was reached, and commit if that is due."""
+        self._keep(stage, standing)
+        if self._now_s() - self._committed_s >= self._interval_s:
+            self.commit()
+
+    def commit(self) -> None:
+        """Make the present state the one that this peer continues from.
+
+        Not if a stage has been replaced since it was last heard of, or a step has failed half-way.
+        A disk that does not take it costs the checkpoint, not the training.
+        """
+        is_known = all(
+            stage in self._standings
+            and self._standings[stage].version == engine.version
+            and self._changes[stage] == engine.changes
+            for stage, engine in self._engines.items()
+        )
+        if not self._memory.pool.keeps_state or not is_known:
+            return
+        self._committed_s = self._now_s()
+        try:
+            self._memory.commit({str(stage): self._record(stage) for stage in self._engines})
+        except StorageError as error:
+            log.error("checkpoint.failed", error=error.one_line())
+
+    def _keep(self, stage: StageId, standing: Standing) -> None:
+        self._standings[stage] = standing
+        self._changes[stage] = self._engines[stage].changes
+
+    def _record(self, stage: StageId) -> dict[str, Json]:
+        standing = self._standings[stage]
+        return {
+            "version": standing.version,
+            "round": standing.round,
+            "lineage": standing.lineage.hex(),
+            "steps": self._engines[stage].steps,
+        }
+
+
+def _read(record: Mapping[str, Json], stage: StageId) -> tuple[Standing, int]:
+    entry = record[str(stage)]
+    if not isinstance(entry, dict):
+        raise TypeError(f"{entry!r} is no record of a stage")
+    numbers = [entry[name] for name in ("version", "round", "steps")]
+    lineage = entry["lineage"]
+    if not all(isinstance(number, int) for number in numbers) or not isinstance(lineage, str):
+        raise TypeError(f"{entry!r} is no record of a stage")
+    version, round_id, steps = (int(str(number)) for number in numbers)
+    return Standing(Version(version), RoundId(round_id), Lineage(bytes.fromhex(lineage))), steps

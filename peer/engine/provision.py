@@ -1,0 +1,204 @@
+"""Decide how a span trains within this volunteer's limits: as a whole on the device, or by a plan.
+
+Owns: the short way for spans that fit, and what a plan means for the engine. Must not know: how a plan is made
+(`peer/memory/plan.py`), how the memory is used. `build.py` does what is chosen here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from peer.memory.budgets import Budgets, budgets_here, size_text
+from peer.memory.durable_files import disk_fault
+from peer.memory.measure import free_device_bytes, measure
+from peer.memory.placement import Placement, Slots, Tier, all_on_device, check_placement, footprint
+from peer.memory.plan import plan
+from peer.memory.units import ELEMENT_BYTES, Inventory, Section
+from peer.memory.workload import Mode, Workload
+from peer.settings import PeerSettings
+from protocol.manifest import Manifest
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provision:
+    """How a span trains."""
+
+    placement: Placement
+    keep_bytes: int
+    """What graphs may take that are kept for the backward pass."""
+    wave: int = 1
+    patience_s: float = 0.0
+    """How long the first microbatch of a wave waits for the others."""
+    entry_bytes: int = 0
+    """Of one microbatch's input of a block."""
+    kept: frozenset[int] | None = None
+    """The blocks of the span whose graphs may be kept. None: any, as long as there is room."""
+    parked: Mapping[int, Tier] = field(default_factory=dict)
+    """Where the inputs of these blocks of the span wait, if not on the device."""
+    places: Mapping[Tier, int] = field(default_factory=dict)
+    """How many of them there is room for."""
+
+    peak_bytes: Mapping[Tier, int] = field(default_factory=dict)
+    """What the plan takes of every tier."""
+
+    def kept_in(self, blocks: range) -> set[int] | None:
+        """Return whose graphs may be kept, for the blocks of one stage, counted within it."""
+        return None if self.kept is None else {block - blocks.start for block in self.kept if block in blocks}
+
+    def parked_in(self, blocks: range) -> dict[int, Tier]:
+        """Return where inputs wait, for the blocks of one stage, counted within it."""
+        return {block - blocks.start: tier for block, tier in self.parked.items() if block in blocks}
+
+
+def choose(
+    manifest: Manifest,
+    inventory: Inventory,
+    settings: PeerSettings,
+    *,
+    device: str,
+    stages_behind: int,
+    memo: Path | None = None,
+) -> Provision:
+    """Return the provision for a span. Raises `ConfigError`, saying what would make it fit, if nothing does.
+
+    A span that fits its device as a whole needs no plan; for others, this machine is measured for some seconds. A plan
+    is remembered in the file `memo`, because what is on a drive lies there as the plan before has laid it out.
+    """
+    budgets = budgets_here(settings.limits, free_device_bytes=free_device_bytes(device))
+    placement = all_on_device(inventory)
+    left_bytes = budgets.device_bytes - footprint(inventory, placement)[Tier.DEVICE]
+    if left_bytes >= settings.activation_bytes // 2:
+        return Provision(placement=placement, keep_bytes=min(settings.activation_bytes, left_bytes))
+    key = _key(manifest, inventory, settings, device)
+    remembered = None if memo is None else _read(memo, inventory, key=key)
+    if remembered is not None and all(used <= budgets.of(tier) for tier, used in remembered.peak_bytes.items()):
+        return remembered
+    chosen = _planned(manifest, inventory, settings, budgets, device=device, stages_behind=stages_behind)
+    if memo is not None:
+        _write(memo, chosen, inventory, key=key)
+    return chosen
+
+
+def _planned(
+    manifest: Manifest,
+    inventory: Inventory,
+    settings: PeerSettings,
+    budgets: Budgets,
+    *,
+    device: str,
+    stages_behind: int,
+) -> Provision:
+    """Measure this machine, and make a plan for it."""
+    batch, config = manifest.batch, manifest.model.config
+    profile = measure(
+        config,
+        sequences=batch.sequences_per_microbatch,
+        sequence_length=batch.sequence_length,
+        device=device,
+        optimizer=inventory.optimizer,
+        master=inventory.master,
+        nvme=settings.limits.nvme,
+    )
+    workload = Workload(mode=Mode.AVERAGED, microbatches=batch.microbatches_per_round, stages_behind=stages_behind)
+    chosen = plan(inventory, profile, budgets, workload)
+    for warning in chosen.warnings:
+        log.warning("memory.plan", warning=warning)
+    parked = {
+        block: activation.tier
+        for block, activation in chosen.activations.items()
+        if not activation.keep and activation.tier is not Tier.DEVICE
+    }
+    num_waves = len(workload.waves(chosen.wave))
+    log.info(
+        "memory.planned",
+        wave=chosen.wave,
+        device=size_text(chosen.prediction.peak_bytes[Tier.DEVICE]),
+        host=size_text(chosen.prediction.peak_bytes[Tier.HOST]),
+        nvme=size_text(chosen.prediction.peak_bytes[Tier.NVME]),
+        step_s=round(chosen.prediction.step_s, 3),
+    )
+    return Provision(
+        placement=chosen.placement,
+        keep_bytes=chosen.keep_bytes,
+        wave=chosen.wave,
+        patience_s=0.0 if chosen.wave == 1 else chosen.prediction.step_s / (2 * num_waves),
+        entry_bytes=ELEMENT_BYTES * batch.sequences_per_microbatch * batch.sequence_length * int(config["hidden_size"]),
+        kept=frozenset(block for block, activation in chosen.activations.items() if activation.keep),
+        parked=parked,
+        places=dict.fromkeys(parked.values(), chosen.num_places),  # a plan sends all of them to one tier
+        peak_bytes=chosen.prediction.peak_bytes,
+    )
+
+
+# -- remembering ----------------------------------------------------------------------------------------
+
+
+def _key(manifest: Manifest, inventory: Inventory, settings: PeerSettings, device: str) -> str:
+    """Return what a plan depends on, but for how much is free at the moment."""
+    parts = (
+        manifest.run_id,
+        [block.name for block in inventory.blocks],
+        device,
+        settings.threads,
+        settings.limits,
+    )
+    return repr(parts)
+
+
+def _write(memo: Path, chosen: Provision, inventory: Inventory, *, key: str) -> None:
+    homes = chosen.placement.homes
+    record = {
+        "key": key,
+        "homes": [[homes.get(unit) for unit in inventory.units(section)] for section in Section],
+        "slots": [chosen.placement.slots.of(section) for section in Section],
+        "keep_bytes": chosen.keep_bytes,
+        "wave": chosen.wave,
+        "patience_s": chosen.patience_s,
+        "entry_bytes": chosen.entry_bytes,
+        "kept": None if chosen.kept is None else sorted(chosen.kept),
+        "parked": sorted(chosen.parked.items()),
+        "places": sorted(chosen.places.items()),
+        "peak_bytes": sorted(chosen.peak_bytes.items()),
+    }
+    try:
+        memo.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        memo.write_text(json.dumps(record))
+    except OSError as error:
+        raise disk_fault(f"cannot write {memo}", error) from error
+
+
+def _read(memo: Path, inventory: Inventory, *, key: str) -> Provision | None:
+    """Return the plan that was made for the same, if there is one that can be read."""
+    try:
+        record = json.loads(memo.read_text())
+        if record["key"] != key:
+            return None
+        homes = {
+            unit: Tier(tier)
+            for section, tiers in zip(Section, record["homes"], strict=True)
+            for unit, tier in zip(inventory.units(section), tiers, strict=True)
+            if tier is not None
+        }
+        slots = Slots(**{section.value: int(count) for section, count in zip(Section, record["slots"], strict=True)})
+        placement = Placement(homes=homes, slots=slots)
+        check_placement(inventory, placement)
+        return Provision(
+            placement=placement,
+            keep_bytes=int(record["keep_bytes"]),
+            wave=int(record["wave"]),
+            patience_s=float(record["patience_s"]),
+            entry_bytes=int(record["entry_bytes"]),
+            kept=None if record["kept"] is None else frozenset(map(int, record["kept"])),
+            parked={int(block): Tier(tier) for block, tier in record["parked"]},
+            places={Tier(tier): int(count) for tier, count in record["places"]},
+            peak_bytes={Tier(tier): int(size) for tier, size in record["peak_bytes"]},
+        )
+    except (OSError, ValueError, KeyError, TypeError):  # none, or one of an older version: a new one costs seconds
+        return None

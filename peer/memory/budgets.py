@@ -1,0 +1,191 @@
+"""How much of each tier training may take: what the user says, else what this machine has free.
+
+Owns: `Budgets`, how sizes are written, and asking the system for free memory. Must not know: torch (a card's free
+memory is passed in), what the memory is used for.
+
+Budgets are for state, activations and working space. The process itself (Python and its libraries, some 700 MB) stands
+beside them; the defaults leave room for it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+
+from peer.memory.placement import Tier
+from protocol.errors import ConfigError
+
+RESERVE_BYTES = 1 << 30
+"""Left alone by default: the process itself, and what others on this machine will want."""
+RESERVE_SHARE = 0.1
+"""Left alone besides, of what is free."""
+DISK_MARGIN_BYTES = 1 << 29  # as much as `store_folder.py` insists on
+
+_UNITS = {"": 1 << 10, "i": 1 << 10, "b": 1000, "ib": 1 << 10}
+_EXAMPLE = "Write it like 6GiB, 8GB or 512MiB."
+_UNLIMITED_BYTES = 1 << 60  # version 1 of cgroups writes "no limit" as a very large number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budgets:
+    """What training may take. 0 bytes: that tier is not used."""
+
+    device_bytes: int
+    host_bytes: int = 0
+    nvme_bytes: int = 0
+    nvme_writes_per_day_bytes: int | None = None
+    """None: no cap."""
+
+    def of(self, tier: Tier) -> int:
+        return {Tier.DEVICE: self.device_bytes, Tier.HOST: self.host_bytes, Tier.NVME: self.nvme_bytes}[tier]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the volunteer allows. None: not said."""
+
+    device_bytes: int | None = None
+    host_bytes: int | None = None
+    nvme: Path | None = None
+    nvme_bytes: int | None = None
+    nvme_writes_per_day_bytes: int | None = None
+
+
+def parse_size(text: str, *, what: str = "a size") -> int:
+    """Read a number of bytes with its unit: KB, MB, GB, TB are decimal; KiB, MiB, GiB, TiB and K, M, G, T binary.
+
+    Raises `ConfigError` for anything else, naming `what` it was for; a bare number is taken only for 0.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?b?)|(b))?", text.strip().lower(), re.ASCII)
+    if match is None:
+        raise ConfigError(f"{what}: '{text[:40]}' is no size.", hint=_EXAMPLE)
+    number, prefix, rest, is_bytes = float(match[1]), match[2], match[3], match[4]
+    if prefix is None and not is_bytes and number:
+        raise ConfigError(f"{what}: '{text[:40]}' has no unit.", hint=_EXAMPLE)
+    num_bytes = number if prefix is None else number * _UNITS[rest] ** ("kmgt".index(prefix) + 1)
+    if num_bytes >= _UNLIMITED_BYTES:
+        raise ConfigError(f"{what}: '{text[:40]}' is more than any machine has.", hint=_EXAMPLE)
+    return int(num_bytes)
+
+
+def size_text(num_bytes: float) -> str:
+    """Write a number of bytes for people, in the units of memory."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(num_bytes) < 1 << 10:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1 << 10
+    return f"{num_bytes:,.1f} GiB"
+
+
+def default_budgets(
+    *,
+    free_host_bytes: int,
+    free_device_bytes: int | None,
+    device_bytes: int | None = None,
+    host_bytes: int | None = None,
+) -> Budgets:
+    """Fill in what the user did not say (None): most of what is free. No NVMe: that is the user's to offer.
+
+    Without a card (`free_device_bytes` None) the device is a part of the host's memory: all of it, unless the user
+    says otherwise.
+    """
+    usable_bytes = max(0, int((free_host_bytes - RESERVE_BYTES) * (1 - RESERVE_SHARE)))
+    if device_bytes is None and free_device_bytes is not None:
+        device_bytes = int(free_device_bytes * (1 - RESERVE_SHARE))  # an allocator's gaps
+    elif device_bytes is None:
+        device_bytes = max(0, usable_bytes - (host_bytes or 0))
+    if host_bytes is None:
+        in_use_bytes = device_bytes if free_device_bytes is None else 0
+        host_bytes = max(0, usable_bytes - in_use_bytes)
+    return Budgets(device_bytes=device_bytes, host_bytes=host_bytes)
+
+
+def budgets_here(limits: Limits, *, free_device_bytes: int | None) -> Budgets:
+    """Return what training may take on this machine. Raises `ConfigError` for a limit without its folder."""
+    budgets = default_budgets(
+        free_host_bytes=free_host_bytes(),
+        free_device_bytes=free_device_bytes,
+        device_bytes=limits.device_bytes,
+        host_bytes=limits.host_bytes,
+    )
+    if limits.nvme is None:
+        for option, given in (
+            ("--nvme-limit", limits.nvme_bytes),
+            ("--nvme-writes-per-day", limits.nvme_writes_per_day_bytes),
+        ):
+            if given is not None:
+                raise ConfigError(f"{option} needs a folder.", hint="Name one on an NVMe drive with --nvme.")
+        return budgets
+    free_bytes = free_disk_bytes(limits.nvme)
+    return replace(
+        budgets,
+        nvme_bytes=free_bytes if limits.nvme_bytes is None else min(limits.nvme_bytes, free_bytes),
+        nvme_writes_per_day_bytes=limits.nvme_writes_per_day_bytes,
+    )
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Return how much a folder's drive can take, whether the folder is there yet or not."""
+    existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    return max(0, shutil.disk_usage(existing).free - DISK_MARGIN_BYTES)
+
+
+def free_host_bytes() -> int:
+    """Return how much memory this process may still take: what the machine has free, within its control group."""
+    free = [int(psutil.virtual_memory().available)]
+    for limit_file, used_file, cache_key in _control_groups():
+        limit, used = _number(limit_file), _number(used_file)
+        if limit is not None and used is not None and limit < _UNLIMITED_BYTES:
+            free.append(max(0, limit - used + _cached_bytes(used_file.parent / "memory.stat", cache_key)))
+    return min(free)
+
+
+def _control_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[_Group]:
+    """List the files of this process's control group and of those around it, in both versions of cgroups.
+
+    In a container the path may be that of another namespace; then its folder is not there, and the root's files are
+    the container's own.
+    """
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return []  # no Linux
+    groups: list[_Group] = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "memory":
+            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        elif not controllers:
+            base, names = root, ("memory.max", "memory.current", "inactive_file")
+        else:
+            continue
+        folder = base / path.strip("/")
+        for each in (folder, *folder.parents):
+            groups.append((each / names[0], each / names[1], names[2]))
+            if each == base:
+                break
+    return groups
+
+
+_Group = tuple[Path, Path, str]
+"""Limit, usage, and what `memory.stat` calls cached files that can go at once."""
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None  # "max" is no limit
+
+
+def _cached_bytes(stat: Path, key: str) -> int:
+    try:
+        lines = stat.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{key} ")), 0)

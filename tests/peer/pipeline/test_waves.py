@@ -1,0 +1,130 @@
+"""Which microbatches pass the span together, and what each of them gets. The compute thread is the real one."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+
+from peer.pipeline.compute import ComputeThread, Priority
+from peer.pipeline.waves import Waves
+from protocol.errors import PeerFault, SwarmError
+
+LONG_S = 60.0  # a patience that no test waits for
+
+
+@pytest.fixture
+async def compute() -> AsyncIterator[ComputeThread]:
+    thread = ComputeThread()
+    yield thread
+    await thread.stop()
+
+
+class Recorder:
+    """Work that notes its waves and answers every number with its square, or with the error it is told to."""
+
+    def __init__(self) -> None:
+        self.waves: list[list[int]] = []
+        self.errors: dict[int, SwarmError] = {}
+
+    def work(self, wave: list[int]) -> Sequence[int | SwarmError]:
+        self.waves.append(wave)
+        return [self.errors.get(number, number * number) for number in wave]
+
+
+async def ask(waves: Waves, recorder: Recorder, number: int, kind: str = "forward") -> int:
+    result: int = await waves.run(kind, number, recorder.work, priority=Priority.FORWARD, age=number)
+    return result
+
+
+async def test_a_full_wave_starts_at_once(compute: ComputeThread) -> None:
+    """Oracle: a patience that nobody could wait for."""
+    waves, recorder = Waves(compute, size=lambda: 3, patience_s=LONG_S), Recorder()
+    results = await asyncio.gather(*(ask(waves, recorder, number) for number in (5, 3, 4)))
+    assert results == [25, 9, 16]
+    assert recorder.waves == [[3, 4, 5]], "the oldest number goes first"
+
+
+async def test_a_wave_that_does_not_fill_starts_when_its_first_has_waited_long_enough(compute: ComputeThread) -> None:
+    waves, recorder = Waves(compute, size=lambda: 8, patience_s=0.01), Recorder()
+    assert await asyncio.gather(*(ask(waves, recorder, number) for number in range(3))) == [0, 1, 4]
+    assert recorder.waves == [[0, 1, 2]]
+
+
+async def test_what_comes_while_the_thread_is_busy_joins(compute: ComputeThread) -> None:
+    """Oracle: one wave of all, though the first was due before the others came."""
+    waves, recorder = Waves(compute, size=lambda: 4, patience_s=0.0), Recorder()
+    gate = threading.Event()
+    blocking = compute.submit(gate.wait, priority=Priority.CONTROL)
+    first = asyncio.create_task(ask(waves, recorder, 0))
+    await asyncio.sleep(0.02)
+    others = [asyncio.create_task(ask(waves, recorder, number)) for number in (1, 2)]
+    await asyncio.sleep(0)
+    gate.set()
+    await blocking
+    await asyncio.gather(first, *others)
+    assert recorder.waves == [[0, 1, 2]]
+
+
+async def test_more_than_a_wave_makes_several(compute: ComputeThread) -> None:
+    waves, recorder = Waves(compute, size=lambda: 2, patience_s=0.01), Recorder()
+    await asyncio.gather(*(ask(waves, recorder, number) for number in range(5)))
+    assert sorted(number for wave in recorder.waves for number in wave) == list(range(5))
+    assert max(map(len, recorder.waves)) == 2
+    assert not waves._gatherings
+
+
+async def test_kinds_do_not_mix(compute: ComputeThread) -> None:
+    waves, recorder = Waves(compute, size=lambda: 2, patience_s=0.01), Recorder()
+    await asyncio.gather(*(ask(waves, recorder, number, kind=f"round {number % 2}") for number in range(4)))
+    assert sorted(recorder.waves) == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+async def test_one_microbatch_that_is_refused_does_not_spoil_the_others(compute: ComputeThread, size: int) -> None:
+    waves, recorder = Waves(compute, size=lambda: size, patience_s=0.01), Recorder()
+    recorder.errors = {1: PeerFault("nonsense")}
+    results = await asyncio.gather(*(ask(waves, recorder, number) for number in range(3)), return_exceptions=True)
+    assert [results[0], results[2]] == [0, 4]
+    assert isinstance(results[1], PeerFault)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+async def test_a_wave_that_fails_fails_for_all_in_it_and_for_nobody_else(compute: ComputeThread, size: int) -> None:
+    """Oracle: the very error, and a later wave that works."""
+    waves, recorder = Waves(compute, size=lambda: size, patience_s=0.01), Recorder()
+    error = ZeroDivisionError("a bug")
+
+    def broken(wave: list[int]) -> Sequence[int | SwarmError]:
+        raise error
+
+    run = (waves.run("forward", number, broken, priority=Priority.FORWARD, age=number) for number in range(2))
+    assert await asyncio.gather(*run, return_exceptions=True) == [error, error]
+    assert await ask(waves, recorder, 7) == 49
+
+
+async def test_who_has_given_up_is_left_out(compute: ComputeThread) -> None:
+    waves, recorder = Waves(compute, size=lambda: 8, patience_s=0.05), Recorder()
+    leaving = asyncio.create_task(ask(waves, recorder, 1))
+    staying = asyncio.create_task(ask(waves, recorder, 2))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    assert await staying == 4
+    assert recorder.waves == [[2]]
+
+
+async def test_a_thread_that_stops_lets_nobody_wait(compute: ComputeThread) -> None:
+    waves, recorder = Waves(compute, size=lambda: 2, patience_s=LONG_S), Recorder()
+    gate = threading.Event()
+    compute.submit(gate.wait, priority=Priority.CONTROL)
+    waiting = [asyncio.create_task(ask(waves, recorder, number)) for number in range(2)]
+    await asyncio.sleep(0.01)
+    stopping = asyncio.create_task(compute.stop())
+    await asyncio.sleep(0.01)
+    gate.set()
+    await stopping
+    async with asyncio.timeout(5.0):
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert all(isinstance(result, asyncio.CancelledError) for result in results)
