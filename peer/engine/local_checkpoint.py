@@ -10,6 +10,7 @@ A drive at home must not wear out by that, so the more there is of it, the rarer
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class LocalCheckpoint:
         self._standings: dict[StageId, Standing] = {}
         self._changes: dict[StageId, int] = {}  # of each engine when it stood there
         self._interval_s = max(MIN_INTERVAL_S, memory.pool.beside_bytes / WEAR_BYTES_PER_S)
-        self._committed_s = now_s()
+        self._committed_s = -math.inf  # the first state that is reached is kept at once
 
     def recover(self) -> dict[StageId, Standing]:
         """Bring the engines to the last commit and return where they stand; empty if there is none."""

@@ -122,6 +122,7 @@ def _planned(
         device=size_text(chosen.prediction.peak_bytes[Tier.DEVICE]),
         host=size_text(chosen.prediction.peak_bytes[Tier.HOST]),
         nvme=size_text(chosen.prediction.peak_bytes[Tier.NVME]),
+        in_memory=round(_share_in_memory(inventory, chosen.placement), 3),
         step_s=round(chosen.prediction.step_s, 3),
     )
     return Provision(
@@ -135,6 +136,13 @@ def _planned(
         places=dict.fromkeys(parked.values(), chosen.num_places),  # a plan sends all of them to one tier
         peak_bytes=chosen.prediction.peak_bytes,
     )
+
+
+def _share_in_memory(inventory: Inventory, placement: Placement) -> float:
+    """Return how much of the training state is in memory, slots included."""
+    taken = footprint(inventory, placement)
+    whole = sum(inventory.num_bytes(unit) for section in Section for unit in inventory.units(section))
+    return (taken[Tier.DEVICE] + taken[Tier.HOST]) / whole
 
 
 # -- remembering ----------------------------------------------------------------------------------------

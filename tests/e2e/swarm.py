@@ -38,8 +38,12 @@ class Swarm:
         stages: int = 2,
         settings: Sequence[str] = (),
         preset: str = "tiny",
+        model: Path | None = None,
     ) -> None:
-        """Make the run in `folder`; `settings` are `section.field=value` on top of the preset."""
+        """Make the run in `folder`; `settings` are `section.field=value` on top of the preset.
+
+        `model` is a folder with another model than the preset's.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.directory = folder / "run"
@@ -48,6 +52,7 @@ class Swarm:
         self.peers: dict[str, Command] = {}
         self._ended: list[Command] = []
         flags = ["--corpus", str(corpus), "--preset", preset, "--stages", str(stages), "--rounds", str(rounds)]
+        flags += [] if model is None else ["--model", str(model)]
         for setting in settings:
             flags += ["--set", setting]
         run_to_end(
