@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peer.memory.budgets import Limits, parse_size
+from peer.memory.planning.budgets import Limits, parse_size
 from peer.settings import PeerSettings, default_data_dir, default_name
 from protocol.console import run_command, set_up_logging
 from protocol.control import NAME_PATTERN
@@ -147,7 +147,7 @@ def bench_plan(as_json: bool, debug: bool, **options: Any) -> None:
     """
 
     def command() -> None:
-        from peer.memory.plan_report import describe, to_json
+        from peer.memory.planning.plan_report import describe, to_json
         from peer.planning import answer
 
         found = answer(_question(**options))
@@ -221,7 +221,7 @@ def _question(
     threads: int | None,
     **others: Any,
 ) -> Question:
-    from peer.memory.workload import Mode
+    from peer.memory.planning.workload import Mode
     from peer.planning import Question
 
     return Question(

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from peer.memory import machines
-from peer.memory.budgets import Budgets, Limits, budgets_here, free_host_bytes, size_text
 from peer.memory.moments import MasterName, OptimizerName
-from peer.memory.plan import Plan, plan
-from peer.memory.profile import Profile, calculated
+from peer.memory.planning import machines
+from peer.memory.planning.budgets import Budgets, Limits, budgets_here, free_host_bytes, size_text
+from peer.memory.planning.plan import Plan, plan
+from peer.memory.planning.profile import Profile, calculated
+from peer.memory.planning.workload import Mode, Workload
 from peer.memory.units import Inventory
-from peer.memory.workload import Mode, Workload
 from protocol.architecture import check_config, preset, stage_blocks, untie
 from protocol.errors import ConfigError
 from protocol.layout import BlockLayout
@@ -121,7 +121,7 @@ def _here(question: Question, config: Mapping[str, Any], length: int) -> tuple[P
     """Measure this machine."""
     limits = question.limits
     from peer.engine.build import choose_device  # these two import torch
-    from peer.memory.measure import free_device_bytes, measure
+    from peer.engine.measure import free_device_bytes, measure
 
     device = choose_device(question.device)
     budgets = budgets_here(limits, free_device_bytes=free_device_bytes(device))

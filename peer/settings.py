@@ -9,7 +9,7 @@ from pathlib import Path
 
 import platformdirs
 
-from peer.memory.budgets import Limits
+from peer.memory.planning.budgets import Limits
 from protocol.ids import PeerId, RunId
 
 

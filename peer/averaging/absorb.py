@@ -14,7 +14,8 @@ import torch
 
 from peer.averaging.reduce import Reduced, decode_shard, encoded_shard_bytes
 from peer.engine.schedule import LearningRate
-from peer.engine.stage_engine import NORM_ELEMENTS, StageEngine
+from peer.engine.stage_engine import StageEngine
+from peer.engine.stage_state import NORM_ELEMENTS
 from protocol.errors import WireError
 
 

@@ -1,8 +1,8 @@
 """The state on NVMe as this peer's own checkpoint: what its last commit holds, and when the next one is due.
 
 Owns: the record that goes with a commit, and the choice of the moment. Must not know: how a commit is made safe
-(`peer/memory/nvme.py`), whom the state agrees with (`peer/averaging/sync.py` asks). Called from the compute thread
-only, between passes, so that a commit is of one version of every stage.
+(`peer/memory/disk/store.py`), whom the state agrees with (`peer/averaging/sync.py` asks). Called from the compute
+thread only, between passes, so that a commit is of one version of every stage.
 
 What streams from NVMe is there anyway and costs nothing to commit; what lives in memory has to be written beside it.
 A drive at home must not wear out by that, so the more there is of it, the rarer the commits.
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import structlog
 
 from peer.engine.stage_engine import StageEngine
+from peer.memory.disk.slot_table import Json
 from peer.memory.executor import Executor
-from peer.memory.slot_table import Json
 from protocol.errors import StorageError
 from protocol.ids import Lineage, RoundId, StageId, Version
 

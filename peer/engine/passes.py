@@ -18,7 +18,7 @@ from torch import Tensor
 
 from peer.engine.optimizer import AdamW
 from peer.engine.retention import Retention
-from peer.engine.state import shard_digest
+from peer.engine.state import check_computed, shard_digest
 from peer.engine.tape import Graph, Tape
 from peer.memory.arena import Arena, Parked
 from peer.memory.placement import Tier
@@ -131,7 +131,9 @@ class StepPass(StagePass):
         assert moments is not None
         block, layout, part = self._shard(work)
         gradient = self._gradient[part]
-        if self._load is not None:
+        if self._load is None:  # inside a backward pass nobody has looked at it yet
+            check_computed(gradient, f"gradient of shard {layout.name}")
+        else:
             self._load(self._numbers[block] + work.index, gradient)
             for start, end in layout.padding:  # bytes from elsewhere may carry anything there
                 gradient[start:end].zero_()

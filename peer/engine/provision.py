@@ -1,7 +1,7 @@
 """Decide how a span trains within this volunteer's limits: as a whole on the device, or by a plan.
 
 Owns: the short way for spans that fit, and what a plan means for the engine. Must not know: how a plan is made
-(`peer/memory/plan.py`), how the memory is used. `build.py` does what is chosen here.
+(`peer/memory/planning/plan.py`), how the memory is used. `build.py` does what is chosen here.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 
 import structlog
 
-from peer.memory.budgets import Budgets, budgets_here, size_text
-from peer.memory.durable_files import disk_fault
-from peer.memory.measure import free_device_bytes, measure
+from peer.engine.measure import free_device_bytes, measure
+from peer.memory.disk.durable_files import disk_fault
 from peer.memory.placement import Placement, Slots, Tier, all_on_device, check_placement, footprint
-from peer.memory.plan import plan
+from peer.memory.planning.budgets import Budgets, budgets_here, size_text
+from peer.memory.planning.plan import plan
+from peer.memory.planning.workload import Mode, Workload
 from peer.memory.units import ELEMENT_BYTES, Inventory, Section
-from peer.memory.workload import Mode, Workload
 from peer.settings import PeerSettings
 from protocol.manifest import Manifest
 

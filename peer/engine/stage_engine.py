@@ -1,49 +1,41 @@
-"""Train one stage: forward, backward, loss, optimizer step, and the state to save or hash.
+"""Pass microbatches through one stage: forward, loss, backward, one or a wave of them at a time.
 
-Owns: a `Stage` in the peer's memory, its optimizer, the version, and what is kept between a microbatch's forward and
-backward. Must not know: the network, rounds, who asks; where the state lives (`peer/memory/` does). Synchronous; every
-call comes from the one compute thread, but for those that say so. `peer/pipeline/` brings microbatches here,
-`peer/averaging/` reads the gradient sums and brings the averaged ones.
-
-Losses and gradients are sums over target tokens. They add up in the shards until `step` multiplies them by
-the scale it is given (one over the round's target tokens, times the clip factor) and updates the weights.
+Owns: what is let in, what is kept between a microbatch's forward and backward, and the order of passes. Must not know:
+the network, rounds, who asks; what the sums are for (`stage_state.py`), where anything lives (`peer/memory/` does).
+Synchronous; every call comes from the one compute thread. `peer/pipeline/` brings microbatches here.
 
 Shapes: B sequences, T positions, D model width.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from peer.engine.optimizer import AdamW, OptimizerSpec
-from peer.engine.passes import InitialPass, OnShard, Parking, ShardPass, StepPass, WavePass
+from peer.engine.optimizer import OptimizerSpec
+from peer.engine.passes import Parking, WavePass
 from peer.engine.retention import Retention
-from peer.engine.state import check_computed, is_finite, largest, shard_digest, state_digest
-from peer.engine.statefiles import Sink, StateFormat, StateReader, StateWriter
+from peer.engine.stage_state import StageState, Step
+from peer.engine.state import check_computed, largest
 from peer.engine.tape import Tape
 from peer.memory.arena import Arena, Parked
 from peer.memory.backend import CpuBackend
 from peer.memory.executor import Executor, open_memory
 from peer.memory.placement import Placement, Tier, all_on_device
-from peer.memory.schedule import Gradient, Kind, Visit, backward_visits, forward_visits, shard_visits
-from peer.memory.units import Inventory, Section, Unit
-from peer.model.blocks import named_views
+from peer.memory.schedule import Kind, Visit, backward_visits, forward_visits
+from peer.memory.units import Inventory
 from peer.model.loss import count_targets
 from peer.model.stage import Stage, build_stage
 from protocol.architecture import ModelConfig
 from protocol.errors import PeerFault
-from protocol.ids import Digest, Version
-from protocol.layout import ShardLayout
+from protocol.ids import Version
 
-NORM_ELEMENTS = 1 << 20  # piece of a gradient that is widened to fp64 at a time
 MAX_MAGNITUDE = 1e8  # of what others send: 1e4 is a lot in a trained model, and from here nothing overflows in fp32
 
 
@@ -76,15 +68,7 @@ class EngineStatistics:
     recomputed: int
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """An optimizer step that is taken inside a backward pass: for who averages nothing, or not at every step."""
-
-    learning_rate: float
-    scale: float
-
-
-class StageEngine:
+class StageEngine(StageState):
     """One stage in training."""
 
     def __init__(
@@ -104,26 +88,15 @@ class StageEngine:
         in `kept`, counted within the stage, or of any); other blocks are recomputed from their inputs, which stay there
         too unless `parking` sends them elsewhere.
         """
-        self.version = Version(0)
-        self.shards: tuple[ShardLayout, ...] = tuple(shard for layout in stage.layouts for shard in layout.shards())
-        self._stage, self._memory, self._first = stage, memory, first_block
-        self._blocks = range(first_block, first_block + len(stage.blocks))
-        self._gradient_units = tuple(self._units(Section.GRADIENT))
-        self._spec, self._optimizer = spec, AdamW(spec, stage.device)
-        self.steps = 0
-        """How many steps the optimizer has taken: after a restored state this may differ from the version."""
-        self._digest: Digest | None = None  # of the present state, if it is known
+        super().__init__(stage, spec, memory, first_block=first_block)
         self._retention, self._kept_blocks = Retention(keep_budget_bytes), kept
         self._parking = parking
         self._parked = set() if parking is None else {first_block + block for block in parking.tiers}
         self._pending: dict[int, Tape] = {}
-        self._fresh = set(self._blocks)  # blocks whose gradient sum is zero, whatever their buffers hold
         self._next_ticket = 0
         self._forwards = self._backwards = self._recomputed = 0
         self.additions = 0
         """How often something has begun to be added to the gradient sums."""
-        self.changes = 0
-        """How often something has begun to change the state: if the last of them failed, it is of no version."""
 
     @classmethod
     def build(
@@ -168,27 +141,6 @@ class StageEngine:
     def close(self) -> None:
         """Give back what the memory holds open."""
         self._memory.close()
-
-    def initialise(self, seed: int) -> None:
-        """Start from the weights that a run's seed defines, with an optimizer that has seen nothing."""
-        self._begin_anew()
-        self._memory.let_go()  # blocks are drawn as a whole, when they are entered: none may be on its way home
-        self._memory.run(
-            shard_visits(self._blocks, Kind.FILL), InitialPass(self._stage, self._first, self._optimizer, seed=seed)
-        )
-        self.steps, self.version = 0, Version(0)
-
-    @property
-    def is_first(self) -> bool:
-        return self._stage.is_first
-
-    @property
-    def is_last(self) -> bool:
-        return self._stage.is_last
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(layout.num_parameters for layout in self._stage.layouts)
 
     def statistics(self) -> EngineStatistics:
         return EngineStatistics(
@@ -307,109 +259,6 @@ class StageEngine:
         if grad_outputs.shape != expected or not largest(grad_outputs) <= MAX_MAGNITUDE:
             raise PeerFault("the gradient from the next stage has the wrong shape, or numbers that no model makes.")
 
-    # --- gradients and weights -----------------------------------------------------------------------
-
-    def zero_gradients(self) -> None:
-        self._fresh = set(self._blocks)
-
-    def gradient_shard(self, number: int) -> Tensor:
-        """Return the gradient sum of one shard, flat fp32 in host memory; it may share that of the sum.
-
-        May be called from any thread while nothing is added, and holds until something is.
-        """
-        return self._gradient_of(self._gradient_units[number])
-
-    def gradient_shards(self) -> list[Tensor]:
-        """Return the gradient sums of all shards: for small stages only."""
-        return [self._gradient_of(unit) for unit in self._gradient_units]
-
-    def has_finite_gradients(self) -> bool:
-        """Tell whether the gradient sums can be averaged: one overflow anywhere, and they cannot."""
-        return all(is_finite(self._gradient_of(unit)) for unit in self._gradient_units if self._has(unit))
-
-    def gradient_norm(self) -> float:
-        """Return the Euclidean norm of the summed gradient of the stage, added up in fp64."""
-        pieces = (
-            piece for unit in self._gradient_units for piece in torch.split(self._gradient_of(unit), NORM_ELEMENTS)
-        )
-        return math.sqrt(sum(float(torch.linalg.vector_norm(piece.double())) ** 2 for piece in pieces))
-
-    def step(self, learning_rate: float, *, scale: float, load: Callable[[int, Tensor], None] | None = None) -> None:
-        """Update the weights from `gradient * scale`, clear the gradients, and go to the next version.
-
-        With `load(number, out)`, which writes the sum for shard `number` (finite, flat fp32), the own sums are dropped.
-        Raises `LocalFault`, with no weight changed, if an own sum is not finite.
-        """
-        if load is None:
-            for layout, unit in zip(self.shards, self._gradient_units, strict=True):
-                if self._has(unit):
-                    check_computed(self._gradient_of(unit), f"gradient of shard {layout.name}")
-        self._forget_all()
-        visits = [
-            Visit(
-                block=block,
-                shard_work=Kind.STEP,
-                gradient=self._gradient_before(block) if load is None else Gradient.SPACE,
-                keeps_gradient=False,
-            )
-            for block in self._blocks
-        ]
-        digests: list[Digest] | None = None if load is None else []  # who brings sums will ask for the new state's hash
-        self._memory.run(visits, self._step_pass(Step(learning_rate, scale), load, digests))
-        self._finish_step()
-        self._digest = None if digests is None else state_digest(self.steps, digests)
-
-    # --- state ---------------------------------------------------------------------------------------
-
-    @property
-    def state_bytes(self) -> int:
-        """Return how many bytes weights and optimizer state take."""
-        units = [*self._units(Section.WEIGHTS), *self._units(Section.MOMENTS)]
-        return sum(self._memory.pool.inventory.num_bytes(unit) for unit in units)
-
-    def weight_tensors(self) -> dict[str, Tensor]:
-        """Return a copy of the weights by Hugging Face name: all of them, so for small stages only."""
-        shards: list[list[Tensor]] = [[] for _ in self._stage.blocks]
-        self._read_shards(lambda block, layout, weights, moments: shards[block].append(weights.cpu().clone()))
-        parts: dict[str, list[Tensor]] = {}
-        for layout, pieces in zip(self._stage.layouts, shards, strict=True):
-            for name, view in named_views(layout, torch.cat(pieces)).items():
-                parts.setdefault(name, []).append(view)
-        return {name: rows[0] if len(rows) == 1 else torch.cat(rows) for name, rows in parts.items()}
-
-    def state_digest(self) -> Digest:
-        """Hash weights and optimizer state. At hand after a step with sums from elsewhere, else all shards are read."""
-        if self._digest is None:
-            digests: list[Digest] = []
-            self._read_shards(lambda block, layout, weights, moments: digests.append(shard_digest(weights, moments)))
-            self._digest = state_digest(self.steps, digests)
-        return self._digest
-
-    def write_state(self, files: Mapping[str, Sink]) -> None:
-        """Write weights and optimizer state into open files (by part), one shard at a time."""
-        writer = StateWriter(files, self._format(), steps=self.steps)
-        self._read_shards(lambda block, layout, weights, moments: writer.write(layout, weights, moments))
-
-    def read_state(self, files: Mapping[str, BinaryIO], *, version: Version) -> None:
-        """Become the saved state of `version`; raises `StorageError`, with nothing changed, if it does not fit."""
-        reader = StateReader(files, self._format())
-        self._begin_anew()  # before the first byte changes: reading may fail half-way
-        self._memory.let_go()
-        self._memory.run(
-            shard_visits(self._blocks, Kind.FILL),
-            ShardPass(
-                self._stage,
-                self._first,
-                lambda block, layout, weights, moments: reader.read(layout, weights, moments),
-            ),
-        )
-        self.steps, self.version = reader.steps, version
-
-    def resume(self, *, version: Version, steps: int) -> None:
-        """Take note that the memory holds the state of `version`."""
-        self.steps, self.version = steps, version
-        self._begin_anew()
-
     # --- inside: passes ------------------------------------------------------------------------------
 
     def _run_up(
@@ -436,7 +285,7 @@ class StageEngine:
     def _run_down(self, tapes: Sequence[Tape], blocks: range, step: Step | None) -> None:
         """Take tapes back through `blocks` (the body, or the body and the head) and the embedding."""
         if step is not None:
-            self._forget_all()
+            self._before_change()
         visits: list[Visit] = []
         for block in (*reversed(blocks), *reversed(self._stage.embedding)):
             kind = Kind.LOSS if block in self._stage.head else Kind.BACKWARD
@@ -469,55 +318,7 @@ class StageEngine:
     def _note_addition(self) -> None:
         self.additions += 1
 
-    def _note_change(self) -> None:
-        self.changes += 1
-
-    def _step_pass(
-        self,
-        step: Step,
-        load: Callable[[int, Tensor], None] | None = None,
-        digests: list[Digest] | None = None,
-    ) -> StepPass:
-        return StepPass(
-            self._stage,
-            self._first,
-            self._optimizer,
-            step=self.steps + 1,
-            learning_rate=step.learning_rate,
-            scale=step.scale,
-            load=load,
-            digests=digests,
-            before_changing=self._note_change,
-        )
-
-    def _finish_step(self) -> None:
-        self.steps += 1
-        self.version = Version(self.version + 1)
-        self.zero_gradients()
-
-    def _read_shards(self, on_shard: OnShard) -> None:
-        self._memory.run(shard_visits(self._blocks, Kind.READ), ShardPass(self._stage, self._first, on_shard))
-
     # --- inside: the rest ----------------------------------------------------------------------------
-
-    def _units(self, section: Section, block: int | None = None) -> Iterator[Unit]:
-        for index in self._blocks if block is None else [block]:
-            yield from self._memory.pool.inventory.block_units(index, section)
-
-    def _has(self, unit: Unit) -> bool:
-        """Tell whether anything has been added to a gradient since it was last cleared."""
-        return unit.block not in self._fresh
-
-    def _gradient_before(self, block: int) -> Gradient:
-        return Gradient.ZERO if block in self._fresh else Gradient.SUM
-
-    def _gradient_of(self, unit: Unit) -> Tensor:
-        if not self._has(unit):
-            return torch.zeros(self._memory.pool.inventory.layout(unit).num_elements)
-        return self._memory.look(unit).view(torch.float32).cpu()
-
-    def _format(self) -> StateFormat:
-        return StateFormat(self._stage.layouts, self._spec.name, self._spec.master)
 
     def _kept(self, tape: Tape) -> tuple[Tensor, Ticket]:
         ticket = Ticket(self._next_ticket, self.version)
@@ -553,17 +354,11 @@ class StageEngine:
                 self._parking.arena.drop(entry)
         tape.forget()
 
-    def _forget_all(self) -> None:
-        """Make every open microbatch recompute: the weights that it was computed with are about to change."""
-        self._digest = None
+    def _before_change(self) -> None:
+        """Make every open microbatch recompute."""
+        super()._before_change()
         for tape in self._pending.values():
             self._forget(tape)
-
-    def _begin_anew(self) -> None:
-        """Let go of everything that belonged to another state."""
-        self._note_change()
-        self._forget_all()
-        self.zero_gradients()
 
 
 def _num_targets(tape: Tape) -> int:

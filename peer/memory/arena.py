@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from peer.memory.executor import Executor
-from peer.memory.placement import Tier, padded
+from peer.memory.pages import padded
+from peer.memory.placement import Tier
 from protocol.errors import LocalFault
 
 PARK_BUFFERS = 2  # activations that are on their way out at the same time

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peer.memory.direct_io import aligned_buffer
-from peer.memory.placement import padded
+from peer.memory.disk.direct_io import aligned_buffer
+from peer.memory.pages import padded
 from protocol.errors import LocalFault
 
 Event = Any

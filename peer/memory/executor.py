@@ -21,7 +21,9 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from peer.memory.backend import Backend
-from peer.memory.nvme import NvmeStore
+from peer.memory.disk.slot_table import Json
+from peer.memory.disk.store import NvmeStore
+from peer.memory.disk.wear import WriteBudgetSpent
 from peer.memory.placement import Placement, Tier
 from peer.memory.pool import DURABLE, Pool, unit_specs
 from peer.memory.schedule import (
@@ -37,9 +39,7 @@ from peer.memory.schedule import (
     Work,
     schedule,
 )
-from peer.memory.slot_table import Json
 from peer.memory.units import Inventory, Section, Unit
-from peer.memory.wear import WriteBudgetSpent
 
 CHANGING = (Kind.STEP, Kind.FILL)
 

@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
+from peer.memory.pages import padded
 from peer.memory.units import Inventory, Section, Unit
-
-PAGE_BYTES = 4096  # every buffer starts at a multiple and is padded to one, so that a disk can read straight into it
 
 
 class Tier(IntEnum):
@@ -88,8 +87,3 @@ def footprint(inventory: Inventory, placement: Placement) -> dict[Tier, int]:
     for section in Section:
         total[Tier.DEVICE] += placement.slots.of(section) * slot_bytes(inventory, placement, section)
     return dict(total)
-
-
-def padded(num_bytes: int) -> int:
-    """Round up to whole pages."""
-    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES

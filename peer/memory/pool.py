@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from peer.memory.backend import Backend, Event, host_buffer
-from peer.memory.nvme import NvmeStore, UnitSpec
-from peer.memory.placement import Placement, Tier, check_placement, padded, slot_bytes
+from peer.memory.disk.slot_table import Json
+from peer.memory.disk.store import NvmeStore, UnitSpec
+from peer.memory.pages import padded
+from peer.memory.placement import Placement, Tier, check_placement, slot_bytes
 from peer.memory.schedule import AT_HOME
-from peer.memory.slot_table import Json
 from peer.memory.units import ELEMENT_BYTES, Inventory, Section, Unit
 
 DURABLE = (Section.WEIGHTS, Section.MOMENTS)

@@ -36,22 +36,6 @@ def chunk_tokens(vocabulary: int) -> int:
 
 
 @torch.no_grad()
-def loss_sum(
-    hidden_ND: Tensor,  # (N, D) after the final norm
-    weight_VD: Tensor,  # (V, D)
-    labels_N: Tensor,  # (N,) int64, `IGNORED` where there is no target
-    *,
-    chunk: int | None = None,
-) -> float:
-    """Return the summed cross-entropy in nats."""
-    total = 0.0
-    for rows in _chunks(labels_N, chunk or chunk_tokens(weight_VD.shape[0])):
-        logits_CV, targets_C, is_target_C = _logits(hidden_ND[rows], weight_VD, labels_N[rows])
-        total += _chunk_loss(logits_CV, torch.logsumexp(logits_CV, dim=-1), targets_C, is_target_C)
-    return total
-
-
-@torch.no_grad()
 def loss_sum_and_gradients(
     hidden_ND: Tensor,
     weight_VD: Tensor,

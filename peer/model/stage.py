@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from peer.model.blocks import Block, view_of
 from peer.model.initialise import initialise
-from peer.model.loss import IGNORED, Scores, add_gradients, add_scores, loss_sum, loss_sum_and_gradients
+from peer.model.loss import IGNORED, Scores, add_gradients, add_scores, loss_sum_and_gradients
 from protocol.architecture import EMBEDDING, HEAD, ModelConfig, check_config, stage_blocks
 from protocol.errors import CorpusError, ModelError
 from protocol.layout import BlockKind, BlockLayout
@@ -109,11 +109,6 @@ class Stage:
         )
 
     # -- head -----------------------------------------------------------------------------------------
-
-    def head_loss(self, block: int, hidden_BTD: Tensor, labels_BT: Tensor) -> float:
-        """Return the summed cross-entropy of normed hidden states. Only where the head is one block."""
-        head = self.blocks[block].parameters[HEAD]
-        return loss_sum(hidden_BTD.reshape(-1, self.width), head, labels_BT.reshape(-1))
 
     def head_loss_and_gradient(self, block: int, hidden_BTD: Tensor, labels_BT: Tensor) -> tuple[float, Tensor]:
         """Return the summed cross-entropy and its gradient by the hidden states; add that by the head.

@@ -124,7 +124,7 @@ def test_this_machine_is_measured(tmp_path: Path) -> None:
 def test_a_plan_for_another_machine_does_not_load_torch() -> None:
     """Oracle: the modules of a fresh interpreter."""
     code = (
-        "import sys; from peer.planning import Question, answer; from peer.memory.workload import Mode; "
+        "import sys; from peer.planning import Question, answer; from peer.memory.planning.workload import Mode; "
         "answer(Question(sequences=1, microbatches=1, optimizer='adamw8bit', master='fp32', mode=Mode.LOCAL, "
         "machine='24gb-pcie4x16')); print(*sorted({name.split('.')[0] for name in sys.modules}))"
     )

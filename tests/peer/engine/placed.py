@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from peer.engine.optimizer import OptimizerSpec
-from peer.engine.stage_engine import StageEngine, Step
+from peer.engine.stage_engine import StageEngine
+from peer.engine.stage_state import Step
 from peer.memory.backend import CpuBackend
 from peer.memory.executor import open_memory
 from peer.memory.placement import Placement, Slots, Tier, all_on_device

@@ -20,16 +20,16 @@ from peer.engine.passes import Parking
 from peer.engine.stage_engine import StageEngine
 from peer.memory.arena import Arena
 from peer.memory.backend import Backend, CpuBackend
+from peer.memory.disk.store import NvmeStore
 from peer.memory.executor import Executor
 from peer.memory.moments import MasterName
-from peer.memory.nvme import NvmeStore
 from peer.memory.placement import Placement, Slots, Tier
 from peer.memory.pool import Pool, unit_specs
 from peer.memory.units import Inventory, Section, Unit
 from peer.model.stage import build_stage
 from protocol.ids import Lineage, RoundId, StageId, Version
 from tests.peer.engine.placed import ACTIVATION_BYTES, TINY, MakePlacement, homes
-from tests.peer.memory.stored_versions import LOCAL
+from tests.peer.memory.disk.stored_versions import LOCAL
 
 NOON_S = 1_000_000 * 86_400 / 2 + 43_200.0
 LINEAGE = Lineage(bytes(32))

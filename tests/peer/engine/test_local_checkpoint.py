@@ -17,10 +17,11 @@ from peer.codecs import codec
 from peer.engine.local_checkpoint import MIN_INTERVAL_S, WEAR_BYTES_PER_S, LocalCheckpoint, Standing
 from peer.engine.optimizer import AdamW, OptimizerSpec
 from peer.engine.span import SpanEngine
-from peer.engine.stage_engine import StageEngine, Step
+from peer.engine.stage_engine import StageEngine
+from peer.engine.stage_state import Step
 from peer.memory.backend import CpuBackend
+from peer.memory.disk.store import NvmeStore
 from peer.memory.executor import open_memory
-from peer.memory.nvme import NvmeStore
 from peer.memory.placement import Placement, Slots, Tier, all_on_device
 from peer.memory.pool import Pool
 from peer.memory.units import Inventory, Section

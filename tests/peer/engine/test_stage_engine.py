@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from peer.engine.optimizer import OptimizerSpec
-from peer.engine.stage_engine import StageEngine, Step, Ticket
+from peer.engine.stage_engine import StageEngine, Ticket
+from peer.engine.stage_state import Step
 from peer.engine.state import shard_digest, state_digest
 from peer.memory.moments import moment_bytes
 from protocol import architecture, layout

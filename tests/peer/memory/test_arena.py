@@ -20,10 +20,10 @@ from torch import Tensor
 from peer.engine.stage_engine import StageEngine
 from peer.memory.arena import Arena, Parked
 from peer.memory.backend import CpuBackend
-from peer.memory.nvme import NvmeStore
+from peer.memory.disk.store import NvmeStore
+from peer.memory.disk.wear import DAY_S, WriteBudgetSpent
 from peer.memory.placement import Tier, all_on_device
 from peer.memory.pool import Pool
-from peer.memory.wear import DAY_S, WriteBudgetSpent
 from protocol.errors import LocalFault, StorageError
 from tests.peer.engine.placed import (
     ACTIVATION_BYTES,

@@ -20,14 +20,16 @@ import pytest
 import torch
 
 from peer.engine.optimizer import OptimizerSpec
-from peer.engine.stage_engine import StageEngine, Step
+from peer.engine.stage_engine import StageEngine
+from peer.engine.stage_state import Step
 from peer.memory.backend import CpuBackend
+from peer.memory.disk.store_folder import DATA_FILE
+from peer.memory.disk.wear import DAY_S, WriteBudgetSpent
 from peer.memory.moments import MasterName
-from peer.memory.placement import Placement, Slots, Tier, padded
+from peer.memory.pages import padded
+from peer.memory.placement import Placement, Slots, Tier
 from peer.memory.pool import Pool
-from peer.memory.store_folder import DATA_FILE
 from peer.memory.units import Inventory, Section, Unit
-from peer.memory.wear import DAY_S, WriteBudgetSpent
 from protocol import architecture, layout
 from protocol.architecture import stage_blocks
 from protocol.control import STATE_PARTS

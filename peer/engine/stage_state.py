@@ -1,0 +1,245 @@
+"""What a stage has learnt and is adding up: its weights, optimizer state and gradient sums, in the peer's memory.
+
+Owns: the optimizer step, the gradient sums, the version, hashing, saving and loading. Must not know: microbatches
+(`stage_engine.py` has them), where the state lives (`peer/memory/` does), rounds, the network. Synchronous; every call
+comes from the one compute thread, but for those that say so. `peer/averaging/` reads the gradient sums here and brings
+the averaged ones.
+
+Gradients are sums over target tokens. They add up in the shards until `step` multiplies them by the scale it is given
+(one over the round's target tokens, times the clip factor) and updates the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from peer.engine.optimizer import AdamW, OptimizerSpec
+from peer.engine.passes import InitialPass, OnShard, ShardPass, StepPass
+from peer.engine.state import check_computed, is_finite, shard_digest, state_digest
+from peer.engine.statefiles import Sink, StateFormat, StateReader, StateWriter
+from peer.memory.executor import Executor
+from peer.memory.schedule import Gradient, Kind, Visit, shard_visits
+from peer.memory.units import Section, Unit
+from peer.model.blocks import named_views
+from peer.model.stage import Stage
+from protocol.ids import Digest, Version
+from protocol.layout import ShardLayout
+
+NORM_ELEMENTS = 1 << 20  # piece of a gradient that is widened to fp64 at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """An optimizer step that is taken inside a backward pass: for who averages nothing, or not at every step."""
+
+    learning_rate: float
+    scale: float
+
+
+class StageState:
+    """The training state of one stage. `StageEngine` is one with microbatches."""
+
+    def __init__(self, stage: Stage, spec: OptimizerSpec, memory: Executor, *, first_block: int = 0) -> None:
+        """`memory` holds the stage's blocks from `first_block` on; what is in it counts as the state of version 0."""
+        self.version = Version(0)
+        self.shards: tuple[ShardLayout, ...] = tuple(shard for layout in stage.layouts for shard in layout.shards())
+        self.steps = 0
+        """How many steps the optimizer has taken: after a restored state this may differ from the version."""
+        self.changes = 0
+        """How often something has begun to change the state: if the last of them failed, it is of no version."""
+        self._stage, self._memory, self._first = stage, memory, first_block
+        self._blocks = range(first_block, first_block + len(stage.blocks))
+        self._gradient_units = tuple(self._units(Section.GRADIENT))
+        self._spec, self._optimizer = spec, AdamW(spec, stage.device)
+        self._digest: Digest | None = None  # of the present state, if it is known
+        self._fresh = set(self._blocks)  # blocks whose gradient sum is zero, whatever their buffers hold
+
+    def initialise(self, seed: int) -> None:
+        """Start from the weights that a run's seed defines, with an optimizer that has seen nothing."""
+        self._begin_anew()
+        self._memory.let_go()  # blocks are drawn as a whole, when they are entered: none may be on its way home
+        self._memory.run(
+            shard_visits(self._blocks, Kind.FILL), InitialPass(self._stage, self._first, self._optimizer, seed=seed)
+        )
+        self.steps, self.version = 0, Version(0)
+
+    @property
+    def is_first(self) -> bool:
+        return self._stage.is_first
+
+    @property
+    def is_last(self) -> bool:
+        return self._stage.is_last
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(layout.num_parameters for layout in self._stage.layouts)
+
+    # --- gradients and weights -----------------------------------------------------------------------
+
+    def zero_gradients(self) -> None:
+        self._fresh = set(self._blocks)
+
+    def gradient_shard(self, number: int) -> Tensor:
+        """Return the gradient sum of one shard, flat fp32 in host memory; it may share that of the sum.
+
+        May be called from any thread while nothing is added, and holds until something is.
+        """
+        return self._gradient_of(self._gradient_units[number])
+
+    def gradient_shards(self) -> list[Tensor]:
+        """Return the gradient sums of all shards: for small stages only."""
+        return [self._gradient_of(unit) for unit in self._gradient_units]
+
+    def has_finite_gradients(self) -> bool:
+        """Tell whether the gradient sums can be averaged: one overflow anywhere, and they cannot."""
+        return all(is_finite(self._gradient_of(unit)) for unit in self._gradient_units if self._has(unit))
+
+    def gradient_norm(self) -> float:
+        """Return the Euclidean norm of the summed gradient of the stage, added up in fp64."""
+        pieces = (
+            piece for unit in self._gradient_units for piece in torch.split(self._gradient_of(unit), NORM_ELEMENTS)
+        )
+        return math.sqrt(sum(float(torch.linalg.vector_norm(piece.double())) ** 2 for piece in pieces))
+
+    def step(self, learning_rate: float, *, scale: float, load: Callable[[int, Tensor], None] | None = None) -> None:
+        """Update the weights from `gradient * scale`, clear the gradients, and go to the next version.
+
+        With `load(number, out)`, which writes the sum for shard `number` (finite, flat fp32), the own sums are dropped.
+        Raises `LocalFault`, with no weight changed, if an own sum is not finite.
+        """
+        if load is None:
+            for layout, unit in zip(self.shards, self._gradient_units, strict=True):
+                if self._has(unit):
+                    check_computed(self._gradient_of(unit), f"gradient of shard {layout.name}")
+        self._before_change()
+        visits = [
+            Visit(
+                block=block,
+                shard_work=Kind.STEP,
+                gradient=self._gradient_before(block) if load is None else Gradient.SPACE,
+                keeps_gradient=False,
+            )
+            for block in self._blocks
+        ]
+        digests: list[Digest] | None = None if load is None else []  # who brings sums will ask for the new state's hash
+        self._memory.run(visits, self._step_pass(Step(learning_rate, scale), load, digests))
+        self._finish_step()
+        self._digest = None if digests is None else state_digest(self.steps, digests)
+
+    # --- state ---------------------------------------------------------------------------------------
+
+    @property
+    def state_bytes(self) -> int:
+        """Return how many bytes weights and optimizer state take."""
+        units = [*self._units(Section.WEIGHTS), *self._units(Section.MOMENTS)]
+        return sum(self._memory.pool.inventory.num_bytes(unit) for unit in units)
+
+    def weight_tensors(self) -> dict[str, Tensor]:
+        """Return a copy of the weights by Hugging Face name: all of them, so for small stages only."""
+        shards: list[list[Tensor]] = [[] for _ in self._stage.blocks]
+        self._read_shards(lambda block, layout, weights, moments: shards[block].append(weights.cpu().clone()))
+        parts: dict[str, list[Tensor]] = {}
+        for layout, pieces in zip(self._stage.layouts, shards, strict=True):
+            for name, view in named_views(layout, torch.cat(pieces)).items():
+                parts.setdefault(name, []).append(view)
+        return {name: rows[0] if len(rows) == 1 else torch.cat(rows) for name, rows in parts.items()}
+
+    def state_digest(self) -> Digest:
+        """Hash weights and optimizer state. At hand after a step with sums from elsewhere, else all shards are read."""
+        if self._digest is None:
+            digests: list[Digest] = []
+            self._read_shards(lambda block, layout, weights, moments: digests.append(shard_digest(weights, moments)))
+            self._digest = state_digest(self.steps, digests)
+        return self._digest
+
+    def write_state(self, files: Mapping[str, Sink]) -> None:
+        """Write weights and optimizer state into open files (by part), one shard at a time."""
+        writer = StateWriter(files, self._format(), steps=self.steps)
+        self._read_shards(lambda block, layout, weights, moments: writer.write(layout, weights, moments))
+
+    def read_state(self, files: Mapping[str, BinaryIO], *, version: Version) -> None:
+        """Become the saved state of `version`; raises `StorageError`, with nothing changed, if it does not fit."""
+        reader = StateReader(files, self._format())
+        self._begin_anew()  # before the first byte changes: reading may fail half-way
+        self._memory.let_go()
+        self._memory.run(
+            shard_visits(self._blocks, Kind.FILL),
+            ShardPass(
+                self._stage,
+                self._first,
+                lambda block, layout, weights, moments: reader.read(layout, weights, moments),
+            ),
+        )
+        self.steps, self.version = reader.steps, version
+
+    def resume(self, *, version: Version, steps: int) -> None:
+        """Take note that the memory holds the state of `version`."""
+        self.steps, self.version = steps, version
+        self._begin_anew()
+
+    # --- inside --------------------------------------------------------------------------------------
+
+    def _before_change(self) -> None:
+        """Let go of what was computed with the weights, which are about to change."""
+        self._digest = None
+
+    def _note_change(self) -> None:
+        self.changes += 1
+
+    def _step_pass(
+        self,
+        step: Step,
+        load: Callable[[int, Tensor], None] | None = None,
+        digests: list[Digest] | None = None,
+    ) -> StepPass:
+        return StepPass(
+            self._stage,
+            self._first,
+            self._optimizer,
+            step=self.steps + 1,
+            learning_rate=step.learning_rate,
+            scale=step.scale,
+            load=load,
+            digests=digests,
+            before_changing=self._note_change,
+        )
+
+    def _finish_step(self) -> None:
+        self.steps += 1
+        self.version = Version(self.version + 1)
+        self.zero_gradients()
+
+    def _read_shards(self, on_shard: OnShard) -> None:
+        self._memory.run(shard_visits(self._blocks, Kind.READ), ShardPass(self._stage, self._first, on_shard))
+
+    def _units(self, section: Section, block: int | None = None) -> Iterator[Unit]:
+        for index in self._blocks if block is None else [block]:
+            yield from self._memory.pool.inventory.block_units(index, section)
+
+    def _has(self, unit: Unit) -> bool:
+        """Tell whether anything has been added to a gradient since it was last cleared."""
+        return unit.block not in self._fresh
+
+    def _gradient_before(self, block: int) -> Gradient:
+        return Gradient.ZERO if block in self._fresh else Gradient.SUM
+
+    def _gradient_of(self, unit: Unit) -> Tensor:
+        if not self._has(unit):
+            return torch.zeros(self._memory.pool.inventory.layout(unit).num_elements)
+        return self._memory.look(unit).view(torch.float32).cpu()
+
+    def _format(self) -> StateFormat:
+        return StateFormat(self._stage.layouts, self._spec.name, self._spec.master)
+
+    def _begin_anew(self) -> None:
+        """Let go of everything that belonged to another state."""
+        self._note_change()
+        self._before_change()
+        self.zero_gradients()

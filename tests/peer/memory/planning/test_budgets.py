@@ -1,0 +1,142 @@
+"""Budgets: how sizes are read and written, and what is taken for free.
+
+Oracles: arithmetic on paper; folders that look like control groups.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peer.memory.placement import Tier
+from peer.memory.planning import budgets
+from peer.memory.planning.budgets import Budgets, default_budgets, free_host_bytes, parse_size, size_text
+from protocol.errors import ConfigError
+from tests.peer.memory.planning.plans import GIB, MIB
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("6GiB", 6 * GIB),
+        ("8 GB", 8 * 10**9),
+        ("512MiB", 512 * MIB),
+        ("1.5gib", 3 * GIB // 2),
+        ("100KB", 100_000),
+        ("2T", 2 << 40),
+        ("3g", 3 * GIB),
+        ("0", 0),
+        ("17 B", 17),
+        (" 4 MiB ", 4 * MIB),
+    ],
+)
+def test_sizes_are_read(text: str, num_bytes: int) -> None:
+    assert parse_size(text) == num_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "is no size"),
+        ("many", "is no size"),
+        ("-1GiB", "is no size"),
+        ("6 GiB free", "is no size"),
+        ("1e9B", "is no size"),
+        ("٣GiB", "is no size"),
+        ("6", "has no unit"),
+        ("9999999TiB", "more than any machine has"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(text: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why) as error:
+        parse_size(text, what="--host-memory")
+    assert error.value.one_line().startswith("E-CFG --host-memory: ")
+    assert "6GiB" in error.value.hint
+
+
+@given(st.integers(0, 1 << 50))
+def test_what_is_written_is_read_as_about_the_same(num_bytes: int) -> None:
+    assert parse_size(size_text(num_bytes).replace(",", "")) == pytest.approx(num_bytes, rel=0.06, abs=1)
+
+
+def test_defaults_leave_something_and_name_no_drive() -> None:
+    card = default_budgets(free_host_bytes=32 * GIB, free_device_bytes=10 * GIB)
+    assert card == Budgets(device_bytes=9 * GIB, host_bytes=int(31 * GIB * 0.9))
+    processor = default_budgets(free_host_bytes=32 * GIB, free_device_bytes=None)
+    assert processor == Budgets(device_bytes=int(31 * GIB * 0.9))
+    assert default_budgets(free_host_bytes=GIB // 2, free_device_bytes=None) == Budgets(device_bytes=0)
+
+
+def test_without_a_card_device_and_host_share_the_memory() -> None:
+    usable = int(31 * GIB * 0.9)
+    some = default_budgets(free_host_bytes=32 * GIB, free_device_bytes=None, device_bytes=GIB)
+    assert some == Budgets(device_bytes=GIB, host_bytes=usable - GIB)
+    other = default_budgets(free_host_bytes=32 * GIB, free_device_bytes=None, host_bytes=GIB)
+    assert other == Budgets(device_bytes=usable - GIB, host_bytes=GIB)
+    said = default_budgets(free_host_bytes=GIB, free_device_bytes=None, device_bytes=2 * GIB, host_bytes=3 * GIB)
+    assert said == Budgets(device_bytes=2 * GIB, host_bytes=3 * GIB)
+
+
+def test_a_budget_is_of_a_tier() -> None:
+    made = Budgets(device_bytes=1, host_bytes=2, nvme_bytes=3)
+    assert [made.of(tier) for tier in Tier] == [1, 2, 3]
+
+
+# -- control groups -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with 16 GiB free, whose control groups lie in a folder."""
+
+    class Free:
+        available = 16 * GIB
+
+    real = budgets._control_groups
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Free)
+    monkeypatch.setattr(budgets, "_control_groups", lambda: real(tmp_path, tmp_path / "own"))
+    return tmp_path
+
+
+def write(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text + "\n")
+
+
+def test_no_control_group_limits_nothing(groups: Path) -> None:
+    assert free_host_bytes() == 16 * GIB
+
+
+def test_the_tightest_group_of_version_2_counts(groups: Path) -> None:
+    (groups / "own").write_text("0::/slice/peer\n")
+    write(groups / "slice" / "peer", memory__max="max", memory__current="1")
+    write(
+        groups / "slice",
+        memory__max=str(4 * GIB),
+        memory__current=str(3 * GIB),
+        memory__stat=f"anon 5\ninactive_file {GIB}",
+    )
+    assert free_host_bytes() == 2 * GIB  # cached files can go
+
+
+def test_version_1_counts_and_its_largest_number_is_no_limit(groups: Path) -> None:
+    (groups / "own").write_text("5:devices:/x\n4:memory:/docker/1\n0::/\n")
+    limits = {"memory__limit_in_bytes": str(2 * GIB), "memory__usage_in_bytes": str(GIB)}
+    write(groups / "memory" / "docker" / "1", **limits, memory__stat="total_inactive_file 0")
+    write(groups / "memory", memory__limit_in_bytes="9223372036854771712", memory__usage_in_bytes="5")
+    assert free_host_bytes() == GIB
+
+
+def test_in_a_container_the_roots_files_are_its_own(groups: Path) -> None:
+    (groups / "own").write_text("0::/path/of/another/namespace\n")
+    write(groups, memory__max=str(GIB), memory__current="0")
+    assert free_host_bytes() == GIB
+
+
+def test_this_machine_has_some_memory() -> None:
+    assert 0 < free_host_bytes() <= psutil.virtual_memory().total
