@@ -72,6 +72,7 @@ class Session:
         parts.view.on_change = self._post_roster
         parts.sources_of = self._members_of
         parts.on_lost = self._start_over
+        parts.on_pause = self._notify
 
     # -- what others see ------------------------------------------------------------------------------
 

@@ -101,6 +101,8 @@ class SpanParts:
         """Whom to ask for a stage's state; the session knows."""
         self.on_lost: Callable[[], None] = lambda: None
         """Called when a stage's state cannot be had from anybody; the session knows what then."""
+        self.on_pause: Callable[[], None] = lambda: None
+        """Called when this machine turns out to need a pause."""
         self.tally = Tally()
         self.view = View()
         self.gate = Gate(run=run)
@@ -117,15 +119,20 @@ class SpanParts:
             hop_silence_s=manifest.timing.hop_silence_s,
         )
         self._caller.on_lost = link.lost
+        # whoever waits for us must not take a wave that gathers for a peer that is gone
+        patience_s = min(engine.wave_patience_s, manifest.timing.hop_silence_s / 4)
+        self._waves = Waves(compute, size=lambda: engine.wave, patience_s=patience_s)
+        engine.on_progress(compute.advance)
         self._runner = SpanRunner(
             run=run,
             key=link.key,
             engine=engine,
             compute=compute,
-            waves=Waves(compute, size=lambda: engine.wave, patience_s=engine.wave_patience_s),
+            waves=self._waves,
             caller=self._caller,
             gate=self.gate,
             batches=self._batches,
+            on_pause=lambda: self.on_pause(),
         )
         self._server = HopServer(
             run=run,
@@ -135,9 +142,9 @@ class SpanParts:
             work=self._work,
             on_received=self._count_received,
             body_bytes=engine.body_bytes,
-            load_s=compute.load_s,
-            jobs_done=lambda: compute.jobs_done,
-            num_slots=max(settings.slots, 2 * engine.wave),
+            load_s=self.load_s,
+            jobs_done=lambda: compute.progress,
+            num_slots=_at_most(engine.in_flight, max(settings.slots, 2 * engine.wave)),
             num_numbers=lambda round_id: len(self._batches.plan(round_id)),
             round_deadline_s=manifest.timing.round_deadline_s,
         )
@@ -151,7 +158,9 @@ class SpanParts:
             batches=self._batches,
             on_board=self._take_board,
             on_finished=self._finished,
-            in_flight=settings.in_flight or max(manifest.model.num_stages + 1, 2 * engine.wave),
+            in_flight=_at_most(
+                engine.in_flight, settings.in_flight or max(manifest.model.num_stages + 1, 2 * engine.wave)
+            ),
             round_deadline_s=manifest.timing.round_deadline_s,
             first_takeover_s=manifest.timing.hop_silence_s,
         )
@@ -211,6 +220,7 @@ class SpanParts:
             task.cancel()
         await asyncio.gather(*self._errands, return_exceptions=True)
         await self._reduce.stop()
+        self._waves.close()
         await self._compute.run(self._engine.close, priority=Priority.CONTROL)
         for file in self._token_files.values():
             file.close()
@@ -246,7 +256,7 @@ class SpanParts:
 
     def load_s(self) -> float:
         """Estimate how long a new task would wait here."""
-        return self._compute.load_s()
+        return self._compute.load_s() + self._waves.num_gathering * self._compute.task_s
 
     def introduce(self, peer: PeerId, addresses: Iterable[str]) -> None:
         """Tell the daemon where a peer lives, without waiting for it."""
@@ -472,3 +482,7 @@ class SpanParts:
         task = asyncio.create_task(work)
         self._errands.add(task)
         task.add_done_callback(self._errands.discard)
+
+
+def _at_most(limit: int | None, wanted: int) -> int:
+    return wanted if limit is None else max(1, min(limit, wanted))

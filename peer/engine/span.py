@@ -9,6 +9,7 @@ from the compute thread only.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from peer.codecs import Codec
 from peer.engine.local_checkpoint import LocalCheckpoint, Standing
 from peer.engine.stage_engine import StageEngine, Ticket
 from peer.engine.statefiles import Sink
+from peer.memory.disk.wear import WriteBudgetSpent
 from peer.memory.executor import Executor, Pause
 from peer.tasks import RoundOver
 from protocol.errors import LocalFault, SwarmError, WireError
@@ -77,18 +79,20 @@ class SpanEngine:
         microbatch: tuple[int, int],
         wave: int = 1,
         wave_patience_s: float = 0.0,
+        in_flight: int | None = None,
         memory: Executor | None = None,
     ) -> None:
         """`microbatch` is the run's (B, T), which no body may exceed; `wave` how many should pass the span together,
-        and `wave_patience_s` how long the first of them should wait for the others. `memory` is what the engines
-        share; without it, nothing of theirs is kept on NVMe.
+        and `wave_patience_s` how long the first of them should wait for the others. `in_flight` is how many
+        may be between their forward and backward pass (None: as many as like). `memory` is what the engines share;
+        without it, nothing of theirs is kept on NVMe.
         """
         self.engines = dict(sorted(engines.items()))
         self.first = StageId(min(self.engines))
         self.last = StageId(max(self.engines))
         self.is_first = self.first == 0
         self.is_last = self.last == num_stages - 1
-        self.wave, self.wave_patience_s = wave, wave_patience_s
+        self.wave, self.wave_patience_s, self.in_flight = wave, wave_patience_s, in_flight
         self._codec = codec
         self._hidden_size = hidden_size
         self._microbatch = microbatch
@@ -154,7 +158,7 @@ class SpanEngine:
 
         def run(numbers: list[int], inputs: list[Tensor]) -> list[tuple[bytes, tuple[int, ...], SpanTicket]]:
             tickets = [tasks[number].tickets for number in numbers]
-            with self._device_memory(), self._discarding(entry, tickets):
+            with self._device_memory(len(numbers)), self._discarding(entry, tickets):
                 for engine in self._engines_from(entry):
                     passed = engine.forward_wave(inputs)
                     inputs = [hidden_BTD for hidden_BTD, _ in passed]
@@ -206,7 +210,7 @@ class SpanEngine:
             for ticket in tickets:
                 self._waiting.pop(id(ticket))
             kept = [ticket.tickets for ticket in tickets]
-            with self._discarding(first.entry, kept), self._adding(first.entry), self._device_memory():
+            with self._discarding(first.entry, kept), self._adding(first.entry), self._device_memory(len(numbers)):
                 results = self._run_down(engines, kept, gradients)
             for number in numbers:
                 self._count(first.entry, wave[number][3])
@@ -241,13 +245,13 @@ class SpanEngine:
         def run(numbers: list[int], started: list[tuple[Tensor, Tensor]]) -> list[SpanLoss]:
             inputs = [hidden_BTD for hidden_BTD, _ in started]
             tickets: list[list[Ticket]] = [[] for _ in numbers]
-            with self._device_memory(), self._discarding(entry, tickets):
+            with self._device_memory(len(numbers)), self._discarding(entry, tickets):
                 for engine in before:
                     passed = engine.forward_wave(inputs)
                     inputs = [hidden_BTD for hidden_BTD, _ in passed]
                     for kept, (_, ticket) in zip(tickets, passed, strict=True):
                         kept.append(ticket)
-                with self._adding(entry), self._device_memory():
+                with self._adding(entry), self._device_memory(len(numbers)):
                     losses = last.loss_wave([(each, labels) for each, (_, labels) in zip(inputs, started, strict=True)])
                     results = self._run_down(before, tickets, [loss.grad_inputs for loss in losses])
             for loss in losses:
@@ -280,8 +284,25 @@ class SpanEngine:
 
     def note_standing(self, stage: StageId, standing: Standing) -> None:
         """Take note of where a stage stands after a step; now and then that becomes the local checkpoint."""
+        if self._memory is not None and stage == self.first:
+            self._memory.mark_round()
         if self._checkpoint is not None:
             self._checkpoint.note(stage, standing)
+
+    def on_progress(self, tell: Callable[[], None]) -> None:
+        """Call `tell` with every block that a pass enters, in the compute thread."""
+        if self._memory is not None:
+            self._memory.on_progress = tell
+
+    def note_fault(self, error: Exception) -> bool:
+        """Take note of an error outside of a microbatch; tell whether this machine needs a pause because of it."""
+        if isinstance(error, WriteBudgetSpent):
+            self._pause = Pause(str(error), error.resumes_in_s)
+        elif is_out_of_memory(error):
+            self._note_full(error, size=1)
+        else:
+            return False
+        return True
 
     def pause(self) -> Pause | None:
         """Return why this peer should stop for a while, if it should. May be called from any thread."""
@@ -352,21 +373,23 @@ class SpanEngine:
             raise
 
     @contextmanager
-    def _device_memory(self) -> Iterator[None]:
-        """Say in our own words that the device is full: the microbatch may do well elsewhere, or later.
-
-        Something else uses it, or the plan was too bold. Smaller waves may do; if that does not help, a pause may.
-        """
+    def _device_memory(self, size: int = 1) -> Iterator[None]:
+        """Say in our own words that the device is full: a wave of `size` may do well elsewhere, or later."""
         try:
             yield
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            reason = " ".join(str(error).split())[:200]
-            if self.wave > 1:
-                self.wave = max(1, self.wave // 2)
-                log.warning("memory.smaller_waves", wave=self.wave, reason=reason)
-            else:
-                self._pause = Pause(f"out of memory: {reason}", MEMORY_PAUSE_S)
-            raise LocalFault(f"out of memory: {reason}", hint=MEMORY_HINT) from None
+        except (MemoryError, RuntimeError, OSError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._note_full(error, size)
+            raise LocalFault(_full(error), hint=MEMORY_HINT) from None
+
+    def _note_full(self, error: Exception, size: int) -> None:
+        """Take smaller waves, and where that is no help a pause: something else uses the device."""
+        if size > 1:
+            self.wave = min(self.wave, max(1, size // 2))
+            log.warning("memory.smaller_waves", wave=self.wave, reason=_full(error))
+        else:
+            self._pause = Pause(_full(error), MEMORY_PAUSE_S)
 
     def _drop_sum(self, stage: StageId) -> None:
         """Begin a stage's sum anew, without the tokens in it; the round's commit shows them as dropped."""
@@ -389,6 +412,17 @@ class SpanEngine:
         return self._codec.encode(hidden_BTD.reshape(-1).contiguous())
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell torch's and the system's ways of saying that memory is full from everything else."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def _full(error: Exception) -> str:
+    return f"out of memory: {' '.join(str(error).split())[:200]}"
+
+
 def _each(
     count: int,
     start: Callable[[int], Started],
@@ -408,6 +442,7 @@ def _each(
             started[number] = start(number)
         except SwarmError as error:
             results[number] = error
+    fault: LocalFault | None = None
     waves = [list(started)]
     while waves:
         numbers = waves.pop(0)
@@ -417,7 +452,8 @@ def _each(
             if one_by_one and len(numbers) > 1:
                 waves += [[number] for number in numbers]
                 continue
-            results = [error if index in numbers else each for index, each in enumerate(results)]
+            fault = fault or error  # all of a wave have the same one, as it counts once
+            results = [fault if index in numbers else each for index, each in enumerate(results)]
         else:
             for number, result in zip(numbers, found, strict=True):
                 results[number] = result

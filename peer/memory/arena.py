@@ -46,15 +46,15 @@ class Arena:
         self._free = {tier: deque(range(number)) for tier, number in places.items()}
 
     def may_park(self, activation: Tensor, tier: Tier) -> bool:
-        """Tell whether an activation has the size of a place, and the drive's budget of the day covers it."""
-        if activation.nbytes != self._num_bytes:
+        """Tell whether an activation fits a place, and today's writes cover it and a round besides."""
+        if activation.nbytes > self._num_bytes:
             return False
         store = self._memory.pool.store
         if tier is not Tier.NVME or store is None:
             return True
         self._memory.wait_counted(self._num_bytes)
         left_bytes = store.budget_left_bytes()
-        return left_bytes is None or left_bytes >= padded(self._num_bytes)
+        return left_bytes is None or left_bytes >= padded(self._num_bytes) + self._memory.round_bytes
 
     def park(self, activation: Tensor, tier: Tier) -> Parked:
         """Begin to move an activation (contiguous, fp32) out of the device; it must not be changed any more."""
@@ -63,7 +63,7 @@ class Arena:
         while len(self._leaving) >= PARK_BUFFERS:  # or what waits to be copied would pile up on the device
             self._memory.outwait([self._leaving.popleft()])
         place = self._free[tier].popleft()
-        flat = activation.detach().reshape(-1).view(torch.uint8)
+        flat = self._as_place(activation.detach().reshape(-1).view(torch.uint8), tier)
         after = self._memory.backend.record()
 
         def move() -> Tensor | None:
@@ -84,7 +84,8 @@ class Arena:
         parked.is_recalled = True
         there = parked.under_way
         tensor = torch.empty(parked.shape, device=self._memory.backend.device)
-        flat = tensor.view(-1).view(torch.uint8)
+        own = tensor.view(-1).view(torch.uint8)
+        flat = self._as_place(own, parked.tier)
         after = self._memory.backend.record()
 
         def move() -> Tensor:
@@ -93,9 +94,19 @@ class Arena:
                 self._memory.backend.to_device(flat, self._host[parked.place][: flat.numel()], after)
             else:
                 self._memory.pool.recall(parked.place, flat, after)
+                if flat is not own:
+                    own.copy_(flat[: own.numel()])
             return tensor
 
         parked.under_way = self._memory.start(parked.tier, "in", move)
+
+    def _as_place(self, flat: Tensor, tier: Tier) -> Tensor:
+        """Return bytes as long as a place, for a drive, which knows no shorter ones."""
+        if tier is not Tier.NVME or flat.numel() == self._num_bytes:
+            return flat
+        whole = flat.new_zeros(self._num_bytes)
+        whole[: flat.numel()] = flat
+        return whole
 
     def take(self, parked: Parked) -> Tensor:
         """Wait for an activation that was sent for, and give its place to others."""

@@ -114,6 +114,11 @@ class Executor:
     def __init__(self, pool: Pool, backend: Backend) -> None:
         self.pool = pool
         self.stalls = Stalls()
+        self.on_progress: Callable[[], None] = lambda: None
+        """Called with every visit of a pass, which as a whole can take long."""
+        self.round_bytes = pool.round_bytes
+        """What a round writes to the drive, at most, as far as is known."""
+        self._written_before: int | None = None
         self.backend = backend
         self._residency = Residency()
         self._threads: dict[tuple[Tier, str], ThreadPoolExecutor] = {}
@@ -149,11 +154,19 @@ class Executor:
         """Wait for what was begun, whatever comes of it: a whole state is about to be written over it."""
         self._abandon()
 
+    def mark_round(self) -> None:
+        """Take note that a round is over: what it has written is what the next one will."""
+        if self.pool.store is not None:
+            written = self.pool.store.statistics().bytes_written
+            if self._written_before is not None:
+                self.round_bytes = max(self.round_bytes, written - self._written_before)
+            self._written_before = written
+
     def pause(self) -> Pause | None:
         """Return a pause if what the drive may still take today does not cover another round. From any thread."""
         try:
             if self.pool.store is not None:
-                self.pool.store.require_budget(self.pool.round_bytes)
+                self.pool.store.require_budget(self.round_bytes)
         except WriteBudgetSpent as error:
             return Pause(str(error), error.resumes_in_s)
         return None
@@ -188,6 +201,7 @@ class Executor:
             case Flush(unit, slot):
                 self._flush(unit, slot)
             case Enter(block, weights, gradient):
+                self.on_progress()
                 self._enter(block, weights, gradient, worker)
             case Clear(block, slot):
                 self.pool.block_tensor(block, Section.GRADIENT, slot).zero_()

@@ -41,6 +41,8 @@ class _Job:
     priority: Priority
     age: int
     sequence: int
+    size: int = field(compare=False)
+    """How many microbatches it works on."""
     work: Callable[[], Any] = field(compare=False)
     future: asyncio.Future[Any] = field(compare=False)
 
@@ -64,19 +66,21 @@ class ComputeThread:
         self._sequence = 0
         self._stopping = False
         self.jobs_done = 0
+        self.progress = 0
+        """Grows with every job, and with every piece of a long one: whoever waits for us sees that we live."""
         self._busy_s = 0.0
         self._task_s = 0.0
         self._thread = threading.Thread(target=self._run, name="handcar-compute", daemon=True)
         self._thread.start()
 
-    async def run(self, work: Callable[[], T], *, priority: Priority, age: int = 0) -> T:
-        """Run `work` in the compute thread and return its result; smaller `age` first within a priority.
+    async def run(self, work: Callable[[], T], *, priority: Priority, age: int = 0, size: int = 1) -> T:
+        """Run `work` on `size` microbatches in the compute thread and return its result; smaller `age` goes first.
 
         A cancelled caller does not stop work that has begun; work that has not is skipped.
         """
-        return await self.submit(work, priority=priority, age=age)
+        return await self.submit(work, priority=priority, age=age, size=size)
 
-    def submit(self, work: Callable[[], T], *, priority: Priority, age: int = 0) -> asyncio.Future[T]:
+    def submit(self, work: Callable[[], T], *, priority: Priority, age: int = 0, size: int = 1) -> asyncio.Future[T]:
         """Queue `work` without waiting for it."""
         future: asyncio.Future[T] = self._loop.create_future()
         with self._changed:
@@ -84,7 +88,7 @@ class ComputeThread:
                 future.cancel()
                 return future
             self._sequence += 1
-            heapq.heappush(self._jobs, _Job(priority, age, self._sequence, work, future))
+            heapq.heappush(self._jobs, _Job(priority, age, self._sequence, size, work, future))
             self._changed.notify()
         return future
 
@@ -103,8 +107,18 @@ class ComputeThread:
         return ComputeStatistics(jobs_done=self.jobs_done, busy_s=self._busy_s, queued=len(self._jobs))
 
     def load_s(self) -> float:
-        """Estimate the seconds of work that wait: what a forward or backward pass takes here, for each in the queue."""
-        return len(self._jobs) * self._task_s
+        """Estimate the seconds of work that wait: what a microbatch takes here one way, for each in the queue."""
+        with self._changed:
+            return sum(job.size for job in self._jobs) * self._task_s
+
+    def advance(self) -> None:
+        """Take note that a piece of the job at hand is done. Called from within the job."""
+        self.progress += 1
+
+    @property
+    def task_s(self) -> float:
+        """What a microbatch takes one way, on average."""
+        return self._task_s
 
     def _run(self) -> None:
         _yield_to_others()
@@ -125,8 +139,9 @@ class ComputeThread:
             took_s = time.perf_counter() - started
             self._busy_s += took_s
             if job.priority is not Priority.CONTROL:
-                self._task_s += SMOOTHING * (took_s - self._task_s)
+                self._task_s += SMOOTHING * (took_s / job.size - self._task_s)
             self.jobs_done += 1
+            self.progress += 1
             self._loop.call_soon_threadsafe(_settle, job.future, result, error)
             del job, result, error  # or the last job's tensors would stay until there is another
 

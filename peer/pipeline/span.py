@@ -32,6 +32,7 @@ Gradient = tuple[bytes | None, Digest]
 """An encoded gradient and its SHA-256, or what stands for none."""
 NO_GRADIENT: Gradient = (None, digest())
 
+PAUSING_S = 1.0
 MAX_OWN_FAULTS = 8  # in a row: then it is this machine, and not what somebody sent
 
 T = TypeVar("T")
@@ -62,7 +63,9 @@ class SpanRunner:
         caller: HopCaller,
         gate: Gate,
         batches: BatchSource,
+        on_pause: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_pause` is called when work fails because this machine needs a pause."""
         self._run = run
         self._key = key
         self._engine = engine
@@ -71,6 +74,7 @@ class SpanRunner:
         self._caller = caller
         self._gate = gate
         self._batches = batches
+        self._on_pause = on_pause
         self._own_faults = 0
         self._last_fault: SwarmError | None = None
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -104,6 +108,10 @@ class SpanRunner:
         except (PeerFault, TransientError):
             raise
         except SwarmError as error:
+            if self._engine.pause() is not None:  # known, and dealt with by the session: nothing is broken
+                self._on_pause()
+                await asyncio.sleep(PAUSING_S)  # or one number after the other would fail here until it has left
+                raise
             if error is not self._last_fault:  # a wave that fails is one fault, however many are in it
                 self._own_faults += 1
             self._last_fault = error

@@ -42,6 +42,22 @@ class Waves:
         self._gatherings: dict[Hashable, _Gathering] = {}
         self._running: set[asyncio.Task[None]] = set()
 
+    @property
+    def num_gathering(self) -> int:
+        """How many microbatches wait for others."""
+        return sum(len(gathering.waiting) for gathering in self._gatherings.values() if not gathering.is_started)
+
+    def close(self) -> None:
+        """Let go of everything: nothing may hold on to the span's memory."""
+        for gathering in self._gatherings.values():
+            if gathering.timer is not None:
+                gathering.timer.cancel()
+            for _, _, future in gathering.waiting:
+                future.cancel()
+        for task in self._running:
+            task.cancel()
+        self._gatherings.clear()
+
     async def run(
         self,
         kind: Hashable,
@@ -67,12 +83,18 @@ class Waves:
         if len(gathering.waiting) >= self._size():
             self._start(kind, work, priority)
         elif gathering.timer is None and not gathering.is_started:
-            gathering.timer = loop.call_later(self._patience_s, self._start, kind, work, priority)
+            self._start_later(kind, work, priority)
         return await future
+
+    def _start_later(self, kind: Hashable, work: Callable[[list[Any]], Sequence[Any]], priority: Priority) -> None:
+        loop = asyncio.get_running_loop()
+        self._gatherings[kind].timer = loop.call_later(self._patience_s, self._start, kind, work, priority)
 
     def _start(self, kind: Hashable, work: Callable[[list[Any]], Sequence[Any]], priority: Priority) -> None:
         """Queue the next wave of a kind. Who is in it is decided when the compute thread gets to it."""
-        gathering = self._gatherings[kind]
+        gathering = self._gatherings.get(kind)
+        if gathering is None:  # closed
+            return
         if gathering.timer is not None:
             gathering.timer.cancel()
             gathering.timer = None
@@ -96,7 +118,9 @@ class Waves:
 
         oldest = min((age for age, _, _ in gathering.waiting), default=0)
         try:
-            results: Sequence[Any] = await self._compute.run(run, priority=priority, age=oldest)
+            results: Sequence[Any] = await self._compute.run(
+                run, priority=priority, age=oldest, size=min(len(gathering.waiting), self._size())
+            )
         except asyncio.CancelledError:  # of the compute thread, or of us
             for _, _, future in gathering.waiting:
                 future.cancel()
@@ -107,10 +131,12 @@ class Waves:
             _settle(future, result)
         gathering.is_started = False
         gathering.waiting = [each for each in gathering.waiting if not each[2].done()]
-        if gathering.waiting:
+        if len(gathering.waiting) >= self._size():
             self._start(kind, work, priority)
+        elif gathering.waiting:  # they came late: others may come yet
+            self._start_later(kind, work, priority)
         else:
-            del self._gatherings[kind]
+            self._gatherings.pop(kind, None)
 
 
 def _settle(future: asyncio.Future[Any], result: Any) -> None:

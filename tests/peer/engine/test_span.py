@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from peer.engine import stage_engine
 from peer.engine.optimizer import OptimizerSpec
 from peer.engine.span import SpanEngine
 from peer.engine.stage_engine import StageEngine
+from peer.memory.disk.wear import WriteBudgetSpent
 from peer.tasks import RoundOver
 from protocol.architecture import preset
 from protocol.errors import LocalFault, PeerFault, SwarmError, WireError
@@ -240,3 +242,67 @@ def test_a_full_device_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(LocalFault, match="tried to allocate 2 GiB"):
         engine.forward(body(), SHAPE, entry=StageId(1), round_id=ROUND)
     assert engine.freeze(StageId(1)) == 16
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("tried to allocate 2 GiB"),
+        MemoryError("2 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2 GiB"),
+        OSError(errno.ENOMEM, "2 GiB"),
+    ],
+    ids=["cuda", "python", "cpu", "system"],
+)
+def test_a_full_device_makes_waves_smaller_once_and_then_a_pause(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Oracle: a wave of four that fails, with its four retries that do well; then one alone that fails too."""
+    engine = span(1)
+    engine.wave = 4
+    own = engine.engines[StageId(1)]
+    real = own.forward_wave
+
+    def full(wave: Sequence[torch.Tensor]) -> object:
+        if len(wave) > 1:
+            raise error
+        return real(wave)
+
+    monkeypatch.setattr(own, "forward_wave", full)
+    results = engine.forward_wave([(body(), SHAPE)] * 4, entry=StageId(1), round_id=ROUND)
+    assert not any(isinstance(result, SwarmError) for result in results)
+    assert (engine.wave, engine.pause()) == (2, None)
+
+    def still_full(wave: object) -> object:
+        raise error
+
+    monkeypatch.setattr(own, "forward_wave", still_full)
+    results = engine.forward_wave([(body(), SHAPE)] * 2, entry=StageId(1), round_id=ROUND)
+    assert len({id(result) for result in results}) == 1, "one fault, however many are in the wave"
+    pause = engine.pause()
+    assert pause is not None
+    assert "2 GiB" in pause.reason
+    assert 0 < pause.seconds <= 600
+
+
+def test_an_error_that_has_nothing_to_do_with_memory_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = span(1)
+
+    def broken(wave: object) -> object:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(engine.engines[StageId(1)], "forward_wave", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        engine.forward(body(), SHAPE, entry=StageId(1), round_id=ROUND)
+    assert engine.pause() is None
+
+
+def test_a_step_that_finds_the_days_writes_spent_asks_for_a_pause() -> None:
+    """Oracle: the seconds that the error names; other errors are somebody else's."""
+    engine = span(1)
+    assert not engine.note_fault(LocalFault("something else"))
+    assert engine.pause() is None
+    assert engine.note_fault(WriteBudgetSpent("today's 5 GB of writes are spent.", resumes_in_s=60.0))
+    pause = engine.pause()
+    assert pause is not None
+    assert (pause.reason, pause.seconds) == ("today's 5 GB of writes are spent.", 60.0)

@@ -126,7 +126,7 @@ def test_whoever_computes_finds_what_was_written_last_however_long_copies_take(
 
 
 @pytest.mark.slow
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(trial=trials(), seed=st.integers(0, 1000))
 def test_and_that_is_so_for_many_more_of_them(
     trial: Trial, seed: int, tmp_path_factory: pytest.TempPathFactory

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from peer.engine.span import SpanLoss
+from peer.memory.executor import Pause
+from peer.pipeline import span
 from peer.pipeline.caller import HopCaller, read_path
 from peer.pipeline.compute import ComputeThread
 from peer.pipeline.gate import Gate
@@ -34,9 +36,13 @@ class PlayedEngine:
     def __init__(self) -> None:
         self.first, self.is_last = StageId(1), True
         self.errors: list[Exception] = []
+        self.paused: Pause | None = None
 
     def stages_from(self, entry: StageId) -> tuple[StageId, ...]:
         return tuple(stage for stage in (StageId(1), LAST) if stage >= entry)
+
+    def pause(self) -> Pause | None:
+        return self.paused
 
     def loss_wave(self, wave: list[object], *, entry: StageId, round_id: RoundId) -> list[SpanLoss | SwarmError]:
         if self.errors:
@@ -56,6 +62,7 @@ class Played:
 
     def __init__(self, compute: ComputeThread) -> None:
         self.engine = PlayedEngine()
+        self.asked_for_pause: list[bool] = []
         self.runner = SpanRunner(
             run=RUN,
             key=SigningKey.generate(),
@@ -65,6 +72,7 @@ class Played:
             caller=cast(HopCaller, None),
             gate=Gate(run=RUN),
             batches=cast("BatchSource", PlayedTokens()),
+            on_pause=lambda: self.asked_for_pause.append(True),
         )
         self.broken = asyncio.create_task(self.runner.wait_broken())
 
@@ -116,6 +124,18 @@ async def test_what_others_send_never_counts_as_our_fault(played: Played, kind: 
         with pytest.raises(kind):
             await played.work()
     assert not played.broken.done()
+
+
+async def test_a_machine_that_needs_a_pause_is_not_broken(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its drive's writes of the day are spent, say. Oracle: more faults than make it give up; the session is told."""
+    monkeypatch.setattr(span, "PAUSING_S", 0.0)
+    played.engine.errors = [LocalFault("today's writes are spent.") for _ in range(2 * MAX_OWN_FAULTS)]
+    played.engine.paused = Pause("today's writes are spent.", 60.0)
+    for _ in range(2 * MAX_OWN_FAULTS):
+        with pytest.raises(LocalFault):
+            await played.work()
+    assert not played.broken.done()
+    assert len(played.asked_for_pause) == 2 * MAX_OWN_FAULTS
 
 
 async def test_a_bug_ends_the_process_and_is_not_answered_for_ever(played: Played) -> None:

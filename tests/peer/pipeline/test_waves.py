@@ -128,3 +128,29 @@ async def test_a_thread_that_stops_lets_nobody_wait(compute: ComputeThread) -> N
     async with asyncio.timeout(5.0):
         results = await asyncio.gather(*waiting, return_exceptions=True)
     assert all(isinstance(result, asyncio.CancelledError) for result in results)
+
+
+async def test_those_who_come_too_late_for_a_wave_wait_for_others_as_well(compute: ComputeThread) -> None:
+    """Oracle: the two that came while the first wave ran go together, though the first of them was there before."""
+    waves, recorder = Waves(compute, size=lambda: 2, patience_s=0.05), Recorder()
+    gate = threading.Event()
+    compute.submit(gate.wait, priority=Priority.CONTROL)
+    first = [asyncio.create_task(ask(waves, recorder, number)) for number in range(3)]
+    await asyncio.sleep(0.01)
+    gate.set()
+    await asyncio.gather(*first[:2])
+    late = asyncio.create_task(ask(waves, recorder, 3))
+    await asyncio.gather(first[2], late)
+    assert recorder.waves == [[0, 1], [2, 3]]
+
+
+async def test_what_gathers_is_let_go_when_the_span_ends(compute: ComputeThread) -> None:
+    """Oracle: nobody waits, and nothing refers to the work any more."""
+    waves, recorder = Waves(compute, size=lambda: 8, patience_s=LONG_S), Recorder()
+    waiting = asyncio.create_task(ask(waves, recorder, 1))
+    await asyncio.sleep(0)
+    assert waves.num_gathering == 1
+    waves.close()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert (waves.num_gathering, recorder.waves) == (0, [])

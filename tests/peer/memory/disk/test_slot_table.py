@@ -49,13 +49,15 @@ def test_no_damaged_table_is_believed() -> None:
             decoded(data)
 
 
-def test_every_property_of_a_unit_is_part_of_the_layout() -> None:
+def test_every_property_of_a_durable_unit_is_part_of_the_layout() -> None:
     others = [UnitSpec("b", 1), UnitSpec("a", 2), UnitSpec("a", 1, durable=False)]
     assert len({layout_digest([unit]) for unit in [UNITS[0], *others]} | {LAYOUT}) == 5
+    assert layout_digest([UNITS[2], *UNITS[:2], UnitSpec("d", 9, durable=False)]) == LAYOUT
 
 
 def test_slots_lie_one_behind_the_other_in_whole_blocks() -> None:
     assert offsets(UNITS) == (0, 2 * 4096, 6 * 4096, 7 * 4096)
+    assert offsets([UNITS[2], *UNITS[:2]]) == (6 * 4096, 0, 2 * 4096, 7 * 4096)  # scratch behind the state
     assert required_bytes(UNITS) == 7 * 4096 + 4096 + 2**20
 
 

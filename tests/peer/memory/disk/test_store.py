@@ -1,7 +1,7 @@
 """The store gives back what was written or says why not, and goes back to its last commit as a whole.
 
 Oracles: a dictionary as the model of a store; the bytes written; damage done to the files by hand; refusals of the real
-kernel where it can be made to refuse, of a stand-in for its call otherwise. For dying see `test_nvme_crash.py`.
+kernel where it can be made to refuse, of a stand-in for its call otherwise. For dying see `test_store_crash.py`.
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ def test_a_file_cut_off_under_an_open_store_is_an_error(store: NvmeStore, folder
 
 
 @pytest.mark.parametrize(("code", "hint"), [(errno.ENOSPC, "Free some"), (errno.EIO, "SMART")])
-def test_a_failed_write_can_only_be_reverted(
+def test_a_failed_write_can_be_reverted(
     store: NvmeStore, folder: Path, monkeypatch: pytest.MonkeyPatch, code: int, hint: str
 ) -> None:
     put(store, WEIGHTS, 1)
@@ -307,6 +307,41 @@ def test_a_failed_write_can_only_be_reverted(
     store.close()
     with open_store(folder) as store:
         assert (store.committed, get(store, WEIGHTS)) == ({"step": 2}, data_of(WEIGHTS, 4))
+
+
+def test_a_failed_write_is_made_good_by_the_next_one(
+    store: NvmeStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two units that failed, each has to be written again. Oracle: the bytes after a restart."""
+    put(store, WEIGHTS, 1)
+    store.commit({"step": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", refusing(errno.EIO))
+        for unit in (WEIGHTS, MOMENTS):
+            with pytest.raises(StorageError, match="cannot write"):
+                put(store, unit, 2)
+    put(store, WEIGHTS, 3)
+    with pytest.raises(StorageError, match="cannot be committed: moments was not written whole"):
+        store.commit({"step": 2})
+    put(store, MOMENTS, 3)
+    store.commit({"step": 2})
+    store.close()
+    with open_store(folder) as store:
+        assert store.committed == {"step": 2}
+        assert [get(store, unit) for unit in (WEIGHTS, MOMENTS)] == [data_of(unit, 3) for unit in (WEIGHTS, MOMENTS)]
+
+
+def test_scratch_that_could_not_be_written_costs_no_commit(store: NvmeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No commit holds it. Oracle: the record."""
+    put(store, WEIGHTS, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", refusing(errno.EIO))
+        with pytest.raises(StorageError, match="cannot write gradient"):
+            put(store, GRADIENT, 1)
+    store.commit({"step": 1})
+    assert store.committed == {"step": 1}
+    with pytest.raises(StorageError, match=r"gradient .* holds nothing"):
+        get(store, GRADIENT)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="how the limit shows differs")

@@ -29,7 +29,7 @@ from tests.peer.memory.disk.stored_versions import (
     write_version,
 )
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the disk that forgets finds files by /proc/self/fd")
 

@@ -12,9 +12,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+from structlog.testing import capture_logs
 
 from peer.memory.disk import store_folder
 from peer.memory.disk.slot_table import FORMAT, MAGIC
@@ -22,7 +23,7 @@ from peer.memory.disk.store import WRITES_FILE, NvmeStore, UnitSpec, required_by
 from peer.memory.disk.store_folder import DATA_FILE, LOCK_FILE, TABLE_FILE
 from peer.memory.disk.volume import Volume
 from protocol.errors import ConfigError, StorageError
-from tests.peer.memory.disk.small_store import UNITS, WEIGHTS, cut_off, data_of, get, open_store, put, refusing
+from tests.peer.memory.disk.small_store import MOMENTS, UNITS, WEIGHTS, cut_off, data_of, get, open_store, put, refusing
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def store(folder: Path) -> Iterator[NvmeStore]:
     ("options", "difference"),
     [
         ({"fingerprint": "b"}, "of another run or model"),
-        ({"units": UNITS[:2]}, "cut into other units"),
+        ({"units": UNITS[1:]}, "cut into other units"),
         ({"units": (UnitSpec("weights", 8191), *UNITS[1:])}, "cut into other units"),
         ({"units": (*UNITS[:2], UnitSpec("gradient", 300))}, "cut into other units"),
     ],
@@ -55,6 +56,103 @@ def test_state_of_something_else_is_refused_or_replaced(folder: Path, options: d
         assert store.committed == {"step": 1}  # what fits is not thrown away
     with open_store(folder, replace=True, **options) as store:
         assert store.committed is None
+
+
+SCRATCH = {
+    "none": UNITS[:2],
+    "less": (*UNITS[:2], UnitSpec("gradient", 300, durable=False)),
+    "more, and among the others": (
+        UnitSpec("activation", 100_000, durable=False),
+        UNITS[WEIGHTS],
+        UnitSpec("gradient", 5000, durable=False),
+        UNITS[MOMENTS],
+    ),
+}
+
+
+@pytest.mark.parametrize("units", SCRATCH.values(), ids=SCRATCH.keys())
+def test_other_scratch_leaves_the_state_where_it_is(folder: Path, units: tuple[UnitSpec, ...]) -> None:
+    """Oracles: the bytes and the record of the last commit, before, with and after the other scratch; the file's size,
+    summed by hand; the blocks that the file system has given away."""
+    with open_store(folder) as store:
+        put(store, WEIGHTS, 1)
+        put(store, MOMENTS, 1)
+        store.commit({"step": 1})
+        put(store, WEIGHTS, 2)
+        store.commit({"step": 2})
+    with open_store(folder, units=units, replace=True) as store:
+        assert store.committed == {"step": 2}
+        data = (folder / DATA_FILE).stat()
+        assert data.st_size == 32768 + sum(-(-unit.num_bytes // 4096) * 4096 for unit in units if not unit.durable)
+        assert data.st_blocks * 512 >= data.st_size
+        for number, unit in enumerate(units):
+            if not unit.durable:
+                with pytest.raises(StorageError, match="holds nothing"):
+                    store.read(number, memoryview(bytearray(unit.num_bytes)))
+                store.write(number, memoryview(b"s" * unit.num_bytes))
+        read = bytearray(5000)
+        store.read(units.index(UNITS[MOMENTS]), memoryview(read))
+        assert bytes(read) == data_of(MOMENTS, 1)
+        store.write(units.index(UNITS[MOMENTS]), memoryview(data_of(MOMENTS, 3)))
+        store.commit({"step": 3})
+    with open_store(folder) as store:
+        assert store.committed == {"step": 3}
+        assert (get(store, WEIGHTS), get(store, MOMENTS)) == (data_of(WEIGHTS, 2), data_of(MOMENTS, 3))
+
+
+def test_state_that_is_thrown_away_is_spoken_of(folder: Path) -> None:
+    """Oracle: the log, with the folder and the reason; nothing is said where nothing is lost."""
+    with capture_logs() as logs:
+        open_store(folder, replace=True).close()
+        open_store(folder, replace=True, units=UNITS[:2]).close()
+        assert not logs
+        open_store(folder, replace=True, fingerprint="b").close()
+    (line,) = logs
+    assert (line["log_level"], line["event"], line["folder"]) == ("warning", "store.thrown_away", str(folder))
+    assert "of another run or model" in line["reason"]
+
+
+def test_there_is_room_for_what_our_own_files_give_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk on which nothing is free but what this store has taken. Oracle: it opens, and opens as another's."""
+    with open_store(folder) as store:
+        store.commit({"step": 1})
+    found = os.statvfs(folder)
+    own_bytes = sum(path.stat().st_blocks * 512 for path in folder.iterdir())
+    missing_bytes = required_bytes(UNITS) - own_bytes
+    monkeypatch.setattr(store_folder, "FREE_MARGIN_BYTES", 0)
+    monkeypatch.setattr(os, "statvfs", lambda _: Full(-(-missing_bytes // found.f_frsize), found.f_frsize))
+    with open_store(folder, replace=True) as store:
+        assert store.committed == {"step": 1}
+    with open_store(folder, replace=True, fingerprint="b") as store:
+        assert store.committed is None
+
+
+class Full(NamedTuple):
+    """A file system that has only these blocks."""
+
+    f_bavail: int
+    f_frsize: int
+
+
+@pytest.mark.parametrize("options", [{"fingerprint": "b"}, {}])
+def test_nothing_is_thrown_away_for_what_has_no_room(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Another's state, or only more scratch, that the full disk cannot take. Oracle: the state of before, whole."""
+    with open_store(folder) as store:
+        put(store, WEIGHTS, 1)
+        store.commit({"step": 1})
+    more = (*UNITS, UnitSpec("activation", 10**6, durable=False))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", lambda _: Full(0, 4096))
+        with pytest.raises(StorageError, match=r"lacks .* of free space"):
+            open_store(folder, replace=True, units=more, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", refusing(errno.ENOSPC))
+        with pytest.raises(StorageError, match=r"cannot change the size of .*units.data: No space left"):
+            open_store(folder, replace=True, units=more)
+    with open_store(folder) as store:
+        assert (store.committed, get(store, WEIGHTS)) == ({"step": 1}, data_of(WEIGHTS, 1))
 
 
 def test_a_folder_has_one_user(store: NvmeStore, folder: Path) -> None:
@@ -76,7 +174,7 @@ print("open")
 __import__("os")._exit(0)
 """
     command = [sys.executable, "-c", program]
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[4]
     refused = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert "in use by another process" in refused.stderr
     store.close()
@@ -174,7 +272,7 @@ def test_a_newer_format_is_refused(folder: Path) -> None:
 def test_a_data_file_that_is_not_whole_is_refused_or_replaced(folder: Path, damage: Callable[[Path], None]) -> None:
     open_store(folder).close()
     damage(folder / DATA_FILE)
-    with pytest.raises(StorageError, match=r"units.data is damaged: it has \d+ bytes and should have 36864"):
+    with pytest.raises(StorageError, match=r"units.data is damaged: it has \d+ bytes and should have 32768"):
         open_store(folder)
     with open_store(folder, replace=True) as store:
         put(store, WEIGHTS, 1)

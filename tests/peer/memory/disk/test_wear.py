@@ -5,11 +5,15 @@ Oracles: sums by hand; a clock that the test sets.
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
-from peer.memory.disk.wear import DAY_S, WriteBudget, WriteBudgetSpent
+from peer.memory.disk.wear import DAY_S, SAVED_BYTES, WriteBudget, WriteBudgetSpent
+from tests.peer.memory.disk.small_store import refusing
 
 NOON_S = 20_000 * DAY_S + DAY_S / 2
 
@@ -72,6 +76,32 @@ def test_the_count_survives_a_restart(tmp_path: Path, time: Time) -> None:
     time.now_s += DAY_S
     later = budget_of(tmp_path, time)
     assert (later.left_bytes(), later.total_bytes) == (100, 60)
+
+
+@pytest.mark.parametrize(("per_day_bytes", "step_bytes"), [(10_000, 100), (None, SAVED_BYTES)])
+def test_a_killed_process_loses_little_of_the_count(
+    tmp_path: Path, time: Time, per_day_bytes: int | None, step_bytes: int
+) -> None:
+    """Oracle: the count that the next process reads, though nobody has saved: a step late at most."""
+    budget = budget_of(tmp_path, time, per_day_bytes)
+    for steps in range(1, 8):
+        budget.spend(step_bytes)
+        kept = budget_of(tmp_path, time, per_day_bytes).total_bytes
+        assert (steps - 1) * step_bytes <= kept <= steps * step_bytes
+    assert kept > 0
+
+
+def test_a_count_that_cannot_be_kept_stops_no_write(
+    tmp_path: Path, time: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the log instead of an error; it is kept as soon as the disk takes it."""
+    budget = budget_of(tmp_path, time)
+    with monkeypatch.context() as patch, capture_logs() as logs:
+        patch.setattr(os, "write", refusing(errno.ENOSPC))
+        budget.spend(50)
+    assert [line["event"] for line in logs] == ["wear.not_saved"]
+    budget.spend(10)
+    assert budget_of(tmp_path, time).total_bytes == 60
 
 
 def test_a_clock_that_was_ahead_does_not_stop_us_for_years(tmp_path: Path, time: Time) -> None:
