@@ -221,6 +221,7 @@ def _line(tenure: Session, settings: PeerSettings, num_rounds: int) -> Line:
         tokens_per_s=tally.tokens_per_s,
         accepted_s=tally.accepted_s,
         replicas=max((stage.members for stage in condition.stages), default=0),
+        drive_bytes=tenure.drive_bytes,
     )
 
 

@@ -86,6 +86,11 @@ class Session:
         )
 
     @property
+    def drive_bytes(self) -> int | None:
+        """How much was written to the NVMe drive today, if one is used."""
+        return self._parts.drive_bytes()
+
+    @property
     def stages(self) -> tuple[StageId, ...]:
         return self._parts.stages
 

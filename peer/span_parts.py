@@ -225,6 +225,10 @@ class SpanParts:
         for file in self._token_files.values():
             file.close()
 
+    def drive_bytes(self) -> int | None:
+        """Return how much was written to the NVMe drive today, if one is used."""
+        return self._engine.drive_bytes()
+
     def pause(self) -> Pause | None:
         """Return why this machine needs a pause, if it does."""
         return self._engine.pause()

@@ -98,6 +98,8 @@ class SpanEngine:
         self._microbatch = microbatch
         self._memory = memory
         self._pause: Pause | None = None
+        for warning in () if memory is None or memory.pool.store is None else memory.pool.store.warnings:
+            log.warning("nvme.slow", warning=warning)
         self._checkpoint = None if memory is None else LocalCheckpoint(memory, self.engines)
         self.resumed = {} if self._checkpoint is None else self._checkpoint.recover()
         """Stages whose state was on this peer's own NVMe, and where they stand. The others have no state yet."""
@@ -288,6 +290,11 @@ class SpanEngine:
             self._memory.mark_round()
         if self._checkpoint is not None:
             self._checkpoint.note(stage, standing)
+
+    def drive_bytes(self) -> int | None:
+        """Return how much was written to the NVMe drive today, if one is used. May be called from any thread."""
+        store = None if self._memory is None else self._memory.pool.store
+        return None if store is None else store.statistics().written_today_bytes
 
     def on_progress(self, tell: Callable[[], None]) -> None:
         """Call `tell` with every block that a pass enters, in the compute thread."""

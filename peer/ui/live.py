@@ -37,6 +37,8 @@ class Line:
     accepted_s: float | None
     """When work of ours was last acknowledged, on the monotonic clock."""
     replicas: int
+    drive_bytes: int | None = None
+    """Written to the NVMe drive today; None if none is used."""
 
 
 def render(line: Line, *, now_s: float) -> str:
@@ -47,9 +49,10 @@ def render(line: Line, *, now_s: float) -> str:
     loss = "-" if line.loss is None else f"{line.loss:.3f}"
     rate = "-" if line.tokens_per_s is None else f"{line.tokens_per_s:,.0f} tok/s"
     accepted = "nothing accepted yet" if line.accepted_s is None else f"accepted {now_s - line.accepted_s:.0f} s ago"
+    drive = "" if line.drive_bytes is None else f"  {line.drive_bytes / 1e9:,.1f} GB to the drive today"
     return (
         f"{line.name}  stage {stages} ({line.replicas} replicas)  {state}  round {round_text}  loss {loss}  "
-        f"{line.target_tokens:,} tokens  {rate}  {accepted}"
+        f"{line.target_tokens:,} tokens  {rate}  {accepted}{drive}"
     )
 
 

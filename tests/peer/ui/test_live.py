@@ -41,6 +41,11 @@ def test_the_line_shows_what_others_have_acknowledged() -> None:
     assert render(LINE, now_s=100.0) == expected
 
 
+def test_a_drive_that_is_used_shows_what_it_has_taken() -> None:
+    """It wears out by it. Oracle: the end of the line."""
+    assert render(replace(LINE, drive_bytes=12_345_000_000), now_s=100.0).endswith("  12.3 GB to the drive today")
+
+
 def test_what_is_not_known_is_not_shown_as_zero() -> None:
     line = replace(
         LINE,
