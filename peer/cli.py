@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peer.memory.planning.budgets import Limits, parse_size
+from peer.memory.planning.budgets import Limits, check_limits, parse_size
 from peer.settings import PeerSettings, default_data_dir, default_name
 from protocol.console import run_command, set_up_logging
 from protocol.control import NAME_PATTERN
@@ -79,6 +79,7 @@ def join(
 
     def command() -> None:
         limits = _limits(device_memory, host_memory, nvme, nvme_limit, nvme_writes_per_day)
+        check_limits(limits)
         settings = _settings(name, data_dir, device, threads, stages, limits, listen, announce)
         parsed = Invite.from_text(invite)
         set_up_logging(level=log_level, file=log_file)

@@ -14,7 +14,7 @@ from typing import Any
 
 from peer.memory.moments import MasterName, OptimizerName
 from peer.memory.planning import machines
-from peer.memory.planning.budgets import Budgets, Limits, budgets_here, free_host_bytes, size_text
+from peer.memory.planning.budgets import Budgets, Limits, budgets_here, check_limits, free_host_bytes, size_text
 from peer.memory.planning.plan import Plan, plan
 from peer.memory.planning.profile import Profile, calculated
 from peer.memory.planning.workload import Mode, Workload
@@ -120,6 +120,7 @@ def _elsewhere(question: Question, blocks: Sequence[BlockLayout], length: int) -
 def _here(question: Question, config: Mapping[str, Any], length: int) -> tuple[Profile, Budgets]:
     """Measure this machine."""
     limits = question.limits
+    check_limits(limits)
     from peer.engine.build import choose_device  # these two import torch
     from peer.engine.measure import free_device_bytes, measure
 

@@ -25,6 +25,8 @@ class Update:
 
     codec: str
     data: bytes | memoryview
+    norm: float | None = None
+    """As `update_norm` has found it, if it was asked: then every number has been looked at."""
 
     @classmethod
     def of(cls, reduced: Reduced) -> Update:
@@ -58,10 +60,12 @@ def absorb(
     """Take the optimizer step that leads from `engine.version` to the next one, one shard at a time.
 
     `clip_scale` comes with the commit and `total_tokens` is the number of target tokens in the sum. Raises `WireError`,
-    with nothing changed, unless the bytes are a sum of this stage's gradients.
+    with nothing changed, unless the bytes are a sum of this stage's gradients. Without their norm they are decoded
+    twice: no shard may change before the last one was looked at.
     """
     pieces = _split(engine, update)
-    if not math.isfinite(update_norm(engine, update)):
+    norm = update_norm(engine, update) if update.norm is None else update.norm
+    if not math.isfinite(norm):
         raise WireError("an update that holds numbers which are none")
 
     def load(number: int, out: torch.Tensor) -> None:

@@ -22,6 +22,7 @@ from peer.averaging.reduce_service import ReduceService
 from peer.averaging.runner import ButterflyRunner
 from peer.averaging.spool import Spool
 from peer.codecs import Codec, codec
+from protocol.errors import LocalFault
 from protocol.ids import Digest, digest
 
 log = structlog.get_logger()
@@ -62,9 +63,12 @@ class ButterflyReduce:
             await self._service.announce()
             try:
                 total = await runner.reduce()
-            except ReduceError as error:
+            except (ReduceError, LocalFault) as error:
                 self._service.say_farewell(group.group_id, runner.farewell())
-                log.info("reduce.failed", group=group.group_id.hex(), blamed=error.peer, reason=str(error))
+                blamed = error.peer if isinstance(error, ReduceError) else me
+                log.info("reduce.failed", group=group.group_id.hex(), blamed=blamed, reason=str(error))
+                if isinstance(error, LocalFault):
+                    raise
                 if not await self._link.is_daemon_alive():
                     raise ReduceError("this peer's own p2p daemon is gone", peer=me) from None
                 raise

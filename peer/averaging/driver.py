@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import structlog
 
@@ -21,7 +22,7 @@ from peer.averaging.machine_clock import MachineClock
 from peer.averaging.outbox import Outbox
 from peer.averaging.reduce import Reduce, Reduced, ReduceError, ReduceGroup, ReduceTimeouts, Shards
 from peer.averaging.rules import round_timers
-from peer.averaging.sync import StageSync, to_its_end
+from peer.averaging.sync import OUR_FAULTS, StageSync, to_its_end
 from peer.engine.local_checkpoint import Standing
 from peer.engine.span import SpanEngine
 from peer.pipeline.compute import ComputeThread, Priority
@@ -248,6 +249,9 @@ class StageDriver:
                 log.info("round.trouble", stage=self.stage, trouble=str(trouble), peer=peer, detail=detail)
 
     async def _open_round(self, action: events.OpenRound) -> None:
+        # Before anybody is let in: a task would only wait behind the writing, and its caller's patience with it.
+        if self._is_snapshot_due(action.round):
+            self._snapshot = await self.take_snapshot(action.round, action.version, action.lineage)
         await self._compute.run(
             lambda: self._engine.open(self.stage, action.round, fresh=action.fresh), priority=Priority.CONTROL
         )
@@ -256,8 +260,6 @@ class StageDriver:
         else:
             self._gate.open(self.stage, round_id=action.round, version=action.version, lineage=action.lineage)
         log.info("round.open", stage=self.stage, round=action.round, version=action.version, peers=len(action.members))
-        if self._is_snapshot_due(action.round):
-            self._snapshot = await self.take_snapshot(action.round, action.version, action.lineage)
 
     def _freeze(self, closing: Closing) -> None:
         """Stop adding to the sum, in the thread that adds; tell the machine afterwards what the sum stands for.
@@ -270,14 +272,36 @@ class StageDriver:
         freezing = self._compute.submit(lambda: self._engine.freeze(self.stage), priority=Priority.CONTROL)
 
         async def tell() -> None:
-            self.post(events.Frozen(closing.round, await freezing))
+            with self._pausing():
+                self.post(events.Frozen(closing.round, await freezing))
 
         self._start(tell(), name=f"freeze-{self.stage}-{closing.round}")
 
     async def _run_reduce(self, action: events.StartReduce) -> None:
         """Sum the frozen gradients with the group; stage the bytes; report how it went."""
+        engine = self._engine.engines[self.stage]
+        shards = Shards([layout.num_elements for layout in engine.shards], engine.gradient_shard)
+        try:
+            try:
+                reduced = await self._reduce.reduce(self._group_of(action), shards)
+            finally:
+                self._reducing.pop(action.group_id, None)  # what is summed may be of use, whatever the machine wants
+            update, norm = await self._checked(Update.of(reduced))
+        except (SwarmError, *OUR_FAULTS) as error:
+            is_ours = isinstance(error, StorageError) or not isinstance(error, SwarmError)
+            if is_ours and not self._engine.note_fault(error):
+                raise  # a full disk, say: every further ballot would fail as well, and nobody would learn why
+            suspect = error.peer if isinstance(error, ReduceError) and error.peer != self._me else None
+            self._reported(action, None, _reason(error))
+            self.post(events.ReduceFailed(action.group_id, _reason(error), suspect))
+            return
+        self._stage_update(reduced.digest, update)
+        self._reported(action, reduced, "")
+        self.post(events.ReduceDone(action.group_id, reduced.digest, norm))
+
+    def _group_of(self, action: events.StartReduce) -> ReduceGroup:
         timing = self._manifest.timing
-        group = ReduceGroup(
+        return ReduceGroup(
             group_id=action.group_id,
             members=tuple(contribution.peer for contribution in action.group),
             codec=self._manifest.averaging.codec,
@@ -285,22 +309,12 @@ class StageDriver:
                 sender_s=timing.hop_silence_s, reducer_s=2 * timing.hop_silence_s, deadline_s=timing.reduce_timeout_s
             ),
         )
+
+    async def _checked(self, update: Update) -> tuple[Update, float]:
+        """Return an update with its norm. Raises `WireError` if it is no sum of this stage's gradients."""
         engine = self._engine.engines[self.stage]
-        shards = Shards([layout.num_elements for layout in engine.shards], engine.gradient_shard)
-        try:
-            reduced = await self._reduce.reduce(group, shards)
-        except SwarmError as error:
-            suspect = error.peer if isinstance(error, ReduceError) and error.peer != self._me else None
-            self._reported(action, None, error.one_line())
-            self.post(events.ReduceFailed(action.group_id, error.one_line()[:200], suspect))
-            return
-        finally:
-            self._reducing.pop(action.group_id, None)
-        update = Update.of(reduced)
         norm = await self._compute.run(lambda: update_norm(engine, update), priority=Priority.CONTROL)
-        self._stage_update(reduced.digest, update)
-        self._reported(action, reduced, "")
-        self.post(events.ReduceDone(action.group_id, reduced.digest, norm))
+        return replace(update, norm=norm), norm
 
     def _reported(self, action: events.StartReduce, reduced: Reduced | None, reason: str) -> None:
         """Count an attempt; a stage with one member averages nothing and reports nothing."""
@@ -325,12 +339,15 @@ class StageDriver:
         )
 
     async def _fetch(self, commit: Commit, sources: Iterable[PeerId]) -> None:
-        engine = self._engine.engines[self.stage]
         try:
-            update = await self._sync.fetch_update(commit, self._known(sources, commit))
-            norm = await self._compute.run(lambda: update_norm(engine, update), priority=Priority.CONTROL)
+            update, norm = await self._checked(await self._sync.fetch_update(commit, self._known(sources, commit)))
         except (TransientError, PeerFault) as error:  # also bytes that fit the commit's digest, and nothing else
-            self.post(events.FetchFailed(commit.digest, error.one_line()[:200]))
+            self.post(events.FetchFailed(commit.digest, _reason(error)))
+            return
+        except OUR_FAULTS as error:
+            if not self._engine.note_fault(error):
+                raise
+            self.post(events.FetchFailed(commit.digest, _reason(error)))
             return
         self._stage_update(commit.digest, update)
         self.post(events.Fetched(commit.digest, norm))
@@ -351,7 +368,8 @@ class StageDriver:
 
         async def change() -> None:
             async with self._engine_lock:
-                await work()
+                with self._pausing():
+                    await work()
 
         self._stop_changing()
         self._changing = self._start(change(), name=name)
@@ -361,42 +379,60 @@ class StageDriver:
         if self._changing is not None:
             self._changing.cancel()
 
+    @contextmanager
+    def _pausing(self, commit: Commit | None = None) -> Iterator[None]:
+        """Say nothing to the machine if this peer needs a pause before it can do what the block does.
+
+        The session ends with its next beat. Told of a failure, the machine would try again at every tick, and then give
+        up a state that is sound; or, after a step that has failed half-way, go on with one that is not. With others who
+        can serve the update of `commit`, we may leave at once: what is left undone here is no work of ours.
+        """
+        try:
+            yield
+        except OUR_FAULTS as error:
+            if not self._engine.note_fault(error):
+                raise
+            log.warning("round.paused", stage=self.stage, reason=_reason(error))
+            if commit is not None and any(each.peer != self._me for each in commit.contributors):
+                self._left.set()
+
     async def _apply(self, commit: Commit, signed: Signed, lineage: Lineage) -> None:
-        """Absorb staged bytes: the step that makes a new version."""
-        update = self._staged.pop(commit.digest, None)
+        """Absorb staged bytes: the step that makes a new version. They stay staged for others until it is there."""
+        update = self._staged.get(commit.digest)
         if update is None:
             self.post(events.ApplyFailed(lineage, "the bytes are not staged here"))
             return
         self._stop_changing()
         try:
             async with self._engine_lock:
-                state_digest = await self._take_step(commit, signed, lineage, update)
+                with self._pausing(commit):
+                    state_digest = await self._take_step(commit, signed, lineage, update)
+                    self.post(events.Applied(lineage, state_digest))
         except PeerFault as error:
-            self.post(events.ApplyFailed(lineage, error.one_line()[:200]))
-        else:
-            self.post(events.Applied(lineage, state_digest))
+            self._staged.pop(commit.digest, None)
+            self.post(events.ApplyFailed(lineage, _reason(error)))
 
     async def _replay(self, steps: tuple[events.CommitStep, ...], sources: tuple[PeerId, ...]) -> None:
         """Fetch and take one step after the other; what an earlier attempt has done stays done."""
         engine = self._engine.engines[self.stage]
         try:
-            for step in steps:
-                if step.commit.version > engine.version:
-                    update = await self._sync.fetch_update(step.commit, self._known(sources, step.commit))
-                    await to_its_end(self._take_step(step.commit, step.signed, step.lineage, update))
+            with self._pausing(steps[-1].commit):
+                for step in steps:
+                    if step.commit.version > engine.version:
+                        update = await self._sync.fetch_update(step.commit, self._known(sources, step.commit))
+                        await to_its_end(self._take_step(step.commit, step.signed, step.lineage, update))
+                self.post(events.Applied(steps[-1].lineage, self.state_digest))
         except (TransientError, PeerFault) as error:
-            self.post(events.ApplyFailed(steps[-1].lineage, error.one_line()[:200]))
-        else:
-            self.post(events.Applied(steps[-1].lineage, self.state_digest))
+            self.post(events.ApplyFailed(steps[-1].lineage, _reason(error)))
 
     async def _take_step(self, commit: Commit, signed: Signed, lineage: Lineage, update: Update) -> Digest:
         """Absorb an update, log it, and tell the rest of the peer; return the digest of the new state."""
         await self._sync.absorb(commit, update)
         keeping = self._sync.keep(commit, signed, update)
         state_digest, _ = await asyncio.gather(self._state_digest(), keeping)  # the disk need not wait for the hash
-        standing = Standing(commit.version, RoundId(commit.round + 1), lineage)
-        await self._compute.run(lambda: self._engine.note_standing(self.stage, standing), priority=Priority.CONTROL)
         self._after_step(commit, signed, lineage, state_digest)
+        standing = Standing(commit.version, RoundId(commit.round + 1), lineage)  # last: it may write for a long time
+        await self._compute.run(lambda: self._engine.note_standing(self.stage, standing), priority=Priority.CONTROL)
         return state_digest
 
     def _after_step(self, commit: Commit, signed: Signed, lineage: Lineage, state_digest: Digest) -> None:
@@ -495,6 +531,11 @@ class StageDriver:
         self._staged[digest] = update
         while len(self._staged) > STAGED_KEPT:
             self._staged.pop(next(iter(self._staged)))
+
+
+def _reason(error: Exception) -> str:
+    text = error.one_line() if isinstance(error, SwarmError) else " ".join(f"{type(error).__name__}: {error}".split())
+    return text[:200]
 
 
 def membership_of(commit: Commit, lineage: Lineage) -> Membership:

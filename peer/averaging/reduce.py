@@ -99,7 +99,10 @@ class Shards:
     """
 
     def __init__(self, lengths: Sequence[int], read: Callable[[int], Tensor]) -> None:
-        """`read(number)` returns a shard; it is called in other threads, and what it returns is not changed."""
+        """`read(number)` returns a shard; it is called in other threads, and what it returns is not changed.
+
+        Meanwhile other stages that share the memory may be computed: their passes leave this stage's sums alone.
+        """
         self.lengths = tuple(lengths)
         self._read = read
         self._at_hand: OrderedDict[int, Tensor] = OrderedDict()

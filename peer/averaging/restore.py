@@ -8,12 +8,13 @@ beyond the fact that one exists. `sync.py` does the fetching.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import structlog
 
 from peer.averaging.history import History
-from peer.averaging.sync import Place, StageSync
+from peer.averaging.sync import OUR_FAULTS, Place, StageSync
 from peer.engine.span import SpanEngine
 from peer.pipeline.compute import ComputeThread, Priority
 from protocol.control import Snapshot, StateFile
@@ -52,13 +53,27 @@ class Restorer:
 
     async def from_members(self, members: Iterable[PeerId]) -> Place:
         """Follow the stage's members. Raises `UnreachableError` if none can be followed."""
-        return await self._sync.from_members(members)
+        with self._pausing():
+            return await self._sync.from_members(members)
 
     async def from_scratch(self, *, allow_initial: bool) -> Place:
         """Start from the newest checkpoint, or from the initial weights if there is none and that is allowed.
 
         Raises `UnreachableError` if there is nothing to start from yet.
         """
+        if self._engine.pause() is not None:
+            raise UnreachableError("this machine needs a pause before it can load a state.")
+        with self._pausing():
+            return await self._from_scratch(allow_initial)
+
+    async def state_digest(self) -> Digest:
+        """Hash the stage's present state."""
+        engine = self._engine.engines[self._stage]
+        return await self._compute.run(engine.state_digest, priority=Priority.CONTROL)
+
+    # -- private --------------------------------------------------------------------------------------
+
+    async def _from_scratch(self, allow_initial: bool) -> Place:
         snapshot = await self._newest_checkpoint()
         if snapshot is not None:
             folder = f"checkpoint/{snapshot.round}"
@@ -70,10 +85,16 @@ class Restorer:
         await self._keep_initial()
         return Place(charter=None, commits=(), round=RoundId(0), version=Version(0), lineage=NO_LINEAGE)
 
-    async def state_digest(self) -> Digest:
-        """Hash the stage's present state."""
-        engine = self._engine.engines[self._stage]
-        return await self._compute.run(engine.state_digest, priority=Priority.CONTROL)
+    @contextmanager
+    def _pausing(self) -> Iterator[None]:
+        """Let the session wait where this machine needs a pause: it ends with its next beat."""
+        try:
+            yield
+        except OUR_FAULTS as error:
+            if not self._engine.note_fault(error):
+                raise
+            log.warning("restore.paused", stage=self._stage, reason=str(error)[:200])
+            raise UnreachableError("this machine needs a pause before it can load a state.") from None
 
     async def _newest_checkpoint(self) -> Snapshot | None:
         """Ask the coordinator which checkpoint is the newest; None if it has none.

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,8 @@ class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
         )
         sizes = [self._codec.encoded_bytes(part.length) for part in self._parts]
         self._offsets = [0, *itertools.accumulate(sizes)]
-        self._spool = Spool(self._offsets[-1], folder)
+        self._folder = folder
+        self._spool: Spool | None = None
         self._results: set[int] = set()
         self._all_results = asyncio.Event()
         self._digest: Digest | None = None
@@ -124,6 +125,7 @@ class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
     @property
     def result(self) -> memoryview:
         """The encoded sums of all parts, in order."""
+        assert self._spool is not None, "there is room for them once the reduce has begun"
         return self._spool.view
 
     def farewell(self) -> AveragingData:
@@ -144,27 +146,33 @@ class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
 
     async def _work(self, tasks: asyncio.TaskGroup) -> None:
         watch = tasks.create_task(self._watch())
-        tasks.create_task(self._guard(self._merge_own_parts()))
+        await self._guard(self._make_room)
+        tasks.create_task(self._guard(self._merge_own_parts))
         others = [peer for peer in self.ordered_peer_ids if peer != self.peer_id]
-        talks = [tasks.create_task(self._guard(self._communicate_with_peer(peer))) for peer in others]
+        talks = [tasks.create_task(self._guard(self._communicate_with_peer, peer)) for peer in others]
         if self._parts:
             await self._all_results.wait()
         self._digest = await asyncio.to_thread(digest, self.result)
         self._settled.set()
-        await self._guard(self._wait_until_all_accepted())
+        await self._guard(self._wait_until_all_accepted)
         _, unended = await asyncio.wait(talks, timeout=self.reducer_timeout)
         for task in (watch, *unended):  # all have accepted: a stream that is not closed properly costs nobody anything
             task.cancel()
+
+    async def _make_room(self) -> None:
+        """Make room for the result while others are served already: if there is none, they hear of it at once."""
+        # in a thread: some file systems make room by writing all of it
+        self._spool = await asyncio.to_thread(Spool, self._offsets[-1], self._folder)
 
     async def _watch(self) -> None:
         """Raise what a served stream or the deadline has reported."""
         await asyncio.wait({self._future})
         self._future.result()
 
-    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _guard(self, work: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
         """Settle the outcome before an error cancels the others, so that they know whom to blame."""
         try:
-            await work
+            await work(*args)  # begun here: a task that is cancelled before it begins leaves nothing behind
         except SwarmError as error:
             self.finalize(exception=error)
             raise
@@ -253,6 +261,7 @@ class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
         return answer
 
     def _take_result(self, part: Part, data: bytes) -> None:
+        assert self._spool is not None, "nobody is asked for a sum before there is room for it"
         self._spool.put(self._offsets[part.index], data)
         self._results.add(part.index)
         if len(self._results) == len(self._parts):

@@ -12,6 +12,7 @@ import itertools
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import structlog
@@ -22,10 +23,12 @@ from peer.averaging.spool import Spool
 from peer.engine.local_checkpoint import Standing
 from peer.engine.schedule import LearningRate
 from peer.engine.stage_engine import StageEngine
+from peer.engine.statefiles import UnfitState
 from peer.pipeline.compute import ComputeThread, Priority
 from protocol.control import Snapshot, StateFile
 from protocol.errors import (
     DeadlineError,
+    LocalFault,
     PeerFault,
     RefusedError,
     StorageError,
@@ -53,6 +56,9 @@ MAX_SLOW_SOURCES = 3  # so many may take all the time they have before the bytes
 
 REMOTE_FAULTS = (TransientError, PeerFault, RefusedError)
 """What others can cause in us. The rest of the tree is about this machine, and goes through."""
+
+OUR_FAULTS = (LocalFault, MemoryError, RuntimeError, OSError)
+"""Among these is what only stops this machine for a while: the engine knows which (`SpanEngine.note_fault`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +140,9 @@ class StageSync:
         self._codec = codec
         self._schedule = schedule
         self._init_seed = init_seed
-        self._resumed = resumed
+        self._resumed, self._resumed_changes = resumed, engine.changes
+        # the number of changes after which the engine held the initial weights; whatever changes it makes it another
+        self._initial_changes = engine.changes if resumed is None and engine.version == 0 else None
 
     async def from_members(self, sources: Iterable[PeerId], *, least_generation: int = 0) -> Place:
         """Become what the members are: their newest snapshot (or ours, if it is theirs too) and the log after it.
@@ -150,7 +158,7 @@ class StageSync:
         current = {peer: answer for peer, (answer, charter) in answers.items() if charter.generation == newest}
         peers = _most_shared_first(current)
         # everybody is asked to vouch for what was on our own disk before anybody's snapshot is fetched
-        ways = [self._start_from] if self._resumed is None else [self._start_from_resumed, self._start_from]
+        ways = [self._start_from] if self._own_standing() is None else [self._start_from_resumed, self._start_from]
         for start, source in itertools.product(ways, peers):
             answer, charter = answers[source]
             try:
@@ -160,16 +168,18 @@ class StageSync:
             except REMOTE_FAULTS as error:
                 log.info("sync.failed", stage=self._stage, source=source, error=error.one_line())
             else:
-                self._resumed = None  # from here on it is another state
                 return place
         raise UnreachableError(f"nobody could bring us to the state of stage {self._stage}.")
 
     async def start_over(self) -> None:
-        """Go back to the initial weights, unless the engine is there."""
-        if self._engine.version != 0:
-            await to_its_end(
-                self._compute.run(lambda: self._engine.initialise(self._init_seed), priority=Priority.CONTROL)
-            )
+        """Go back to the initial weights, unless the engine is there: version 0 alone may be a load that has failed."""
+
+        def draw() -> None:
+            if self._engine.changes != self._initial_changes:
+                self._engine.initialise(self._init_seed)
+                self._initial_changes = self._engine.changes
+
+        await to_its_end(self._compute.run(draw, priority=Priority.CONTROL))
 
     async def from_checkpoint(self, snapshot: Snapshot, *, source: PeerId, folder: str) -> Place:
         """Become a checkpoint that `source` (the coordinator) serves under the blob folder `folder`."""
@@ -184,10 +194,11 @@ class StageSync:
         """
         limit = update_bytes(self._engine, self._codec)
         patience_s = FETCH_PATIENCE_S + limit / MIN_BYTES_PER_S
+        room = await asyncio.to_thread(Spool, limit, self._history.folder)  # on some file systems this takes long
         try:
             async with asyncio.timeout(MAX_SLOW_SOURCES * patience_s):
                 for source in sources:
-                    update = await self._fetch_from(source, commit, limit, patience_s)
+                    update = await self._fetch_from(source, commit, room.view, patience_s)
                     if update is not None:
                         return update
         except TimeoutError:
@@ -219,14 +230,16 @@ class StageSync:
 
     # -- private --------------------------------------------------------------------------------------
 
-    async def _fetch_from(self, source: PeerId, commit: Commit, limit: int, patience_s: float) -> Update | None:
+    async def _fetch_from(self, source: PeerId, commit: Commit, room: memoryview, patience_s: float) -> Update | None:
         """Ask one peer for a commit's bytes, which lie in its log or still in its staging; None if it has none."""
         names = (f"update/{self._stage}/{commit.version - 1}", f"staged/{self._stage}/{commit.digest.hex()}")
         try:
             async with asyncio.timeout(patience_s):
                 for name in names:
                     try:
-                        data = await self._blobs.fetch_into(source, name, self._make_room, max_bytes=limit)
+                        data = await self._blobs.fetch_into(
+                            source, name, lambda num_bytes: room[:num_bytes], max_bytes=len(room)
+                        )
                     except MissingBlobError:
                         continue
                     except (TransientError, PeerFault) as error:
@@ -239,8 +252,9 @@ class StageSync:
             log.info("update.slow", source=source, version=commit.version, patience_s=patience_s)
         return None
 
-    def _make_room(self, num_bytes: int) -> memoryview:
-        return Spool(num_bytes, self._history.folder).view
+    def _own_standing(self) -> Standing | None:
+        """Return where the engine stands if it still holds what was found on our own disk."""
+        return self._resumed if self._engine.changes == self._resumed_changes else None
 
     async def _replay(self, signed: Signed, commit: Commit, sources: Iterable[PeerId]) -> None:
         """Apply a commit that follows our state, fetching its bytes. Raises if they cannot be had or do not fit."""
@@ -311,7 +325,7 @@ class StageSync:
         self, source: PeerId, peers: list[PeerId], answer: StateAnswer, signed_charter: Signed, charter: Charter
     ) -> tuple[Lineage, Version, RoundId, list[Signed]]:
         """Go on from the state that was on our own disk, if it is one that `source` has passed through."""
-        own = self._resumed
+        own = self._own_standing()
         if own is None or own.version != self._engine.version or not charter.version <= own.version <= answer.version:
             raise UnreachableError(f"{source} is not ahead of what is here of stage {self._stage}.")
         commits: list[Signed] = []
@@ -346,14 +360,15 @@ class StageSync:
         """Load a snapshot, from our own disk if it is there and sound; otherwise fetch its files by their `names`."""
         if await asyncio.to_thread(self._has, snapshot):
             try:
+                await asyncio.to_thread(self._check_own, snapshot)
                 return await self._load(snapshot)
-            except (StorageError, PeerFault) as error:
+            except PeerFault as error:
                 log.warning("snapshot.damaged", stage=self._stage, version=snapshot.version, problem=str(error))
                 self._history.discard_snapshot(snapshot.version)
         for file in snapshot.files:
             await self._fetch_file(snapshot, file, names[file.part], sources)
         try:
-            await self._load(snapshot)
+            await self._load(snapshot)  # each file was checked when it had come
         except PeerFault:
             self._history.discard_snapshot(snapshot.version)
             raise
@@ -363,17 +378,25 @@ class StageSync:
         """Tell whether our own disk holds these very files from before."""
         return any((own.version, own.files) == (snapshot.version, snapshot.files) for own in self._history.snapshots())
 
+    def _check_own(self, snapshot: Snapshot) -> None:
+        """Raise `PeerFault` unless the snapshot on our own disk is what it was."""
+        try:
+            self._history.check_snapshot(snapshot)
+        except StorageError as error:
+            raise PeerFault(str(error)) from None
+
     async def _load(self, snapshot: Snapshot) -> None:
-        """Become a snapshot whose files are here. Raises `StorageError` if they are damaged, `PeerFault` if they are
-        what was promised, and no state of this stage.
+        """Become a snapshot whose files are here and have the promised hashes.
+
+        Raises `PeerFault` if they are no state of this stage, `StorageError` if our own machine fails: the files may
+        be as good as ever then, but the engine's state is none any more.
         """
-        await asyncio.to_thread(self._history.check_snapshot, snapshot)
 
         def load() -> None:
             with self._history.open_snapshot(snapshot) as files:
                 try:
                     self._engine.read_state(files, version=snapshot.version)
-                except StorageError as error:  # whoever promised that hash promised nonsense
+                except UnfitState as error:  # whoever promised that hash promised nonsense
                     raise PeerFault(f"the snapshot of version {snapshot.version} cannot be loaded: {error}") from None
 
         await to_its_end(self._compute.run(load, priority=Priority.CONTROL))
@@ -384,6 +407,8 @@ class StageSync:
         if file.num_bytes > most:
             raise PeerFault(f"a {file.part} file of {file.num_bytes} bytes; ours cannot have more than {most}")
         path = self._history.incoming_path(snapshot.version, file.part)
+        if await asyncio.to_thread(_is_there, path, file):
+            return  # from an attempt that ended for a reason of our own
         try:
             with path.open("wb") as out:
                 await self._fetch_into(out, file, name, sources)
@@ -414,6 +439,13 @@ class StageSync:
                 waiting.pop(0)
                 continue
             await asyncio.to_thread(out.write, piece)
+
+
+def _is_there(path: Path, file: StateFile) -> bool:
+    try:
+        return path.stat().st_size == file.num_bytes and file_digest(path) == file.digest
+    except OSError:
+        return False
 
 
 def _most_shared_first(answers: Mapping[PeerId, StateAnswer]) -> list[PeerId]:

@@ -54,13 +54,14 @@ def build_span(
         models = {stage: _model(manifest, stage, device) for stage in stages}
         layouts = [layout for model in models.values() for layout in model.layouts]
         inventory, backend = Inventory(layouts, optimizer.name, optimizer.master), backend_for(device)
+        undo.callback(backend.close)
         chosen = choose(
             manifest,
             inventory,
             settings,
             device=device,
             stages_behind=manifest.model.num_stages - 1 - max(stages),
-            memo=None if nvme is None else nvme.with_suffix(".plan.json"),
+            nvme=nvme,
         )
         memory = open_memory(
             inventory,
@@ -83,6 +84,7 @@ def build_span(
             microbatch=(manifest.batch.sequences_per_microbatch, manifest.batch.sequence_length),
             wave=chosen.wave,
             wave_patience_s=chosen.patience_s,
+            in_flight=chosen.in_flight,
             memory=memory,
         )
         for stage in stages:

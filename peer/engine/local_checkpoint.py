@@ -51,6 +51,7 @@ class LocalCheckpoint:
         self._memory, self._engines, self._now_s = memory, engines, now_s
         self._standings: dict[StageId, Standing] = {}
         self._changes: dict[StageId, int] = {}  # of each engine when it stood there
+        self._committed: dict[StageId, tuple[Standing, int]] | None = None  # standings and changes
         self._interval_s = max(MIN_INTERVAL_S, memory.pool.beside_bytes / WEAR_BYTES_PER_S)
         self._committed_s = -math.inf  # the first state that is reached is kept at once
 
@@ -73,6 +74,7 @@ class LocalCheckpoint:
         for stage, (standing, steps) in standings.items():
             self._engines[stage].resume(version=standing.version, steps=steps)
             self._keep(stage, standing)
+        self._committed = self._present()
         return dict(self._standings)
 
     def note(self, stage: StageId, standing: Standing) -> None:
@@ -84,8 +86,9 @@ class LocalCheckpoint:
     def commit(self) -> None:
         """Make the present state the one that this peer continues from.
 
-        Not if a stage has been replaced since it was last heard of, or a step has failed half-way.
-        A disk that does not take it costs the checkpoint, not the training.
+        Not if a stage has been replaced since it was last heard of, or a step has failed half-way; nor if that state is
+        there already: what lives in memory would be written once more.
+        A disk that does not take a commit costs the checkpoint, not the training.
         """
         is_known = all(
             stage in self._standings
@@ -93,13 +96,19 @@ class LocalCheckpoint:
             and self._changes[stage] == engine.changes
             for stage, engine in self._engines.items()
         )
-        if not self._memory.pool.keeps_state or not is_known:
+        present = self._present()
+        if not self._memory.pool.keeps_state or not is_known or present == self._committed:
             return
         self._committed_s = self._now_s()
         try:
             self._memory.commit({str(stage): self._record(stage) for stage in self._engines})
         except StorageError as error:
             log.error("checkpoint.failed", error=error.one_line())
+        else:
+            self._committed = present
+
+    def _present(self) -> dict[StageId, tuple[Standing, int]]:
+        return {stage: (standing, self._changes[stage]) for stage, standing in self._standings.items()}
 
     def _keep(self, stage: StageId, standing: Standing) -> None:
         self._standings[stage] = standing

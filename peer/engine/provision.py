@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import structlog
+import torch
 
 from peer.engine.measure import free_device_bytes, measure
-from peer.memory.disk.durable_files import disk_fault
+from peer.memory.disk.durable_files import allocated_bytes, make_folder, publish, write_temporary
+from peer.memory.disk.store_folder import TABLE_FILE
 from peer.memory.placement import Placement, Slots, Tier, all_on_device, check_placement, footprint
-from peer.memory.planning.budgets import Budgets, budgets_here, size_text
+from peer.memory.planning.budgets import Budgets, budgets_here, free_disk_bytes, size_text, total_host_bytes
+from peer.memory.planning.machines import machine
 from peer.memory.planning.plan import plan
+from peer.memory.planning.profile import STEP_WORKSPACE_BYTES, calculated
+from peer.memory.planning.ways import Needs, Way
 from peer.memory.planning.workload import Mode, Workload
 from peer.memory.units import ELEMENT_BYTES, Inventory, Section
 from peer.settings import PeerSettings
 from protocol.manifest import Manifest
 
 log = structlog.get_logger()
+
+ANY_MACHINE = "24gb-pcie4x16"  # what computing takes in bytes is alike on all of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +51,8 @@ class Provision:
     """Where the inputs of these blocks of the span wait, if not on the device."""
     places: Mapping[Tier, int] = field(default_factory=dict)
     """How many of them there is room for."""
+    in_flight: int | None = None
+    """How many microbatches may be between their forward and backward pass. None: as many as like."""
 
     peak_bytes: Mapping[Tier, int] = field(default_factory=dict)
     """What the plan takes of every tier."""
@@ -64,26 +73,55 @@ def choose(
     *,
     device: str,
     stages_behind: int,
-    memo: Path | None = None,
+    nvme: Path | None = None,
 ) -> Provision:
     """Return the provision for a span. Raises `ConfigError`, saying what would make it fit, if nothing does.
 
     A span that fits its device as a whole needs no plan; for others, this machine is measured for some seconds. A plan
-    is remembered in the file `memo`, because what is on a drive lies there as the plan before has laid it out.
+    is remembered beside the folder `nvme` of the span's state, and made anew only if the volunteer's limits are others
+    or it can no longer be carried out: how much is free changes with every browser tab, and with our own files.
     """
-    budgets = budgets_here(settings.limits, free_device_bytes=free_device_bytes(device))
-    placement = all_on_device(inventory)
-    left_bytes = budgets.device_bytes - footprint(inventory, placement)[Tier.DEVICE]
-    if left_bytes >= settings.activation_bytes // 2:
-        return Provision(placement=placement, keep_bytes=min(settings.activation_bytes, left_bytes))
+    workload = Workload(
+        mode=Mode.AVERAGED, microbatches=manifest.batch.microbatches_per_round, stages_behind=stages_behind
+    )
     key = _key(manifest, inventory, settings, device)
-    remembered = None if memo is None else _read(memo, inventory, key=key)
-    if remembered is not None and all(used <= budgets.of(tier) for tier, used in remembered.peak_bytes.items()):
-        return remembered
-    chosen = _planned(manifest, inventory, settings, budgets, device=device, stages_behind=stages_behind)
-    if memo is not None:
-        _write(memo, chosen, inventory, key=key)
+    remembered = None if nvme is None else _read(_memo(nvme), inventory, key=key)
+    if remembered is not None and not _fits_machine(remembered, device, nvme):
+        log.warning("memory.plan_outgrown", device=device)
+        remembered = None
+    has_state = nvme is not None and (nvme / TABLE_FILE).exists()
+    if remembered is not None and has_state:
+        return remembered  # even if all of it would fit the device today: there lies the state
+    budgets = budgets_here(settings.limits, free_device_bytes=free_device_bytes(device), store=nvme)
+    whole = _whole(manifest, inventory, settings, budgets, workload)
+    chosen = whole or remembered
+    if chosen is None:
+        chosen = _planned(manifest, inventory, settings, budgets, workload, device=device)
+        if nvme is not None:
+            _write(_memo(nvme), chosen, inventory, key=key)
+    if has_state and Tier.NVME not in chosen.placement.homes.values():
+        log.warning("memory.state_left_behind", folder=str(nvme), reason="everything fits memory now")
     return chosen
+
+
+def _whole(
+    manifest: Manifest, inventory: Inventory, settings: PeerSettings, budgets: Budgets, workload: Workload
+) -> Provision | None:
+    """Return the provision of a span that fits its device as a whole, with what computing takes besides."""
+    batch, placement = manifest.batch, all_on_device(inventory)
+    profile = calculated(
+        machine(ANY_MACHINE)[0],
+        inventory.blocks,
+        sequences=batch.sequences_per_microbatch,
+        sequence_length=batch.sequence_length,
+    )
+    needs = Needs(inventory, replace(profile, step_workspace_bytes=STEP_WORKSPACE_BYTES), workload)
+    _, rows = needs.computing(Way(wave=1, waves_in_flight=workload.stages_behind + 1))
+    taken_bytes = footprint(inventory, placement)[Tier.DEVICE] + sum(row[Tier.DEVICE] for row in rows.values())
+    left_bytes = budgets.device_bytes - taken_bytes
+    if left_bytes < settings.activation_bytes // 2:
+        return None
+    return Provision(placement=placement, keep_bytes=min(settings.activation_bytes, left_bytes))
 
 
 def _planned(
@@ -91,9 +129,9 @@ def _planned(
     inventory: Inventory,
     settings: PeerSettings,
     budgets: Budgets,
+    workload: Workload,
     *,
     device: str,
-    stages_behind: int,
 ) -> Provision:
     """Measure this machine, and make a plan for it."""
     batch, config = manifest.batch, manifest.model.config
@@ -106,7 +144,6 @@ def _planned(
         master=inventory.master,
         nvme=settings.limits.nvme,
     )
-    workload = Workload(mode=Mode.AVERAGED, microbatches=batch.microbatches_per_round, stages_behind=stages_behind)
     chosen = plan(inventory, profile, budgets, workload)
     for warning in chosen.warnings:
         log.warning("memory.plan", warning=warning)
@@ -134,6 +171,7 @@ def _planned(
         kept=frozenset(block for block, activation in chosen.activations.items() if activation.keep),
         parked=parked,
         places=dict.fromkeys(parked.values(), chosen.num_places),  # a plan sends all of them to one tier
+        in_flight=chosen.in_flight,
         peak_bytes=chosen.prediction.peak_bytes,
     )
 
@@ -146,6 +184,23 @@ def _share_in_memory(inventory: Inventory, placement: Placement) -> float:
 
 
 # -- remembering ----------------------------------------------------------------------------------------
+
+
+def _memo(nvme: Path) -> Path:
+    return nvme.with_name(f"{nvme.name}.plan.json")
+
+
+def _fits_machine(chosen: Provision, device: str, nvme: Path | None) -> bool:
+    """Tell whether a plan can be carried out at all, whatever else uses the machine at the moment."""
+    peak_bytes = dict.fromkeys(Tier, 0) | dict(chosen.peak_bytes)
+    total_bytes = total_host_bytes()
+    if device.startswith("cuda"):
+        if peak_bytes[Tier.DEVICE] > torch.cuda.mem_get_info(device)[1]:
+            return False
+    else:
+        total_bytes -= peak_bytes[Tier.DEVICE]
+    room_bytes = 0 if nvme is None else free_disk_bytes(nvme, margin_bytes=0) + allocated_bytes(nvme)
+    return peak_bytes[Tier.HOST] <= total_bytes and peak_bytes[Tier.NVME] <= room_bytes
 
 
 def _key(manifest: Manifest, inventory: Inventory, settings: PeerSettings, device: str) -> str:
@@ -173,13 +228,11 @@ def _write(memo: Path, chosen: Provision, inventory: Inventory, *, key: str) -> 
         "kept": None if chosen.kept is None else sorted(chosen.kept),
         "parked": sorted(chosen.parked.items()),
         "places": sorted(chosen.places.items()),
+        "in_flight": chosen.in_flight,
         "peak_bytes": sorted(chosen.peak_bytes.items()),
     }
-    try:
-        memo.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        memo.write_text(json.dumps(record))
-    except OSError as error:
-        raise disk_fault(f"cannot write {memo}", error) from error
+    make_folder(memo.parent)
+    publish(write_temporary(memo, json.dumps(record).encode()), memo)
 
 
 def _read(memo: Path, inventory: Inventory, *, key: str) -> Provision | None:
@@ -206,6 +259,7 @@ def _read(memo: Path, inventory: Inventory, *, key: str) -> Provision | None:
             kept=None if record["kept"] is None else frozenset(map(int, record["kept"])),
             parked={int(block): Tier(tier) for block, tier in record["parked"]},
             places={Tier(tier): int(count) for tier, count in record["places"]},
+            in_flight=None if record["in_flight"] is None else int(record["in_flight"]),
             peak_bytes={Tier(tier): int(size) for tier, size in record["peak_bytes"]},
         )
     except (OSError, ValueError, KeyError, TypeError):  # none, or one of an older version: a new one costs seconds

@@ -27,6 +27,10 @@ WEIGHTS, OPTIMIZER = STATE_PARTS
 STEPS = "optimizer.steps"
 
 
+class UnfitState(StorageError):
+    """Files that are no state of this stage. What else fails while they are read is this machine's doing."""
+
+
 class Sink(Protocol):
     """A file that is only written."""
 
@@ -67,18 +71,18 @@ class StateWriter:
 class StateReader:
     """Reads the state out of two open files. Every shard has to be asked for, in order.
 
-    Raises `StorageError` at once if the files are not of this stage.
+    Raises `UnfitState` at once if the files are not of this stage, and later if they end too soon.
     """
 
     def __init__(self, files: Mapping[str, BinaryIO], form: StateFormat) -> None:
         if missing := {*STATE_PARTS} - {*files}:
-            raise StorageError(f"the saved state has no {min(missing)}.")
+            raise UnfitState(f"the saved state has no {min(missing)}.")
         self._files = files
         _check(files[WEIGHTS], form.weights)
         _check(files[OPTIMIZER], form.moments)
         self.steps = int.from_bytes(_read(files[OPTIMIZER], 8), "little", signed=True)
         if self.steps < 0:
-            raise StorageError(f"the saved state counts {self.steps} steps.")
+            raise UnfitState(f"the saved state counts {self.steps} steps.")
 
     def read(self, layout: ShardLayout, weights: Tensor, moments: Tensor) -> None:
         """Write a shard's saved weights and moments into its buffers."""
@@ -96,20 +100,20 @@ def _filled(layout: ShardLayout) -> list[tuple[int, int]]:
 
 
 def _check(file: BinaryIO, expected: Mapping[str, tuple[str, Shape]]) -> None:
-    """Read a file's header; raise `StorageError` unless it holds exactly these tensors in this order."""
+    """Read a file's header; raise `UnfitState` unless it holds exactly these tensors in this order."""
     try:
-        header = parse_header(file.read(header_length(file.read(PREFIX_BYTES))), file_bytes=_size(file))
+        header = parse_header(_take(file, header_length(_take(file, PREFIX_BYTES))), file_bytes=_size(file))
     except WireError as error:
-        raise StorageError(f"the saved state is none: {error}.") from None
+        raise UnfitState(f"the saved state is none: {error}.") from None
     found = {name: (entry.dtype, entry.shape) for name, entry in header.tensors.items()}
     if unequal := found.keys() ^ expected.keys():
-        raise StorageError(f"the saved state does not fit this stage: {min(unequal)} is missing or unknown.")
+        raise UnfitState(f"the saved state does not fit this stage: {min(unequal)} is missing or unknown.")
     for name, wanted in expected.items():
         if found[name] != wanted:
-            raise StorageError(f"the saved state does not fit this stage: {name} is {found[name]}, not {wanted}.")
+            raise UnfitState(f"the saved state does not fit this stage: {name} is {found[name]}, not {wanted}.")
     in_file = sorted(header.tensors, key=lambda name: (header.tensors[name].start, header.tensors[name].end))
     if in_file != list(expected):
-        raise StorageError("the saved state does not fit this stage: its tensors are in another order.")
+        raise UnfitState("the saved state does not fit this stage: its tensors are in another order.")
 
 
 def _size(file: BinaryIO) -> int:
@@ -124,7 +128,15 @@ def _read_into(file: BinaryIO, target: Tensor) -> None:
 
 
 def _read(file: BinaryIO, num_bytes: int) -> bytes:
-    data = file.read(num_bytes)
+    data = _take(file, num_bytes)
     if len(data) != num_bytes:
-        raise StorageError("the saved state ends too soon.")
+        raise UnfitState("the saved state ends too soon.")
     return data
+
+
+def _take(file: BinaryIO, num_bytes: int) -> bytes:
+    """Read what there is of so many bytes."""
+    try:
+        return file.read(num_bytes)
+    except OSError as error:
+        raise StorageError(f"cannot read the saved state: {error.strerror}.") from None

@@ -18,9 +18,8 @@ from torch import Tensor
 from peer.memory.executor import Executor
 from peer.memory.pages import padded
 from peer.memory.placement import Tier
+from peer.memory.schedule import PARK_BUFFERS
 from protocol.errors import LocalFault
-
-PARK_BUFFERS = 2  # activations that are on their way out at the same time
 
 
 @dataclass(slots=True, eq=False)

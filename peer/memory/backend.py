@@ -11,12 +11,15 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
+import structlog
 import torch
 from torch import Tensor
 
 from peer.memory.disk.direct_io import aligned_buffer
 from peer.memory.pages import padded
 from protocol.errors import LocalFault
+
+log = structlog.get_logger()
 
 Event = Any
 """What `record` returns and copies wait for."""
@@ -34,6 +37,9 @@ class Backend(Protocol):
 
     def allocate_host(self, num_bytes: int) -> Tensor:
         """Return a buffer of the host from which the device can copy at full speed."""
+
+    def close(self) -> None:
+        """Give back what the system holds for host buffers. They must not be copied to or from any more."""
 
     def record(self) -> Event:
         """Mark what has been computed so far."""
@@ -62,6 +68,9 @@ class CpuBackend:
 
     def allocate_host(self, num_bytes: int) -> Tensor:
         return host_buffer(num_bytes)
+
+    def close(self) -> None:
+        pass
 
     def record(self) -> Event:
         return None
@@ -92,6 +101,7 @@ class CudaBackend:
         self.device = device
         stream: Any = torch.cuda.Stream  # torch leaves it untyped
         self._in, self._out = stream(device), stream(device)
+        self._pinned: list[Tensor] = []  # kept alive: memory that is given back while it is pinned stays pinned
 
     def allocate(self, num_bytes: int) -> Tensor:
         return torch.zeros(padded(num_bytes), dtype=torch.uint8, device=self.device)
@@ -99,10 +109,18 @@ class CudaBackend:
     def allocate_host(self, num_bytes: int) -> Tensor:
         buffer = host_buffer(num_bytes)
         # pinned in place: torch's own pinned allocations round up to powers of two
-        status = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)  # type: ignore[no-untyped-call, attr-defined, unused-ignore]
+        status = _cuda_runtime().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
         if int(status) != 0:
             raise LocalFault(f"cannot pin {num_bytes} bytes of host memory (CUDA error {int(status)}).")
+        self._pinned.append(buffer)
         return buffer
+
+    def close(self) -> None:
+        while self._pinned:
+            buffer = self._pinned.pop()
+            status = _cuda_runtime().cudaHostUnregister(buffer.data_ptr())
+            if int(status) != 0:  # of a context that a fault has ended, as a rule: nothing is to be done about it
+                log.warning("memory.not_unpinned", num_bytes=buffer.numel(), cuda_error=int(status))
 
     def record(self) -> Event:
         return torch.cuda.current_stream(self.device).record_event()
@@ -114,7 +132,9 @@ class CudaBackend:
         self._copy(self._out, target, source, after)
 
     def widen(self, target: Tensor, source: Tensor, after: Event) -> None:
-        narrow = torch.empty(source.numel(), dtype=torch.uint8, device=self.device)
+        # allocated on the stream that fills it: on another one, its memory may still be in use by what freed it there
+        with torch.cuda.stream(self._in):
+            narrow = torch.empty(source.numel(), dtype=torch.uint8, device=self.device)
         self._copy(self._in, narrow, source, after, then=lambda: _values(target).copy_(narrow.view(torch.bfloat16)))
 
     def narrow(self, target: Tensor, source: Tensor, after: Event) -> None:
@@ -138,6 +158,10 @@ class CudaBackend:
             then()
             done = stream.record_event()
         done.synchronize()  # of this transfer thread alone; computing goes on
+
+
+def _cuda_runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def _values(flat_bytes: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from peer.memory.disk.wear import WriteBudgetSpent
 from peer.memory.placement import Placement, Tier
 from peer.memory.pool import DURABLE, Pool, unit_specs
 from peer.memory.schedule import (
+    CHANGING,
     NOT_NEEDED,
     Clear,
     Enter,
@@ -40,8 +41,6 @@ from peer.memory.schedule import (
     schedule,
 )
 from peer.memory.units import Inventory, Section, Unit
-
-CHANGING = (Kind.STEP, Kind.FILL)
 
 T = TypeVar("T")
 
@@ -139,7 +138,10 @@ class Executor:
         self._residency = residency
 
     def look(self, unit: Unit) -> Tensor:
-        """Return a unit's own bytes, on its way home or there. May be called from any thread between two passes."""
+        """Return a unit's own bytes, once it is home.
+
+        May be called from any thread while no pass changes this unit; passes of other stages may run.
+        """
         future = self._going_home.get(unit)
         if future is not None:
             future.result()
@@ -189,6 +191,7 @@ class Executor:
         """End the transfer threads."""
         for thread in self._threads.values():
             thread.shutdown(wait=True)
+        self.backend.close()
         if self.pool.store is not None:
             self.pool.store.close()
 

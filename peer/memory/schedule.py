@@ -49,6 +49,13 @@ class Kind(StrEnum):
     """Look at one shard (to save or hash it)."""
 
 
+CHANGING = (Kind.STEP, Kind.FILL)
+"""Work after which weights and moments of a shard are others."""
+
+PARK_BUFFERS = 2
+"""Activations that may be on their way out of the device at the same time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fetch:
     """Begin to copy a unit from its home into a slot."""

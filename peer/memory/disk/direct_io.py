@@ -1,7 +1,7 @@
 """One large file that is read and written in whole units, past the page cache where the file system allows that.
 
 Owns: alignment, bounce and padding, short transfers, and preallocation. Must not know: units, slots, checksums
-(`nvme.py`). Raises plain `OSError`: the caller knows what the bytes were.
+(`store.py`). Raises plain `OSError`: the caller knows what the bytes were.
 
 Past the page cache, because the state that streams through here is larger than memory and is used once per step: if
 cached, it would only push out what is needed. Measured (virtio disk, ext4, units of 32 MiB): O_DIRECT writes 1.6-1.7
@@ -60,6 +60,24 @@ def allocate(path: Path, num_bytes: int) -> None:
     finally:
         os.close(descriptor)
     sync_folder(path.parent)
+
+
+def resize(path: Path, num_bytes: int) -> None:
+    """Give a file the length `num_bytes`; its beginning stays. As `allocate`, or as it was if there is no room."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        before_bytes = os.fstat(descriptor).st_size
+        if sys.platform == "linux" and num_bytes > before_bytes:
+            try:
+                os.posix_fallocate(descriptor, before_bytes, num_bytes - before_bytes)
+            except BaseException:
+                os.ftruncate(descriptor, before_bytes)
+                raise
+        else:
+            os.ftruncate(descriptor, num_bytes)
+        sync_file(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class UnitFile:

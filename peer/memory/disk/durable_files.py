@@ -1,7 +1,7 @@
 """Small files that are there whole or not at all, also after a power cut; and what a refusal of the disk means.
 
 Owns: the order of write, sync, rename and sync of the folder; turning an `OSError` into a `StorageError` with advice.
-Must not know: what the files hold. `nvme.py` and `wear.py` write with it.
+Must not know: what the files hold. `store_folder.py` and `wear.py` write with it.
 """
 
 from __future__ import annotations
@@ -49,6 +49,16 @@ def make_folder(folder: Path) -> None:
         sync_folder(folder.parent)  # else a power cut may take the folder with all that was synced in it
     except OSError as error:
         raise disk_fault(f"cannot make the folder {folder}", error) from error
+
+
+def allocated_bytes(folder: Path) -> int:
+    """Return the disk space of the files in a folder, which is free again once they are gone; 0 if there is none."""
+    try:
+        return sum(entry.stat().st_blocks * 512 for entry in os.scandir(folder) if entry.is_file())
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as error:
+        raise disk_fault(f"cannot look into {folder}", error) from error
 
 
 def write_temporary(path: Path, data: bytes) -> Path:

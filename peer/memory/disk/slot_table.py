@@ -1,10 +1,11 @@
 """What one commit of the NVMe store says: where every unit's bytes lie, their checksums, and the caller's own record.
 
 Owns: units and their places in the data file, and the table's bytes. Pure. Must not know: files, when a commit is made
-(`nvme.py`).
+(`store.py`).
 
 The table is one line `handcar-units FORMAT SHA256` and, behind it, JSON that this hash covers. A table is believed
-only if its hash fits and it is of the same units and the same fingerprint.
+only if its hash fits and it is of the same durable units and the same fingerprint. Scratch lies behind these in the
+data file, so that another plan may have other scratch and still find the state where it is.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class SlotTable:
-    """One consistent version of all units. None: that unit was never written, or is scratch."""
+    """One consistent version of all durable units, in their order. None: that unit was never written."""
 
     commit: int
     slots: tuple[Slot | None, ...]
@@ -60,10 +61,18 @@ class SlotTable:
 def offsets(units: Sequence[UnitSpec]) -> tuple[int, ...]:
     """Return where each unit's first slot begins in the data file; a second one follows it. The last is the end."""
     assert all(unit.num_bytes > 0 for unit in units)
-    ends = [0]
-    for unit in units:
-        ends.append(ends[-1] + unit.num_slots * padded(unit.num_bytes))
-    return tuple(ends)
+    starts, end = [0] * len(units), 0
+    for is_durable in (True, False):
+        for index, unit in enumerate(units):
+            if unit.durable is is_durable:
+                starts[index] = end
+                end += unit.num_slots * padded(unit.num_bytes)
+    return (*starts, end)
+
+
+def durable_bytes(units: Sequence[UnitSpec]) -> int:
+    """Return how much of the data file's beginning is state."""
+    return offsets([unit for unit in units if unit.durable])[-1]
 
 
 def required_bytes(units: Sequence[UnitSpec]) -> int:
@@ -73,8 +82,8 @@ def required_bytes(units: Sequence[UnitSpec]) -> int:
 
 
 def layout_digest(units: Sequence[UnitSpec]) -> str:
-    """Return a hash over everything that decides what lies where."""
-    described = [PAGE_BYTES, [[unit.name, unit.num_bytes, unit.durable] for unit in units]]
+    """Return a hash over everything that decides where the durable units lie."""
+    described = [PAGE_BYTES, [[unit.name, unit.num_bytes] for unit in units if unit.durable]]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 

@@ -101,14 +101,18 @@ class NvmeStore:
         self._budget = budget
         self._volume = volume
         self._units = [
-            _Unit(spec, offset, current=slot, committed=slot)
-            for spec, offset, slot in zip(folder.units, folder.offsets, table.slots, strict=True)
+            _Unit(spec, offset, current=None, committed=None)
+            for spec, offset in zip(folder.units, folder.offsets, strict=True)
         ]
+        self._durable = [it for it in self._units if it.spec.durable]
+        for it, slot in zip(self._durable, table.slots, strict=True):
+            it.current = it.committed = slot
         self._reads = Turnstile()
         self._writes = Turnstile()
         self._counters_lock = Lock()
         self._bytes_read = self._bytes_written = self._commits = 0
-        self._hole: str | None = None  # why a commit would hold bytes that nobody wrote
+        self._unwritten: set[int] = set()  # durable units whose last write failed; a commit would lack them
+        self._hole: str | None = None  # why a commit would hold bytes that nobody wrote, whatever is written yet
         self._broken: str | None = None  # why not even this process knows which table a power cut would leave
         self._is_closed = False
 
@@ -128,9 +132,10 @@ class NvmeStore:
     ) -> Self:
         """Reopen the store in a folder as its last commit left it, or create it.
 
-        `fingerprint` says whose state it is; what is of another one, of other units or damaged is refused, or thrown
-        away with `replace`. `volume` and `now_s` (since 1970) can be given by tests. Raises `ConfigError` for what the
-        user chose wrongly, `StorageError` for what the disk cannot do.
+        `fingerprint` says whose state it is; what is of another one, of other durable units or damaged is refused, or
+        thrown away with `replace`. Scratch units may be others than before: they hold nothing at first. `volume` and
+        `now_s` (since 1970) can be given by tests. Raises `ConfigError` for what the user chose wrongly, `StorageError`
+        for what the disk cannot do.
         """
         folder = StoreFolder(path, units, fingerprint=fingerprint)
         folder.refuse_oversize(limit_bytes)
@@ -198,7 +203,7 @@ class NvmeStore:
         """Write a unit from the first bytes of a buffer, which must not change meanwhile.
 
         Raises `WriteBudgetSpent` before anything has happened: wait, then write again. Raises `StorageError` if the
-        disk refuses; then what was written since the last commit can only be given up (`revert`).
+        disk refuses; then a durable unit has to be written once more, or all be given up (`revert`), before a commit.
         """
         it = self._units[unit]
         view = data.cast("B")[: it.spec.num_bytes]
@@ -212,8 +217,10 @@ class NvmeStore:
                 number, checksum = it.free_slot(), _checksum(view)
                 self._file.write(it.offset(number), view)
                 it.current = Slot(number, checksum)
+                self._unwritten.discard(unit)
             except BaseException as error:
-                self._hole = f"{it.spec.name} was not written whole"
+                if it.spec.durable:
+                    self._unwritten.add(unit)
                 if isinstance(error, OSError):
                     raise disk_fault(f"cannot write {self._named(unit)}", error) from error
                 raise
@@ -231,7 +238,10 @@ class NvmeStore:
             self._refuse_broken()
             if self._hole is not None:
                 raise StorageError(f"this version cannot be committed: {self._hole}.", hint=_REVERT)
-            slots = tuple(it.current if it.spec.durable else None for it in self._units)
+            if self._unwritten:
+                name = self._units[min(self._unwritten)].spec.name
+                raise StorageError(f"this version cannot be committed: {name} was not written whole.", hint=_REVERT)
+            slots = tuple(it.current for it in self._durable)
             table = SlotTable(self._table.commit + 1, slots, as_record(meta))
             encoded = self._folder.encoded(table)
             try:
@@ -254,6 +264,7 @@ class NvmeStore:
             self._hole = "going back was cut short"
             for it in self._units:
                 it.current = it.committed
+            self._unwritten.clear()
             self._hole = None
 
     def budget_left_bytes(self) -> int | None:
@@ -285,7 +296,7 @@ class NvmeStore:
         """Publish a table, and from then on leave alone what it refers to."""
         try:
             self._folder.publish(temporary)
-            for it, slot in zip(self._units, table.slots, strict=True):
+            for it, slot in zip(self._durable, table.slots, strict=True):
                 it.committed = slot
             self._table = table
         except BaseException as error:

@@ -1,6 +1,6 @@
 """The folder of an NVMe store: its lock, the making of its files, and what an earlier process left there.
 
-Owns: names, permissions and order of these files. Must not know: transfers, when a table is replaced (`nvme.py`).
+Owns: names, permissions and order of these files. Must not know: transfers, when a table is replaced (`store.py`).
 """
 
 from __future__ import annotations
@@ -10,10 +10,31 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from peer.memory.disk.direct_io import UnitFile, allocate
-from peer.memory.disk.durable_files import FILE_MODE, disk_fault, make_folder, publish, sync_folder, write_temporary
-from peer.memory.disk.slot_table import SlotTable, UnitSpec, decode, encode, layout_digest, offsets, required_bytes
+import structlog
+
+from peer.memory.disk.direct_io import UnitFile, allocate, resize
+from peer.memory.disk.durable_files import (
+    FILE_MODE,
+    allocated_bytes,
+    disk_fault,
+    make_folder,
+    publish,
+    sync_folder,
+    write_temporary,
+)
+from peer.memory.disk.slot_table import (
+    SlotTable,
+    UnitSpec,
+    decode,
+    durable_bytes,
+    encode,
+    layout_digest,
+    offsets,
+    required_bytes,
+)
 from protocol.errors import ConfigError, StorageError
+
+log = structlog.get_logger()
 
 DATA_FILE = "units.data"
 TABLE_FILE = "units.table"
@@ -32,6 +53,7 @@ class StoreFolder:
         self.units = tuple(units)
         *self.offsets, self._data_bytes = offsets(units)
         self._fingerprint = fingerprint
+        self._durable_bytes = durable_bytes(units)
         self._layout = layout_digest(units)
         self._table_path = path / TABLE_FILE
         self._data_path = path / DATA_FILE
@@ -70,7 +92,10 @@ class StoreFolder:
             self._lock = None
 
     def load(self, *, replace: bool) -> SlotTable | None:
-        """Read the table of an earlier process. None: there is none, or it does not fit and may be replaced."""
+        """Read the table of an earlier process, and make room for today's scratch behind what the table speaks of.
+
+        None: there is none, or it does not fit and may be replaced. What fits is never given up for lack of space.
+        """
         try:
             data = self._table_path.read_bytes()
             # A process killed between rename and sync leaves a table that a power cut may still take back, and that
@@ -82,20 +107,23 @@ class StoreFolder:
             raise disk_fault(f"cannot read {self._table_path}", error) from error
         try:
             table = decode(data, layout=self._layout, fingerprint=self._fingerprint, where=str(self._table_path))
-            self._check_size()
-        except (StorageError, ConfigError):
+            found_bytes = self._checked_size()
+        except (StorageError, ConfigError) as error:
             if replace:
+                log.warning("store.thrown_away", folder=str(self.path), reason=str(error))
                 return None
             raise
+        if found_bytes != self._data_bytes:
+            self._fit_scratch(found_bytes)
         return table
 
     def create(self) -> SlotTable:
         """Make an empty store in place of whatever is there. The table comes last: without one, there is none."""
         try:
+            self._refuse_full()
             self._table_path.unlink(missing_ok=True)
             sync_folder(self.path)
             self._data_path.unlink(missing_ok=True)
-            self._refuse_full()
             try:
                 allocate(self._data_path, self._data_bytes)
             except BaseException:
@@ -103,7 +131,7 @@ class StoreFolder:
                 raise
         except OSError as error:
             raise disk_fault(f"cannot make {self._data_path}", error) from error
-        table = SlotTable(commit=0, slots=(None,) * len(self.units), meta=None)
+        table = SlotTable(commit=0, slots=(None,) * sum(unit.durable for unit in self.units), meta=None)
         self.publish(self.write_next(self.encoded(table)))
         return table
 
@@ -124,18 +152,29 @@ class StoreFolder:
     def publish(self, temporary: Path) -> None:
         publish(temporary, self._table_path)
 
-    def _check_size(self) -> None:
+    def _checked_size(self) -> int:
         found_bytes = self._data_path.stat().st_size if self._data_path.is_file() else 0
-        if found_bytes != self._data_bytes:
+        if found_bytes < self._durable_bytes:
             raise StorageError(
-                f"{self._data_path} is damaged: it has {found_bytes} bytes and should have {self._data_bytes}.",
+                f"{self._data_path} is damaged: it has {found_bytes} bytes and should have {self._durable_bytes}.",
                 hint=_FETCH_AGAIN,
             )
+        return found_bytes
+
+    def _fit_scratch(self, found_bytes: int) -> None:
+        try:
+            if found_bytes < self._data_bytes:
+                self._refuse_full()
+            resize(self._data_path, self._data_bytes)
+        except OSError as error:
+            raise disk_fault(f"cannot change the size of {self._data_path}", error) from error
 
     def _refuse_full(self) -> None:
+        """Raise `StorageError` if the store does not fit, what is there of it already included."""
         found = os.statvfs(self.path)
         needed_bytes = required_bytes(self.units)
-        missing_bytes = needed_bytes + FREE_MARGIN_BYTES - found.f_bavail * found.f_frsize
+        free_bytes = found.f_bavail * found.f_frsize + allocated_bytes(self.path)
+        missing_bytes = needed_bytes + FREE_MARGIN_BYTES - free_bytes
         if missing_bytes > 0:
             raise StorageError(
                 f"{self.path} lacks {_size(missing_bytes)} of free space: the training state takes "

@@ -1,6 +1,6 @@
 """A door for threads: any number of them inside at once, or one alone.
 
-Owns: who waits. Must not know: what they do inside. `nvme.py` lets transfers in together and a commit alone.
+Owns: who waits. Must not know: what they do inside. `store.py` lets transfers in together and a commit alone.
 """
 
 from __future__ import annotations

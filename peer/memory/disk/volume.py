@@ -1,7 +1,7 @@
 """What lies under a folder: which file system, on which kind of drive, and whether training state may stream there.
 
 Owns: reading `/proc/self/mountinfo` and `/sys`, and the list of file systems that are not fit. Must not know: the
-store (`nvme.py`), which refuses what `refuse_unfit` refuses and shows what `warning` says.
+store (`store.py`), which refuses what `refuse_unfit` refuses and shows what `warning` says.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """How much was written to a drive, per day and in all, and the point at which a day's writing has to stop.
 
-Owns: the count, its file, the day's budget. Must not know: what is written. `nvme.py` asks before each write.
+Owns: the count, its file, the day's budget. Must not know: what is written. `store.py` asks before each write.
 
 A drive at home is rated for some 600 TB written per TB of size (160-330 GB a day for its warranty); streamed state can
-write that in weeks. So the count is kept over restarts. It is saved with each commit and on closing: a killed process
-loses what it counted since.
+write that in weeks. So the count is kept over restarts. It is saved with each commit, on closing, and whenever about
+1 % of the day's budget was written since: a killed process loses no more than that.
 """
 
 from __future__ import annotations
@@ -15,10 +15,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 
+import structlog
+
 from peer.memory.disk.durable_files import disk_fault, publish, write_temporary
 from protocol.errors import StorageError
 
+log = structlog.get_logger()
+
 DAY_S = 86_400
+SAVED_SHARE = 0.01
+"""Of a day's budget, after which the count is saved: a process that is killed may lose so much of it."""
+SAVED_BYTES = 1 << 30
+"""The same where there is no budget."""
 
 
 class WriteBudgetSpent(StorageError):
@@ -40,7 +48,8 @@ class WriteBudget:
         self._now_s = now_s
         self._lock = Lock()
         self._day, self._day_bytes, self._total_bytes = _load(path)
-        self._is_saved = True
+        self._unsaved_bytes = 0
+        self._save_after_bytes = SAVED_BYTES if per_day_bytes is None else int(SAVED_SHARE * per_day_bytes)
 
     @property
     def today_bytes(self) -> int:
@@ -77,11 +86,13 @@ class WriteBudget:
     def save(self) -> None:
         """Keep the count for the next start. Raises `StorageError`."""
         with self._lock:
-            if self._is_saved:
-                return
-            record = {"day": self._day, "day_bytes": self._day_bytes, "total_bytes": self._total_bytes}
-            publish(write_temporary(self._path, json.dumps(record).encode()), self._path)
-            self._is_saved = True
+            if self._unsaved_bytes:
+                self._save()
+
+    def _save(self) -> None:
+        record = {"day": self._day, "day_bytes": self._day_bytes, "total_bytes": self._total_bytes}
+        publish(write_temporary(self._path, json.dumps(record).encode()), self._path)
+        self._unsaved_bytes = 0
 
     def _require(self, num_bytes: int) -> None:
         self._turn_day()
@@ -94,7 +105,12 @@ class WriteBudget:
     def _add(self, num_bytes: int) -> None:
         self._day_bytes += num_bytes
         self._total_bytes += num_bytes
-        self._is_saved = False
+        self._unsaved_bytes += num_bytes
+        if self._unsaved_bytes > self._save_after_bytes:
+            try:
+                self._save()
+            except StorageError as error:  # nobody asked for it here; the next commit does
+                log.warning("wear.not_saved", error=error.one_line())
 
     def _turn_day(self) -> None:
         today = datetime.fromtimestamp(self._now_s(), UTC).date().isoformat()

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from peer.memory.disk.durable_files import allocated_bytes
+from peer.memory.disk.volume import volume_of
 from peer.memory.placement import Tier
 from protocol.errors import ConfigError
 
@@ -104,8 +106,25 @@ def default_budgets(
     return Budgets(device_bytes=device_bytes, host_bytes=host_bytes)
 
 
-def budgets_here(limits: Limits, *, free_device_bytes: int | None) -> Budgets:
-    """Return what training may take on this machine. Raises `ConfigError` for a limit without its folder."""
+def check_limits(limits: Limits) -> None:
+    """Raise `ConfigError` for a limit without its folder, or a folder that no state may be kept in."""
+    if limits.nvme is not None:
+        volume_of(limits.nvme).refuse_unfit(limits.nvme)
+        return
+    for option, given in (
+        ("--nvme-limit", limits.nvme_bytes),
+        ("--nvme-writes-per-day", limits.nvme_writes_per_day_bytes),
+    ):
+        if given is not None:
+            raise ConfigError(f"{option} needs a folder.", hint="Name one on an NVMe drive with --nvme.")
+
+
+def budgets_here(limits: Limits, *, free_device_bytes: int | None, store: Path | None = None) -> Budgets:
+    """Return what training may take on this machine. Raises `ConfigError` as `check_limits` does.
+
+    What the folder `store` holds on the drive already is this peer's own, and counts as free.
+    """
+    check_limits(limits)
     budgets = default_budgets(
         free_host_bytes=free_host_bytes(),
         free_device_bytes=free_device_bytes,
@@ -113,14 +132,8 @@ def budgets_here(limits: Limits, *, free_device_bytes: int | None) -> Budgets:
         host_bytes=limits.host_bytes,
     )
     if limits.nvme is None:
-        for option, given in (
-            ("--nvme-limit", limits.nvme_bytes),
-            ("--nvme-writes-per-day", limits.nvme_writes_per_day_bytes),
-        ):
-            if given is not None:
-                raise ConfigError(f"{option} needs a folder.", hint="Name one on an NVMe drive with --nvme.")
         return budgets
-    free_bytes = free_disk_bytes(limits.nvme)
+    free_bytes = free_disk_bytes(limits.nvme) + (0 if store is None else allocated_bytes(store))
     return replace(
         budgets,
         nvme_bytes=free_bytes if limits.nvme_bytes is None else min(limits.nvme_bytes, free_bytes),
@@ -128,10 +141,10 @@ def budgets_here(limits: Limits, *, free_device_bytes: int | None) -> Budgets:
     )
 
 
-def free_disk_bytes(folder: Path) -> int:
+def free_disk_bytes(folder: Path, *, margin_bytes: int = DISK_MARGIN_BYTES) -> int:
     """Return how much a folder's drive can take, whether the folder is there yet or not."""
     existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
-    return max(0, shutil.disk_usage(existing).free - DISK_MARGIN_BYTES)
+    return max(0, shutil.disk_usage(existing).free - margin_bytes)
 
 
 def free_host_bytes() -> int:
@@ -142,6 +155,12 @@ def free_host_bytes() -> int:
         if limit is not None and used is not None and limit < _UNLIMITED_BYTES:
             free.append(max(0, limit - used + _cached_bytes(used_file.parent / "memory.stat", cache_key)))
     return min(free)
+
+
+def total_host_bytes() -> int:
+    """Return how much memory this process could ever take: what the machine has, within its control group."""
+    limits = (_number(limit_file) for limit_file, _, _ in _control_groups())
+    return min([int(psutil.virtual_memory().total), *(limit for limit in limits if limit is not None)])
 
 
 def _control_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[_Group]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
 
+from peer.memory.pages import padded
 from peer.memory.placement import Placement, Slots, Tier
 from peer.memory.planning.budgets import Budgets
 from peer.memory.planning.simulate import Recomputation
@@ -92,6 +93,21 @@ class Fitting:
             seconds[Phase.UP][tier, "out"] += num_bytes / link.out_bytes_per_s
             seconds[Phase.DOWN][tier, "in"] += num_bytes / link.in_bytes_per_s
         return seconds
+
+    def first_bytes(self, fit: Fit) -> int:
+        """Return what the drive takes before training can begin: all of the state that lives there, once."""
+        found = _streaming_bytes(fit, self.needs.sizes).items()
+        return sum(size for (tier, _, section), size in found if tier is Tier.NVME and section is not Section.GRADIENT)
+
+    def round_bytes(self, fit: Fit) -> int:
+        """Return what the drive takes in a round, at most; not less than `Pool.round_bytes`, which has to be left."""
+        num_bytes = sum(tier is Tier.NVME for tier in fit.recomputation.parked.values())
+        num_bytes *= self.needs.workload.microbatches * padded(self.needs.profile.entry_bytes)
+        for (tier, block, section), size in _streaming_bytes(fit, self.needs.sizes).items():
+            if tier is Tier.NVME:
+                flushes = total(self._trips_of(block, section, fit.way.wave)).flushes
+                num_bytes += size * max(flushes, 2 if section is Section.GRADIENT else 1)
+        return num_bytes
 
     # -- filling ----------------------------------------------------------------------------------------
 

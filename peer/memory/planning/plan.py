@@ -44,6 +44,8 @@ WEAR_WEIGHT = 3.0
 """By how much a second of writing to a drive counts for more than one of any other copy, where time is about equal."""
 NUM_SIMULATED = 4
 """Ways per size of wave that are simulated."""
+FEW_ROUNDS = 10
+"""Fewer rounds than these on a day, as the drive's budget would have it, are warned of."""
 
 _WHOLE = tuple(
     frozenset(section for section, is_in in zip(Section, mask, strict=True) if is_in)
@@ -114,7 +116,7 @@ def plan(inventory: Inventory, profile: Profile, budgets: Budgets, workload: Wor
     search = _Search(Fitting(Needs(inventory, profile, workload), budgets))
     best = search.best()
     if best is None:
-        raise _refusal(inventory, profile, budgets, workload)
+        raise _unaffordable(search.fitting) or _refusal(inventory, profile, budgets, workload)
     return _plan(search.fitting, best)
 
 
@@ -161,7 +163,7 @@ class _Search:
         fits: dict[int, Fit] = {}
         for way in self._ways(wave, waves_in_flight):
             fit = self.fitting.fit(way)
-            if isinstance(fit, Fit):
+            if isinstance(fit, Fit) and self._may_begin(fit):
                 fits.setdefault(id(fit), fit)  # the same one for ways that differ in nothing that matters
         ranked = sorted(fits.values(), key=self._estimate)  # stable, so that equals stay in the order of trying
         priced = [each for fit in ranked[:NUM_SIMULATED] if (each := self._price(fit)) is not None]
@@ -186,6 +188,11 @@ class _Search:
                 whole=whole,
                 order=order,
             )
+
+    def _may_begin(self, fit: Fit) -> bool:
+        """Tell whether the drive's daily budget lets training begin at all: with the first contents, and a round."""
+        cap = self.fitting.budgets.nvme_writes_per_day_bytes
+        return cap is None or _first_day_bytes(self.fitting, fit) <= cap
 
     def _estimate(self, fit: Fit) -> tuple[float, float]:
         """Return the longest of what has to run in parallel in each phase, and for the choice among equals all copying.
@@ -252,7 +259,7 @@ class _Search:
             Slots(weights=3, gradient=3, moments=3),
         ):
             fit = self.fitting.fit(replace(best.fit.way, slots=slots))
-            priced = self._price(fit) if isinstance(fit, Fit) else None
+            priced = self._price(fit) if isinstance(fit, Fit) and self._may_begin(fit) else None
             if priced is not None and priced.seconds < best.seconds * (1 - WORTH_A_SLOT):
                 best = priced
         return best
@@ -263,6 +270,12 @@ class _Search:
         if cap is None or not nvme_written_bytes:
             return 0.0
         return nvme_written_bytes * DAY_S / cap if cap else float("inf")
+
+
+def _first_day_bytes(fitting: Fitting, fit: Fit) -> int:
+    """Return what a drive has to take on one day, or the peer pauses every day and never trains."""
+    round_bytes = fitting.round_bytes(fit)
+    return fitting.first_bytes(fit) + round_bytes if round_bytes else 0
 
 
 def _is_covered(simulated: Simulated) -> bool:
@@ -327,6 +340,12 @@ def _warnings(fitting: Fitting, fit: Fit, prediction: Prediction) -> Iterator[st
             f"training would write {written / 1e9:,.0f} GB a day to the drive and {cap / 1e9:,.0f} GB are allowed: "
             f"it will stand still for {24 * (1 - cap / written):.1f} hours of the day."
         )
+        round_bytes = fitting.round_bytes(fit)
+        if cap < FEW_ROUNDS * round_bytes:
+            yield (
+                f"the {size_text(cap)} that may be written to the drive in a day are enough for "
+                f"{cap / round_bytes:.1f} rounds."
+            )
     elif cap is None and written * MIN_LIFE_DAYS > RATED_BYTES:
         yield (
             f"training would write {written / 1e9:,.0f} GB a day to the drive: one that is rated for 600 TB "
@@ -338,6 +357,24 @@ def _warnings(fitting: Fitting, fit: Fit, prediction: Prediction) -> Iterator[st
             f"there is room for {fit.way.waves_in_flight} of {wanted} waves in flight: "
             "this peer will wait for the stages behind it."
         )
+
+
+def _unaffordable(fitting: Fitting) -> ConfigError | None:
+    """Say what the drive's daily budget would have to be, if that is what stands in the way."""
+    cap = fitting.budgets.nvme_writes_per_day_bytes
+    if cap is None:
+        return None
+    uncapped = replace(fitting, budgets=replace(fitting.budgets, nvme_writes_per_day_bytes=None), _fits={})
+    best = _Search(uncapped).best()
+    if best is None:
+        return None
+    needed_bytes = _first_day_bytes(uncapped, best.fit)
+    enough = size_text(1.05 * needed_bytes)  # sizes are written with one decimal
+    return ConfigError(
+        f"this span writes {size_text(needed_bytes)} to the drive before its first round is over, and "
+        f"{size_text(cap)} a day are allowed: it would never train.",
+        hint=f"Allow {enough} with --nvme-writes-per-day, or more memory, or take fewer stages.",
+    )
 
 
 def _refusal(inventory: Inventory, profile: Profile, budgets: Budgets, workload: Workload) -> ConfigError:

@@ -18,10 +18,22 @@ from typing import Literal
 from peer.memory.placement import Placement, Tier
 from peer.memory.planning.profile import Profile
 from peer.memory.planning.workload import Mode, Pass, Workload, step_pass, wave_passes
-from peer.memory.schedule import NOT_NEEDED, Clear, Enter, Fetch, Flush, Kind, Op, Residency, Work, schedule
+from peer.memory.schedule import (
+    CHANGING,
+    NOT_NEEDED,
+    PARK_BUFFERS,
+    Clear,
+    Enter,
+    Fetch,
+    Flush,
+    Kind,
+    Op,
+    Residency,
+    Work,
+    schedule,
+)
 from peer.memory.units import ELEMENT_BYTES, Inventory, Section, Unit
 
-CHANGING = (Kind.STEP, Kind.FILL)
 CLOCK_STEP_S = 1e-9  # below that, nothing is worth another round
 
 Direction = Literal["in", "out"]
@@ -107,6 +119,8 @@ class Simulation:
         self._inputs: dict[_Input, float] = {}
         """When each is in its tier, or back on the device once it was recalled."""
         self._recalled: set[_Input] = set()
+        self._parking: deque[float] = deque()
+        """When inputs that were the last to go are in their tier."""
         self._prices = _Prices(inventory, profile, recomputation.kept)
 
     def result(self) -> Simulated:
@@ -143,14 +157,14 @@ class Simulation:
     def _enter(self, block: int, weights: int, gradient: int) -> None:
         self._wait(self._arriving.pop((Section.WEIGHTS, weights), {}).values())
         self._wait(self._arriving.pop((Section.GRADIENT, gradient), {}).values())
-        leaving = self._leaving.get((Section.WEIGHTS, weights), {})
-        self._wait([end_s for unit, end_s in leaving.items() if unit.block != block])
+        leaving = self._leaving[Section.WEIGHTS, weights]
+        self._wait([leaving.pop(unit) for unit in list(leaving) if unit.block != block])
         self._wait(self._leaving.pop((Section.GRADIENT, gradient), {}).values())
 
     def _work_on_shard(self, work: Work) -> None:
         self._wait(self._arriving.pop((Section.MOMENTS, work.moments), {}).values())
+        self._wait(self._leaving.pop((Section.MOMENTS, work.moments), {}).values())
         if work.kind in CHANGING:
-            self._wait(self._leaving.pop((Section.MOMENTS, work.moments), {}).values())
             home_s = self._going_home.get(Unit(work.block, Section.WEIGHTS, work.index))
             self._wait([] if home_s is None else [home_s])
         if work.kind is Kind.STEP:  # nobody plans by the others
@@ -158,10 +172,10 @@ class Simulation:
 
     def _fetch(self, unit: Unit, slot: int) -> None:
         place = (unit.section, slot)
-        before = [*self._leaving.pop(place, {}).values()]
-        arriving = self._arriving[place]
+        arriving, leaving = self._arriving[place], self._leaving[place]
         for earlier in [other for other in arriving if other.block != unit.block]:
-            before.append(arriving.pop(earlier))
+            leaving[earlier] = arriving.pop(earlier)
+        before = list(leaving.values())
         if unit in self._going_home:
             before.append(self._going_home[unit])
         tier, num_bytes = self._placement.homes[unit], self._prices.num_bytes(unit)
@@ -203,9 +217,12 @@ class Simulation:
     def _work(self, work: Work) -> None:
         key = (work.block, work.index)
         if work.kind is Kind.PARK:
+            while len(self._parking) >= PARK_BUFFERS:
+                self._wait([self._parking.popleft()])
             tier, num_bytes = self._tiers[work.block], self._profile.entry_bytes
             self._parked[tier] += num_bytes
             self._inputs[key] = self._copy(tier, "out", num_bytes, 0.0)
+            self._parking.append(self._inputs[key])
             return
         if work.kind is Kind.RECALL or (work.kind is Kind.BACKWARD and key in self._inputs):
             self._recall(key)

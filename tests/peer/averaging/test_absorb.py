@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ import torch
 
 from peer.averaging.absorb import Update, absorb, update_bytes, update_norm
 from peer.averaging.history import SNAPSHOTS_KEPT, History, kept_snapshots
-from peer.averaging.reduce import encoded_shard_bytes
-from peer.codecs import codec
+from peer.averaging.reduce import decode_shard, encoded_shard_bytes
+from peer.codecs import Buffer, codec
 from peer.engine.optimizer import OptimizerSpec
 from peer.engine.schedule import LearningRate
 from peer.engine.span import SpanEngine
@@ -91,6 +92,28 @@ def test_an_update_whose_last_number_is_none_changes_nothing(name: str) -> None:
     assert (target.state_digest(), target.version) == (before, 0)
     absorb(target, Update(name, good), total_tokens=1, clip_scale=1.0, schedule=SCHEDULE)
     assert target.version == 1
+
+
+@pytest.mark.parametrize("is_checked", [True, False])
+def test_an_update_is_decoded_once_if_it_was_looked_at_before(
+    monkeypatch: pytest.MonkeyPatch, is_checked: bool
+) -> None:
+    """Oracle: how many shards were decoded; the digest of a step that looks at them again."""
+    own, other = engine(), engine()
+    sum_ = update(own)
+    absorb(other, sum_, total_tokens=1, clip_scale=1.0, schedule=SCHEDULE)
+    if is_checked:
+        sum_ = replace(sum_, norm=update_norm(own, sum_))
+    decoded: list[int] = []
+
+    def decode(name: str, data: Buffer, out: torch.Tensor) -> None:
+        decoded.append(len(out))
+        decode_shard(name, data, out)
+
+    monkeypatch.setattr("peer.averaging.absorb.decode_shard", decode)
+    absorb(own, sum_, total_tokens=1, clip_scale=1.0, schedule=SCHEDULE)
+    assert len(decoded) == len(own.shards) * (1 if is_checked else 2)
+    assert own.state_digest() == other.state_digest()
 
 
 def test_a_step_is_the_one_from_the_decoded_sums() -> None:

@@ -19,9 +19,11 @@ import pytest
 from peer.averaging import driver, machine_clock
 from peer.averaging.absorb import Update
 from peer.averaging.driver import MAX_INBOX, Hooks, StageDriver
+from peer.averaging.reduce import Reduced, ReduceError, ReduceGroup, Shards
+from peer.memory.disk.wear import WriteBudgetSpent
 from peer.pipeline.gate import Gate
 from peer.reports import ReportQueue
-from protocol.errors import BusyError, PeerFault, UnreachableError
+from protocol.errors import BusyError, LocalFault, PeerFault, StorageError, UnreachableError
 from protocol.history import LogRequest
 from protocol.ids import Digest, Lineage, PeerId, RoundId, RunId, StageId, Version, digest
 from protocol.rounds import events
@@ -56,6 +58,9 @@ class Engine:
     version: int = 5
     shards: tuple[Any, ...] = ()
 
+    def gradient_shard(self, number: int) -> Any:
+        raise AssertionError("there are no shards")
+
     def state_digest(self) -> Digest:
         return digest(str(self.version).encode())
 
@@ -69,6 +74,7 @@ class Sync:
         self._missing = missing
         self.found = asyncio.Event()
         self.found.set()
+        self.fault: Exception | None = None
         self.data = b"sum"
         self.asked: list[tuple[PeerId, ...]] = []
         self.log: list[str] = []
@@ -85,6 +91,8 @@ class Sync:
         def step() -> None:
             if commit.version != self._engine.version + 1:
                 raise PeerFault("that does not follow")
+            if self.fault is not None:
+                raise self.fault
             self._engine.version = commit.version
             self.log.append(f"absorbed {commit.version}")
 
@@ -94,6 +102,8 @@ class Sync:
         self.log.append(f"kept {commit.version}")
 
     async def from_members(self, sources: Any, *, least_generation: int) -> Any:
+        if self.fault is not None:
+            raise self.fault
         self.log.append(f"resync at {self._engine.version}")
         return SimpleNamespace(charter="charter", commits=())
 
@@ -114,16 +124,41 @@ class Compute:
 
 
 class History:
-    """Notes in which thread it is read."""
+    """Notes in which thread it is read, and that a snapshot was taken."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: list[str]) -> None:
         self.threads: set[threading.Thread] = set()
+        self._log = log
+
+    def save_snapshot(self, write: Any, **_: object) -> None:
+        self._log.append("snapshot")
 
     def commit_of(self, version: Version) -> None:
         self.threads.add(threading.current_thread())
 
 
+class Reduces:
+    """Fails in the same way each time, or comes to `b"sum"`."""
+
+    def __init__(self) -> None:
+        self.fault: Exception | None = None
+
+    async def reduce(self, group: ReduceGroup, shards: Shards) -> Reduced:
+        if self.fault is not None:
+            raise self.fault
+        return Reduced(
+            codec="fp32",
+            shard_elements=(),
+            data=memoryview(b""),
+            digest=digest(b"sum"),
+            bytes_sent=0,
+            bytes_received=0,
+            seconds=0.0,
+        )
+
+
 MANIFEST = SimpleNamespace(
+    averaging=SimpleNamespace(codec="fp32"),
     batch=SimpleNamespace(num_rounds=9),
     keeping=SimpleNamespace(checkpoint_every=9),
     timing=SimpleNamespace(beat_s=4 * BEAT_S, hop_silence_s=1.0, reduce_timeout_s=1.0, round_deadline_s=1.0),
@@ -136,7 +171,10 @@ class Case:
         self.engine = Engine()
         self.compute = Compute()
         self.sync = Sync(self.engine, self.compute, missing=missing)
-        self.history = History()
+        self.log = self.sync.log
+        self.history = History(self.log)
+        self.reduces = Reduces()
+        self.faults: list[Exception] = []
         self.committed: list[int] = []
         self.driver = StageDriver(
             STAGE,
@@ -149,15 +187,16 @@ class Case:
                     engines={STAGE: self.engine},
                     open=lambda *_, **__: None,
                     freeze=lambda *_: 0,
-                    note_standing=lambda *_: None,
+                    note_standing=lambda stage, standing: self.log.append(f"standing {standing.version}"),
+                    note_fault=self._note_fault,
                 ),
             ),
             compute=cast(Any, self.compute),
             calls=cast(Any, None),
-            reduce=cast(Any, None),
+            reduce=cast(Any, self.reduces),
             sync=cast(Any, self.sync),
             history=cast(Any, self.history),
-            gate=cast(Any, SimpleNamespace(open=lambda *_, **__: None, freeze=lambda *_: None)),
+            gate=cast(Any, SimpleNamespace(open=lambda *_, **__: self.log.append("open"), freeze=lambda *_: None)),
             view=cast(Any, SimpleNamespace(learn=lambda membership: None)),
             reports=ReportQueue(),
             hooks=Hooks(
@@ -169,7 +208,15 @@ class Case:
             ),
             beat_s=BEAT_S,
         )
-        self.driver._after_step = cast(Any, lambda commit, *_: self.committed.append(commit.version))  # type: ignore[method-assign]
+        self.driver._after_step = cast(Any, lambda commit, *_: self._committed(commit.version))  # type: ignore[method-assign]
+
+    def _committed(self, version: int) -> None:
+        self.committed.append(version)
+        self.log.append(f"told {version}")
+
+    def _note_fault(self, error: Exception) -> bool:
+        self.faults.append(error)
+        return isinstance(error, (WriteBudgetSpent, MemoryError))
 
     async def perform(self, *actions: Any) -> None:
         """Let the machine ask for this at the next event, and wait until it has."""
@@ -298,7 +345,137 @@ async def test_an_update_that_does_not_follow_is_told_to_the_machine() -> None:
             await case.perform(events.Apply(target.commit, target.signed, target.lineage))
             await until(partial(case.machine.has_seen, kind))
             case.driver._staged.clear()
-        assert case.sync.log == ["absorbed 6", "kept 6"]
+        assert [entry for entry in case.log if "kept" in entry or "absorbed" in entry] == ["absorbed 6", "kept 6"]
+
+
+# -- what our own machine cannot do for now -------------------------------------------------------------------
+
+SPENT = WriteBudgetSpent("today's writes are spent.", resumes_in_s=60.0)
+
+
+async def wait_left(case: Case) -> bool:
+    """Tell whether the peer may leave at once."""
+    try:
+        async with asyncio.timeout(0.02):
+            await case.driver.wait_left()
+    except TimeoutError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("fault", [SPENT, MemoryError("full")], ids=repr)
+@pytest.mark.parametrize("way", ["apply", "replay", "resync"])
+async def test_a_step_that_needs_a_pause_ends_nothing_and_is_not_tried_again(way: str, fault: Exception) -> None:
+    """Told of a failure, the machine tries again at each tick, and at the third it fetches the whole state.
+
+    Oracle: the engine hears of the fault once, and the machine of nothing; others can have the bytes still.
+    """
+    case, target = Case(), step(6, ANNE)
+    case.sync.fault = fault
+    case.driver._stage_update(digest(b"sum"), Update("fp32", b"sum"))
+    actions = {
+        "apply": events.Apply(target.commit, target.signed, target.lineage),
+        "replay": events.Replay((target,), ()),
+        "resync": events.Resync(None, ()),
+    }
+    async with running(case):
+        await case.perform(actions[way])
+        await until(lambda: case.faults)
+        seen = len(case.machine.seen)
+        await until(lambda: len(case.machine.seen) > seen + 2)
+        assert not any(case.machine.has_seen(kind) for kind in (events.Applied, events.ApplyFailed, events.Synced))
+        assert case.faults == [fault]
+        if way != "resync":
+            assert case.driver.staged_update(digest(b"sum").hex()) == b"sum"
+            assert await wait_left(case), "others have the bytes: nobody need wait for us"
+
+
+async def test_who_alone_has_the_bytes_does_not_leave_at_once() -> None:
+    """Oracle: the way out, which the session waits for."""
+    case, target = Case(), step(6, PeerId("me"))
+    case.sync.fault = SPENT
+    case.driver._stage_update(digest(b"sum"), Update("fp32", b"sum"))
+    async with running(case):
+        await case.perform(events.Apply(target.commit, target.signed, target.lineage))
+        await until(lambda: case.faults)
+        assert not await wait_left(case)
+
+
+@pytest.mark.parametrize("fault", [StorageError("full disk"), RuntimeError("a bug")], ids=repr)
+async def test_what_no_pause_helps_ends_the_peer(fault: Exception) -> None:
+    """Oracle: the very error comes out of the driver."""
+    case, target = Case(), step(6, ANNE)
+    case.sync.fault = fault
+    case.driver._stage_update(digest(b"sum"), Update("fp32", b"sum"))
+    case.machine.answers = [[events.Apply(target.commit, target.signed, target.lineage)]]
+    with pytest.raises(ExceptionGroup) as caught:
+        await case.driver.run()
+    assert caught.value.exceptions == (fault,)
+
+
+REDUCING = events.StartReduce(
+    group_id=digest(b"group"),
+    round=RoundId(5),
+    version=Version(5),
+    ballot=1,
+    group=cast(Any, (SimpleNamespace(peer=PeerId("me")), SimpleNamespace(peer=ANNE))),
+    num_asked=2,
+)
+
+
+async def test_a_full_disk_ends_the_peer_and_not_every_reduce_from_now_on() -> None:
+    """Oracle: the very error comes out of the driver, and the machine hears of no failed reduce."""
+    case = Case()
+    case.reduces.fault = StorageError("no room for an update")
+    case.machine.answers = [[REDUCING]]
+    with pytest.raises(ExceptionGroup) as caught:
+        await case.driver.run()
+    assert caught.value.exceptions == (case.reduces.fault,)
+    assert not case.machine.has_seen(events.ReduceFailed)
+
+
+@pytest.mark.parametrize("fault", [ReduceError("gone", peer=ANNE), LocalFault("overflow"), SPENT, MemoryError()])
+async def test_any_other_reduce_that_fails_is_told_to_the_steward(fault: Exception) -> None:
+    """Oracle: the event, and whom it names."""
+    case = Case()
+    case.reduces.fault = fault
+    async with running(case):
+        await case.perform(REDUCING)
+        await until(lambda: case.machine.has_seen(events.ReduceFailed))
+        (failed,) = [event for event in case.machine.seen if isinstance(event, events.ReduceFailed)]
+        assert failed.suspect == (ANNE if isinstance(fault, ReduceError) else None)
+
+
+# -- order ----------------------------------------------------------------------------------------------------
+
+
+async def test_the_rest_of_the_peer_hears_of_a_step_before_it_is_written_down() -> None:
+    """A local checkpoint may take a minute. Oracle: the order."""
+    case, target = Case(), step(6)
+    case.driver._stage_update(digest(b"sum"), Update("fp32", b"sum"))
+    async with running(case):
+        await case.perform(events.Apply(target.commit, target.signed, target.lineage))
+        await until(lambda: case.machine.has_seen(events.Applied))
+    assert case.log == ["absorbed 6", "kept 6", "told 6", "standing 6"]
+
+
+async def test_a_snapshot_is_written_before_anybody_is_let_in() -> None:
+    """Oracle: the order."""
+    case = Case()
+    async with running(case):
+        await case.perform(replace(OPENING, round=RoundId(9)))
+        await until(lambda: "open" in case.log)
+    assert case.log == ["snapshot", "open"]
+
+
+async def test_what_was_summed_is_staged_with_its_norm() -> None:
+    """Who absorbs it need not look at every number again. Oracle: the norm that the machine is told."""
+    case = Case()
+    async with running(case):
+        await case.perform(REDUCING)
+        await until(lambda: case.machine.has_seen(events.ReduceDone))
+        (done,) = [event for event in case.machine.seen if isinstance(event, events.ReduceDone)]
+        assert case.driver._staged[done.digest].norm == done.norm == 0.0
 
 
 # -- replay ------------------------------------------------------------------------------------------------
@@ -350,7 +527,7 @@ async def test_what_replaces_a_replay_waits_for_the_step_that_it_has_begun() -> 
         assert case.sync.log == []
         case.compute.free.set()
         await until(lambda: case.machine.has_seen(events.Synced))
-        assert case.sync.log == ["absorbed 6", "kept 6", "resync at 6"]
+        assert case.log == ["absorbed 6", "kept 6", "told 6", "standing 6", "resync at 6"]
         assert case.committed == [6]
         assert not case.machine.has_seen(events.Applied)
 

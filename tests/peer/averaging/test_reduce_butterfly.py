@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 
+from peer.averaging import runner
 from peer.averaging.link import Link
 from peer.averaging.parts import PART_ELEMENTS
 from peer.averaging.reduce import (
@@ -19,7 +22,8 @@ from peer.averaging.reduce import (
     encoded_shard_bytes,
 )
 from peer.averaging.reduce_service import ReduceService
-from protocol.errors import LocalFault, UnreachableError
+from peer.averaging.spool import Spool
+from protocol.errors import LocalFault, StorageError, UnreachableError
 from protocol.ids import PeerId, digest
 from tests.peer.averaging.reduce_members import (
     NAMESPACE,
@@ -150,6 +154,29 @@ async def test_member_with_nan_fails_itself_and_is_named_by_the_others(swarm: li
     for result in (results[0], results[2]):
         assert isinstance(result, ReduceError)
         assert result.peer == swarm[1].peer
+
+
+async def test_a_member_whose_disk_is_full_fails_itself_and_the_others_hear_at_once(
+    swarm: list[Member], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Oracle: its own error; whom the others name, before they would give it up; the event loop is not held up."""
+    threads: list[threading.Thread] = []
+
+    def room(num_bytes: int, folder: Path | None) -> Spool:
+        threads.append(threading.current_thread())
+        if folder == tmp_path:
+            raise StorageError("no room")
+        return Spool(num_bytes, folder)
+
+    monkeypatch.setattr(runner, "Spool", room)
+    monkeypatch.setattr(swarm[1].reduce, "_folder", tmp_path)
+    async with asyncio.timeout(QUICK.sender_s / 2):
+        results = await reduce_all(swarm[:3], make_group(swarm[:3]), [make_shards(seed) for seed in range(3)])
+    assert isinstance(results[1], StorageError)
+    for result in (results[0], results[2]):
+        assert isinstance(result, ReduceError)
+        assert result.peer == swarm[1].peer
+    assert threading.current_thread() not in threads
 
 
 async def test_unreachable_member_is_named(swarm: list[Member]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +21,14 @@ from safetensors.torch import save
 from peer.averaging import sync
 from peer.averaging.absorb import Update, absorb
 from peer.averaging.history import History
+from peer.averaging.spool import Spool
 from peer.averaging.sync import Place, StageSync, root_lineage, to_its_end
 from peer.engine.local_checkpoint import Standing
 from peer.engine.optimizer import OptimizerSpec
 from peer.engine.schedule import LearningRate
 from peer.engine.stage_engine import StageEngine
+from peer.engine.statefiles import StateReader, UnfitState
+from peer.memory.disk.wear import WriteBudgetSpent
 from peer.pipeline.compute import ComputeThread
 from protocol.architecture import preset
 from protocol.control import STATE_PARTS, Snapshot, StateFile
@@ -417,8 +421,10 @@ class Swarm(Network):
         return room
 
 
-def _engine() -> StageEngine:
-    return StageEngine.build(preset("tiny"), num_stages=2, stage=STAGE, optimizer=OptimizerSpec(name="adamw32"), seed=1)
+def _engine(seed: int = 1) -> StageEngine:
+    return StageEngine.build(
+        preset("tiny"), num_stages=2, stage=STAGE, optimizer=OptimizerSpec(name="adamw32"), seed=seed
+    )
 
 
 def _commit(version: int, parent: Lineage, data: bytes) -> Signed:
@@ -583,6 +589,92 @@ async def test_an_engine_at_its_beginning_is_not_drawn_again(case: Case, monkeyp
     monkeypatch.setattr(case.engine, "initialise", refuse)
     await case.sync.start_over()
     await case.compute.stop()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [StorageError("the drive fails"), WriteBudgetSpent("spent", resumes_in_s=1.0), MemoryError("full")],
+    ids=repr,
+)
+@pytest.mark.parametrize("is_loaded", [True, False], ids=["from our disk", "just fetched"])
+async def test_a_load_that_our_own_machine_fails_at_does_not_cost_a_sound_snapshot(
+    case: Case, monkeypatch: pytest.MonkeyPatch, is_loaded: bool, fault: Exception
+) -> None:
+    """Oracle: the very error; the snapshot is on our disk as before, and the next attempt fetches nothing of it."""
+    swarm = resume(case, 0, Lineage(b""))
+    if is_loaded:
+        await case.sync.from_members(swarm.states)
+    kept = case.history.snapshots()
+    assert len(kept) == is_loaded
+
+    def fail(files: object, *, version: Version) -> None:
+        raise fault
+
+    with monkeypatch.context() as patched:
+        patched.setattr(case.engine, "read_state", fail)
+        with pytest.raises(type(fault)) as caught:
+            await case.sync.from_members(swarm.states)
+    assert caught.value is fault
+    assert case.history.snapshots() == kept
+    swarm.fetched.clear()
+    await follow(case, swarm)
+    assert [name for name in swarm.fetched if name.startswith("state/")] == []
+
+
+async def test_what_was_on_the_disk_is_not_vouched_for_once_a_checkpoint_has_replaced_it(case: Case) -> None:
+    """It is of the same version. Oracle: the members' digest, and that their snapshot was fetched."""
+    swarm = resume(case, 3, Lineage(b""))
+    _use(case, swarm, Standing(Version(3), RoundId(3), swarm.lineages[3]))
+    files = {part: io.BytesIO() for part in STATE_PARTS}
+    _engine().write_state(files)
+    saved = {part: file.getvalue() for part, file in files.items()}
+    swarm.blobs |= {f"newest/stage-{STAGE}.{part}.safetensors": data for part, data in saved.items()}
+    checkpoint = snapshot(saved).model_copy(update={"version": Version(3)})
+    await case.sync.from_checkpoint(checkpoint, source=ANNE, folder="newest")
+    swarm.fetched.clear()
+    await follow(case, swarm)
+    assert f"state/{STAGE}/3/{STATE_PARTS[0]}" in swarm.fetched
+
+
+async def test_a_load_that_fails_half_way_at_version_0_is_not_taken_for_the_beginning(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the digest of the initial weights."""
+    files = {part: io.BytesIO() for part in STATE_PARTS}
+    _engine(seed=9).write_state(files)
+    saved = {part: file.getvalue() for part, file in files.items()}
+    case.network.blobs = {f"state/{STAGE}/0/{part}": data for part, data in saved.items()}
+    case.network.states = {ANNE: answer(charter(), snapshot(saved)), BERT: answer(charter())}
+    read, num_read = StateReader.read, 0
+
+    def fail(self: StateReader, *shard: Any) -> None:
+        nonlocal num_read
+        read(self, *shard)
+        num_read += 1
+        if num_read == 2:
+            raise UnfitState("the saved state ends too soon.")
+
+    monkeypatch.setattr(StateReader, "read", fail)
+    case.sync._init_seed = 1
+    assert (await case.follow()).version == 0
+    assert num_read == 2
+    assert case.engine.state_digest() == _engine().state_digest()
+
+
+async def test_room_for_an_update_is_made_beside_the_event_loop(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems write all of it. Oracle: the thread; the bytes that come out."""
+    threads: list[threading.Thread] = []
+
+    def room(num_bytes: int, folder: Path) -> Spool:
+        threads.append(threading.current_thread())
+        return Spool(num_bytes, folder)
+
+    monkeypatch.setattr(sync, "Spool", room)
+    swarm = Swarm(case)
+    _use(case, swarm, Standing(Version(0), RoundId(0), swarm.lineages[0]))
+    await follow(case, swarm)
+    assert len(threads) == NUM_COMMITS
+    assert threading.current_thread() not in threads
 
 
 async def test_one_member_that_does_not_answer_costs_us_nothing_of_our_own(case: Case) -> None:

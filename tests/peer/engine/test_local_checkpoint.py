@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,35 @@ def test_much_beside_the_drive_makes_commits_rare(span: Span, monkeypatch: pytes
     """Oracle: 20 GB take a day's allowance of 50 GB two and a half times a day."""
     monkeypatch.setattr(Pool, "beside_bytes", 20 * 10**9)
     assert LocalCheckpoint(span.memory, span.engines)._interval_s == pytest.approx(86_400 / 2.5)
+
+
+def test_a_state_that_is_committed_is_not_written_again(span: Span, tmp_path: Path) -> None:
+    """Neither on closing nor after a restart. Oracle: bytes and commits as the store counts them."""
+
+    def counts(of: Span) -> tuple[int, int]:
+        store = of.memory.pool.store
+        assert store is not None
+        return store.statistics().bytes_written, store.statistics().commits
+
+    standings = {stage: span.step(stage) for stage in span.engines}
+    for stage, standing in standings.items():
+        span.checkpoint.note(stage, standing)
+    before = counts(span)
+    assert before[1] == 1
+    span.time.now_s = 1e6
+    span.checkpoint.note(FIRST, standings[FIRST])
+    span.checkpoint.commit()
+    assert counts(span) == before
+    span.checkpoint.note(FIRST, replace(standings[FIRST], round=RoundId(7)))  # the same bytes, told otherwise
+    assert counts(span)[1] == 2
+    span.checkpoint.note(FIRST, span.step(FIRST))
+    span.checkpoint.commit()
+    assert counts(span)[1] == 3
+    span.close()
+    with closing(Span(tmp_path / "s")) as after:
+        assert len(after.checkpoint.recover()) == 2
+        after.checkpoint.commit()
+        assert counts(after) == (0, 0)
 
 
 # -- what must not be committed ---------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Oracles: the safetensors library, the engine's own tensors; for what is refused,
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from peer.engine.optimizer import OptimizerSpec
 from peer.engine.stage_engine import StageEngine
-from peer.engine.statefiles import OPTIMIZER, STEPS, WEIGHTS
+from peer.engine.statefiles import OPTIMIZER, STEPS, WEIGHTS, StateReader, UnfitState
 from protocol import architecture, layout
 from protocol.architecture import preset, stage_tensors
 from protocol.control import STATE_PARTS
@@ -160,7 +161,7 @@ def test_files_that_do_not_fit_are_refused_and_change_nothing(damage: str) -> No
     own = engine()
     files = DAMAGES[damage](written(trained()))
     before = own.state_digest()
-    with pytest.raises(StorageError):
+    with pytest.raises(UnfitState):
         read(own, files)
     assert (own.state_digest(), own.version) == (before, 0)
 
@@ -172,3 +173,22 @@ def test_files_of_another_optimizer_or_stage_are_refused(name: Any, stage: int) 
     with pytest.raises(StorageError, match="does not fit"):
         read(own, written(trained()))
     assert (own.state_digest(), own.version) == (before, 0)
+
+
+class Broken(io.BytesIO):
+    """A file on a drive that cannot be read any more."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_drive_that_cannot_be_read_is_not_blamed_on_the_files() -> None:
+    """Oracle: the kind of the error."""
+    own = engine()
+    files = {part: io.BytesIO(data) for part, data in written(own).items()}
+    reader = StateReader(files, own._format())
+    reader._files = dict.fromkeys(files, Broken())
+    shard = own.shards[0]
+    with pytest.raises(StorageError, match="Input/output error") as caught:
+        reader.read(shard, torch.empty(shard.num_elements), torch.empty(0, dtype=torch.uint8))
+    assert not isinstance(caught.value, UnfitState)

@@ -12,9 +12,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peer.memory.disk.volume import Volume
 from peer.memory.placement import Tier
 from peer.memory.planning import budgets
-from peer.memory.planning.budgets import Budgets, default_budgets, free_host_bytes, parse_size, size_text
+from peer.memory.planning.budgets import (
+    Budgets,
+    Limits,
+    budgets_here,
+    check_limits,
+    default_budgets,
+    free_host_bytes,
+    parse_size,
+    size_text,
+    total_host_bytes,
+)
 from protocol.errors import ConfigError
 from tests.peer.memory.planning.plans import GIB, MIB
 
@@ -86,6 +97,43 @@ def test_a_budget_is_of_a_tier() -> None:
     assert [made.of(tier) for tier in Tier] == [1, 2, 3]
 
 
+# -- what the volunteer allows -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limits", [Limits(nvme_bytes=GIB), Limits(nvme_writes_per_day_bytes=GIB)])
+def test_a_limit_without_its_folder_is_refused(limits: Limits) -> None:
+    with pytest.raises(ConfigError, match="needs a folder") as error:
+        check_limits(limits)
+    assert "--nvme" in error.value.hint
+    check_limits(Limits(device_bytes=1, host_bytes=1))
+
+
+@pytest.mark.parametrize(("kind", "why"), [("tmpfs", "kept in memory"), ("nfs4", "on another machine")])
+def test_a_folder_that_no_state_may_be_kept_in_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, why: str
+) -> None:
+    monkeypatch.setattr(budgets, "volume_of", lambda folder: Volume(kind))
+    with pytest.raises(ConfigError, match=why):
+        check_limits(Limits(nvme=tmp_path))
+
+
+def test_our_own_files_count_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: blocks by hand; a limit still limits; a folder that is not there yet holds nothing."""
+    monkeypatch.setattr(budgets, "volume_of", lambda folder: Volume("ext4"))
+    monkeypatch.setattr(budgets, "free_disk_bytes", lambda folder: 10 * MIB)
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "units.data").write_bytes(b"x" * 3 * MIB)
+
+    def on_drive(store: Path | None, nvme_bytes: int | None = None) -> int:
+        limits = Limits(nvme=tmp_path, nvme_bytes=nvme_bytes)
+        return budgets_here(limits, free_device_bytes=None, store=store).nvme_bytes
+
+    assert on_drive(None) == on_drive(tmp_path / "none") == 10 * MIB
+    assert on_drive(own) == 13 * MIB
+    assert on_drive(own, 12 * MIB) == 12 * MIB
+
+
 # -- control groups -----------------------------------------------------------------------------------
 
 
@@ -95,6 +143,7 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     class Free:
         available = 16 * GIB
+        total = 32 * GIB
 
     real = budgets._control_groups
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Free)
@@ -110,6 +159,7 @@ def write(folder: Path, **files: str) -> None:
 
 def test_no_control_group_limits_nothing(groups: Path) -> None:
     assert free_host_bytes() == 16 * GIB
+    assert total_host_bytes() == 32 * GIB
 
 
 def test_the_tightest_group_of_version_2_counts(groups: Path) -> None:
@@ -122,6 +172,7 @@ def test_the_tightest_group_of_version_2_counts(groups: Path) -> None:
         memory__stat=f"anon 5\ninactive_file {GIB}",
     )
     assert free_host_bytes() == 2 * GIB  # cached files can go
+    assert total_host_bytes() == 4 * GIB
 
 
 def test_version_1_counts_and_its_largest_number_is_no_limit(groups: Path) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peer.memory.pages import padded
 from peer.memory.placement import Tier, check_placement, footprint
 from peer.memory.planning.budgets import parse_size
 from peer.memory.planning.fit import spread
@@ -208,6 +210,37 @@ def test_a_cap_on_writes_pins_more_or_is_warned_of() -> None:
     assert re.search(r"worn out in \d+ days", " ".join(free.warnings))
     unwarned = planned(DEMO, device=90 * MIB, host=60 * MIB, nvme=GIB, mode=Mode.LOCAL, cap=10**9 * GB)
     assert not unwarned.warnings
+
+
+def test_a_cap_under_which_nothing_would_ever_be_trained_is_refused() -> None:
+    """Oracles: with what the message asks for there is a plan; the bytes of the units on the drive, summed by hand."""
+    sizes: dict[str, Any] = {"device": 90 * MIB, "host": 60 * MIB, "nvme": GIB}
+    with pytest.raises(ConfigError, match="it would never train") as error:
+        planned(DEMO, **sizes, cap=40 * MIB)
+    assert "\n" not in error.value.one_line()
+    match = re.match(r"Allow ([\d.]+ \w+) with --nvme-writes-per-day", error.value.hint)
+    assert match
+    found = planned(DEMO, **sizes, cap=parse_size(match[1]))
+    check(found)
+    on_drive = [unit for unit, tier in found.placement.homes.items() if tier is Tier.NVME]
+    by_section = {
+        section: sum(padded(DEMO.num_bytes(unit)) for unit in on_drive if unit.section is section)
+        for section in Section
+    }
+    first_bytes = by_section[Section.WEIGHTS] + by_section[Section.MOMENTS]
+    assert first_bytes + found.prediction.written_bytes[Tier.NVME] <= parse_size(match[1])
+    assert first_bytes + sum(by_section.values()) + by_section[Section.GRADIENT] <= parse_size(match[1])
+
+
+def test_a_cap_of_few_rounds_a_day_is_warned_of() -> None:
+    """Oracle: bytes of a round by the plan's own prediction."""
+    sizes: dict[str, Any] = {"device": 90 * MIB, "host": 60 * MIB, "nvme": GIB, "mode": Mode.LOCAL}
+    free = planned(DEMO, **sizes)
+    round_bytes = free.prediction.written_bytes[Tier.NVME]
+    assert round_bytes > 0
+    few = planned(DEMO, **sizes, cap=9 * round_bytes)
+    assert re.search(r"in a day are enough for \d\.\d rounds", " ".join(few.warnings))
+    assert "rounds" not in " ".join(planned(DEMO, **sizes, cap=30 * round_bytes).warnings)
 
 
 def test_plans_are_the_same_every_time() -> None:

@@ -36,6 +36,7 @@ from tests.peer.memory.planning.plans import homes, inventory, profile
 TINY = inventory("tiny", 3, 1)  # two layers, nothing else
 LAYER_ELEMENTS = TINY.blocks[0].num_matrix_elements
 LAYER_BYTES = TINY.block_bytes(0, Section.WEIGHTS)
+WIDE = inventory("tiny", 3, 1, config={"intermediate_size": 60_000})  # its layers are of several shards
 STREAMING = Placement(homes=homes(TINY, weights=Tier.HOST), slots=Slots(weights=2))
 
 
@@ -125,6 +126,41 @@ def test_a_parked_input_goes_out_and_is_waited_for() -> None:
     done = simulation.result()
     assert (done.seconds, done.stall_s) == pytest.approx((1 + 4 + 3, 4))
     assert done.parked[Tier.HOST] == entry_bytes
+
+
+def test_only_so_many_inputs_leave_at_a_time() -> None:
+    """On paper: 2 s out each; the third waits for the first, the fourth for the second."""
+    entry_bytes = profile().entry_bytes
+    link = Link(in_bytes_per_s=entry_bytes / 2, out_bytes_per_s=entry_bytes / 2)
+    simulation = Simulation(TINY, STREAMING, layer_profile(host=link), Recomputation(parked={0: Tier.HOST}))
+    waited_s = []
+    for index in range(4):
+        simulation.run([Work(Kind.PARK, 0, index)])
+        waited_s.append(simulation.result().stall_s)
+    assert waited_s == pytest.approx([0, 0, 2, 4])
+
+
+def test_looking_at_moments_waits_for_what_leaves_their_slot() -> None:
+    """On paper: a shard's moments, 3 s out of the slot in which the next one's are looked at without a fetch."""
+    unit = Unit(0, Section.MOMENTS, 0)
+    placement = Placement(homes=homes(TINY, moments=Tier.HOST), slots=Slots(moments=1))
+    link = Link(in_bytes_per_s=LAYER_BYTES, out_bytes_per_s=TINY.num_bytes(unit) / 3)
+    assert run([Flush(unit, 0), Work(Kind.READ, 1, 0, 0)], placement, host=link).stall_s == pytest.approx(3)
+
+
+def test_every_unit_that_comes_into_a_slot_waits_for_what_leaves_it() -> None:
+    """On paper: 3 s out of the slot over one link, then two units in, the second over another link that is free."""
+    first, second = WIDE.block_units(1, Section.WEIGHTS)[:2]
+    found = homes(WIDE, weights=Tier.HOST) | {second: Tier.NVME}
+    placement = Placement(homes=found, slots=Slots(weights=1))
+    gone = Unit(0, Section.WEIGHTS, 0)
+    costs = profile(
+        host=Link(in_bytes_per_s=1e15, out_bytes_per_s=WIDE.num_bytes(gone) / 3),
+        nvme=Link(in_bytes_per_s=WIDE.num_bytes(second), out_bytes_per_s=1e15),
+    )
+    simulation = Simulation(WIDE, placement, costs)
+    simulation.run([Flush(gone, 0), Fetch(first, 0), Fetch(second, 0), Enter(1, 0, NOT_NEEDED)])
+    assert simulation.result().stall_s == pytest.approx(3 + 1)
 
 
 def test_copies_slow_down_what_is_computed_beside_them() -> None:
