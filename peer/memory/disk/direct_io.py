@@ -21,6 +21,7 @@ import mmap
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
@@ -29,6 +30,7 @@ import numpy as np
 from peer.memory.disk.durable_files import FILE_MODE, sync_data, sync_file, sync_folder
 from peer.memory.pages import PAGE_BYTES, padded
 
+HUGE_PAGE_BYTES = 2 << 20
 MAX_REQUEST_BYTES = 1 << 30  # Linux moves at most 2 GiB less one page per call; half of it stays aligned
 
 _Call = Callable[[int, list[memoryview], int], int]
@@ -40,7 +42,11 @@ def aligned_buffer(num_bytes: int) -> mmap.mmap:
     Anonymous and private: what Python maps by default is shared memory, which containers limit and which the kernel
     does not put into huge pages.
     """
-    return mmap.mmap(-1, padded(num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    buffer = mmap.mmap(-1, padded(num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if num_bytes >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # some kernels have none; a disk pins page by page, so fewer pages cost less
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+    return buffer
 
 
 def is_aligned(view: memoryview) -> bool:

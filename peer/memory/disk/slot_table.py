@@ -20,7 +20,7 @@ from protocol.errors import ConfigError, StorageError
 
 FORMAT = 1
 MAGIC = "handcar-units"
-TABLE_BYTES_PER_UNIT = 16  # `[1,4294967295],`
+TABLE_BYTES_PER_UNIT = 25  # `[1,18446744073709551615],`
 SMALL_FILES_BYTES = 1 << 20  # the caller's record, the count of writes, the lock
 
 Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]

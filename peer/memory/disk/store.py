@@ -17,7 +17,6 @@ data, then replaces the table: whenever the machine dies, one table is there, an
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -25,6 +24,8 @@ from pathlib import Path
 from threading import Lock
 from types import TracebackType
 from typing import Self
+
+import xxhash
 
 from peer.memory.disk.direct_io import UnitFile
 from peer.memory.disk.durable_files import disk_fault
@@ -44,11 +45,10 @@ _FETCH_AGAIN = "The drive may be failing (look at its SMART data). The state has
 _REVERT = "Go back to the last commit, which is whole."
 _OPEN_AGAIN = "Open it again: it holds this version or the last one, whole."
 
-# Of what the standard library has, CRC-32 is the one that keeps up on every CPU: 2.4 GB/s here (zlib 1.2.13), against
-# 1.7 for SHA-256 with and about 0.4 without SHA instructions, 1.4 SHA-1, 1.0 BLAKE2b. It misses no burst of up to 32
-# bits (so no flipped byte) and no two flipped bits in a unit; of what a torn write leaves it misses 1 in 4 billion.
-# It releases the GIL. (Adler-32 is a little faster and much weaker.) Nobody hostile writes to this file.
-_checksum = zlib.crc32
+# XXH3, 64 bits: 24 GB/s here, against 2.4 for the fastest sound one of the standard library (CRC-32). Every byte passes
+# through it twice per step, and on a CPU peer that time is taken from computing. It misses one torn write in 2^64, and
+# no flipped bit. Nobody hostile writes to this file.
+_checksum = xxhash.xxh3_64_intdigest
 
 
 @dataclass(frozen=True, slots=True)
