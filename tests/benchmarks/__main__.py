@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = ["--quick"] if arguments.quick else []
     if arguments.repeats is not None:
         flags += ["--repeats", str(arguments.repeats)]
+    if arguments.only:
+        flags += ["--only", *arguments.only]
     rows: list[dict[str, object]] = []
     failed: list[str] = []
     for name in benchmarks():

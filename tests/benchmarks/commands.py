@@ -63,21 +63,23 @@ def checked_output(
         try:
             code = child.wait(timeout=timeout_s)
         except subprocess.TimeoutExpired:
-            raise CommandError(f"{argv[0]} did not end within {timeout_s:g} s: {_tail(err)}") from None
+            raise CommandError(f"{argv[0]} did not end within {timeout_s:g} s: {tail(err)}") from None
         finally:
-            _end_session(child)
+            end_session(child)
         if code != 0:
-            raise CommandError(f"{argv[0]} ended with {code}: {_tail(err)}")
+            raise CommandError(f"{argv[0]} ended with {code}: {tail(err)}")
         out.seek(0)
         return out.read().decode(errors="replace")
 
 
-def _end_session(child: subprocess.Popen[bytes]) -> None:
+def end_session(child: subprocess.Popen[bytes]) -> None:
+    """End a child that leads a session of its own, and everything that it started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: EPERM when only zombies are left
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
 
 
-def _tail(file: IO[bytes]) -> str:
+def tail(file: IO[bytes]) -> str:
+    """Return the end of what a command wrote."""
     file.seek(0)
     return file.read()[-TAIL_BYTES:].decode(errors="replace").strip()

@@ -44,6 +44,12 @@ class Bar:
     def holds(self, value: float) -> bool:
         return _OPERATORS[self.comparison](value, self.limit)
 
+    def holds_within(self, slack: float, value: float, interval: tuple[float, float]) -> bool:
+        """Tell whether the interval's better end meets the bar, and the value itself misses it by `slack` at most."""
+        is_upper = self.comparison in ("<=", "<")
+        better = min(interval) if is_upper else max(interval)
+        return self.holds(better) and self.holds(value - slack if is_upper else value + slack)
+
 
 @dataclass(frozen=True, slots=True)
 class Spread:
