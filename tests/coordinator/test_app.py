@@ -222,8 +222,8 @@ async def test_a_restart_is_found_at_the_same_address_and_knows_its_peers(run: R
 async def test_refusals_reach_the_peer_as_what_they_are(run: RunDir, tmp_path: Path) -> None:
     async with serving(run.path, token="sesame") as invite, client(tmp_path, invite) as peer:
         assert invite.token == "sesame"
-        with pytest.raises(IncompatibleError, match="protocol 2"):
-            await peer.register(run.manifest, protocol=2)
+        with pytest.raises(IncompatibleError, match=f"protocol {PROTOCOL_VERSION + 1}"):
+            await peer.register(run.manifest, protocol=PROTOCOL_VERSION + 1)
         with pytest.raises(RefusedError, match="token"):
             await peer.register(run.manifest)
         with pytest.raises(RefusedError, match="does not know you"):
