@@ -17,7 +17,7 @@ from tests.e2e.swarm import Swarm
 
 pytestmark = pytest.mark.timeout(300)
 
-ROUNDS = 5
+ROUNDS = 3
 SETTINGS = ("batch.microbatches_per_round=4", f"batch.eval_every={ROUNDS}", "batch.heldout_sequences=8")
 LAYERS = 96  # 48 per stage: the few that are in slots are less than a tenth
 DEVICE_MEMORY = "3400KB"

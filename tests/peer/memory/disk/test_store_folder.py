@@ -170,7 +170,7 @@ def test_a_folder_has_one_process(store: NvmeStore, folder: Path) -> None:
 from pathlib import Path
 from tests.peer.memory.disk.small_store import open_store
 open_store(Path({str(folder)!r}))
-print("open")
+print("open", flush=True)  # what is not flushed dies with it
 __import__("os")._exit(0)
 """
     command = [sys.executable, "-c", program]
