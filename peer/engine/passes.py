@@ -9,20 +9,22 @@ over microbatches would add them: hence the same bits for every wave and every p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from peer.engine.graph import Graph
 from peer.engine.optimizer import AdamW
 from peer.engine.retention import Retention
 from peer.engine.state import check_computed, shard_digest
-from peer.engine.tape import Graph, Tape
+from peer.engine.tape import Tape
 from peer.memory.arena import Arena, Parked
 from peer.memory.placement import Tier
 from peer.memory.schedule import Kind, Work
+from peer.memory.segments import Segment, segments_of
 from peer.model.loss import Scores
 from peer.model.stage import Stage
 from protocol.ids import Digest
@@ -31,10 +33,17 @@ from protocol.layout import ShardLayout
 
 @dataclass(frozen=True, slots=True)
 class Parking:
-    """Where the inputs of some blocks (counted within the stage) wait for their backward pass."""
+    """What waits for its backward pass outside the device. Blocks are counted within the stage."""
 
     arena: Arena
-    tiers: Mapping[int, Tier]
+    inputs: Mapping[int, Tier]
+    """The inputs of these blocks' segments that are recomputed."""
+    graphs: Mapping[Segment, Tier] = field(default_factory=dict)
+    """What these segments' graphs have saved."""
+
+    @property
+    def blocks(self) -> set[int]:
+        return {*self.inputs, *(block for block, _ in self.graphs)}
 
 
 class OnShard(Protocol):
@@ -156,14 +165,14 @@ class WavePass(StagePass):
         tapes: Sequence[Tape],
         *,
         retention: Retention | None = None,
-        kept: Collection[int] | None = None,
+        kept: Collection[Segment] | None = None,
         step: StepPass | None = None,
         parking: Parking | None = None,
         before_adding: Callable[[], None] = lambda: None,
     ) -> None:
-        """Without `retention` nothing is kept for a backward pass; with `kept`, graphs are kept of those blocks only.
+        """Without `retention` nothing is kept for a backward pass; with `kept`, graphs are kept of those segments only.
 
-        `parking` says which inputs wait elsewhere.
+        `parking` says what waits elsewhere.
 
         `before_adding` is called before the gradient sums change; `step` follows each block's backward pass.
         """
@@ -226,56 +235,110 @@ class WavePass(StagePass):
     # -- layers ---------------------------------------------------------------------------------------
 
     def _forward(self, block: int, tape: Tape) -> None:
-        hidden_BTD = tape.present_BTD
-        kind = (self._stage.layouts[block].kind, hidden_BTD.shape)
-        is_kept = self._kept is None or block in self._kept
-        if self._retention is not None and is_kept and self._retention.may_keep(kind):
-            entered_BTD = hidden_BTD.detach().requires_grad_()
-            with torch.enable_grad(), self._stage.blocks[block].saving() as saved:
-                outputs_BTD = self._stage.pass_through(block, entered_BTD)
-            tape.hidden_BTD = outputs_BTD.detach()
-            if self._retention.keep(kind, saved.num_bytes):
-                tape.graphs[block] = Graph(entered_BTD, outputs_BTD, saved.num_bytes)
-                return
-        else:
+        if self._retention is None:
             with torch.no_grad():
-                tape.hidden_BTD = self._stage.pass_through(block, hidden_BTD)
-        if self._retention is not None:
-            tape.entries[block] = hidden_BTD
+                tape.hidden_BTD = self._stage.pass_through(block, tape.present_BTD)
+            return
+        is_made_again = False
+        for segment in self._segments(block):
+            entered_BTD = tape.present_BTD
+            if self._wants_graph(segment, entered_BTD):
+                graph = Graph(self._stage, *segment, entered_BTD, may_leave=self._leaves_for(segment) is not None)
+                tape.hidden_BTD = graph.take_outputs()
+                if self._may_hold(segment, entered_BTD, graph):
+                    tape.graphs[segment] = graph
+            else:
+                with torch.no_grad():
+                    tape.hidden_BTD = self._stage.pass_segment(*segment, entered_BTD)
+            if segment not in tape.graphs and not is_made_again:
+                tape.entries[segment] = entered_BTD
+            is_made_again = segment not in tape.graphs  # and with it the input of the next one
 
     def _backward(self, block: int, tape: Tape) -> None:
-        graph = tape.graphs.pop(block, None)
-        if graph is not None:
-            assert self._retention is not None
-            self._retention.release(graph.num_bytes)
-            entered_BTD, outputs_BTD = graph.entered_BTD, graph.outputs_BTD
-        else:
-            entered_BTD = self._entry(block, tape).detach().requires_grad_()
-            with torch.enable_grad():
-                outputs_BTD = self._stage.pass_through(block, entered_BTD)
-        torch.autograd.backward([outputs_BTD], [tape.present_BTD])
-        tape.hidden_BTD = entered_BTD.grad
+        for segment in reversed(self._segments(block)):
+            tape.hidden_BTD = self._graph(segment, tape).backward(tape.present_BTD)
 
-    # -- inputs that wait elsewhere ---------------------------------------------------------------------
+    def _graph(self, segment: Segment, tape: Tape) -> Graph:
+        """Return a segment's graph for its backward pass: the one that was kept, or a new one."""
+        graph = tape.graphs.pop(segment, None)
+        if graph is None:
+            entered_BTD = self._entry(segment, tape)
+            if entered_BTD is None:
+                before = Segment(segment.block, segment.part - 1)
+                tape.graphs[before] = self._graph(before, tape)  # whose turn comes next
+                entered_BTD = tape.graphs[before].take_outputs()
+            return Graph(self._stage, *segment, entered_BTD, waits=False)
+        assert self._retention is not None
+        self._retention.release(graph.booked_bytes)
+        if graph.parked is not None:
+            graph.return_savings(self._arena.take(graph.parked))
+            graph.parked = None
+        return graph
+
+    def _segments(self, block: int) -> tuple[Segment, ...]:
+        return segments_of(block, self._stage.layouts[block].kind)
+
+    def _wants_graph(self, segment: Segment, entered_BTD: Tensor) -> bool:
+        if self._leaves_for(segment) is not None:
+            return True
+        assert self._retention is not None
+        is_kept = self._kept is None or segment in self._kept
+        return is_kept and self._retention.may_keep(self._kind(segment, entered_BTD))
+
+    def _may_hold(self, segment: Segment, entered_BTD: Tensor, graph: Graph) -> bool:
+        """Book a graph that stays, or see whether there is room for one that leaves."""
+        tier = self._leaves_for(segment)
+        if tier is not None:
+            return self._arena.may_park(graph.savings, tier)
+        assert self._retention is not None
+        if not self._retention.keep(self._kind(segment, entered_BTD), graph.num_bytes):
+            return False
+        graph.booked_bytes = graph.num_bytes
+        return True
+
+    def _kind(self, segment: Segment, entered_BTD: Tensor) -> Hashable:
+        """Return what decides how much a graph saves."""
+        return self._stage.layouts[segment.block].kind, segment.part, entered_BTD.shape
+
+    # -- what waits elsewhere ---------------------------------------------------------------------------
+
+    @property
+    def _arena(self) -> Arena:
+        assert self._parking is not None
+        return self._parking.arena
+
+    def _leaves_for(self, segment: Segment) -> Tier | None:
+        """Return where what a segment's graph has saved waits, if not on the device."""
+        return None if self._parking is None else self._parking.graphs.get(segment)
 
     def _park(self, block: int, tape: Tape) -> None:
-        entry_BTD = tape.entries.get(block)  # none if the block's graph was kept
-        if self._parking is not None and isinstance(entry_BTD, Tensor):
-            tier = self._parking.tiers[block]
-            if self._parking.arena.may_park(entry_BTD, tier):
-                tape.entries[block] = self._parking.arena.park(entry_BTD, tier)
+        if self._parking is None:
+            return
+        tier = self._parking.inputs.get(block)
+        for segment in self._segments(block):
+            entry_BTD, graph = tape.entries.get(segment), tape.graphs.get(segment)
+            if tier is not None and isinstance(entry_BTD, Tensor):
+                flat = entry_BTD.detach().reshape(-1).view(torch.uint8)
+                if self._arena.may_park([flat], tier):
+                    tape.entries[segment] = self._arena.park([flat], tier)
+            graph_tier = self._leaves_for(segment)
+            if graph is not None and graph_tier is not None:
+                graph.parked = self._arena.park(graph.take_savings(), graph_tier)
 
     def _recall(self, block: int, tape: Tape) -> None:
-        entry = tape.entries.get(block)
-        if self._parking is not None and isinstance(entry, Parked):
-            self._parking.arena.recall(entry)
+        for segment in self._segments(block):
+            entry, graph = tape.entries.get(segment), tape.graphs.get(segment)
+            if isinstance(entry, Parked):
+                self._arena.recall(entry)
+            if graph is not None and graph.parked is not None:
+                self._arena.recall(graph.parked)
 
-    def _entry(self, block: int, tape: Tape) -> Tensor:
-        entry = tape.entries.pop(block)
-        if isinstance(entry, Tensor):
+    def _entry(self, segment: Segment, tape: Tape) -> Tensor | None:
+        entry = tape.entries.pop(segment, None)
+        if not isinstance(entry, Parked):
             return entry
-        assert self._parking is not None
-        return self._parking.arena.take(entry)
+        (flat,) = self._arena.take(entry)
+        return flat.view(torch.float32).view(*tape.inputs.shape[:2], self._stage.width)
 
 
 def _labels(tape: Tape) -> Tensor:

@@ -9,10 +9,11 @@ Shapes: B sequences, T positions, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 import torch
@@ -24,11 +25,12 @@ from peer.engine.retention import Retention
 from peer.engine.stage_state import StageState, Step
 from peer.engine.state import check_computed, largest
 from peer.engine.tape import Tape
-from peer.memory.arena import Arena, Parked
+from peer.memory.arena import Arena
 from peer.memory.backend import CpuBackend
 from peer.memory.executor import Executor, open_memory
 from peer.memory.placement import Placement, Tier, all_on_device
 from peer.memory.schedule import Kind, Visit, backward_visits, forward_visits
+from peer.memory.segments import Segment
 from peer.memory.units import Inventory
 from peer.model.loss import count_targets
 from peer.model.stage import Stage, build_stage
@@ -79,19 +81,19 @@ class StageEngine(StageState):
         *,
         first_block: int = 0,
         keep_budget_bytes: int = 0,
-        kept: Collection[int] | None = None,
+        kept: Collection[Segment] | None = None,
         parking: Parking | None = None,
     ) -> None:
         """`memory` holds the stage's blocks from `first_block` on; what is in it counts as the state of version 0.
 
-        Graphs of up to `keep_budget_bytes` stay on the device between forward and backward pass (those of the blocks
-        in `kept`, counted within the stage, or of any); other blocks are recomputed from their inputs, which stay there
-        too unless `parking` sends them elsewhere.
+        Graphs of up to `keep_budget_bytes` stay on the device between forward and backward pass (those of the segments
+        in `kept`, or of any); others are recomputed from their inputs, which stay there too. `parking` may send inputs
+        and graphs elsewhere. Blocks are counted within the stage.
         """
         super().__init__(stage, spec, memory, first_block=first_block)
-        self._retention, self._kept_blocks = Retention(keep_budget_bytes), kept
+        self._retention, self._kept_segments = Retention(keep_budget_bytes), kept
         self._parking = parking
-        self._parked = set() if parking is None else {first_block + block for block in parking.tiers}
+        self._parked = set() if parking is None else {first_block + block for block in parking.blocks}
         self._pending: dict[int, Tape] = {}
         self._next_ticket = 0
         self._forwards = self._backwards = self._recomputed = 0
@@ -110,14 +112,15 @@ class StageEngine(StageState):
         keep_budget_bytes: int = 0,
         placement: Callable[[Inventory], Placement] = all_on_device,
         nvme: Path | None = None,
-        parked: Tier | None = None,
-        places: int = 0,
-        activation_bytes: int = 0,
+        kept: Collection[Segment] | None = None,
+        inputs: Mapping[int, Tier] = MappingProxyType({}),
+        graphs: Mapping[Segment, Tier] = MappingProxyType({}),
+        places: Mapping[Tier, Sequence[int]] = MappingProxyType({}),
     ) -> Self:
         """Build one stage in memory of its own, on the CPU, with initial weights from `seed` (None: as they are).
 
-        `nvme` is the folder for what `placement` puts there. With `parked`, the inputs of all blocks wait in that tier,
-        which gets `places` for them of `activation_bytes` each.
+        `nvme` is the folder for what `placement` puts there. What of `inputs` and `graphs` waits elsewhere (`Parking`)
+        gets `places` of these sizes in bytes.
         """
         built = build_stage(config, num_stages=num_stages, stage=stage)
         inventory = Inventory(built.layouts, optimizer.name, optimizer.master)
@@ -126,14 +129,12 @@ class StageEngine(StageState):
             placement(inventory),
             CpuBackend(),
             nvme=nvme,
-            activations=places if parked is Tier.NVME else 0,
-            activation_bytes=activation_bytes,
+            activations=places.get(Tier.NVME, ()),
         )
         parking = None
-        if parked is not None:
-            arena = Arena(memory, {parked: places}, num_bytes=activation_bytes)
-            parking = Parking(arena, dict.fromkeys(built.body, parked))
-        engine = cls(built, optimizer, memory, keep_budget_bytes=keep_budget_bytes, parking=parking)
+        if places:
+            parking = Parking(Arena(memory, places), inputs, graphs)
+        engine = cls(built, optimizer, memory, keep_budget_bytes=keep_budget_bytes, kept=kept, parking=parking)
         if seed is not None:
             engine.initialise(seed)
         return engine
@@ -215,19 +216,23 @@ class StageEngine(StageState):
 
     def evaluate(self, inputs: Tensor, labels: Tensor) -> LossResult:
         """Return the loss of the last stage; nothing is kept or added up."""
-        tape = Tape(self._accept_inputs(inputs), self._accept_labels(inputs, labels))
-        self._run_up([tape], None, score=True)
-        assert tape.scores is not None
-        assert tape.labels_BT is not None
-        loss = tape.scores.loss_sum(tape.labels_BT.reshape(-1))
-        _check_loss(loss)
-        return LossResult(loss, _num_targets(tape), None)
+        return self.evaluate_wave([(inputs, labels)])[0]
+
+    def evaluate_wave(self, wave: Sequence[tuple[Tensor, Tensor]]) -> list[LossResult]:
+        """Return the losses of several microbatches, which go through the last stage layer by layer."""
+        tapes = [Tape(self._accept_inputs(inputs), self._accept_labels(inputs, labels)) for inputs, labels in wave]
+        self._run_up(tapes, None, score=True)
+        return [LossResult(_scored_loss(tape), _num_targets(tape), None) for tape in tapes]
 
     def forward_only(self, inputs: Tensor) -> Tensor:
         """Return the stage's hidden states (after the final norm on the last stage); nothing is kept."""
-        tape = Tape(self._accept_inputs(inputs))
-        self._run_up([tape], None)
-        return tape.present_BTD
+        return self.forward_only_wave([inputs])[0]
+
+    def forward_only_wave(self, wave: Sequence[Tensor]) -> list[Tensor]:
+        """Return the hidden states of several microbatches, which go through the stage layer by layer."""
+        tapes = [Tape(self._accept_inputs(inputs)) for inputs in wave]
+        self._run_up(tapes, None)
+        return [tape.present_BTD for tape in tapes]
 
     def discard(self, ticket: Ticket) -> None:
         """Forget a forward pass whose backward will not come. Does nothing for one that is forgotten already."""
@@ -276,7 +281,7 @@ class StageEngine(StageState):
             head = [self._first + block for block in self._stage.head]
             visits += forward_visits(head, len(tapes), kind=Kind.SCORE)
         worker = WavePass(
-            self._stage, self._first, tapes, retention=retention, kept=self._kept_blocks, parking=self._parking
+            self._stage, self._first, tapes, retention=retention, kept=self._kept_segments, parking=self._parking
         )
         self._memory.run(visits, worker, then=[self._first + block for block in then])
         for tape in tapes:
@@ -348,10 +353,10 @@ class StageEngine(StageState):
             raise
 
     def _forget(self, tape: Tape) -> None:
-        self._retention.release(tape.kept_bytes)
-        for entry in tape.entries.values():
-            if self._parking is not None and isinstance(entry, Parked):
-                self._parking.arena.drop(entry)
+        self._retention.release(tape.booked_bytes)
+        for parked in tape.parked():
+            assert self._parking is not None
+            self._parking.arena.drop(parked)
         tape.forget()
 
     def _before_change(self) -> None:
@@ -364,6 +369,14 @@ class StageEngine(StageState):
 def _num_targets(tape: Tape) -> int:
     assert tape.labels_BT is not None
     return count_targets(tape.labels_BT)
+
+
+def _scored_loss(tape: Tape) -> float:
+    assert tape.scores is not None
+    assert tape.labels_BT is not None
+    loss = tape.scores.loss_sum(tape.labels_BT.reshape(-1))
+    _check_loss(loss)
+    return loss
 
 
 def _check_loss(loss_sum: float) -> None:

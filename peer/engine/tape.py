@@ -1,7 +1,6 @@
 """What a microbatch's forward pass through a stage has left behind for its backward pass.
 
 Owns: the record. Must not know: who fills it (`passes.py`), how much may be kept (`retention.py`).
-Each block starts from a leaf of its own, so a graph ends at the borders of its block.
 
 Shapes: B sequences, T positions, D model width. Blocks are counted from 0 within the stage.
 """
@@ -12,17 +11,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from peer.engine.graph import Graph
 from peer.memory.arena import Parked
+from peer.memory.segments import Segment
 from peer.model.loss import Scores
-
-
-@dataclass(frozen=True, slots=True)
-class Graph:
-    """A block's forward pass under autograd: the leaf it started from, where it ended, what it saved."""
-
-    entered_BTD: Tensor
-    outputs_BTD: Tensor
-    num_bytes: int
 
 
 @dataclass(slots=True, eq=False)
@@ -34,10 +26,13 @@ class Tape:
     labels_BT: Tensor | None = None
     hidden_BTD: Tensor | None = None
     """On the way up the hidden states reached so far, on the way down the gradient by them."""
-    entries: dict[int, Tensor | Parked] = field(default_factory=dict)
-    """The inputs of blocks that have to be recomputed: on the device, or parked in another tier."""
-    graphs: dict[int, Graph] = field(default_factory=dict)
-    """The graphs of blocks that need not be."""
+    entries: dict[Segment, Tensor | Parked] = field(default_factory=dict)
+    """The inputs of segments that have to be recomputed: on the device, or parked in another tier.
+
+    A segment behind one that is recomputed needs none.
+    """
+    graphs: dict[Segment, Graph] = field(default_factory=dict)
+    """The graphs of segments that need not be; what one has saved may be parked."""
     scores: Scores | None = None
     """What the head's blocks have said so far, where there are several."""
     normed_BTD: Tensor | None = None
@@ -55,8 +50,13 @@ class Tape:
         return not self.entries and not self.graphs
 
     @property
-    def kept_bytes(self) -> int:
-        return sum(graph.num_bytes for graph in self.graphs.values())
+    def booked_bytes(self) -> int:
+        return sum(graph.booked_bytes for graph in self.graphs.values())
+
+    def parked(self) -> list[Parked]:
+        """List what is in other tiers."""
+        graphs = [graph.parked for graph in self.graphs.values() if graph.parked is not None]
+        return graphs + [entry for entry in self.entries.values() if isinstance(entry, Parked)]
 
     def forget(self) -> None:
         """Drop everything that was computed from the inputs: the weights it was computed with are about to change."""

@@ -3,12 +3,15 @@
 Owns: the places, and the copies there and back. Must not know: which activations go there and when (the plan says
 which, the schedule says when), what they mean. Places are as many as the plan allows: whoever lets microbatches in sees
 to it that there is always one free.
+
+An activation is one or several pieces of flat bytes: an input is one, what a graph has saved is many. They leave and
+come back together.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -16,8 +19,9 @@ import torch
 from torch import Tensor
 
 from peer.memory.executor import Executor
-from peer.memory.pages import padded
+from peer.memory.pages import packed, padded
 from peer.memory.placement import Tier
+from peer.memory.pool import packed_pieces
 from peer.memory.schedule import PARK_BUFFERS
 from protocol.errors import LocalFault
 
@@ -28,53 +32,60 @@ class Parked:
 
     tier: Tier
     place: int
-    shape: torch.Size
-    under_way: Future[Tensor | None]
-    """Ends with the tensor once it was sent for."""
+    sizes: tuple[int, ...]
+    """Of its pieces, in bytes."""
+    under_way: Future[list[Tensor]]
+    """Ends with the pieces once it was sent for."""
     is_recalled: bool = False
 
 
 class Arena:
     """The places for the activations of one peer. Used from the compute thread."""
 
-    def __init__(self, memory: Executor, places: Mapping[Tier, int], *, num_bytes: int) -> None:
-        """Make room for activations of at most `num_bytes` each; on NVMe the store has to have it."""
-        self._memory, self._num_bytes = memory, num_bytes
-        self._host = [memory.backend.allocate_host(num_bytes) for _ in range(places.get(Tier.HOST, 0))]
-        self._leaving: deque[Future[Tensor | None]] = deque()
-        self._free = {tier: deque(range(number)) for tier, number in places.items()}
+    def __init__(self, memory: Executor, places: Mapping[Tier, Sequence[int]]) -> None:
+        """Make room: `places` has the size of each place, in bytes, and on NVMe the store has to have the same ones."""
+        self._memory = memory
+        self._sizes = {tier: tuple(sizes) for tier, sizes in places.items()}
+        self._host = [memory.backend.allocate_host(size) for size in places.get(Tier.HOST, ())]
+        self._leaving: deque[Future[list[Tensor]]] = deque()
+        self._free = {
+            tier: {size: deque(n for n, each in enumerate(sizes) if each == size) for size in sorted({*sizes})}
+            for tier, sizes in self._sizes.items()
+        }
 
-    def may_park(self, activation: Tensor, tier: Tier) -> bool:
+    def may_park(self, pieces: Sequence[Tensor], tier: Tier) -> bool:
         """Tell whether an activation fits a place, and today's writes cover it and a round besides."""
-        if activation.nbytes > self._num_bytes:
+        place_bytes = self._place_bytes(pieces, tier)
+        if place_bytes is None:
             return False
         store = self._memory.pool.store
         if tier is not Tier.NVME or store is None:
             return True
-        self._memory.wait_counted(self._num_bytes)
+        self._memory.wait_counted(place_bytes)
         left_bytes = store.budget_left_bytes()
-        return left_bytes is None or left_bytes >= padded(self._num_bytes) + self._memory.round_bytes
+        return left_bytes is None or left_bytes >= padded(place_bytes) + self._memory.round_bytes
 
-    def park(self, activation: Tensor, tier: Tier) -> Parked:
-        """Begin to move an activation (contiguous, fp32) out of the device; it must not be changed any more."""
-        if not self._free.get(tier):
+    def park(self, pieces: Sequence[Tensor], tier: Tier) -> Parked:
+        """Begin to move an activation (flat bytes) out of the device; it must not be changed any more."""
+        place_bytes = self._place_bytes(pieces, tier)
+        if place_bytes is None or not self._free[tier][place_bytes]:
             raise LocalFault("there is no room left for activations: more microbatches are open than were planned.")
         while len(self._leaving) >= PARK_BUFFERS:  # or what waits to be copied would pile up on the device
             self._memory.outwait([self._leaving.popleft()])
-        place = self._free[tier].popleft()
-        flat = self._as_place(activation.detach().reshape(-1).view(torch.uint8), tier)
+        place = self._free[tier][place_bytes].popleft()
         after = self._memory.backend.record()
 
-        def move() -> Tensor | None:
+        def move() -> list[Tensor]:
             if tier is Tier.HOST:
-                self._memory.backend.to_host(self._host[place][: flat.numel()], flat, after)
+                for part, piece in packed_pieces(self._host[place], pieces):
+                    self._memory.backend.to_host(part, piece, after)
             else:
-                self._memory.pool.park(place, flat, after)
-            return None
+                self._memory.pool.park(place, pieces, after)
+            return []
 
         future = self._memory.start(tier, "out", move)
         self._leaving.append(future)
-        return Parked(tier, place, activation.shape, future)
+        return Parked(tier, place, tuple(piece.numel() for piece in pieces), future)
 
     def recall(self, parked: Parked) -> None:
         """Begin to bring an activation back; does nothing if that has begun."""
@@ -82,41 +93,36 @@ class Arena:
             return
         parked.is_recalled = True
         there = parked.under_way
-        tensor = torch.empty(parked.shape, device=self._memory.backend.device)
-        own = tensor.view(-1).view(torch.uint8)
-        flat = self._as_place(own, parked.tier)
+        lies = packed(parked.sizes)
+        together = torch.empty(lies[-1].stop, dtype=torch.uint8, device=self._memory.backend.device)
+        pieces = [together[each.start : each.stop] for each in lies]
         after = self._memory.backend.record()
 
-        def move() -> Tensor:
+        def move() -> list[Tensor]:
             there.result()
             if parked.tier is Tier.HOST:
-                self._memory.backend.to_device(flat, self._host[parked.place][: flat.numel()], after)
+                for part, piece in packed_pieces(self._host[parked.place], pieces):
+                    self._memory.backend.to_device(piece, part, after)
             else:
-                self._memory.pool.recall(parked.place, flat, after)
-                if flat is not own:
-                    own.copy_(flat[: own.numel()])
-            return tensor
+                self._memory.pool.recall(parked.place, pieces, after)
+            return pieces
 
         parked.under_way = self._memory.start(parked.tier, "in", move)
 
-    def _as_place(self, flat: Tensor, tier: Tier) -> Tensor:
-        """Return bytes as long as a place, for a drive, which knows no shorter ones."""
-        if tier is not Tier.NVME or flat.numel() == self._num_bytes:
-            return flat
-        whole = flat.new_zeros(self._num_bytes)
-        whole[: flat.numel()] = flat
-        return whole
-
-    def take(self, parked: Parked) -> Tensor:
+    def take(self, parked: Parked) -> list[Tensor]:
         """Wait for an activation that was sent for, and give its place to others."""
         self.recall(parked)
         try:
-            tensor = self._memory.wait_for(parked.under_way)
+            return self._memory.wait_for(parked.under_way)
         finally:
             self.drop(parked)
-        assert tensor is not None
-        return tensor
 
     def drop(self, parked: Parked) -> None:
         """Give up an activation; its place is free once nothing is under way there."""
-        parked.under_way.add_done_callback(lambda _: self._free[parked.tier].append(parked.place))
+        places = self._free[parked.tier][self._sizes[parked.tier][parked.place]]
+        parked.under_way.add_done_callback(lambda _: places.append(parked.place))
+
+    def _place_bytes(self, pieces: Sequence[Tensor], tier: Tier) -> int | None:
+        """Return the size of the places for an activation: the smallest that it fits, or None."""
+        needed_bytes = packed(piece.numel() for piece in pieces)[-1].stop
+        return next((size for size in self._free.get(tier, {}) if size >= needed_bytes), None)

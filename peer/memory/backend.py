@@ -7,6 +7,7 @@ there; they release the GIL.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -176,6 +177,13 @@ def backend_for(device: str) -> Backend:
 def host_buffer(num_bytes: int) -> Tensor:
     """Return page-aligned memory (torch itself aligns to 64 bytes, which a disk's direct I/O refuses)."""
     return torch.frombuffer(aligned_buffer(max(num_bytes, 1)), dtype=torch.uint8)
+
+
+def give_back_free_memory() -> None:
+    """Return what the C library keeps for later to the system, where it can do that (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def copy_bytes(target: Tensor, source: Tensor) -> None:

@@ -57,15 +57,14 @@ def open_memory(
     fingerprint: str = "",
     limit_bytes: int | None = None,
     writes_per_day_bytes: int | None = None,
-    activations: int = 0,
-    activation_bytes: int = 0,
+    activations: Sequence[int] = (),
 ) -> Executor:
     """Allocate the memory of a placement, or open what of it is on NVMe already.
 
-    `fingerprint` says whose state it is; what the folder holds of another one is thrown away. On NVMe there is also
-    room for as many `activations`.
+    `fingerprint` says whose state it is; what the folder holds of another one is thrown away. On NVMe there are also
+    places for `activations` of these sizes.
     """
-    specs = unit_specs(inventory, placement, activations=activations, activation_bytes=activation_bytes)
+    specs = unit_specs(inventory, placement, activations=activations)
     if not specs:
         return Executor(Pool(inventory, placement, backend), backend)
     if nvme is None:
@@ -78,7 +77,7 @@ def open_memory(
         writes_per_day_bytes=writes_per_day_bytes,
         replace=True,
     )
-    pool = Pool(inventory, placement, backend, store, activations=activations, activation_bytes=activation_bytes)
+    pool = Pool(inventory, placement, backend, store, activations=activations)
     return Executor(pool, backend)
 
 
@@ -114,7 +113,7 @@ class Executor:
         self.pool = pool
         self.stalls = Stalls()
         self.on_progress: Callable[[], None] = lambda: None
-        """Called with every visit of a pass, which as a whole can take long."""
+        """Called with every piece of a pass, which as a whole can take long: so can one visit of a large wave."""
         self.round_bytes = pool.round_bytes
         """What a round writes to the drive, at most, as far as is known."""
         self._written_before: int | None = None
@@ -198,13 +197,14 @@ class Executor:
     # -- one operation --------------------------------------------------------------------------------
 
     def _perform(self, op: Op, worker: Worker) -> None:
+        if isinstance(op, Enter | Work):
+            self.on_progress()
         match op:
             case Fetch(unit, slot):
                 self._fetch(unit, slot)
             case Flush(unit, slot):
                 self._flush(unit, slot)
             case Enter(block, weights, gradient):
-                self.on_progress()
                 self._enter(block, weights, gradient, worker)
             case Clear(block, slot):
                 self.pool.block_tensor(block, Section.GRADIENT, slot).zero_()

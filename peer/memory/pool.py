@@ -11,7 +11,7 @@ staging buffer per direction.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from peer.memory.backend import Backend, Event, host_buffer
 from peer.memory.disk.slot_table import Json
 from peer.memory.disk.store import NvmeStore, UnitSpec
-from peer.memory.pages import padded
+from peer.memory.pages import packed, padded
 from peer.memory.placement import Placement, Tier, check_placement, slot_bytes
 from peer.memory.schedule import AT_HOME
 from peer.memory.units import ELEMENT_BYTES, Inventory, Section, Unit
@@ -44,22 +44,33 @@ def stored_units(inventory: Inventory, placement: Placement) -> tuple[Unit, ...]
     """
     if Tier.NVME not in placement.homes.values():
         return ()
-    lasting = [unit for section in DURABLE for unit in inventory.units(section)]
     passing = [unit for unit in inventory.units(Section.GRADIENT) if placement.homes.get(unit) is Tier.NVME]
-    return (*lasting, *passing)
+    return (*lasting_units(inventory), *passing)
 
 
-def unit_specs(
-    inventory: Inventory, placement: Placement, *, activations: int = 0, activation_bytes: int = 0
-) -> list[UnitSpec]:
-    """Describe the units of the NVMe store; behind those of the training state come places for activations."""
-    state = [
-        UnitSpec(
-            f"{unit.section}.{inventory.layout(unit).name}", inventory.num_bytes(unit), durable=unit.section in DURABLE
-        )
-        for unit in stored_units(inventory, placement)
-    ]
-    return state + [UnitSpec(f"activation.{number}", activation_bytes, durable=False) for number in range(activations)]
+def lasting_units(inventory: Inventory) -> tuple[Unit, ...]:
+    """List the units that are the state, in the order of the NVMe store."""
+    return tuple(unit for section in DURABLE for unit in inventory.units(section))
+
+
+def lasting_specs(inventory: Inventory) -> list[UnitSpec]:
+    """Describe what is the state in every store of a span, whatever else the plan of the day keeps there."""
+    return [_spec(inventory, unit) for unit in lasting_units(inventory)]
+
+
+def unit_specs(inventory: Inventory, placement: Placement, *, activations: Sequence[int] = ()) -> list[UnitSpec]:
+    """Describe the units of the NVMe store; behind those of the training state come places for activations.
+
+    `activations` has the size of each of these.
+    """
+    state = [_spec(inventory, unit) for unit in stored_units(inventory, placement)]
+    places = [UnitSpec(f"activation.{number}", size, durable=False) for number, size in enumerate(activations)]
+    return state + places
+
+
+def _spec(inventory: Inventory, unit: Unit) -> UnitSpec:
+    name = f"{unit.section}.{inventory.layout(unit).name}"
+    return UnitSpec(name, inventory.num_bytes(unit), durable=unit.section in DURABLE)
 
 
 class Pool:
@@ -72,8 +83,7 @@ class Pool:
         backend: Backend,
         store: NvmeStore | None = None,
         *,
-        activations: int = 0,
-        activation_bytes: int = 0,
+        activations: Sequence[int] = (),
     ) -> None:
         """`store` has the units of `unit_specs`, and is needed if anything is on NVMe."""
         check_placement(inventory, placement)
@@ -84,16 +94,13 @@ class Pool:
         self._beside = tuple(
             unit for unit in self._in_store if unit.section in DURABLE and placement.homes[unit] is not Tier.NVME
         )
-        self.store_bytes = activations * padded(activation_bytes) + sum(
-            padded(inventory.num_bytes(unit)) for unit in self._in_store
-        )
+        self._activations = tuple(activations)
+        self.store_bytes = sum(map(padded, (*activations, *(inventory.num_bytes(unit) for unit in self._in_store))))
         """How much writing fills every place of the store once."""
         if store is None and self._in_store:
             raise ValueError("a placement on NVMe needs a store")
         staged = [unit for unit in self._in_store if inventory.is_narrow(unit) or not backend.is_host_memory]
-        staging = max(map(inventory.num_bytes, staged), default=0)
-        if activations and not backend.is_host_memory:
-            staging = max(staging, activation_bytes)
+        staging = max((*activations, *map(inventory.num_bytes, staged)), default=0)
         self._staging = {direction: backend.allocate_host(staging) for direction in ("in", "out") if staging}
         self._blocks = self._allocate_blocks()
         self._units = {
@@ -159,6 +166,10 @@ class Pool:
         """Tell whether a disk can read a unit straight into its slot."""
         return self._backend.is_host_memory and not self.inventory.is_narrow(unit)
 
+    def _is_at_rest(self, unit: Unit) -> bool:
+        """Tell whether a unit lies in memory as it would on a disk, so that it can be written from where it is."""
+        return self.placement.homes[unit] is Tier.HOST or self._is_direct(unit)
+
     def _bring_in(self, unit: Unit, target: Tensor, source: Tensor, after: Event) -> None:
         copy = self._backend.widen if self.inventory.is_narrow(unit) else self._backend.to_device
         copy(target, source, after)
@@ -192,12 +203,12 @@ class Pool:
         """
         assert self.store is not None
         self.store.require_budget(self.beside_bytes)
-        copy = host_buffer(max(map(self.inventory.num_bytes, self._beside), default=0))
+        copied = {unit for unit in self._beside if not self._is_at_rest(unit)}
+        copy = self._spare("out", copied)
         for unit in self._beside:
-            at_rest = copy[: self.inventory.num_bytes(unit)]
-            if self.placement.homes[unit] is Tier.HOST:
-                at_rest = self._in_memory(unit)
-            else:
+            at_rest = self._in_memory(unit)
+            if unit in copied:
+                at_rest = copy[: self.inventory.num_bytes(unit)]
                 self._bring_out(unit, at_rest, self._in_memory(unit), self._backend.record())
             self._write(unit, at_rest)
         self.store.commit(meta)
@@ -206,37 +217,56 @@ class Pool:
         """Bring what lives elsewhere back from the store's last commit, and check what lives there."""
         assert self.store is not None
         self.store.revert()
-        copy = host_buffer(max(map(self.inventory.num_bytes, self._in_store), default=0))
+        copy = self._spare("in", self._in_store)
         for unit in self._in_store:
             if unit.section in DURABLE:
                 at_rest = copy[: self.inventory.num_bytes(unit)]
                 self._read(unit, at_rest)
-                if unit in self._beside and self.placement.homes[unit] is Tier.HOST:
-                    self._in_memory(unit).copy_(at_rest)
-                elif unit in self._beside:
-                    self._bring_in(unit, self._in_memory(unit), at_rest, self._backend.record())
+                if unit in self._beside:
+                    self._take_in(unit, at_rest)
+
+    def move_in(self, store: NvmeStore) -> None:
+        """Bring home, into memory, everything that lasts from a store that holds nothing else (`lasting_specs`)."""
+        units = lasting_units(self.inventory)
+        copy = host_buffer(max(map(self.inventory.num_bytes, units)))
+        for number, unit in enumerate(units):
+            at_rest = copy[: self.inventory.num_bytes(unit)]
+            store.read(number, at_rest.numpy().data)
+            self._take_in(unit, at_rest)
+
+    def _take_in(self, unit: Unit, at_rest: Tensor) -> None:
+        """Put a unit's bytes, as they lie on NVMe, where it lives in memory."""
+        if self.placement.homes[unit] is Tier.HOST:
+            self._in_memory(unit).copy_(at_rest)
+        else:
+            self._bring_in(unit, self._in_memory(unit), at_rest, self._backend.record())
+
+    def _spare(self, direction: str, units: Iterable[Unit]) -> Tensor:
+        """Return a buffer of the host for any of these units while nothing is under way: a staging buffer will do."""
+        num_bytes, staging = max(map(self.inventory.num_bytes, units), default=0), self._staging.get(direction)
+        return host_buffer(num_bytes) if staging is None or staging.numel() < num_bytes else staging
 
     def nvme_bytes(self, unit: Unit) -> int:
         """Return how much writing a unit home puts on the NVMe drive: nothing if it lives elsewhere."""
         return padded(self.inventory.num_bytes(unit)) if self.placement.homes.get(unit) is Tier.NVME else 0
 
-    def park(self, place: int, activation: Tensor, after: Event) -> None:
-        """Write an activation (flat bytes on the device) to one of the places on NVMe."""
+    def park(self, place: int, pieces: Sequence[Tensor], after: Event) -> None:
+        """Write an activation (pieces of flat bytes on the device) to one of the places on NVMe."""
         assert self.store is not None
-        host = activation if self._backend.is_host_memory else self._staging["out"][: activation.numel()]
-        if host is not activation:
-            self._backend.to_host(host, activation, after)
-        self.store.write(len(self._in_store) + place, host.numpy().data)
-        self.traffic.flushed[Tier.NVME] += activation.numel()
+        staging = self._staging["out"][: self._activations[place]]
+        for part, piece in packed_pieces(staging, pieces):
+            self._backend.to_host(part, piece, after)
+        self.store.write(len(self._in_store) + place, staging.numpy().data)
+        self.traffic.flushed[Tier.NVME] += staging.numel()
 
-    def recall(self, place: int, activation: Tensor, after: Event) -> None:
-        """Read an activation back into a buffer (flat bytes) of the device."""
+    def recall(self, place: int, pieces: Sequence[Tensor], after: Event) -> None:
+        """Read an activation back into buffers (flat bytes) of the device."""
         assert self.store is not None
-        host = activation if self._backend.is_host_memory else self._staging["in"][: activation.numel()]
-        self.store.read(len(self._in_store) + place, host.numpy().data)
-        if host is not activation:
-            self._backend.to_device(activation, host, after)
-        self.traffic.fetched[Tier.NVME] += activation.numel()
+        staging = self._staging["in"][: self._activations[place]]
+        self.store.read(len(self._in_store) + place, staging.numpy().data)
+        for part, piece in packed_pieces(staging, pieces):
+            self._backend.to_device(piece, part, after)
+        self.traffic.fetched[Tier.NVME] += staging.numel()
 
     def _read(self, unit: Unit, target: Tensor) -> None:
         assert self.store is not None
@@ -268,3 +298,9 @@ class Pool:
             for unit in self.inventory.units(section)
             if unit.shard == 0 and self.placement.is_on_device(unit)
         }
+
+
+def packed_pieces(buffer: Tensor, pieces: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield for each piece (flat bytes) its part of a buffer (flat bytes) that all of them share, and the piece."""
+    for place, piece in zip(packed(piece.numel() for piece in pieces), pieces, strict=True):
+        yield buffer[place.start : place.stop], piece

@@ -13,6 +13,7 @@ Shapes: B sequences, T positions, D model width, V vocabulary. Blocks are counte
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,12 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from peer.model.blocks import Block, view_of
+from peer.model.blocks import Block, Saved, view_of
 from peer.model.initialise import initialise
 from peer.model.loss import IGNORED, Scores, add_gradients, add_scores, loss_sum_and_gradients
 from protocol.architecture import EMBEDDING, HEAD, ModelConfig, check_config, stage_blocks
 from protocol.errors import CorpusError, ModelError
 from protocol.layout import BlockKind, BlockLayout
+
+_SEGMENTS = (("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))
+"""The modules of a layer, by segment."""
 
 
 class Stage:
@@ -99,14 +103,36 @@ class Stage:
 
     def pass_through(self, block: int, hidden_BTD: Tensor) -> Tensor:
         """Pass hidden states through one layer or the final norm, under autograd if that is on."""
-        module = self._modules[block]
+        is_layer = self.blocks[block].layout.kind is BlockKind.LAYER
+        for segment in range(len(_SEGMENTS) if is_layer else 1):
+            hidden_BTD = self.pass_segment(block, segment, hidden_BTD)
+        return hidden_BTD
+
+    def pass_segment(self, block: int, segment: int, hidden_BTD: Tensor) -> Tensor:
+        """Pass hidden states through one segment of a block: attention (0) or feed-forward (1), or a norm (0).
+
+        A layer's two are the forward pass of transformers' layers, cut where hidden states are all that goes on.
+        """
+        module: Any = self._modules[block]
         if self.blocks[block].layout.kind is BlockKind.NORM:
             return module(hidden_BTD)  # type: ignore[no-any-return]
+        if segment == 1:
+            return hidden_BTD + module.mlp(module.post_attention_layernorm(hidden_BTD))  # type: ignore[no-any-return]
         positions, rotation = self._rotation(hidden_BTD)
         # no mask: with whole sequences, attention uses its causal path, as in transformers' own forward
-        return module(  # type: ignore[no-any-return]
-            hidden_BTD, attention_mask=None, position_ids=positions, position_embeddings=rotation, use_cache=False
+        attended, _ = module.self_attn(
+            module.input_layernorm(hidden_BTD),
+            attention_mask=None,
+            position_ids=positions,
+            position_embeddings=rotation,
+            use_cache=False,
         )
+        return hidden_BTD + attended  # type: ignore[no-any-return]
+
+    def saving(self, block: int, hidden_BTD: Tensor, *, may_leave: bool = False) -> AbstractContextManager[Saved]:
+        """Build a graph from hidden states that can go backward from another buffer; see `Block.saving`."""
+        _, rotation = self._rotation(hidden_BTD)  # all layers and microbatches have it in common
+        return self.blocks[block].saving(shared=rotation, may_leave=may_leave)
 
     # -- head -----------------------------------------------------------------------------------------
 
@@ -182,6 +208,8 @@ class Stage:
         is_norm = block.layout.kind is BlockKind.NORM
         module = model.get_submodule(first.rpartition(".")[0] if is_norm else ".".join(first.split(".")[:3]))
         _check_complete(module)
+        if not is_norm and {name for name, _ in module.named_children()} != {*_SEGMENTS[0], *_SEGMENTS[1]}:
+            raise ModelError(f"transformers' {type(module).__name__} has other parts than this version knows.")
         return module.eval()
 
     def _rotation(self, hidden_BTD: Tensor) -> tuple[Tensor, Any]:

@@ -10,21 +10,18 @@ state, and so write all of it in every step (docs/architecture.md).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TypeVar
 
 from peer.memory.pages import padded
 from peer.memory.placement import Placement, Slots, Tier
 from peer.memory.planning.budgets import Budgets
 from peer.memory.planning.simulate import Recomputation
-from peer.memory.planning.ways import Needs, Row, Way
+from peer.memory.planning.ways import Needs, Row, Way, spread
 from peer.memory.planning.workload import Phase, Trips, parts_of, total, trips
 from peer.memory.units import Section, Unit
 from protocol.layout import BlockKind
-
-_Item = TypeVar("_Item")
 
 Thread = tuple[Tier, str]
 """A direction ("in", "out") of a tier."""
@@ -88,8 +85,8 @@ class Fitting:
             for phase, count in self._trips_of(block, section, fit.way.wave).items():
                 seconds[phase][tier, "in"] += count.fetches * num_bytes / link.in_bytes_per_s
                 seconds[phase][tier, "out"] += count.flushes * num_bytes / link.out_bytes_per_s
-        for tier in fit.recomputation.parked.values():
-            link, num_bytes = profile.link(tier), self.needs.workload.microbatches * profile.entry_bytes
+        for tier, num_bytes in self._waiting_bytes(fit).items():
+            link = profile.link(tier)
             seconds[Phase.UP][tier, "out"] += num_bytes / link.out_bytes_per_s
             seconds[Phase.DOWN][tier, "in"] += num_bytes / link.in_bytes_per_s
         return seconds
@@ -101,13 +98,17 @@ class Fitting:
 
     def round_bytes(self, fit: Fit) -> int:
         """Return what the drive takes in a round, at most; not less than `Pool.round_bytes`, which has to be left."""
-        num_bytes = sum(tier is Tier.NVME for tier in fit.recomputation.parked.values())
-        num_bytes *= self.needs.workload.microbatches * padded(self.needs.profile.entry_bytes)
+        num_bytes = self._waiting_bytes(fit).get(Tier.NVME, 0)
         for (tier, block, section), size in _streaming_bytes(fit, self.needs.sizes).items():
             if tier is Tier.NVME:
                 flushes = total(self._trips_of(block, section, fit.way.wave)).flushes
                 num_bytes += size * max(flushes, 2 if section is Section.GRADIENT else 1)
         return num_bytes
+
+    def _waiting_bytes(self, fit: Fit) -> dict[Tier, int]:
+        """Return the bytes of a step's activations that wait in each tier."""
+        share = self.needs.workload.microbatches / self.needs.in_flight(fit.way)
+        return {tier: int(share * sum(map(padded, sizes))) for tier, sizes in self.needs.places(fit.way).items()}
 
     # -- filling ----------------------------------------------------------------------------------------
 
@@ -129,9 +130,9 @@ class Fitting:
                 if piece.num_bytes <= left_bytes and piece.units[0] not in homes:
                     left_bytes -= _pin(piece, homes)
         host_bytes = self.budgets.host_bytes - rows["activations"][Tier.HOST]
-        rest = self._rest(way, homes, host_bytes)
+        rest = self._rest(way, homes, host_bytes - self.needs.staging_bytes(way, homes))
         if Tier.NVME in rest.values():
-            rest = self._rest(way, homes, host_bytes - self.needs.staging_bytes())
+            rest = self._rest(way, homes, host_bytes - self.needs.staging_bytes(way, rest))
         return self._finished(way, homes | rest, recomputation, rows)
 
     def _rest(self, way: Way, homes: Mapping[Unit, Tier], host_bytes: int) -> dict[Unit, Tier]:
@@ -160,8 +161,7 @@ class Fitting:
             size = self.needs.device_sizes[unit] if tier is Tier.DEVICE else self.needs.sizes[unit]
             rows[unit.section.value][tier] += size
         rows["slots"] = {Tier.DEVICE: slots_bytes}
-        if Tier.NVME in homes.values():
-            rows["staging"] = {Tier.HOST: self.needs.staging_bytes()}
+        rows["staging"] = {Tier.HOST: self.needs.staging_bytes(way, homes)}
         known_bytes = sum(row.get(Tier.NVME, 0) for row in rows.values())
         rows["copies"] = {Tier.NVME: self.needs.stored_bytes(way, homes) - known_bytes}
         fit = Fit(way, Placement(homes=homes, slots=Slots(**counts)), recomputation, rows)
@@ -245,14 +245,6 @@ class Fitting:
     @cached_property
     def _spread_units(self) -> Mapping[Section, list[Unit]]:
         return {section: spread(self.needs.inventory.units(section)) for section in Section}
-
-
-def spread(items: Iterable[_Item]) -> list[_Item]:
-    """Reorder so that every beginning of the result is spread about evenly over the original (van der Corput)."""
-    listed = list(items)
-    num_bits = max(1, (len(listed) - 1).bit_length())
-    order = (int(f"{number:0{num_bits}b}"[::-1], 2) for number in range(1 << num_bits))
-    return [listed[index] for index in order if index < len(listed)]
 
 
 def _streaming_bytes(fit: Fit, sizes: Mapping[Unit, int]) -> Mapping[tuple[Tier, int, Section], int]:

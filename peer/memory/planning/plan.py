@@ -12,7 +12,7 @@ Among equals, what writes less to the drive wins: drives wear out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -20,9 +20,10 @@ from peer.memory.placement import Placement, Slots, Tier
 from peer.memory.planning.budgets import Budgets, size_text
 from peer.memory.planning.fit import Fit, Fitting, Shortage
 from peer.memory.planning.profile import Profile
-from peer.memory.planning.simulate import Recomputation, Simulated, simulate_step
+from peer.memory.planning.simulate import Recomputation, Simulated, recomputed_s, simulate_step
 from peer.memory.planning.ways import STREAMING_SLOTS, Needs, Order, Row, Way
 from peer.memory.planning.workload import Mode, Phase, Workload, parts_of
+from peer.memory.segments import Segment, segments_of
 from peer.memory.units import Inventory, Section
 from protocol.errors import ConfigError
 from protocol.layout import BlockKind
@@ -38,6 +39,10 @@ COVERED = 0.01
 """Waiting for less than this share of a step counts as not waiting."""
 WORTH_A_SLOT = 0.005
 """Another slot has to save this share of a step."""
+WORTH_A_SPILL = 0.01
+"""Another eighth of the graphs in another tier, this one."""
+EIGHTHS = 8
+"""Parts of all segments by which more graphs are kept or spilled."""
 MORE_WEAR = 0.1
 """A smaller wave may write this much more to the drive than another that is about as fast."""
 WEAR_WEIGHT = 3.0
@@ -58,10 +63,20 @@ _ORDERS: tuple[Order, ...] = ("both", "in", "out")
 class Activation:
     """What a block of the body leaves behind for its backward pass."""
 
-    keep: bool
-    """Its autograd graph, so that nothing is computed twice; otherwise its input."""
-    tier: Tier
-    """Where that waits; a graph always on the device."""
+    graphs: tuple[Tier | None, ...]
+    """By segment, where what its autograd graph has saved waits. None: nothing is saved, and it is computed twice."""
+    inputs: Tier
+    """Where the input of what is computed twice waits."""
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether all of it stays on the device."""
+        return all(tier is Tier.DEVICE for tier in self.graphs)
+
+    @property
+    def is_recomputed(self) -> bool:
+        """Whether any of it is computed twice."""
+        return None in self.graphs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,12 +116,36 @@ class Plan:
     """Microbatches between their forward and backward pass for which room is kept."""
     keep_bytes: int
     """What kept graphs may take, of all microbatches in flight."""
-    num_places: int
-    """For blocks' inputs outside the device, each of `profile.entry_bytes`."""
+    places: Mapping[Tier, Sequence[int]]
+    """The sizes of the places for activations outside the device."""
     bytes: Mapping[str, Row]
     """What every tier is used for."""
     prediction: Prediction
     warnings: tuple[str, ...] = ()
+
+    @property
+    def kept(self) -> frozenset[Segment]:
+        """The segments whose graphs stay on the device."""
+        return frozenset(segment for segment, tier in self._graphs() if tier is Tier.DEVICE)
+
+    @property
+    def spilled(self) -> dict[Segment, Tier]:
+        """The segments whose graphs wait in another tier."""
+        return {segment: tier for segment, tier in self._graphs() if tier is not None and tier is not Tier.DEVICE}
+
+    @property
+    def parked(self) -> dict[int, Tier]:
+        """The blocks whose inputs wait in another tier."""
+        return {
+            block: activation.inputs
+            for block, activation in self.activations.items()
+            if activation.is_recomputed and activation.inputs is not Tier.DEVICE
+        }
+
+    def _graphs(self) -> Iterator[tuple[Segment, Tier | None]]:
+        for block, activation in self.activations.items():
+            for part, tier in enumerate(activation.graphs):
+                yield Segment(block, part), tier
 
 
 def plan(inventory: Inventory, profile: Profile, budgets: Budgets, workload: Workload) -> Plan:
@@ -117,7 +156,7 @@ def plan(inventory: Inventory, profile: Profile, budgets: Budgets, workload: Wor
     best = search.best()
     if best is None:
         raise _unaffordable(search.fitting) or _refusal(inventory, profile, budgets, workload)
-    return _plan(search.fitting, best)
+    return _plan(search, best)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,31 +202,33 @@ class _Search:
         fits: dict[int, Fit] = {}
         for way in self._ways(wave, waves_in_flight):
             fit = self.fitting.fit(way)
-            if isinstance(fit, Fit) and self._may_begin(fit):
+            if isinstance(fit, Fit) and self._may_begin(fit) and (wave == 1 or not self.is_late(fit)):
                 fits.setdefault(id(fit), fit)  # the same one for ways that differ in nothing that matters
         ranked = sorted(fits.values(), key=self._estimate)  # stable, so that equals stay in the order of trying
         priced = [each for fit in ranked[:NUM_SIMULATED] if (each := self._price(fit)) is not None]
         if not priced:
             return None
-        return self._with_more_slots(_gentlest(priced))
+        return self._with_spilled_graphs(self._with_more_slots(_gentlest(priced)))
 
     def _ways(self, wave: int, waves_in_flight: int) -> Iterator[Way]:
-        num_layers = self.fitting.needs.num_layers
+        num_segments = len(self.fitting.needs.preferred)
         tiers = [Tier.DEVICE, *filter(self._may_wait_in, (Tier.HOST, Tier.NVME))]
-        kept = sorted({num_layers * eighths // 8 for eighths in range(9)})
-        for kept_layers, inputs, whole, order in product(kept, tiers, _WHOLE, _ORDERS):
-            if kept_layers == num_layers and inputs is not Tier.DEVICE:
+        for kept, inputs, whole, order in product(_eighths(num_segments), tiers, _WHOLE, _ORDERS):
+            if kept == num_segments and inputs is not Tier.DEVICE:
                 continue
             if len(whole) == len(Section) and order != _ORDERS[0]:
                 continue
-            yield Way(
-                wave=wave,
-                waves_in_flight=waves_in_flight,
-                kept_layers=kept_layers,
-                inputs=inputs,
-                whole=whole,
-                order=order,
-            )
+            yield Way(wave=wave, waves_in_flight=waves_in_flight, kept=kept, inputs=inputs, whole=whole, order=order)
+
+    def is_late(self, fit: Fit) -> bool:
+        """Tell whether a wave takes longer up or down than rounds wait for it."""
+        limit_s = self.fitting.needs.workload.longest_pass_s
+        if limit_s is None:
+            return False
+        copies_s, compute_s = self.fitting.copy_seconds(fit), self._compute_s(fit.recomputation)
+        num_waves = len(self.fitting.needs.workload.waves(fit.way.wave))
+        longest_s = max(max(compute_s[phase], *copies_s[phase].values(), 0.0) for phase in (Phase.UP, Phase.DOWN))
+        return longest_s / num_waves > limit_s
 
     def _may_begin(self, fit: Fit) -> bool:
         """Tell whether the drive's daily budget lets training begin at all: with the first contents, and a round."""
@@ -215,10 +256,10 @@ class _Search:
         step = Phase.DOWN if needs.workload.mode is Mode.LOCAL else Phase.STEP
         for index, block in enumerate(needs.inventory.blocks):
             forward_s, backward_s = needs.profile.forward_s(block), needs.profile.backward_s(block)
-            is_recomputed = needs.profile.graph_bytes(block) > 0 and index not in recomputation.kept
             if index not in head or len(head) > 1:
                 seconds[Phase.UP] += needs.workload.microbatches * forward_s
-            seconds[Phase.DOWN] += needs.workload.microbatches * (backward_s + is_recomputed * forward_s)
+            again_s = recomputed_s(needs.profile, recomputation, index, block)
+            seconds[Phase.DOWN] += needs.workload.microbatches * (backward_s + again_s)
             seconds[step] += sum(needs.profile.step_s(shard, optimizer) for shard in needs.inventory.shards[index])
         return seconds
 
@@ -228,11 +269,15 @@ class _Search:
         Only if they leave as fast as they are made: nothing holds a forward pass back, so they would pile up. And a
         drive wears out, so it is not used for that unless the user has said how much may be written.
         """
-        budgets, profile = self.fitting.budgets, self.fitting.needs.profile
-        if not budgets.of(tier) or (tier is Tier.NVME and budgets.nvme_writes_per_day_bytes is None):
+        profile = self.fitting.needs.profile
+        if not self._may_be_used(tier):
             return False
         layer = next(block for block in self.fitting.needs.inventory.blocks if block.kind is BlockKind.LAYER)
         return profile.entry_bytes / profile.link(tier).out_bytes_per_s <= profile.forward_s(layer)
+
+    def _may_be_used(self, tier: Tier) -> bool:
+        budgets = self.fitting.budgets
+        return budgets.of(tier) > 0 and (tier is not Tier.NVME or budgets.nvme_writes_per_day_bytes is not None)
 
     def _price(self, fit: Fit) -> _Priced | None:
         """Simulate a way; None if it would spill activations beyond the drive's daily budget."""
@@ -245,7 +290,8 @@ class _Search:
             recomputation=fit.recomputation,
         )
         throttled_s = self._throttled_s(simulated.written_bytes(Tier.NVME))
-        if fit.way.inputs is Tier.NVME and throttled_s > simulated.seconds:
+        is_spilling = Tier.NVME in self.fitting.needs.places(fit.way)
+        if is_spilling and throttled_s > simulated.seconds:
             return None
         return _Priced(fit, simulated, max(simulated.seconds, throttled_s))
 
@@ -264,12 +310,34 @@ class _Search:
                 best = priced
         return best
 
+    def _with_spilled_graphs(self, best: _Priced) -> _Priced:
+        """Let more and more graphs wait in other tiers, where they are not computed twice, as long as it saves time.
+
+        Whether bringing one back is faster than making it again depends on the card, the link, and on how much of the
+        link weights leave idle (LoHan, arXiv 2403.06504): so a step is simulated each time.
+        """
+        start, num_left = best, len(self.fitting.needs.preferred) - best.fit.way.kept
+        for tier in filter(self._may_be_used, (Tier.HOST, Tier.NVME)):
+            for spilled in _eighths(num_left)[1:]:
+                way = replace(start.fit.way, spilled=spilled, spill=tier)
+                fit = self.fitting.fit(way)
+                priced = self._price(fit) if isinstance(fit, Fit) and self._may_begin(fit) else None
+                if priced is None or priced.seconds >= best.seconds * (1 - WORTH_A_SPILL):
+                    break
+                best = priced
+        return best
+
     def _throttled_s(self, nvme_written_bytes: float) -> float:
         """Return how long a step takes on average if the drive's daily budget decides."""
         cap = self.fitting.budgets.nvme_writes_per_day_bytes
         if cap is None or not nvme_written_bytes:
             return 0.0
         return nvme_written_bytes * DAY_S / cap if cap else float("inf")
+
+
+def _eighths(number: int) -> list[int]:
+    """Return counts from nothing to all, in steps of about an eighth."""
+    return sorted({number * eighths // EIGHTHS for eighths in range(EIGHTHS + 1)})
 
 
 def _first_day_bytes(fitting: Fitting, fit: Fit) -> int:
@@ -292,7 +360,8 @@ def _gentlest(priced: list[_Priced]) -> _Priced:
 # -- the result ---------------------------------------------------------------------------------------
 
 
-def _plan(fitting: Fitting, best: _Priced) -> Plan:
+def _plan(search: _Search, best: _Priced) -> Plan:
+    fitting = search.fitting
     fit, simulated, needs = best.fit, best.simulated, fitting.needs
     profile = needs.profile
     peak_bytes = {tier: fit.total_bytes(tier) for tier in Tier}
@@ -311,28 +380,39 @@ def _plan(fitting: Fitting, best: _Priced) -> Plan:
         nvme_written_per_day_bytes=written_per_day_bytes,
         tokens_per_s=needs.workload.microbatches * profile.num_tokens / best.seconds,
     )
-    kept = fit.recomputation.kept
     return Plan(
         inventory=needs.inventory,
         profile=profile,
         budgets=fitting.budgets,
         workload=needs.workload,
         placement=fit.placement,
-        activations={
-            block: Activation(block in kept, Tier.DEVICE if block in kept else fit.way.inputs)
-            for block in parts_of(needs.inventory).body
-        },
+        activations={block: _activation(fit, needs.inventory, block) for block in parts_of(needs.inventory).body},
         wave=fit.way.wave,
         in_flight=needs.in_flight(fit.way),
         keep_bytes=needs.graph_bytes(fit.way),
-        num_places=needs.num_places(fit.way),
+        places=needs.places(fit.way),
         bytes=fit.bytes,
         prediction=prediction,
-        warnings=tuple(_warnings(fitting, fit, prediction)),
+        warnings=tuple(_warnings(search, fit, prediction)),
     )
 
 
-def _warnings(fitting: Fitting, fit: Fit, prediction: Prediction) -> Iterator[str]:
+def _activation(fit: Fit, inventory: Inventory, block: int) -> Activation:
+    recomputation = fit.recomputation
+    graphs = (
+        Tier.DEVICE if segment in recomputation.kept else recomputation.spilled.get(segment)
+        for segment in segments_of(block, inventory.blocks[block].kind)
+    )
+    return Activation(tuple(graphs), fit.way.inputs)
+
+
+def _warnings(search: _Search, fit: Fit, prediction: Prediction) -> Iterator[str]:
+    fitting = search.fitting
+    if search.is_late(fit):
+        yield (
+            "even one microbatch takes longer through this span than rounds wait for one: what is under way when a "
+            "round closes will be lost. Take fewer stages."
+        )
     cap = fitting.budgets.nvme_writes_per_day_bytes
     written = prediction.nvme_written_per_day_bytes
     if cap is not None and written > cap:

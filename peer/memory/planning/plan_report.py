@@ -14,10 +14,12 @@ from typing import Any
 from peer.memory.placement import Tier
 from peer.memory.planning.budgets import size_text
 from peer.memory.planning.plan import Plan
+from peer.memory.segments import NAMES as SEGMENT_NAMES
 from peer.memory.units import Section
 from protocol.layout import BlockKind
 
 SCHEMA = "peer.plan/1"
+PLACES = {Tier.DEVICE: "on the device", Tier.HOST: "in host memory", Tier.NVME: "on NVMe"}
 TIER_NAMES = {Tier.DEVICE: "device", Tier.HOST: "host", Tier.NVME: "NVMe"}
 ROWS = {
     "weights": "weights",
@@ -26,6 +28,7 @@ ROWS = {
     "slots": "slots",
     "activations": "activations",
     "working": "working space",
+    "gaps": "allocator's gaps",
     "staging": "staging",
     "copies": "second copies",
 }
@@ -54,7 +57,7 @@ def to_json(plan: Plan) -> str:
         "in_flight": plan.in_flight,
         "slots": asdict(plan.placement.slots),
         "keep_bytes": plan.keep_bytes,
-        "num_places": plan.num_places,
+        "num_places": {tier.name.lower(): len(sizes) for tier, sizes in plan.places.items()},
         "bytes": {name: _by_tier(row) for name, row in plan.bytes.items()},
         "blocks": list(_blocks(plan)),
         "prediction": {
@@ -116,17 +119,24 @@ def _step(plan: Plan) -> Iterator[str]:
 
 
 def _activations(plan: Plan) -> str:
-    layers = [block for block in plan.activations if plan.inventory.blocks[block].kind is BlockKind.LAYER]
-    kept = sum(plan.activations[block].keep for block in layers)
-    if kept == len(layers):
-        return "kept"
-    others = next(plan.activations[block].tier for block in layers if not plan.activations[block].keep)
-    recomputed = (
-        f"recomputed from inputs on the {TIER_NAMES[others]}"
-        if others is not Tier.HOST
-        else ("recomputed from inputs in host memory")
-    )
-    return f"{kept} layers kept, {len(layers) - kept} {recomputed}" if kept else f"all layers {recomputed}"
+    layers = [
+        activation
+        for block, activation in plan.activations.items()
+        if plan.inventory.blocks[block].kind is BlockKind.LAYER
+    ]
+    fates = [Counter(activation.graphs[index] for activation in layers) for index in range(len(SEGMENT_NAMES))]
+    if fates[0] == fates[1]:
+        return f"of {len(layers)} layers, {_fates(fates[0], layers[0].inputs)}"
+    parts = (f"{name}: {_fates(fate, layers[0].inputs)}" for name, fate in zip(SEGMENT_NAMES, fates, strict=True))
+    return f"of {len(layers)} layers, {'; '.join(parts)}"
+
+
+def _fates(fates: Mapping[Tier | None, int], inputs: Tier) -> str:
+    """Say how many graphs wait where, and how many are made again from what."""
+    parts = [f"{count} kept {PLACES[tier]}" for tier in Tier if (count := fates.get(tier, 0))]
+    if count := fates.get(None, 0):
+        parts.append(f"{count} recomputed from inputs {PLACES[inputs]}")
+    return ", ".join(parts)
 
 
 def _blocks(plan: Plan) -> Iterator[dict[str, Any]]:
@@ -143,7 +153,11 @@ def _blocks(plan: Plan) -> Iterator[dict[str, Any]]:
                 ]
                 for section in Section
             },
-            "activation": activation and {"keep": activation.keep, "tier": activation.tier.name.lower()},
+            "activation": activation
+            and {
+                "graphs": ["recomputed" if tier is None else tier.name.lower() for tier in activation.graphs],
+                "inputs": activation.inputs.name.lower(),
+            },
         }
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pydantic import TypeAdapter, ValidationError
 
 from peer.memory.moments import OptimizerName, is_in_8_bit, segments
+from peer.memory.pages import ALIGNMENT_BYTES, padded
 from peer.memory.placement import Tier
 from peer.memory.units import ELEMENT_BYTES
 from protocol.errors import ConfigError
@@ -27,6 +28,8 @@ LOGIT_BYTES = 64 << 20
 # peer/engine/optimizer.py bounds what bitsandbytes' CPU path copies to this; its CUDA kernel copies nothing
 STEP_WORKSPACE_BYTES = 20 << 20
 STEP_BYTES_PER_ELEMENT = 20  # of it, where a shard is shorter than that
+
+MAX_PIECES = 32  # tensors that a segment's graph saves: some ten
 
 _TOKEN_BYTES = 8
 
@@ -41,8 +44,8 @@ class BlockCost:
     """Of the backward pass, without recomputing the forward pass; of a head's block, of its part of the loss."""
     num_matrix_elements: int
     """Of the block that was measured."""
-    graph_bytes: int = 0
-    """What autograd saves in the forward pass, besides weights."""
+    graph_bytes: tuple[int, ...] = ()
+    """What autograd saves in the forward pass besides weights, by segment."""
     workspace_bytes: int = 0
     """What the backward pass takes on top of the graph while it runs."""
 
@@ -76,7 +79,9 @@ class Profile:
     """None: no drive was measured."""
     step_workspace_bytes: int = 0
     process_bytes: int = 0
-    """Of the process before it holds any state: Python, torch and their libraries."""
+    """Of the process while it holds no state: Python, torch, their libraries, and what these keep once used."""
+    gap_share: float = 0.0
+    """Which share of activations and working space their allocator takes on top of it, where that is the host's."""
     is_host_memory: bool = False
     """Whether the device's memory is the host's, as on a machine without a card."""
 
@@ -116,7 +121,20 @@ class Profile:
         return self.blocks[block.kind].backward_s * self._size(block)
 
     def graph_bytes(self, block: BlockLayout) -> int:
-        return self.blocks[block.kind].graph_bytes
+        return sum(self.blocks[block.kind].graph_bytes)
+
+    def segment_bytes(self, block: BlockLayout, index: int) -> int:
+        """Return what the graph of one segment has saved."""
+        return self.blocks[block.kind].graph_bytes[index]
+
+    def place_bytes(self, block: BlockLayout, index: int) -> int:
+        """Return the room that this takes outside the device."""
+        return place_bytes(self.segment_bytes(block, index))
+
+    def segment_forward_s(self, block: BlockLayout, index: int) -> float:
+        """Return the seconds of one segment's forward pass, in proportion to its arithmetic."""
+        flop = segment_flop(block, self.sequences, self.sequence_length)
+        return self.forward_s(block) * flop[index] / sum(flop)
 
     def workspace_bytes(self, block: BlockLayout) -> int:
         return self.blocks[block.kind].workspace_bytes
@@ -206,31 +224,44 @@ def calculated(machine: Machine, blocks: Iterable[BlockLayout], *, sequences: in
     )
 
 
-def forward_flop(block: BlockLayout, sequences: int, sequence_length: int) -> float:
-    """Count the arithmetic of a layer's or a head's forward pass: its matrices, and causal attention."""
+def segment_flop(block: BlockLayout, sequences: int, sequence_length: int) -> tuple[float, ...]:
+    """Count the arithmetic of a forward pass by segment: the matrices, and causal attention."""
     num_tokens = sequences * sequence_length
     flop = 2.0 * block.num_matrix_elements * num_tokens
-    if block.kind is BlockKind.LAYER:
-        flop += 2.0 * num_tokens * sequence_length * _shape(block, "q_proj")[0]  # half of each score matrix, twice
-    return flop
+    if block.kind is not BlockKind.LAYER:
+        return (max(flop, 1.0),)
+    (ffn, width), query = _shape(block, "gate_proj"), _shape(block, "q_proj")[0]
+    feed_forward = 2.0 * 3 * ffn * width * num_tokens
+    scores = 2.0 * num_tokens * sequence_length * query  # half of each score matrix, twice
+    return flop - feed_forward + scores, feed_forward
 
 
-def graph_bytes(block: BlockLayout, sequences: int, sequence_length: int) -> int:
-    """Return what autograd saves of one microbatch in a block besides weights.
+def forward_flop(block: BlockLayout, sequences: int, sequence_length: int) -> float:
+    """Count the arithmetic of a layer's or a head's forward pass."""
+    return sum(segment_flop(block, sequences, sequence_length))
+
+
+def graph_bytes(block: BlockLayout, sequences: int, sequence_length: int) -> tuple[int, ...]:
+    """Return what autograd saves of one microbatch in a block besides weights, by segment.
 
     The tensors that transformers' eager layers save in fp32, fitted to `Block.saving()` for 14 shapes (torch 2.13,
-    transformers 5, exact but for the rotary tables).
+    transformers 5; attention as if its heads were 64 wide).
     """
-    num_tokens = sequences * sequence_length
+    token_bytes = ELEMENT_BYTES * sequences * sequence_length
     if block.kind is BlockKind.NORM:
-        return ELEMENT_BYTES * num_tokens * 2 * block.num_elements
+        return (token_bytes * 2 * block.num_elements,)
     if block.kind is not BlockKind.LAYER:
-        return 0  # tables take their gradients by hand
+        return ()  # tables take their gradients by hand
     (query, width), (key, _), (ffn, _) = (_shape(block, name) for name in ("q_proj", "k_proj", "gate_proj"))
-    per_token = 6 * width + 2 * query + 2 * key + 4 * ffn + query // 64 + 2
+    attention = 3 * width + 2 * query + 2 * key + query // 64 + 1
     if any("q_norm" in slot.name for slot in block.slots):
-        per_token += 2 * (query + key)
-    return ELEMENT_BYTES * num_tokens * per_token
+        attention += 2 * (query + key)
+    return token_bytes * attention, token_bytes * (3 * width + 4 * ffn + 1)
+
+
+def place_bytes(saved_bytes: int) -> int:
+    """Return the size of a place for what a graph has saved, in pieces that begin at aligned addresses."""
+    return padded(saved_bytes + MAX_PIECES * ALIGNMENT_BYTES)
 
 
 def workspace_bytes(block: BlockLayout, num_tokens: int) -> int:

@@ -32,14 +32,16 @@ from peer.memory.schedule import (
     Work,
     schedule,
 )
+from peer.memory.segments import Segment, segments_of
 from peer.memory.units import ELEMENT_BYTES, Inventory, Section, Unit
+from protocol.layout import BlockLayout
 
 CLOCK_STEP_S = 1e-9  # below that, nothing is worth another round
 
 Direction = Literal["in", "out"]
 _Place = tuple[Section, int]
-_Input = tuple[int, int]
-"""Of a block, and of which microbatch of its wave."""
+_Pass = tuple[int, int]
+"""Through a block, by which microbatch of its wave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class Simulated:
     """Bytes of units that came from a tier."""
     flushed: Mapping[Tier, int] = field(default_factory=dict)
     parked: Mapping[Tier, int] = field(default_factory=dict)
-    """Bytes of blocks' inputs that went to a tier; as many come back."""
+    """Bytes of activations that went to a tier; as many come back."""
 
     def since(self, earlier: Simulated) -> Simulated:
         """Return what happened after an earlier moment."""
@@ -79,7 +81,7 @@ class Simulated:
         )
 
     def read_bytes(self, tier: Tier) -> int:
-        """Return what was read from a tier, blocks' inputs included."""
+        """Return what was read from a tier, activations included."""
         return self.fetched.get(tier, 0) + self.parked.get(tier, 0)
 
     def written_bytes(self, tier: Tier) -> int:
@@ -88,12 +90,24 @@ class Simulated:
 
 @dataclass(frozen=True, slots=True)
 class Recomputation:
-    """What becomes of each block's input: blocks that keep their graph, and where the others' inputs wait."""
+    """What of each block's forward pass is kept, and what is computed twice."""
 
-    kept: frozenset[int] = frozenset()
-    """Blocks whose graphs stay on the device: their backward pass computes nothing twice."""
+    kept: frozenset[Segment] = frozenset()
+    """Segments whose graphs stay on the device."""
+    recomputed: frozenset[int] = frozenset()
+    """Blocks with segments that are computed twice: each keeps one input for that."""
     parked: Mapping[int, Tier] = field(default_factory=dict)
-    """Blocks whose inputs leave the device between the two passes."""
+    """Of these, whose inputs leave the device between the two passes."""
+    spilled: Mapping[Segment, Tier] = field(default_factory=dict)
+    """Segments whose graphs leave the device between the two passes."""
+
+    @property
+    def leaving(self) -> frozenset[int]:
+        """Blocks of which something leaves the device."""
+        return frozenset({*self.parked, *(segment.block for segment in self.spilled)})
+
+    def is_recomputed(self, segment: Segment) -> bool:
+        return segment not in self.kept and segment not in self.spilled
 
 
 class Simulation:
@@ -107,7 +121,11 @@ class Simulation:
         recomputation: Recomputation = Recomputation(),
     ) -> None:
         self._inventory, self._placement, self._profile = inventory, placement, profile
-        self._tiers = recomputation.parked
+        self._leaves: dict[int, list[tuple[Tier, int]]] = defaultdict(list)
+        for block, tier in recomputation.parked.items():
+            self._leaves[block].append((tier, profile.entry_bytes))
+        for (block, index), tier in recomputation.spilled.items():
+            self._leaves[block].append((tier, profile.place_bytes(inventory.blocks[block], index)))
         self._now = self._compute_s = self._stall_s = self._slowed_s = 0.0
         self._fetched: Counter[Tier] = Counter()
         self._flushed: Counter[Tier] = Counter()
@@ -116,12 +134,12 @@ class Simulation:
         self._arriving: dict[_Place, dict[Unit, float]] = defaultdict(dict)
         self._leaving: dict[_Place, dict[Unit, float]] = defaultdict(dict)
         self._going_home: dict[Unit, float] = {}
-        self._inputs: dict[_Input, float] = {}
-        """When each is in its tier, or back on the device once it was recalled."""
-        self._recalled: set[_Input] = set()
+        self._waiting: dict[_Pass, list[float]] = {}
+        """When what a pass has left is in its tier, or back on the device once it was recalled."""
+        self._recalled: set[_Pass] = set()
         self._parking: deque[float] = deque()
-        """When inputs that were the last to go are in their tier."""
-        self._prices = _Prices(inventory, profile, recomputation.kept)
+        """When activations that were the last to go are in their tier."""
+        self._prices = _Prices(inventory, profile, recomputation)
 
     def result(self) -> Simulated:
         """Return the sums up to now. What was begun may not have ended yet."""
@@ -217,26 +235,30 @@ class Simulation:
     def _work(self, work: Work) -> None:
         key = (work.block, work.index)
         if work.kind is Kind.PARK:
-            while len(self._parking) >= PARK_BUFFERS:
-                self._wait([self._parking.popleft()])
-            tier, num_bytes = self._tiers[work.block], self._profile.entry_bytes
-            self._parked[tier] += num_bytes
-            self._inputs[key] = self._copy(tier, "out", num_bytes, 0.0)
-            self._parking.append(self._inputs[key])
+            self._waiting[key] = [self._park(tier, num_bytes) for tier, num_bytes in self._leaves[work.block]]
             return
-        if work.kind is Kind.RECALL or (work.kind is Kind.BACKWARD and key in self._inputs):
+        if work.kind is Kind.RECALL or (work.kind is Kind.BACKWARD and key in self._waiting):
             self._recall(key)
-        if work.kind is Kind.BACKWARD and key in self._inputs:
+        if work.kind is Kind.BACKWARD and key in self._waiting:
             self._recalled.remove(key)
-            self._wait([self._inputs.pop(key)])
+            self._wait(self._waiting.pop(key))
         if work.kind is not Kind.RECALL:
             self._compute(self._prices.work_s(work))
 
-    def _recall(self, key: _Input) -> None:
+    def _park(self, tier: Tier, num_bytes: int) -> float:
+        while len(self._parking) >= PARK_BUFFERS:
+            self._wait([self._parking.popleft()])
+        self._parked[tier] += num_bytes
+        self._parking.append(self._copy(tier, "out", num_bytes, 0.0))
+        return self._parking[-1]
+
+    def _recall(self, key: _Pass) -> None:
         if key not in self._recalled:
             self._recalled.add(key)
-            tier, num_bytes = self._tiers[key[0]], self._profile.entry_bytes
-            self._inputs[key] = self._copy(tier, "in", num_bytes, self._inputs[key])
+            self._waiting[key] = [
+                self._copy(tier, "in", num_bytes, there_s)
+                for (tier, num_bytes), there_s in zip(self._leaves[key[0]], self._waiting[key], strict=True)
+            ]
 
 
 def simulate_step(
@@ -255,9 +277,7 @@ def simulate_step(
 
     def one_wave(index: int) -> None:
         step = workload.mode is Mode.LOCAL and index == last
-        passes = wave_passes(
-            inventory, sizes[index], is_first=index == 0, step=step, parked=recomputation.parked.keys()
-        )
+        passes = wave_passes(inventory, sizes[index], is_first=index == 0, step=step, parked=recomputation.leaving)
         for number, each in enumerate(passes):
             run(each, key=(number, sizes[index], index == 0, step))
 
@@ -278,6 +298,12 @@ def simulate_step(
             alike = run.simulation.result().since(before)
     end()
     return run.simulation.result().since(start).plus(alike, max(0, last - 3))
+
+
+def recomputed_s(profile: Profile, recomputation: Recomputation, index: int, block: BlockLayout) -> float:
+    """Return the seconds that a microbatch's backward pass through a block spends on computing forward once more."""
+    segments = (segment for segment in segments_of(index, block.kind) if recomputation.is_recomputed(segment))
+    return sum(profile.segment_forward_s(block, segment.part) for segment in segments)
 
 
 @dataclass(slots=True)
@@ -329,19 +355,18 @@ class _Thread:
 class _Prices:
     """Seconds and bytes, each worked out once."""
 
-    def __init__(self, inventory: Inventory, profile: Profile, kept: frozenset[int]) -> None:
+    def __init__(self, inventory: Inventory, profile: Profile, recomputation: Recomputation) -> None:
         self._inventory, self._profile = inventory, profile
         self._bytes: dict[Unit, int] = {}
         self._steps: dict[tuple[int, int], float] = {}
         self._works: dict[tuple[Kind, int], float] = {}
         for index, block in enumerate(inventory.blocks):
             forward_s, backward_s = profile.forward_s(block), profile.backward_s(block)
-            is_recomputed = profile.graph_bytes(block) > 0 and index not in kept
             self._works |= {
                 (Kind.FORWARD, index): forward_s,
                 (Kind.SCORE, index): forward_s,
                 (Kind.LOSS, index): backward_s,
-                (Kind.BACKWARD, index): backward_s + (forward_s if is_recomputed else 0.0),
+                (Kind.BACKWARD, index): backward_s + recomputed_s(profile, recomputation, index, block),
             }
 
     def work_s(self, work: Work) -> float:

@@ -34,9 +34,11 @@ class Workload:
     """Per optimizer step."""
     stages_behind: int = 0
     """How many stages of other peers a microbatch visits before its gradient comes back."""
+    longest_pass_s: float | None = None
+    """How long a wave's way up or down may take: a round that closes does not wait longer for what is under way."""
 
     def __post_init__(self) -> None:
-        if self.microbatches < 1 or self.stages_behind < 0:
+        if self.microbatches < 1 or self.stages_behind < 0 or (self.longest_pass_s or 1.0) <= 0:
             raise ValueError(f"this is no work: {self}")
 
     def waves(self, wave: int) -> list[int]:

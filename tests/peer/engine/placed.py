@@ -20,9 +20,10 @@ from peer.engine.stage_state import Step
 from peer.memory.backend import CpuBackend
 from peer.memory.executor import open_memory
 from peer.memory.placement import Placement, Slots, Tier, all_on_device
+from peer.memory.segments import segments_of
 from peer.memory.units import Inventory, Section, Unit
 from peer.model.stage import build_stage
-from protocol.architecture import preset
+from protocol.architecture import preset, stage_blocks
 
 TINY = preset("tiny")
 PLENTY = 1 << 30
@@ -31,6 +32,7 @@ STEPS = 2
 SHAPE = (2, 8)  # sequences, tokens
 TARGETS = MICROBATCHES * SHAPE[0] * SHAPE[1]
 ACTIVATION_BYTES = 4 * SHAPE[0] * SHAPE[1] * int(TINY["hidden_size"])
+GRAPH_BYTES = 1 << 16  # more than any segment of a layer saves of such a microbatch
 
 MakePlacement = Callable[[Inventory], Placement]
 
@@ -60,9 +62,38 @@ def equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     return len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+def room(
+    *, parked: Tier | None = None, places: int = 0, spilled: Tier | None = None, graph_places: int = 0
+) -> dict[Tier, list[int]]:
+    """Return the sizes of places for inputs in one tier and for graphs in another, or the same."""
+    sizes: dict[Tier, list[int]] = {}
+    for tier, size, number in ((parked, ACTIVATION_BYTES, places), (spilled, GRAPH_BYTES, graph_places)):
+        if tier is not None:
+            sizes.setdefault(tier, []).extend([size] * number)
+    return sizes
+
+
+def free_places(engine: StageEngine, tier: Tier) -> list[int]:
+    """Return the places that nobody uses at the moment."""
+    assert engine._parking is not None
+    return sorted(place for places in engine._parking.arena._free[tier].values() for place in places)
+
+
 def build(
-    stage: int, placement: MakePlacement = all_on_device, *, keep: int = 0, config: Any = TINY, **options: Any
+    stage: int,
+    placement: MakePlacement = all_on_device,
+    *,
+    keep: int = 0,
+    config: Any = TINY,
+    parked: Tier | None = None,
+    places: int = 0,
+    spilled: Tier | None = None,
+    graph_places: int = 0,
+    **options: Any,
 ) -> StageEngine:
+    layouts = stage_blocks(config, 3, stage)
+    body = [block for block, layout in enumerate(layouts) if segments_of(block, layout.kind)]
+    graphs = [segment for block in body for segment in segments_of(block, layouts[block].kind)]
     return StageEngine.build(
         config,
         num_stages=3,
@@ -71,6 +102,9 @@ def build(
         seed=2,
         placement=placement,
         keep_budget_bytes=keep,
+        inputs={} if parked is None else dict.fromkeys(body, parked),
+        graphs={} if spilled is None else dict.fromkeys(graphs, spilled),
+        places=room(parked=parked, places=places, spilled=spilled, graph_places=graph_places),
         **options,
     )
 

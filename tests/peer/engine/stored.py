@@ -53,14 +53,14 @@ def build_stored(
     spec = OptimizerSpec(master=master)
     inventory = Inventory(model.layouts, spec.name, spec.master)
     chosen, backend = placement(inventory), backend or CpuBackend()
-    room = {"activations": places if parked is Tier.NVME else 0, "activation_bytes": ACTIVATION_BYTES}
-    specs = unit_specs(inventory, chosen, **room)
+    sizes = [ACTIVATION_BYTES] * places
+    room = sizes if parked is Tier.NVME else []
+    specs = unit_specs(inventory, chosen, activations=room)
     store = NvmeStore.open(folder, specs, fingerprint="test", replace=True, volume=LOCAL, **options)
-    memory = Executor(Pool(inventory, chosen, backend, store, **room), backend)
+    memory = Executor(Pool(inventory, chosen, backend, store, activations=room), backend)
     parking = None
     if parked is not None:
-        arena = Arena(memory, {parked: places}, num_bytes=ACTIVATION_BYTES)
-        parking = Parking(arena, dict.fromkeys(model.body, parked))
+        parking = Parking(Arena(memory, {parked: sizes}), dict.fromkeys(model.body, parked))
     engine = StageEngine(model, spec, memory, parking=parking)
     if seed is not None:
         engine.initialise(seed)

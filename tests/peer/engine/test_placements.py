@@ -18,26 +18,32 @@ import pytest
 import torch
 from torch import Tensor
 
+from peer.engine.optimizer import OptimizerSpec
 from peer.engine.stage_engine import StageEngine
 from peer.memory.backend import CpuBackend, Event
 from peer.memory.placement import Tier
 from peer.memory.schedule import Residency
+from peer.memory.segments import segments_of
 from peer.memory.units import Section, Unit
 from peer.model.stage import Stage
 from protocol import architecture, layout
+from protocol.architecture import stage_blocks
 from protocol.control import STATE_PARTS
 from protocol.errors import CorpusError, LocalFault
 from protocol.ids import Version
 from tests.peer.engine.placed import (
     ACTIVATION_BYTES,
+    GRAPH_BYTES,
     MICROBATCHES,
     PLACEMENTS,
     PLENTY,
     TARGETS,
+    TINY,
     Outcome,
     build,
     build_span,
     equal,
+    free_places,
     hidden,
     in_host,
     in_host_with_one_slot,
@@ -54,6 +60,7 @@ from tests.peer.memory.transfers import FETCH, FLUSH, Transfers
 Make = Callable[..., StageEngine]
 
 STAGES = (0, 1, 2)  # first, middle, last
+TIERS_BELOW = (Tier.HOST, Tier.NVME)
 WAVES = (1, 2, 4)
 COMBINATIONS = [
     (1, 0, True),
@@ -196,11 +203,59 @@ def test_inputs_may_wait_in_another_tier(make: Make, stage: int, keep: int, tier
         nvme=tmp_path / "nvme" if tier is Tier.NVME else None,
         parked=tier,
         places=places,
-        activation_bytes=ACTIVATION_BYTES,
     )
     assert same(train(engine, wave=4), yardstick(stage, "whole"))
-    assert engine._parking is not None
-    assert len(engine._parking.arena._free[tier]) == places
+    assert len(free_places(engine, tier)) == places
+
+
+@pytest.mark.parametrize("tier", [Tier.HOST, Tier.NVME])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)])
+def test_graphs_may_wait_in_another_tier(make: Make, stage: int, tier: Tier, tmp_path: Path) -> None:
+    """Nothing is computed twice then. Oracle: as above, with graphs that never left; the count; the free places."""
+    places = 3 * 2 * MICROBATCHES
+    engine = make(
+        stage,
+        in_host,
+        nvme=tmp_path / "nvme" if tier is Tier.NVME else None,
+        spilled=tier,
+        graph_places=places,
+    )
+    assert same(train(engine, wave=4), yardstick(stage, "whole"))
+    assert engine.statistics().recomputed == 0
+    assert engine.statistics().kept_bytes == 0
+    assert len(free_places(engine, tier)) == places
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_segment_may_have_a_fate_of_its_own(make: Make, cut: str, seed: int, tmp_path: Path) -> None:
+    """Each segment's graph is kept, waits in host memory or on NVMe, or is made again from an input that waits there:
+    drawn. Oracle: training with everything on the device, bit for bit; every place is free in the end."""
+    dice = random.Random(seed)
+    layouts = stage_blocks(TINY, 3, 1)
+    segments = [segment for block, layout in enumerate(layouts) for segment in segments_of(block, layout.kind)]
+    fates = {segment: dice.choice([None, Tier.DEVICE, Tier.HOST, Tier.NVME]) for segment in segments}
+    elsewhere = {segment: tier for segment, tier in fates.items() if tier in (Tier.HOST, Tier.NVME)}
+    there = dice.choice([Tier.HOST, Tier.NVME])
+    engine = StageEngine.build(
+        TINY,
+        num_stages=3,
+        stage=1,
+        optimizer=OptimizerSpec(),
+        seed=2,
+        placement=in_host,
+        keep_budget_bytes=PLENTY,
+        nvme=tmp_path / "nvme",
+        kept=[segment for segment, tier in fates.items() if tier is Tier.DEVICE],
+        inputs=dict.fromkeys(range(len(layouts)), there),
+        graphs=elsewhere,
+        places={tier: [ACTIVATION_BYTES, GRAPH_BYTES] * len(segments) * MICROBATCHES for tier in TIERS_BELOW},
+    )
+    with closing(engine):
+        assert same(train(engine, wave=dice.choice([1, 2, 4])), yardstick(1, cut))
+        engine._memory._wait_idle()
+        for tier in TIERS_BELOW:
+            assert len(free_places(engine, tier)) == 2 * len(segments) * MICROBATCHES
+        assert engine.statistics().kept_bytes == 0
 
 
 # -- state ----------------------------------------------------------------------------------------------------------
@@ -375,15 +430,15 @@ def test_an_error_while_computing_leaves_no_transfer_under_way(
     restore(engine, saved(build(1)))
     transfers.delay_s = lambda: 0.0005
     calls = itertools.count()
-    compute = Stage.pass_through
+    compute = Stage.pass_segment
 
-    def failing(stage: Stage, block: int, hidden_BTD: Tensor) -> Tensor:
+    def failing(stage: Stage, block: int, segment: int, hidden_BTD: Tensor) -> Tensor:
         if next(calls) == call:
             raise LocalFault("the machine is on fire.")
-        return compute(stage, block, hidden_BTD)
+        return compute(stage, block, segment, hidden_BTD)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Stage, "pass_through", failing)
+        patch.setattr(Stage, "pass_segment", failing)
         with pytest.raises(LocalFault, match="fire"):
             pass_wave(engine, [0, 1], Outcome())
     assert not transfers.under_way
@@ -400,10 +455,10 @@ def test_an_error_while_computing_leaves_no_input_on_its_way(
     make: Make, cut: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the copies to the host, counted; every place is free again."""
-    engine = make(1, in_host, parked=Tier.HOST, places=4, activation_bytes=ACTIVATION_BYTES)
+    engine = make(1, in_host, parked=Tier.HOST, places=4)
     engine._memory.settle()
     begun, ended = itertools.count(), itertools.count()
-    copy, compute = CpuBackend.to_host, Stage.pass_through
+    copy, compute = CpuBackend.to_host, Stage.pass_segment
 
     def slow(backend: CpuBackend, target: Tensor, source: Tensor, after: Event) -> None:
         next(begun)
@@ -411,19 +466,18 @@ def test_an_error_while_computing_leaves_no_input_on_its_way(
         copy(backend, target, source, after)
         next(ended)
 
-    def failing(stage: Stage, block: int, hidden_BTD: Tensor) -> Tensor:
+    def failing(stage: Stage, block: int, segment: int, hidden_BTD: Tensor) -> Tensor:
         if block == 1:
             raise LocalFault("the machine is on fire.")
-        return compute(stage, block, hidden_BTD)
+        return compute(stage, block, segment, hidden_BTD)
 
     with monkeypatch.context() as patch:
         patch.setattr(CpuBackend, "to_host", slow)
-        patch.setattr(Stage, "pass_through", failing)
+        patch.setattr(Stage, "pass_segment", failing)
         with pytest.raises(LocalFault, match="fire"):
             pass_wave(engine, [0, 1], Outcome())
         assert next(begun) == next(ended) == 2
-    assert engine._parking is not None
-    assert len(engine._parking.arena._free[Tier.HOST]) == 4
+    assert len(free_places(engine, Tier.HOST)) == 4
     assert same(train(engine, wave=2), yardstick(1, cut))
 
 
@@ -432,7 +486,7 @@ def test_an_input_that_does_not_come_back_costs_its_microbatch_and_no_place(
     make: Make, way: str, cut: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the error itself, the free places, and the training after it. Nothing else moves here."""
-    engine = make(1, parked=Tier.HOST, places=4, activation_bytes=ACTIVATION_BYTES)
+    engine = make(1, parked=Tier.HOST, places=4)
 
     def failing(backend: CpuBackend, target: Tensor, source: Tensor, after: Event) -> None:
         raise OSError(5, "Input/output error")
@@ -446,8 +500,7 @@ def test_an_input_that_does_not_come_back_costs_its_microbatch_and_no_place(
     engine.discard(early)
     assert engine.statistics().pending == 0
     engine._memory._abandon()
-    assert engine._parking is not None
-    assert sorted(engine._parking.arena._free[Tier.HOST]) == [0, 1, 2, 3]
+    assert free_places(engine, Tier.HOST) == [0, 1, 2, 3]
     engine.zero_gradients()
     assert same(train(engine, wave=2), yardstick(1, cut))
 

@@ -33,6 +33,7 @@ from tests.peer.engine.placed import (
     MakePlacement,
     Outcome,
     build,
+    free_places,
     hidden,
     in_host,
     pass_wave,
@@ -58,11 +59,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
         def made(stage: int = 1, tier: Tier = Tier.HOST, *, places: int = PLACES, **options: Any) -> StageEngine:
             folder = tmp_path / str(next(numbers)) if tier is Tier.NVME else None
-            return stack.enter_context(
-                closing(
-                    build(stage, nvme=folder, parked=tier, places=places, activation_bytes=ACTIVATION_BYTES, **options)
-                )
-            )
+            return stack.enter_context(closing(build(stage, nvme=folder, parked=tier, places=places, **options)))
 
         yield made
 
@@ -77,14 +74,18 @@ def arena_of(engine: StageEngine) -> Arena:
     return engine._parking.arena
 
 
-def free_places(engine: StageEngine, tier: Tier = Tier.HOST) -> list[int]:
+def idle_places(engine: StageEngine, tier: Tier = Tier.HOST) -> list[int]:
     """Return the places that nobody uses, once nothing is under way any more."""
     engine._memory._wait_idle()
-    return sorted(arena_of(engine)._free[tier])
+    return free_places(engine, tier)
 
 
 def all_free(engine: StageEngine, tier: Tier = Tier.HOST, places: int = PLACES) -> bool:
-    return free_places(engine, tier) == list(range(places))
+    return idle_places(engine, tier) == list(range(places))
+
+
+def flat(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def parked(engine: StageEngine) -> list[Parked]:
@@ -164,12 +165,12 @@ def test_a_step_forgets_what_is_parked_and_it_is_computed_again(make: Make, tier
 def test_a_discarded_microbatch_gives_its_places_back(make: Make, tier: Tier) -> None:
     engine = make(1, tier, places=4)
     (_, first), (_, second) = engine.forward_wave([hidden(1), hidden(2)])
-    assert free_places(engine, tier) == []
+    assert idle_places(engine, tier) == []
     engine.discard(first)
-    assert len(free_places(engine, tier)) == 2
+    assert len(idle_places(engine, tier)) == 2
     engine.forward(hidden(3))
     engine.discard(second)
-    assert len(free_places(engine, tier)) == 2
+    assert len(idle_places(engine, tier)) == 2
 
 
 def test_a_place_is_free_only_when_nothing_is_under_way_there(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +180,7 @@ def test_a_place_is_free_only_when_nothing_is_under_way_there(make: Make, monkey
     with held(monkeypatch, CpuBackend, "to_host", lambda *_: True) as gate:
         _, ticket = engine.forward(hidden(1))
         engine.discard(ticket)
-        assert len(arena_of(engine)._free[Tier.HOST]) == PLACES - 2
+        assert len(free_places(engine, Tier.HOST)) == PLACES - 2
         gate.set()
         assert all_free(engine)
 
@@ -193,7 +194,7 @@ def test_a_place_is_free_only_when_nothing_is_under_way_back(make: Make, monkeyp
         arena_of(engine).recall(first)
         engine.discard(ticket)
         engine._memory.start(Tier.HOST, "out", lambda: None).result()
-        assert len(arena_of(engine)._free[Tier.HOST]) == PLACES - 1
+        assert len(free_places(engine, Tier.HOST)) == PLACES - 1
         gate.set()
         assert all_free(engine)
     assert not second.is_recalled
@@ -223,7 +224,7 @@ def test_without_room_a_microbatch_fails_and_keeps_nothing(make: Make, tier: Tie
     for _ in range(3):
         with pytest.raises(LocalFault, match="no room left for activations"):
             engine.forward(hidden(2))
-        assert len(free_places(engine, tier)) == 1
+        assert len(idle_places(engine, tier)) == 1
     assert engine.statistics().pending == 1
     engine.backward(ticket, hidden(3))
     _, other_ticket = other.forward(hidden(1))
@@ -261,11 +262,11 @@ def test_an_input_that_is_being_moved_is_not_let_go(make: Make, monkeypatch: pyt
     engine = make(1)
     arena = arena_of(engine)
     with held(monkeypatch, CpuBackend, "to_host", lambda *_: True) as gate:
-        entry = arena.park(hidden(1), Tier.HOST)
+        entry = arena.park([flat(hidden(1))], Tier.HOST)
         rubbish = [torch.full((*SHAPE, int(TINY["hidden_size"])), 9.0) for _ in range(100)]
         gate.set()
         engine._memory._wait_idle()
-    assert torch.equal(arena.take(entry), hidden(1))
+    assert torch.equal(arena.take(entry)[0], flat(hidden(1)))
     assert len(rubbish) == 100
 
 
@@ -343,9 +344,9 @@ def test_a_spent_budget_is_said_so_by_who_parks_all_the_same(tmp_path: Path) -> 
     time = Time()
     with closing(limited(tmp_path, time, num_writes=0)) as engine:
         arena = arena_of(engine)
-        assert not arena.may_park(hidden(1), Tier.NVME)
-        assert not arena.may_park(hidden(1)[:1], Tier.NVME)
-        entry = arena.park(hidden(1), Tier.NVME)
+        assert not arena.may_park([flat(hidden(1))], Tier.NVME)
+        assert not arena.may_park([flat(hidden(1)[:1])], Tier.NVME)
+        entry = arena.park([flat(hidden(1))], Tier.NVME)
         with pytest.raises(WriteBudgetSpent):
             arena.take(entry)
         assert all_free(engine, Tier.NVME)

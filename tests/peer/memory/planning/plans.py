@@ -50,7 +50,7 @@ def profile(
     host: Link | None = None,
     nvme: Link | None = None,
     elements: int = 1,
-    graph_bytes: int = 1000,
+    graph_bytes: tuple[int, ...] = (400, 600),
 ) -> Profile:
     """Return round prices, for sums that can be done by hand; `elements` of the layer and the head measured."""
     body = BlockCost(forward_s=forward_s, backward_s=backward_s, num_matrix_elements=elements, graph_bytes=graph_bytes)
@@ -87,10 +87,14 @@ def planned(
     sequences: int = 2,
     sequence_length: int = 128,
     stages_behind: int = 0,
+    longest_pass_s: float | None = None,
 ) -> Plan:
     costs = calculated(machine(name)[0], of.blocks, sequences=sequences, sequence_length=sequence_length)
     budgets = Budgets(device_bytes=device, host_bytes=host, nvme_bytes=nvme, nvme_writes_per_day_bytes=cap)
-    return plan(of, costs, budgets, Workload(mode=mode, microbatches=microbatches, stages_behind=stages_behind))
+    workload = Workload(
+        mode=mode, microbatches=microbatches, stages_behind=stages_behind, longest_pass_s=longest_pass_s
+    )
+    return plan(of, costs, budgets, workload)
 
 
 def homes(of: Inventory, **sections: Tier) -> dict[Unit, Tier]:

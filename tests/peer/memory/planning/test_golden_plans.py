@@ -19,6 +19,7 @@ from peer.memory.placement import Tier
 from peer.memory.planning.machines import CARDS, LINKS, machine
 from peer.memory.planning.plan import Plan
 from peer.memory.planning.workload import Mode
+from peer.memory.segments import NAMES
 from peer.memory.units import Inventory
 from protocol.architecture import stage_blocks
 from protocol.errors import ConfigError
@@ -67,12 +68,18 @@ def summary(model: str, name: str, mode: Mode) -> dict[str, Any]:
     homes: dict[str, Counter[str]] = {}
     for unit, tier in found.placement.homes.items():
         homes.setdefault(unit.section.value, Counter())[tier.name.lower()] += 1
+    graphs = Counter(
+        f"{NAMES[part]} {'recomputed' if tier is None else tier.name.lower()}"
+        for it in found.activations.values()
+        if len(it.graphs) == len(NAMES)
+        for part, tier in enumerate(it.graphs)
+    )
     tiers = (Tier.HOST, Tier.NVME)
     return {
         "wave": found.wave,
         "in_flight": found.in_flight,
-        "kept": sum(it.keep for it in found.activations.values()),
-        "inputs": sorted({it.tier.name.lower() for it in found.activations.values() if not it.keep}),
+        "graphs": dict(sorted(graphs.items())),
+        "inputs": sorted({it.inputs.name.lower() for it in found.activations.values() if it.is_recomputed}),
         "slots": [found.placement.slots.weights, found.placement.slots.gradient, found.placement.slots.moments],
         "shards": {section: dict(sorted(count.items())) for section, count in homes.items()},
         "gib": [round(prediction.peak_bytes[tier] / GIB, 1) for tier in Tier],

@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from peer.memory.pages import padded
 from peer.memory.placement import Tier, check_placement, footprint
 from peer.memory.planning.budgets import parse_size
-from peer.memory.planning.fit import spread
 from peer.memory.planning.plan import Plan, plan
 from peer.memory.planning.simulate import Recomputation, simulate_step
+from peer.memory.planning.ways import spread
 from peer.memory.planning.workload import Mode
 from peer.memory.units import Inventory, Section
+from protocol.architecture import stage_blocks
 from protocol.errors import ConfigError
-from tests.peer.memory.planning.plans import GB, GIB, MIB, inventory, planned
+from tests.peer.memory.planning.plans import GB, GIB, LLAMA_8B, MIB, inventory, planned
 
 LAYERS = {"num_hidden_layers": 24}
 DEMO = inventory("bench", 4, 1, config=LAYERS)  # six layers of 3.1 M elements: 12 MiB of weights each
@@ -32,9 +33,8 @@ PLENTY = 64 * GIB
 
 
 def recomputation_of(found: Plan) -> Recomputation:
-    kept = frozenset(block for block, it in found.activations.items() if it.keep)
-    parked = {block: it.tier for block, it in found.activations.items() if not it.keep and it.tier is not Tier.DEVICE}
-    return Recomputation(kept, parked)
+    recomputed = frozenset(block for block, it in found.activations.items() if it.is_recomputed)
+    return Recomputation(kept=found.kept, recomputed=recomputed, parked=found.parked, spilled=found.spilled)
 
 
 def check(found: Plan) -> None:
@@ -116,7 +116,7 @@ def test_what_fits_the_device_stays_there_in_waves_of_one() -> None:
         check(found)
         assert set(found.placement.homes.values()) == {Tier.DEVICE}
         assert found.wave == 1
-        assert all(it.keep for it in found.activations.values())
+        assert all(it.is_kept for it in found.activations.values())
         assert found.prediction.stall_s == 0
         assert sum(found.prediction.read_bytes.values()) == 0
 
@@ -125,7 +125,7 @@ def test_a_tight_device_streams_from_the_host_and_recomputes() -> None:
     found = planned(DEMO, device=90 * MIB, host=GIB)
     check(found)
     assert Tier.HOST in found.placement.homes.values()
-    assert not all(it.keep for it in found.activations.values())
+    assert not all(it.is_kept for it in found.activations.values())
     assert found.placement.slots.weights in (0, 2, 3)
     assert found.prediction.read_bytes[Tier.HOST] > 0
 
@@ -139,6 +139,48 @@ def test_one_wave_of_local_steps_needs_no_home_for_gradients() -> None:
         assert found.placement.slots.gradient == 1
 
 
+def test_graphs_wait_in_host_memory_where_that_is_faster_than_making_them_again() -> None:
+    """Two wide layers and long sequences, with room for the state but not for the graphs of eleven microbatches.
+
+    Oracle: the step without host memory, where all is recomputed; through a slow slot fewer graphs are worth it.
+    """
+    of = Inventory(stage_blocks(LLAMA_8B, 16, 5), "adamw8bit")
+    steps = {}
+    for host in (0, 24 * GIB):
+        for name in ("12gb-pcie4x16", "12gb-pcie4x4"):
+            found = planned(
+                of,
+                name,
+                device=9 * GIB,
+                host=host,
+                microbatches=32,
+                sequences=1,
+                sequence_length=2048,
+                stages_behind=10,
+            )
+            check(found)
+            steps[name, host] = found
+    spilling = steps["12gb-pcie4x16", 24 * GIB]
+    assert set(spilling.spilled.values()) == {Tier.HOST}
+    assert spilling.prediction.step_s < 0.9 * steps["12gb-pcie4x16", 0].prediction.step_s
+    assert spilling.prediction.compute_s < steps["12gb-pcie4x16", 0].prediction.compute_s
+    assert spilling.prediction.read_bytes[Tier.HOST] == spilling.prediction.written_bytes[Tier.HOST] > 0
+    narrow = steps["12gb-pcie4x4", 24 * GIB]
+    assert len(narrow.spilled) < len(spilling.spilled)
+
+
+def test_a_wave_is_no_longer_than_rounds_wait() -> None:
+    """Oracle: the wave of a plan without a limit; the warning where a wave of one is too long already."""
+    free = planned(DEMO, device=90 * MIB, host=GIB, microbatches=16)
+    assert free.wave >= 4
+    one_s = free.prediction.step_s / 16
+    held = planned(DEMO, device=90 * MIB, host=GIB, microbatches=16, longest_pass_s=one_s * free.wave / 4)
+    assert 1 <= held.wave < free.wave
+    late = planned(DEMO, device=90 * MIB, host=GIB, microbatches=16, longest_pass_s=one_s / 100)
+    assert late.wave == 1
+    assert "takes longer through this span" in late.warnings[0]
+
+
 def test_no_drive_is_used_unless_there_is_a_budget_for_it() -> None:
     found = planned(DEMO, device=90 * MIB, host=GIB, nvme=0)
     assert found.prediction.peak_bytes[Tier.NVME] == 0
@@ -147,7 +189,7 @@ def test_no_drive_is_used_unless_there_is_a_budget_for_it() -> None:
 
 def test_inputs_wait_on_the_drive_only_within_a_daily_budget() -> None:
     found = planned(DEMO, device=90 * MIB, host=60 * MIB, nvme=GIB)
-    assert Tier.NVME not in {it.tier for it in found.activations.values()}
+    assert Tier.NVME not in {tier for it in found.activations.values() for tier in (*it.graphs, it.inputs)}
 
 
 # -- more and less ------------------------------------------------------------------------------------

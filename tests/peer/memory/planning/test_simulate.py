@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.memory.placement import Placement, Slots, Tier
-from peer.memory.planning.profile import Link, Profile
+from peer.memory.planning.profile import Link, Profile, segment_flop
 from peer.memory.planning.simulate import Recomputation, Simulated, Simulation, simulate_step
 from peer.memory.planning.workload import Mode, Workload, step_pass, total, trips, wave_passes
 from peer.memory.schedule import (
@@ -30,6 +30,7 @@ from peer.memory.schedule import (
     forward_visits,
     schedule,
 )
+from peer.memory.segments import ATTENTION, FEED_FORWARD, Segment
 from peer.memory.units import Inventory, Section, Unit
 from tests.peer.memory.planning.plans import homes, inventory, profile
 
@@ -110,9 +111,12 @@ def test_a_step_waits_until_its_weights_are_home() -> None:
 def test_recomputation_costs_a_forward_pass_and_keeping_does_not() -> None:
     ops: list[Op] = [Work(Kind.BACKWARD, 0, 0)]
     assert run(ops).seconds == pytest.approx(1 + 2)
-    simulation = Simulation(TINY, STREAMING, layer_profile(), Recomputation(kept=frozenset({0})))
-    simulation.run(ops)
-    assert simulation.result().seconds == pytest.approx(2)
+    flop = segment_flop(TINY.blocks[0], 1, 4)
+    for kept, again_s in (({ATTENTION, FEED_FORWARD}, 0.0), ({ATTENTION}, flop[FEED_FORWARD] / sum(flop))):
+        recomputation = Recomputation(kept=frozenset(Segment(0, part) for part in kept))
+        simulation = Simulation(TINY, STREAMING, layer_profile(), recomputation)
+        simulation.run(ops)
+        assert simulation.result().seconds == pytest.approx(2 + again_s)
 
 
 def test_a_parked_input_goes_out_and_is_waited_for() -> None:
@@ -126,6 +130,23 @@ def test_a_parked_input_goes_out_and_is_waited_for() -> None:
     done = simulation.result()
     assert (done.seconds, done.stall_s) == pytest.approx((1 + 4 + 3, 4))
     assert done.parked[Tier.HOST] == entry_bytes
+
+
+def test_a_graph_that_left_is_waited_for_and_not_made_again() -> None:
+    """On paper: as an input's, 2 s each way, but for the forward pass that the backward pass does not repeat."""
+    costs = layer_profile()
+    place_bytes = costs.place_bytes(TINY.blocks[0], FEED_FORWARD)
+    link = Link(in_bytes_per_s=place_bytes / 2, out_bytes_per_s=place_bytes / 2)
+    recomputation = Recomputation(
+        kept=frozenset({Segment(0, ATTENTION)}), spilled={Segment(0, FEED_FORWARD): Tier.HOST}
+    )
+    simulation = Simulation(TINY, STREAMING, layer_profile(host=link), recomputation)
+    simulation.run(
+        [Work(Kind.FORWARD, 0, 0), Work(Kind.PARK, 0, 0), Work(Kind.RECALL, 0, 0), Work(Kind.BACKWARD, 0, 0)]
+    )
+    done = simulation.result()
+    assert (done.seconds, done.stall_s) == pytest.approx((1 + 4 + 2, 4))
+    assert done.parked[Tier.HOST] == place_bytes
 
 
 def test_only_so_many_inputs_leave_at_a_time() -> None:
