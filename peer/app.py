@@ -185,7 +185,9 @@ async def _one_session(
         num_stages=manifest.model.num_stages,
         hosted=tenure.hosted,
         load_s=parts.load_s,
+        wave=lambda: engine.wave,
         on_found=tenure.on_found,
+        on_waves=parts.learn_waves,
     )
     async with asyncio.TaskGroup() as tasks:
         present.session = tenure

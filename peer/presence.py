@@ -16,7 +16,7 @@ import structlog
 from peer.link import Link
 from protocol.errors import SwarmError
 from protocol.ids import PeerId, StageId
-from protocol.records import REFRESH_EVERY_S, HostedStage, ReplicaRecord
+from protocol.records import MAX_WAVE, REFRESH_EVERY_S, HostedStage, ReplicaRecord
 from protocol.signing import Signed
 from protocol.wire import PROTOCOL_VERSION
 
@@ -40,9 +40,14 @@ class Presence:
         num_stages: int,
         hosted: Callable[[], tuple[HostedStage, ...]],
         load_s: Callable[[], float],
+        wave: Callable[[], int],
         on_found: Callable[[Mapping[StageId, tuple[PeerId, ...]]], None],
+        on_waves: Callable[[Mapping[StageId, Mapping[PeerId, int]]], None],
     ) -> None:
-        """`hosted` says what is ready to work here; `on_found` gets what every look-up could read."""
+        """`hosted` says what is ready to work here, and `wave` how many microbatches pass it together.
+
+        Of what every look-up could read, `on_found` gets who hosts what, and `on_waves` the waves of the others.
+        """
         self._link = link
         self._name = name
         self._software = software
@@ -50,7 +55,9 @@ class Presence:
         self._num_stages = num_stages
         self._hosted = hosted
         self._load_s = load_s
+        self._wave = wave
         self._on_found = on_found
+        self._on_waves = on_waves
 
     async def keep_published(self) -> None:
         """Refresh our record until cancelled, from the moment there is something to say."""
@@ -68,6 +75,7 @@ class Presence:
         await asyncio.sleep(FIRST_LOOK_S)
         while True:
             found: dict[StageId, tuple[PeerId, ...]] = {}
+            waves: dict[StageId, dict[PeerId, int]] = {}
             everybody: list[ReplicaRecord] = []
             for stage in map(StageId, range(self._num_stages)):
                 try:
@@ -76,8 +84,10 @@ class Presence:
                     log.debug("record.unread", stage=stage, error=error.one_line())
                     continue
                 found[stage] = tuple(record.peer for record in records)
+                waves[stage] = {record.peer: record.wave for record in records}
                 everybody += records
             self._on_found(found)
+            self._on_waves(waves)
             await self._introduce(everybody)
             await asyncio.sleep(LOOK_EVERY_S)
 
@@ -106,4 +116,5 @@ class Presence:
             protocol=PROTOCOL_VERSION,
             admission=self._admission(),
             load_s=min(1e6, self._load_s()),
+            wave=min(MAX_WAVE, self._wave()),
         )

@@ -40,7 +40,7 @@ class PeerSettings:
     slots: int = 8
     """Tasks from other peers that may be under way here at once."""
     in_flight: int = 0
-    """Microbatches that stage 0 keeps in the pipeline; 0 picks one more than there are stages."""
+    """Microbatches that stage 0 keeps in the pipeline; 0 picks what keeps all stages busy and their waves full."""
     activation_bytes: int = 2 << 30
     """Memory for kept activations; beyond it they are recomputed."""
     limits: Limits = field(default_factory=Limits)

@@ -39,6 +39,7 @@ MAX_SHARDS = 64
 MAX_HOSTED = 32
 MAX_ADDRESSES = 8
 MAX_NAME_CHARS = 40
+MAX_WAVE = 65535
 ADMISSION_CONTEXT = "admission"
 RECORD_CONTEXT = "replica record"
 KNOWN_RECORDS = 1024  # verified publications kept, at most MAX_RECORD_BYTES each
@@ -89,6 +90,8 @@ class ReplicaRecord(Message):
     admission: Signed
     load_s: _Seconds = 0.0
     """Seconds until a new task would start. A hint that is old by the time it is read."""
+    wave: Annotated[int, Field(ge=1, le=MAX_WAVE)] = 1
+    """How many microbatches pass the span together: whoever sends them should keep enough under way."""
 
     @property
     def stages(self) -> tuple[StageId, ...]:

@@ -9,21 +9,21 @@ from the compute thread only.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import structlog
 import torch
 from torch import Tensor
 
 from peer.codecs import Codec
+from peer.engine.headroom import Headroom
 from peer.engine.local_checkpoint import LocalCheckpoint, Standing
 from peer.engine.stage_engine import StageEngine, Ticket
 from peer.engine.statefiles import Sink
-from peer.memory.disk.wear import WriteBudgetSpent
+from peer.engine.wave import run_wave, settled
 from peer.memory.executor import Executor, Pause
 from peer.tasks import RoundOver
 from protocol.errors import LocalFault, SwarmError, WireError
@@ -36,12 +36,6 @@ if TYPE_CHECKING:
     Source = bytes | bytearray | TokenArray
 
 log = structlog.get_logger()
-
-Started = TypeVar("Started")
-Result = TypeVar("Result")
-
-MEMORY_PAUSE_S = 300.0  # after which whatever took the memory may have ended
-MEMORY_HINT = "Close what else uses this device, or host fewer stages (--stage)."
 
 # B: sequences of a microbatch, T: tokens of a sequence, D: hidden size
 
@@ -92,12 +86,12 @@ class SpanEngine:
         self.last = StageId(max(self.engines))
         self.is_first = self.first == 0
         self.is_last = self.last == num_stages - 1
-        self.wave, self.wave_patience_s, self.in_flight = wave, wave_patience_s, in_flight
+        self.wave_patience_s, self.in_flight = wave_patience_s, in_flight
+        self.headroom = Headroom(wave=wave, memory=memory)
         self._codec = codec
         self._hidden_size = hidden_size
         self._microbatch = microbatch
         self._memory = memory
-        self._pause: Pause | None = None
         for warning in () if memory is None or memory.pool.store is None else memory.pool.store.warnings:
             log.warning("nvme.slow", warning=warning)
         self._checkpoint = None if memory is None else LocalCheckpoint(memory, self.engines)
@@ -127,6 +121,11 @@ class SpanEngine:
 
     # -- tasks ----------------------------------------------------------------------------------------
 
+    @property
+    def wave(self) -> int:
+        """How many microbatches should pass the span together at the moment. May be called from any thread."""
+        return self.headroom.wave
+
     def stages_from(self, entry: StageId) -> tuple[StageId, ...]:
         """Return the stages that a task passes which enters at `entry`."""
         return tuple(stage for stage in self.engines if stage >= entry)
@@ -152,15 +151,13 @@ class SpanEngine:
         tasks = [SpanTicket(round_id, entry, [], shape) for _, shape in wave]
 
         def start(number: int) -> Tensor:
-            source, shape = wave[number]
-            hidden_BTD = self._decode(source, shape)
-            self.engines[entry].check_inputs(hidden_BTD)
+            hidden_BTD = self._entering(*wave[number], entry=entry)
             tasks[number].shape = tuple(hidden_BTD.shape)
             return hidden_BTD
 
         def run(numbers: list[int], inputs: list[Tensor]) -> list[tuple[bytes, tuple[int, ...], SpanTicket]]:
             tickets = [tasks[number].tickets for number in numbers]
-            with self._device_memory(len(numbers)), self._discarding(entry, tickets):
+            with self.headroom.guarding(len(numbers)), self._discarding(entry, tickets):
                 for engine in self._engines_from(entry):
                     passed = engine.forward_wave(inputs)
                     inputs = [hidden_BTD for hidden_BTD, _ in passed]
@@ -173,15 +170,24 @@ class SpanEngine:
                 for number, body, hidden_BTD in zip(numbers, encoded, inputs, strict=True)
             ]
 
-        return _each(len(wave), start, run, one_by_one=True)
+        return run_wave(len(wave), start, run, one_by_one=True)
 
     def forward_only(self, source: Source, shape: tuple[int, ...], *, entry: StageId) -> tuple[bytes, tuple[int, ...]]:
         """Run an evaluation task from stage `entry` on; nothing is kept."""
-        hidden_BTD = self._decode(source, shape)
-        with self._device_memory():
-            for engine in self._engines_from(entry):
-                hidden_BTD = engine.forward_only(hidden_BTD)
-        return self._encode(hidden_BTD), tuple(hidden_BTD.shape)
+        return settled(self.forward_only_wave([(source, shape)], entry=entry))
+
+    def forward_only_wave(
+        self, wave: Sequence[tuple[Source, tuple[int, ...]]], *, entry: StageId
+    ) -> list[tuple[bytes, tuple[int, ...]] | SwarmError]:
+        """Run several evaluation tasks layer by layer."""
+
+        def run(numbers: list[int], inputs: list[Tensor]) -> list[tuple[bytes, tuple[int, ...]]]:
+            with self.headroom.guarding(len(numbers)):
+                for engine in self._engines_from(entry):
+                    inputs = engine.forward_only_wave(inputs)
+                return [(self._encode(hidden_BTD), tuple(hidden_BTD.shape)) for hidden_BTD in inputs]
+
+        return run_wave(len(wave), lambda number: self._entering(*wave[number], entry=entry), run, one_by_one=True)
 
     def backward(
         self, ticket: SpanTicket, gradient: bytes | bytearray, shape: tuple[int, ...], *, target_tokens: int
@@ -212,13 +218,13 @@ class SpanEngine:
             for ticket in tickets:
                 self._waiting.pop(id(ticket))
             kept = [ticket.tickets for ticket in tickets]
-            with self._discarding(first.entry, kept), self._adding(first.entry), self._device_memory(len(numbers)):
+            with self._discarding(first.entry, kept), self._adding(first.entry), self.headroom.guarding(len(numbers)):
                 results = self._run_down(engines, kept, gradients)
             for number in numbers:
                 self._count(first.entry, wave[number][3])
             return [None if each is None else self._encode(each) for each in results]
 
-        return _each(len(wave), start, run)
+        return run_wave(len(wave), start, run)
 
     def loss_and_backward(
         self, source: Source, shape: tuple[int, ...], labels: TokenArray, *, entry: StageId, round_id: RoundId
@@ -237,23 +243,16 @@ class SpanEngine:
         self._check_open(entry, round_id)
         *before, last = self._engines_from(entry)
 
-        def start(number: int) -> tuple[Tensor, Tensor]:
-            source, shape, labels = wave[number]
-            hidden_BTD, labels_BT = self._decode(source, shape), torch.from_numpy(labels)
-            self.engines[entry].check_inputs(hidden_BTD)
-            last.check_labels(hidden_BTD.shape[:2], labels_BT)
-            return hidden_BTD, labels_BT
-
         def run(numbers: list[int], started: list[tuple[Tensor, Tensor]]) -> list[SpanLoss]:
             inputs = [hidden_BTD for hidden_BTD, _ in started]
             tickets: list[list[Ticket]] = [[] for _ in numbers]
-            with self._device_memory(len(numbers)), self._discarding(entry, tickets):
+            with self.headroom.guarding(len(numbers)), self._discarding(entry, tickets):
                 for engine in before:
                     passed = engine.forward_wave(inputs)
                     inputs = [hidden_BTD for hidden_BTD, _ in passed]
                     for kept, (_, ticket) in zip(tickets, passed, strict=True):
                         kept.append(ticket)
-                with self._adding(entry), self._device_memory(len(numbers)):
+                with self._adding(entry), self.headroom.guarding(len(numbers)):
                     losses = last.loss_wave([(each, labels) for each, (_, labels) in zip(inputs, started, strict=True)])
                     results = self._run_down(before, tickets, [loss.grad_inputs for loss in losses])
             for loss in losses:
@@ -263,17 +262,27 @@ class SpanEngine:
                 for loss, each in zip(losses, results, strict=True)
             ]
 
-        return _each(len(wave), start, run)
+        return run_wave(len(wave), lambda number: self._labelled(*wave[number], entry=entry), run)
 
     def evaluate(self, source: Source, shape: tuple[int, ...], labels: TokenArray, *, entry: StageId) -> SpanLoss:
         """Measure the loss of an evaluation task that enters at `entry`."""
-        hidden_BTD = self._decode(source, shape)
+        return settled(self.evaluate_wave([(source, shape, labels)], entry=entry))
+
+    def evaluate_wave(
+        self, wave: Sequence[tuple[Source, tuple[int, ...], TokenArray]], *, entry: StageId
+    ) -> list[SpanLoss | SwarmError]:
+        """Measure the losses of several evaluation tasks, layer by layer."""
         *before, last = self._engines_from(entry)
-        with self._device_memory():
-            for engine in before:
-                hidden_BTD = engine.forward_only(hidden_BTD)
-            result = last.evaluate(hidden_BTD, torch.from_numpy(labels))
-        return SpanLoss(result.loss_sum, result.target_tokens, None)
+
+        def run(numbers: list[int], started: list[tuple[Tensor, Tensor]]) -> list[SpanLoss]:
+            inputs = [hidden_BTD for hidden_BTD, _ in started]
+            with self.headroom.guarding(len(numbers)):
+                for engine in before:
+                    inputs = engine.forward_only_wave(inputs)
+                losses = last.evaluate_wave([(each, labels) for each, (_, labels) in zip(inputs, started, strict=True)])
+            return [SpanLoss(loss.loss_sum, loss.target_tokens, None) for loss in losses]
+
+        return run_wave(len(wave), lambda number: self._labelled(*wave[number], entry=entry), run, one_by_one=True)
 
     def discard(self, ticket: SpanTicket) -> None:
         """Free what a task kept that will never go backward. Does nothing for a task that has."""
@@ -297,25 +306,17 @@ class SpanEngine:
         return None if store is None else store.statistics().written_today_bytes
 
     def on_progress(self, tell: Callable[[], None]) -> None:
-        """Call `tell` with every block that a pass enters, in the compute thread."""
+        """Call `tell` with every piece of a pass, in the compute thread."""
         if self._memory is not None:
             self._memory.on_progress = tell
 
     def note_fault(self, error: Exception) -> bool:
         """Take note of an error outside of a microbatch; tell whether this machine needs a pause because of it."""
-        if isinstance(error, WriteBudgetSpent):
-            self._pause = Pause(str(error), error.resumes_in_s)
-        elif is_out_of_memory(error):
-            self._note_full(error, size=1)
-        else:
-            return False
-        return True
+        return self.headroom.note_fault(error)
 
     def pause(self) -> Pause | None:
         """Return why this peer should stop for a while, if it should. May be called from any thread."""
-        if self._pause is not None or self._memory is None:
-            return self._pause
-        return self._memory.pause()
+        return self.headroom.pause()
 
     def close(self) -> None:
         """Keep the present state where something of it is kept, and let go of the memory."""
@@ -379,25 +380,6 @@ class SpanEngine:
                     self._drop_sum(stage)
             raise
 
-    @contextmanager
-    def _device_memory(self, size: int = 1) -> Iterator[None]:
-        """Say in our own words that the device is full: a wave of `size` may do well elsewhere, or later."""
-        try:
-            yield
-        except (MemoryError, RuntimeError, OSError) as error:
-            if not is_out_of_memory(error):
-                raise
-            self._note_full(error, size)
-            raise LocalFault(_full(error), hint=MEMORY_HINT) from None
-
-    def _note_full(self, error: Exception, size: int) -> None:
-        """Take smaller waves, and where that is no help a pause: something else uses the device."""
-        if size > 1:
-            self.wave = min(self.wave, max(1, size // 2))
-            log.warning("memory.smaller_waves", wave=self.wave, reason=_full(error))
-        else:
-            self._pause = Pause(_full(error), MEMORY_PAUSE_S)
-
     def _drop_sum(self, stage: StageId) -> None:
         """Begin a stage's sum anew, without the tokens in it; the round's commit shows them as dropped."""
         log.warning("gradients.dropped", stage=stage, tokens=self.accumulated_tokens[stage])
@@ -408,6 +390,20 @@ class SpanEngine:
         for stage in self.stages_from(entry):
             self.accumulated_tokens[stage] += target_tokens
 
+    def _entering(self, source: Source, shape: tuple[int, ...], *, entry: StageId) -> Tensor:
+        """Return what enters stage `entry`, once it is known to be something that can."""
+        hidden_BTD = self._decode(source, shape)
+        self.engines[entry].check_inputs(hidden_BTD)
+        return hidden_BTD
+
+    def _labelled(
+        self, source: Source, shape: tuple[int, ...], labels: TokenArray, *, entry: StageId
+    ) -> tuple[Tensor, Tensor]:
+        """Return what enters stage `entry`, and its labels for the last stage."""
+        hidden_BTD, labels_BT = self._entering(source, shape, entry=entry), torch.from_numpy(labels)
+        self.engines[self.last].check_labels(hidden_BTD.shape[:2], labels_BT)
+        return hidden_BTD, labels_BT
+
     def _decode(self, source: Source, shape: tuple[int, ...]) -> Tensor:
         """Return token ids (B, T) for a token array, hidden values (B, T, D) for a body."""
         if not isinstance(source, (bytes, bytearray)):
@@ -417,59 +413,3 @@ class SpanEngine:
 
     def _encode(self, hidden_BTD: Tensor) -> bytes:
         return self._codec.encode(hidden_BTD.reshape(-1).contiguous())
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Tell torch's and the system's ways of saying that memory is full from everything else."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
-
-
-def _full(error: Exception) -> str:
-    return f"out of memory: {' '.join(str(error).split())[:200]}"
-
-
-def _each(
-    count: int,
-    start: Callable[[int], Started],
-    run: Callable[[list[int], list[Started]], Sequence[Result]],
-    *,
-    one_by_one: bool = False,
-) -> list[Result | SwarmError]:
-    """Run what can be started as one wave; return everybody's result or error.
-
-    A wave that fails on this machine fails for all; with `one_by_one` each is tried alone then: one of them may have
-    brought numbers that overflow here.
-    """
-    results: list[Result | SwarmError | None] = [None] * count
-    started: dict[int, Started] = {}
-    for number in range(count):
-        try:
-            started[number] = start(number)
-        except SwarmError as error:
-            results[number] = error
-    fault: LocalFault | None = None
-    waves = [list(started)]
-    while waves:
-        numbers = waves.pop(0)
-        try:
-            found = run(numbers, [started[number] for number in numbers]) if numbers else []
-        except LocalFault as error:
-            if one_by_one and len(numbers) > 1:
-                waves += [[number] for number in numbers]
-                continue
-            fault = fault or error  # all of a wave have the same one, as it counts once
-            results = [fault if index in numbers else each for index, each in enumerate(results)]
-        else:
-            for number, result in zip(numbers, found, strict=True):
-                results[number] = result
-    return results  # type: ignore[return-value] # every number was started, or has its error
-
-
-def settled(results: Sequence[Result | SwarmError]) -> Result:
-    """Return the one result there is, or raise what it is."""
-    (result,) = results
-    if isinstance(result, SwarmError):
-        raise result
-    return result

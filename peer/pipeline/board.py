@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
 
-from protocol.batches import Microbatch
+from protocol.batches import Microbatch, TaskKind
 from protocol.ids import PeerId, RoundId
 from protocol.ownership import rendezvous
 
@@ -62,6 +62,13 @@ class Board:
                     self._in_flight.add(number)
                     return self._plan[number]
         return None
+
+    def has_next(self, kind: TaskKind, *, now_s: float) -> bool:
+        """Tell whether there is a number of a kind to feed now."""
+        return any(
+            microbatch.kind is kind and self._is_takeable(number, now_s=now_s)
+            for number, microbatch in self._plan.items()
+        )
 
     def finish(self, microbatch: Microbatch, *, now_s: float) -> None:
         """Set a bit: this feeder holds the last stage's signed answer."""

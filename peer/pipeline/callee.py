@@ -89,7 +89,7 @@ class HopServer:
         body_bytes: Callable[[tuple[int, ...]], int],
         load_s: Callable[[], float],
         jobs_done: Callable[[], int],
-        num_slots: int,
+        num_slots: Callable[[], int],
         num_numbers: Callable[[RoundId], int],
         round_deadline_s: float,
     ) -> None:
@@ -109,7 +109,7 @@ class HopServer:
         self._on_received = on_received
         self._body_bytes = body_bytes
         self._load_s = load_s
-        self._slots = SlotPool(num_slots=num_slots, quota=max(1, num_slots // 2))
+        self._slots = SlotPool(num_slots=num_slots)
         self._tasks: dict[TaskKey, HostedTask] = {}
         self._is_stopped = False
         self._serving: set[asyncio.Task[None]] = set()

@@ -46,12 +46,14 @@ class Feeder:
         batches: BatchSource,
         on_board: Callable[[Board], None],
         on_finished: Callable[[Board, Microbatch, Outcome], None],
-        in_flight: int,
+        in_flight: Callable[[], int],
+        most_in_flight: int,
         round_deadline_s: float,
         first_takeover_s: float,
     ) -> None:
         """`on_board` is called with every round's board before anything is fed, `on_finished` with every done bit.
 
+        `in_flight` says how many microbatches to keep in the pipeline at the moment, `most_in_flight` how many at most;
         `first_takeover_s` is how long others are left in peace before we know what a microbatch takes.
         """
         self._run = run
@@ -62,7 +64,7 @@ class Feeder:
         self._batches = batches
         self._on_board = on_board
         self._on_finished = on_finished
-        self._in_flight = in_flight
+        self._in_flight, self._most_in_flight = in_flight, most_in_flight
         self._round_deadline_s = round_deadline_s
         self._first_takeover_s = first_takeover_s
         self._task_s: float | None = None
@@ -89,8 +91,8 @@ class Feeder:
         )
         self._on_board(board)
         lanes = [
-            asyncio.create_task(self._feed_lane(board, opening), name=f"feed-{round_id}-{lane}")
-            for lane in range(self._in_flight)
+            asyncio.create_task(self._feed_lane(board, opening, lane), name=f"feed-{round_id}-{lane}")
+            for lane in range(self._most_in_flight)
         ]
         fed = asyncio.gather(*lanes)
         over = asyncio.create_task(self._gate.wait_over(opening))
@@ -105,14 +107,14 @@ class Feeder:
             fed.cancel()
             await asyncio.gather(over, fed, return_exceptions=True)
 
-    async def _feed_lane(self, board: Board, opening: Opening) -> None:
-        """Keep one microbatch in flight until the round is over.
+    async def _feed_lane(self, board: Board, opening: Opening, lane: int) -> None:
+        """Keep one microbatch in flight until the round is over, if so many are wanted.
 
         Not until everything is done: what only a clock knew to be done has to be fed again if it dies.
         """
         deadline_s = time.monotonic() + self._round_deadline_s
         while opening.is_open:
-            microbatch = board.take_next(now_s=time.monotonic())
+            microbatch = board.take_next(now_s=time.monotonic()) if lane < self._in_flight() else None
             if microbatch is None:
                 await board.wait_changed(timeout_s=IDLE_S)
                 continue
@@ -124,7 +126,11 @@ class Feeder:
         started_s = time.monotonic()
         try:
             outcome = await self._runner.feed(
-                task, pulse=Pulse(furthest_stage=FIRST_STAGE), deadline_s=deadline_s, retries_left=RETRIES
+                task,
+                pulse=Pulse(furthest_stage=FIRST_STAGE),
+                deadline_s=deadline_s,
+                retries_left=RETRIES,
+                may_follow=lambda: board.has_next(microbatch.kind, now_s=time.monotonic()),
             )
             self._on_finished(board, microbatch, outcome)
         except RoundOver as error:

@@ -61,6 +61,10 @@ class Gate:
         known = self._stages.get(stage)
         return Version(0) if known is None else known.version
 
+    def opening(self, stage: StageId) -> Opening | None:
+        """Return a hosted stage's newest opening, which may be over."""
+        return self._stages.get(stage)
+
     async def wait_open(self, stage: StageId) -> Opening:
         """Wait until `stage` is open, and return the opening; it says so itself when it is over."""
         while True:

@@ -9,14 +9,16 @@ tensors (the engine does).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+from peer.pipeline.attendance import Attendance
 from peer.pipeline.caller import HopCaller
 from peer.pipeline.compute import ComputeThread, Priority
 from peer.pipeline.gate import Gate
-from peer.pipeline.waves import Waves
+from peer.pipeline.waves import Waves, nobody
 from peer.tasks import Body, Outcome, Pulse, TaskId
 from protocol.batches import TaskKind
 from protocol.errors import PeerFault, SwarmError, TransientError
@@ -35,7 +37,8 @@ NO_GRADIENT: Gradient = (None, digest())
 PAUSING_S = 1.0
 MAX_OWN_FAULTS = 8  # in a row: then it is this machine, and not what somebody sent
 
-T = TypeVar("T")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,8 @@ class _Entering:
     source: Source
     """Tokens at stage 0, else the body's bytes."""
     body: Body
+    may_follow: Callable[[], bool]
+    """Whether others of its round and kind may come in that are not expected yet."""
 
 
 class SpanRunner:
@@ -74,6 +79,7 @@ class SpanRunner:
         self._caller = caller
         self._gate = gate
         self._batches = batches
+        self._attendance = Attendance(gate)
         self._on_pause = on_pause
         self._own_faults = 0
         self._last_fault: SwarmError | None = None
@@ -83,13 +89,19 @@ class SpanRunner:
         """Wait until this machine proves unable to compute, and raise why: what it took for others is lost on it."""
         await self._broken
 
-    async def feed(self, task: TaskId, *, pulse: Pulse, deadline_s: float, retries_left: int) -> Outcome:
-        """Run a microbatch from its tokens: this peer hosts stage 0."""
+    async def feed(
+        self, task: TaskId, *, pulse: Pulse, deadline_s: float, retries_left: int, may_follow: Callable[[], bool]
+    ) -> Outcome:
+        """Run a microbatch from its tokens: this peer hosts stage 0.
+
+        `may_follow` tells whether others of its kind may be fed before any that are under way have come back.
+        """
 
         async def feed() -> Outcome:
-            inputs_BT = await self._batches.inputs(task)
+            with self._waves.expecting(_inward(task, self._engine.first)):
+                inputs_BT = await self._batches.inputs(task)
             body = Body(b"", tuple(inputs_BT.shape), digest(inputs_BT.tobytes()))
-            entering = _Entering(task, self._engine.first, inputs_BT, body)
+            entering = _Entering(task, self._engine.first, inputs_BT, body, may_follow)
             return await self._run_task(entering, pulse, deadline_s, retries_left)
 
         return await self._watched(feed())
@@ -98,7 +110,9 @@ class SpanRunner:
         self, task: TaskId, entry: StageId, body: Body, *, pulse: Pulse, deadline_s: float, retries_left: int
     ) -> Outcome:
         """Run a task that came in over a hop, at stage `entry` of the span."""
-        entering = _Entering(task, entry, body.data, body)
+        self._attendance.note(task, entry, self._batches.plan(task.round))
+        may_follow = partial(self._attendance.is_missing_any, entry, task.kind)
+        entering = _Entering(task, entry, body.data, body, may_follow)
         return await self._watched(self._run_task(entering, pulse, deadline_s, retries_left))
 
     async def _watched(self, work: Coroutine[None, None, Outcome]) -> Outcome:
@@ -132,34 +146,26 @@ class SpanRunner:
         if self._engine.is_last:
             return await self._finish(entering)
         if entering.task.kind is TaskKind.EVAL:
-            onward = await self._forward(
-                entering.task,
-                lambda: Body.of(*self._engine.forward_only(entering.source, entering.body.shape, entry=entering.stage)),
-            )
+            onward = await self._enter(entering, entering, self._forward_only_wave)
             answer = await self._send(entering.task, onward, pulse, deadline_s, retries_left)
             return self._sign(entering, NO_GRADIENT, answer.loss_sum, answer.target_tokens, answer.path)
         return await self._train(entering, pulse, deadline_s, retries_left)
 
     async def _train(self, entering: _Entering, pulse: Pulse, deadline_s: float, retries_left: int) -> Outcome:
-        task = entering.task
-
-        onward, ticket = await self._waves.run(
-            ("forward", entering.stage, task.round),
-            entering,
-            lambda wave: self._forward_wave(wave, entering.stage, task.round),
-            priority=Priority.FORWARD,
-            age=task.number,
-        )
+        task, returning = entering.task, _returning(entering.task, entering.stage)
+        onward, ticket = await self._enter(entering, entering, self._forward_wave)
         try:
-            answer = await self._send(task, onward, pulse, deadline_s, retries_left)
+            with self._waves.expecting(returning):
+                answer = await self._send(task, onward, pulse, deadline_s, retries_left)
             returned = answer.gradient
             assert returned is not None, "the caller has seen that its size is right"
             gradient = await self._waves.run(
-                ("backward", entering.stage, task.round),
+                returning,
                 (ticket, returned, onward.shape, answer.target_tokens),
                 self._backward_wave,
                 priority=Priority.BACKWARD,
                 age=task.number,
+                may_follow=nobody,  # what has yet to go forward comes back much later
             )
         except BaseException:
             self._discard(ticket)
@@ -168,29 +174,41 @@ class SpanRunner:
 
     async def _finish(self, entering: _Entering) -> Outcome:
         """Do the last stage's part: labels from our own token file, loss, and backward in one go."""
-        task, source, shape, entry = entering.task, entering.source, entering.body.shape, entering.stage
-        labels_BT = await self._batches.labels(task)
-
+        task, entry = entering.task, entering.stage
+        with self._waves.expecting(_inward(task, entry)):
+            labels_BT = await self._batches.labels(task)
+        item = (entering.source, entering.body.shape, labels_BT)
         if task.kind is TaskKind.EVAL:
-            result = await self._forward(task, lambda: self._engine.evaluate(source, shape, labels_BT, entry=entry))
+            result = await self._enter(entering, item, lambda wave: self._engine.evaluate_wave(wave, entry=entry))
             gradient = NO_GRADIENT
         else:
-            result, gradient = await self._waves.run(
-                ("finish", entry, task.round),
-                (source, shape, labels_BT),
-                lambda wave: self._finish_wave(wave, entry, task.round),
-                priority=Priority.FORWARD,
-                age=task.number,
+            result, gradient = await self._enter(
+                entering, item, lambda wave: self._finish_wave(wave, entry, task.round)
             )
         return self._sign(entering, gradient, result.loss_sum, result.target_tokens, ())
 
-    def _forward_wave(
-        self, wave: Sequence[_Entering], entry: StageId, round_id: RoundId
-    ) -> list[tuple[Body, SpanTicket] | SwarmError]:
+    async def _enter(
+        self, entering: _Entering, item: Item, work: Callable[[list[Item]], Sequence[Result | SwarmError]]
+    ) -> Result:
+        """Take a task through the span's stages for the first time, in a wave with others."""
+        return await self._waves.run(
+            _inward(entering.task, entering.stage),
+            item,
+            work,
+            priority=Priority.FORWARD,
+            age=entering.task.number,
+            may_follow=entering.may_follow,
+        )
+
+    def _forward_wave(self, wave: Sequence[_Entering]) -> list[tuple[Body, SpanTicket] | SwarmError]:
         results = self._engine.forward_wave(
-            [(each.source, each.body.shape) for each in wave], entry=entry, round_id=round_id
+            [(each.source, each.body.shape) for each in wave], entry=wave[0].stage, round_id=wave[0].task.round
         )
         return [each if isinstance(each, SwarmError) else (Body.of(each[0], each[1]), each[2]) for each in results]
+
+    def _forward_only_wave(self, wave: Sequence[_Entering]) -> list[Body | SwarmError]:
+        results = self._engine.forward_only_wave([(each.source, each.body.shape) for each in wave], entry=wave[0].stage)
+        return [each if isinstance(each, SwarmError) else Body.of(*each) for each in results]
 
     def _backward_wave(
         self, wave: Sequence[tuple[SpanTicket, bytes | bytearray, tuple[int, ...], int]]
@@ -203,9 +221,6 @@ class SpanRunner:
     ) -> list[tuple[SpanLoss, Gradient] | SwarmError]:
         results = self._engine.loss_wave(wave, entry=entry, round_id=round_id)
         return [each if isinstance(each, SwarmError) else (each, _hashed(each.gradient)) for each in results]
-
-    async def _forward(self, task: TaskId, work: Callable[[], T]) -> T:
-        return await self._compute.run(work, priority=Priority.FORWARD, age=task.number)
 
     async def _send(self, task: TaskId, onward: Body, pulse: Pulse, deadline_s: float, retries_left: int) -> Outcome:
         pulse.is_local = False
@@ -250,6 +265,16 @@ class SpanRunner:
         )
         path = (seal(self._key, ENTRY_CONTEXT, entry), *behind)
         return Outcome(data, gradient_digest, loss_sum, target_tokens, path)
+
+
+def _inward(task: TaskId, entry: StageId) -> Hashable:
+    """Name the waves in which tasks like this one pass the span first."""
+    return ("in", task.kind, entry, task.round)
+
+
+def _returning(task: TaskId, entry: StageId) -> Hashable:
+    """Name the waves in which the gradients of tasks like this one pass the span."""
+    return ("back", task.kind, entry, task.round)
 
 
 def _hashed(gradient: bytes | None) -> Gradient:

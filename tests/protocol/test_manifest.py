@@ -32,7 +32,7 @@ def test_a_manifest_survives_the_wire() -> None:
         {"batch": batch_spec(data_seed=8)},
         {"data": manifest().data.model_copy(update={"unigram_loss": 3.2})},
         {"model": manifest().model.model_copy(update={"was_tied": True})},
-        {"protocol": 3},
+        {"protocol": 4},
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -215,6 +215,8 @@ def test_the_largest_honest_span_fits_and_a_record_that_does_not_says_so() -> No
         {"addresses": ("not an address",)},
         {"addresses": ("/ip4/203.0.113.5/tcp/4001",) * 9},
         {"load_s": math.inf},
+        {"wave": 0},
+        {"wave": 65536},
         {"run": "short"},
     ],
 )

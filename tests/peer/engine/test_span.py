@@ -259,7 +259,7 @@ def test_a_full_device_makes_waves_smaller_once_and_then_a_pause(
 ) -> None:
     """Oracle: a wave of four that fails, with its four retries that do well; then one alone that fails too."""
     engine = span(1)
-    engine.wave = 4
+    engine.headroom.wave = 4
     own = engine.engines[StageId(1)]
     real = own.forward_wave
 

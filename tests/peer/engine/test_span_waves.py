@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from peer.engine import stage_engine
-from peer.engine.span import SpanEngine, SpanLoss, SpanTicket, settled
+from peer.engine.span import SpanEngine, SpanLoss, SpanTicket
 from peer.engine.stage_engine import StageEngine
+from peer.engine.wave import settled
 from peer.tasks import RoundOver
 from protocol.errors import CorpusError, LocalFault, PeerFault, SwarmError, WireError
 from protocol.ids import RoundId, StageId
@@ -123,6 +124,105 @@ def test_a_wave_may_enter_in_the_middle_of_a_span() -> None:
         outcomes.append(engine.backward_wave([(ticket, *drawn(9), 16) for _, _, ticket in passed]))
     assert outcomes[0] == outcomes[1]
     assert counted(wide) == [0, 32]
+
+
+# -- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stages", [(0,), (1, 2)])
+def test_an_evaluation_wave_is_its_microbatches_one_by_one(stages: tuple[int, ...]) -> None:
+    """Oracle: the same bodies, bit for bit; nothing is kept, whatever the round."""
+    waved, single = span(*stages), span(*stages)
+    inputs: list[tuple[Any, tuple[int, ...]]] = [drawn(n, s) for n, s in enumerate((2, 1, 2))]
+    if 0 in stages:
+        inputs = [(labels(n, s), (s, 8)) for n, s in enumerate((2, 1, 2))]
+    results = waved.forward_only_wave(inputs, entry=waved.first)
+    assert results == [single.forward_only(*each, entry=single.first) for each in inputs]
+    assert len({result[0] for result in results if not isinstance(result, SwarmError)}) == 3, "of three inputs"
+    assert held(waved) == 0
+
+
+@pytest.mark.parametrize("stages", [(3,), (2, 3)])
+def test_an_evaluation_wave_of_losses_is_its_microbatches_one_by_one(stages: tuple[int, ...]) -> None:
+    """Oracles: the same losses, bit for bit; those that training finds; no gradient, no sums, no tokens counted."""
+    waved, single, trained = span(*stages), span(*stages), span(*stages)
+    wave = [(*drawn(1), labels(5)), (*drawn(2), labels(6)), (*drawn(3, 1), labels(7, 1))]
+    results = waved.evaluate_wave(wave, entry=waved.first)
+    assert results == [single.evaluate(*each, entry=single.first) for each in wave]
+    losses = [result for result in results if isinstance(result, SpanLoss)]
+    found = [trained.loss_and_backward(*each, entry=trained.first, round_id=ROUND) for each in wave]
+    assert [loss.loss_sum for loss in losses] == pytest.approx([loss.loss_sum for loss in found])
+    assert [(loss.target_tokens, loss.gradient) for loss in losses] == [(16, None), (16, None), (8, None)]
+    assert not any(each.any() for each in sums(waved))
+    assert counted(waved) == [0] * len(stages)
+    assert held(waved) == 0
+
+
+def test_an_evaluation_wave_goes_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: each engine is called once for all, so a layer comes once for all."""
+    engine = span(2, 3)
+    sizes: list[int] = []
+
+    def noted(one: StageEngine, method: str) -> None:
+        real = getattr(one, method)
+
+        def call(wave: Sequence[object]) -> object:
+            sizes.append(len(wave))
+            return real(wave)
+
+        monkeypatch.setattr(one, method, call)
+
+    before, last = engine.engines.values()
+    noted(before, "forward_only_wave")
+    noted(last, "evaluate_wave")
+    engine.evaluate_wave([(*drawn(n), labels(n)) for n in range(3)], entry=StageId(2))
+    assert sizes == [3, 3]
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_what_is_wrong_with_one_evaluation_is_its_own_error(position: int) -> None:
+    """A body that no model makes, or tokens that no vocabulary has. Oracle: the others, one by one."""
+    engine, wave = span(3), [(*drawn(1), labels(1)), (*drawn(2), labels(2))]
+    alone = [engine.evaluate(*each, entry=StageId(3)) for each in wave]
+    unknown = labels(3)
+    unknown[0, 0] = 512
+    for bad, kind in (((body(1e9), SHAPE, labels(3)), PeerFault), ((*drawn(3), unknown), CorpusError)):
+        results = engine.evaluate_wave([*wave[:position], bad, *wave[position:]], entry=StageId(3))
+        assert isinstance(results.pop(position), kind)
+        assert results == alone
+
+
+def test_an_evaluation_wave_for_which_there_is_no_room_goes_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the losses without a limit; waves are smaller afterwards."""
+    engine, wave = span(3), [(*drawn(n), labels(n)) for n in range(4)]
+    engine.headroom.wave = 4
+    expected = engine.evaluate_wave(wave, entry=StageId(3))
+    own = engine.engines[StageId(3)]
+    real = own.evaluate_wave
+
+    def full(wave: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> object:
+        if len(wave) > 1:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        return real(wave)
+
+    monkeypatch.setattr(own, "evaluate_wave", full)
+    assert engine.evaluate_wave(wave, entry=StageId(3)) == expected
+    assert (engine.wave, engine.pause()) == (2, None)
+
+
+def test_a_long_wave_shows_that_it_goes_on() -> None:
+    """Neighbours would take a peer that shows nothing for dead. Oracle: a sign for every microbatch at every layer."""
+    engine = span(1)
+    signs: list[bool] = []
+    engine.engines[StageId(1)]._memory.on_progress = lambda: signs.append(True)
+    counts = []
+    for size in (1, 2, 3):
+        before = len(signs)
+        forward(engine, [drawn(n) for n in range(size)])
+        counts.append(len(signs) - before)
+    num_layers = counts[1] - counts[0]
+    assert num_layers >= 1
+    assert counts == [num_layers * (1 + size) for size in (1, 2, 3)]
 
 
 # -- one bad apple ----------------------------------------------------------------------------------------------------

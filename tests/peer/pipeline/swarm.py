@@ -69,7 +69,7 @@ class Host:
             body_bytes=body_bytes,
             load_s=lambda: 0.0,
             jobs_done=lambda: 0,
-            num_slots=num_slots,
+            num_slots=lambda: num_slots,
             num_numbers=lambda round_id: NUM_NUMBERS,
             round_deadline_s=60.0,
         )

@@ -79,7 +79,7 @@ class Server:
             body_bytes=lambda shape: len(BODY),
             load_s=lambda: 0.0,
             jobs_done=lambda: 0,
-            num_slots=NUM_SLOTS,
+            num_slots=lambda: NUM_SLOTS,
             num_numbers=lambda round_id: NUM_NUMBERS,
             round_deadline_s=60.0,
         )

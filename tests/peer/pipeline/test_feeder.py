@@ -39,6 +39,7 @@ class Played:
         self.go = asyncio.Event()
         self.errors: list[SwarmError] = []
         """What the next microbatches end in."""
+        self.in_flight = 2
         self.gate = Gate(run=RUN)
         self.feeder = Feeder(
             run=RUN,
@@ -49,7 +50,8 @@ class Played:
             batches=cast(BatchSource, self),
             on_board=self.boards.append,
             on_finished=lambda board, microbatch, outcome: None,
-            in_flight=2,
+            in_flight=lambda: self.in_flight,
+            most_in_flight=2,
             round_deadline_s=60.0,
             first_takeover_s=4.0,
         )
@@ -87,6 +89,23 @@ async def test_a_number_that_only_a_dead_clock_knew_to_be_done_is_fed_after_all(
     assert len(played.fed) == 2
     played.boards[0].learn_done((), now_s=0.0)
     await until(lambda: len(played.fed) == COUNT)
+    feeding.cancel()
+
+
+async def test_more_are_kept_under_way_as_soon_as_more_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: one number at first, and in the same round a second one; never more than there is room for."""
+    monkeypatch.setattr(feeder, "IDLE_S", 0.01)
+    played = Played()
+    played.in_flight = 1
+    feeding = asyncio.create_task(played.feeder.run())
+    played.open(0)
+    await until(lambda: len(played.fed) == 1)
+    await asyncio.sleep(0.03)
+    assert len(played.fed) == 1
+    played.in_flight = 99
+    await until(lambda: len(played.fed) == 2)
+    await asyncio.sleep(0.03)
+    assert len(played.fed) == 2
     feeding.cancel()
 
 

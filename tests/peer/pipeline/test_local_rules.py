@@ -81,7 +81,7 @@ def test_a_failed_number_is_tried_again_later() -> None:
 
 async def test_the_oldest_number_gets_the_next_slot() -> None:
     """Oracle: three callers wait for one slot; they get it in the order of their numbers."""
-    pool = SlotPool(num_slots=1, quota=1)
+    pool = SlotPool(num_slots=lambda: 1)
     assert await pool.acquire(ANNE, round_id=RoundId(0), number=9, timeout_s=1)
     order: list[int] = []
 
@@ -100,7 +100,7 @@ async def test_the_oldest_number_gets_the_next_slot() -> None:
 
 async def test_one_caller_cannot_hoard_slots_that_others_wait_for() -> None:
     """Oracle: the quota; an older number of a greedy caller goes after a modest one's."""
-    pool = SlotPool(num_slots=2, quota=1)
+    pool = SlotPool(num_slots=lambda: 2)
     for number in (0, 1):
         assert await pool.acquire(ANNE, round_id=RoundId(0), number=number, timeout_s=1)
     order: list[PeerId] = []
@@ -119,11 +119,42 @@ async def test_one_caller_cannot_hoard_slots_that_others_wait_for() -> None:
 
 async def test_a_slot_that_nobody_frees_means_busy() -> None:
     """Oracle: acquire returns False after its timeout and leaves no ghost in the line."""
-    pool = SlotPool(num_slots=1, quota=1)
+    pool = SlotPool(num_slots=lambda: 1)
     assert await pool.acquire(ANNE, round_id=RoundId(0), number=0, timeout_s=1)
     assert not await pool.acquire(BERT, round_id=RoundId(0), number=1, timeout_s=0.01)
     pool.release(ANNE)
     assert await pool.acquire(CARA, round_id=RoundId(0), number=2, timeout_s=0.01)
+
+
+async def test_there_may_be_more_slots_later() -> None:
+    """Oracle: who waits for a slot gets one of the new ones when somebody comes; fewer slots take none away."""
+    num_slots = 1
+    pool = SlotPool(num_slots=lambda: num_slots)
+    assert await pool.acquire(ANNE, round_id=RoundId(0), number=0, timeout_s=1)
+    waiting = asyncio.create_task(pool.acquire(BERT, round_id=RoundId(0), number=1, timeout_s=5))
+    await asyncio.sleep(0)
+    num_slots = 3
+    assert await pool.acquire(CARA, round_id=RoundId(0), number=2, timeout_s=1)
+    assert await waiting
+    num_slots = 1
+    assert pool.num_held == 3
+    pool.release(ANNE)
+    assert not await pool.acquire(ANNE, round_id=RoundId(0), number=3, timeout_s=0.01)
+
+
+def test_a_board_knows_whether_there_is_anything_left_to_feed_of_a_kind() -> None:
+    """Oracle: `take_next`. What is in flight, done, or to be tried again later is not left."""
+    anne = board(ANNE, feeders=(ANNE,), count=2)
+    assert anne.has_next(TaskKind.TRAIN, now_s=0.0)
+    assert not anne.has_next(TaskKind.EVAL, now_s=0.0)
+    first, second = anne.take_next(now_s=0.0), anne.take_next(now_s=0.0)
+    assert first is not None
+    assert second is not None
+    assert not anne.has_next(TaskKind.TRAIN, now_s=0.0)
+    anne.finish(first, now_s=0.0)
+    anne.give_back(second, not_before_s=1.0)
+    assert not anne.has_next(TaskKind.TRAIN, now_s=0.9)
+    assert anne.has_next(TaskKind.TRAIN, now_s=1.0)
 
 
 async def test_backward_overtakes_forward_and_old_overtakes_young() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from itertools import chain
+from random import Random
 
 import pytest
 
 from peer.pipeline.compute import ComputeThread, Priority
-from peer.pipeline.waves import Waves
+from peer.pipeline.waves import Waves, nobody
 from protocol.errors import PeerFault, SwarmError
 
 LONG_S = 60.0  # a patience that no test waits for
@@ -34,8 +36,16 @@ class Recorder:
         return [self.errors.get(number, number * number) for number in wave]
 
 
-async def ask(waves: Waves, recorder: Recorder, number: int, kind: str = "forward") -> int:
-    result: int = await waves.run(kind, number, recorder.work, priority=Priority.FORWARD, age=number)
+def anybody() -> bool:
+    return True
+
+
+async def ask(
+    waves: Waves, recorder: Recorder, number: int, kind: str = "forward", may_follow: Callable[[], bool] = anybody
+) -> int:
+    result: int = await waves.run(
+        kind, number, recorder.work, priority=Priority.FORWARD, age=number, may_follow=may_follow
+    )
     return result
 
 
@@ -100,7 +110,10 @@ async def test_a_wave_that_fails_fails_for_all_in_it_and_for_nobody_else(compute
     def broken(wave: list[int]) -> Sequence[int | SwarmError]:
         raise error
 
-    run = (waves.run("forward", number, broken, priority=Priority.FORWARD, age=number) for number in range(2))
+    run = (
+        waves.run("forward", number, broken, priority=Priority.FORWARD, age=number, may_follow=anybody)
+        for number in range(2)
+    )
     assert await asyncio.gather(*run, return_exceptions=True) == [error, error]
     assert await ask(waves, recorder, 7) == 49
 
@@ -154,3 +167,65 @@ async def test_what_gathers_is_let_go_when_the_span_ends(compute: ComputeThread)
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert (waves.num_gathering, recorder.waves) == (0, [])
+
+
+# -- when nobody else can come ----------------------------------------------------------------------------------------
+
+
+async def coming(waves: Waves, recorder: Recorder, number: int, arrival: asyncio.Event) -> int:
+    """Ask as one that was expected, and nobody after it but who is expected too."""
+    with waves.expecting("forward"):
+        await arrival.wait()
+    return await ask(waves, recorder, number, may_follow=nobody)
+
+
+async def test_a_wave_starts_at_once_when_nobody_else_can_come(compute: ComputeThread) -> None:
+    """Oracle: a patience that nobody could wait for."""
+    waves, recorder = Waves(compute, size=lambda: 8, patience_s=LONG_S), Recorder()
+    assert await ask(waves, recorder, 3, may_follow=nobody) == 9
+    assert recorder.waves == [[3]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_a_wave_waits_for_whom_it_expects_in_whatever_order_they_come(compute: ComputeThread, seed: int) -> None:
+    """Oracle: ten of them in waves of four are three waves, and everybody is in one."""
+    waves, recorder, random = Waves(compute, size=lambda: 4, patience_s=LONG_S), Recorder(), Random(seed)
+    arrivals = [asyncio.Event() for _ in range(10)]
+    asked = [asyncio.create_task(coming(waves, recorder, number, arrivals[number])) for number in range(10)]
+    for number in random.sample(range(10), 10):
+        await asyncio.sleep(random.choice((0, 0.001)))
+        arrivals[number].set()
+    assert await asyncio.gather(*asked) == [number * number for number in range(10)]
+    assert [len(wave) for wave in recorder.waves] == [4, 4, 2]
+    assert sorted(chain(*recorder.waves)) == list(range(10))
+
+
+async def test_one_that_was_expected_and_does_not_come_is_not_waited_for(compute: ComputeThread) -> None:
+    waves, recorder = Waves(compute, size=lambda: 8, patience_s=LONG_S), Recorder()
+    arrivals = [asyncio.Event(), asyncio.Event()]
+    asked = [asyncio.create_task(coming(waves, recorder, number, arrivals[number])) for number in range(2)]
+    await asyncio.sleep(0)
+    arrivals[1].set()
+    await asyncio.sleep(0.01)
+    assert recorder.waves == []
+    asked[0].cancel()
+    assert await asked[1] == 1
+    assert not waves._expected
+
+
+async def test_what_is_left_behind_by_a_full_wave_goes_next_if_nobody_else_can_come(compute: ComputeThread) -> None:
+    """Oracle: no patience, though the third came while the first two were under way."""
+    waves, recorder = Waves(compute, size=lambda: 2, patience_s=LONG_S), Recorder()
+    results = await asyncio.gather(*(ask(waves, recorder, number, may_follow=lambda: False) for number in range(3)))
+    assert results == [0, 1, 4]
+    assert sorted(chain(*recorder.waves)) == [0, 1, 2]
+
+
+async def test_who_has_given_up_does_not_fill_a_wave(compute: ComputeThread) -> None:
+    """Oracle: two that are there go together; the one that has left counts for nobody."""
+    waves, recorder = Waves(compute, size=lambda: 2, patience_s=LONG_S), Recorder()
+    leaving = asyncio.create_task(ask(waves, recorder, 0))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    assert await asyncio.gather(*(ask(waves, recorder, number) for number in (1, 2))) == [1, 4]
+    assert recorder.waves == [[1, 2]]
