@@ -254,6 +254,7 @@ async def _answer_calls(services: Services, calls: Calls) -> None:
     calls.on(Register, services.registry.register)
     calls.on(Beat, services.registry.beat)
     calls.on(Leave, services.registry.leave)
+    calls.on(StateRequest, services.charters.answer_state)
     calls.on(StatusRequest, on_status)
     await calls.serve()
 

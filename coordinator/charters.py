@@ -1,7 +1,8 @@
 """Issuing charters: the coordinator's signed word on where a stage's lineage begins.
 
 Owns: the view that decisions are made on, signing and keeping charters, and carrying out moves. Must not
-know: the rules (`founding.py`). The app calls `tick` once per tick; `registry.py` hands `newest()` to every peer.
+know: the rules (`founding.py`). The app calls `tick` once per tick; `registry.py` hands `newest()` to every peer, and
+`answer_state` is the call handler for a peer that has nobody of its stage to ask.
 
 A charter is on disk before anybody sees it: after a crash the same generation is never issued twice.
 """
@@ -9,12 +10,12 @@ A charter is on disk before anybody sees it: after a crash the same generation i
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
 from coordinator.clock import Clock
-from coordinator.founding import Decision, Founding, Participant, Replica, Standing, View, decide, is_hosted
+from coordinator.founding import Decision, Founding, Participant, Replica, Standing, View, decide, is_hosted, may_act
 from coordinator.journal import DISK_NOTE, Journal
 from coordinator.ledger import Ledger
 from coordinator.registry import LivePeer, Registry
@@ -23,9 +24,11 @@ from coordinator.store import history, tallies
 from coordinator.store.database import Database
 from protocol.control import StageState
 from protocol.errors import StorageError
-from protocol.ids import StageId, Version
+from protocol.history import StateAnswer, StateRequest
+from protocol.ids import Lineage, PeerId, StageId, Version
 from protocol.manifest import Manifest
-from protocol.rounds.messages import CHARTER_CONTEXT, MAX_SEATS, Charter, Seat
+from protocol.rounds.lineage import next_lineage, root_lineage
+from protocol.rounds.messages import CHARTER_CONTEXT, MAX_SEATS, Charter, Commit, Seat
 from protocol.signing import Signed, SigningKey, seal, unseal
 
 log = structlog.get_logger()
@@ -82,9 +85,42 @@ class CharterOffice:
         """Return the newest charter of every stage that has one."""
         return tuple(self._newest[stage].signed for stage in sorted(self._newest))
 
+    async def answer_state(self, caller: PeerId, request: StateRequest) -> StateAnswer:
+        """Tell a peer that has nobody else to ask where a stage stands: its newest charter, and what followed it."""
+        newest = self._newest.get(request.stage)
+        if newest is None:
+            return StateAnswer(charter=None, commit=None, version=Version(0), lineage=Lineage(bytes(32)), snapshots=())
+        version, lineage, commit = newest.charter.version, root_lineage(newest.signed), None
+        if reported := (await self._reported()).get(request.stage):
+            commit, message = reported
+            version, lineage = message.version, next_lineage(message.parent, commit.payload)
+        return StateAnswer(charter=newest.signed, commit=commit, version=version, lineage=lineage, snapshots=())
+
+    async def _reported(self) -> dict[StageId, tuple[Signed, Commit]]:
+        """Return the newest commit of every stage, if it follows the stage's newest charter: others are history."""
+        found = await self._ledger.newest_commits()
+        return {
+            stage: (signed, commit)
+            for stage, (signed, commit) in found.items()
+            if stage in self._newest and commit.generation == self._newest[stage].charter.generation
+        }
+
+    async def _reached(self) -> dict[StageId, Version]:
+        """Return the newest version of every stage that is not rolled back, as far as we were told."""
+        try:
+            reported = await self._reported()
+        except StorageError as error:
+            self._journal.note(DISK_NOTE, str(error))
+            return {}
+        charters = {stage: entry.charter.version for stage, entry in self._newest.items()}
+        return charters | {stage: commit.version for stage, (_, commit) in reported.items()}
+
     async def tick(self) -> None:
         """Look at the swarm, and found or move what has to be."""
-        decision = decide(self._view())
+        view = self._view()
+        if not any(may_act(view, stage) for stage in self._newest):
+            view = replace(view, reached=await self._reached())
+        decision = decide(view)
         if decision.foundings:
             await self._issue(decision)
         for move in decision.moves:
@@ -165,6 +201,7 @@ class CharterOffice:
             generations={stage: entry.charter.generation for stage, entry in self._newest.items()},
             start_peers=self._settings.start_peers,
             floor=self.floor,
+            reached={},
             vacant_s={stage: now_s - since_s for stage, since_s in self._vacant_since_s.items()},
             awake_s=0.0 if awake_since_s is None else now_s - awake_since_s,
             settle_s=self._settings.lost_after_s,

@@ -18,7 +18,7 @@ from coordinator.store.database import Database
 from protocol.errors import StorageError
 from protocol.manifest import Manifest
 
-SETTLE_S = 5.0  # two beats: the last round's reports should be in before peers are told to go
+SETTLE_BEATS = 2.0  # the last round's reports should be in before peers are told to go
 EVALUATION_PATIENCE_S = 120.0  # a checkpoint without the last held-out loss is worth more than waiting for ever
 GOODBYE_S = 30.0  # how long peers may take to leave once they have been told
 
@@ -60,7 +60,7 @@ class Finish:
             if not gave_up and not await self._is_evaluated():
                 return
             self._complete_since_s = now_s
-        if now_s - self._complete_since_s >= SETTLE_S:
+        if now_s - self._complete_since_s >= SETTLE_BEATS * self._manifest.timing.beat_s:
             await self._finish()
 
     async def wait_over(self) -> None:

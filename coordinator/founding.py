@@ -6,7 +6,8 @@ how peers are reached. `charters.py` makes the view once per tick and carries th
 * *Start*: every stage has a ready replica and enough peers are ready: charters for all stages at once.
 * *A stage died* while others live: as soon as a peer has restored it, a charter with the next generation
   takes it to the others' round. Nobody there or on the way: after a while a peer of a well covered stage moves.
-* *Everything died*: when every stage has been restored to one common round: charters for all, next generation.
+* *Everything died*: when every stage has been restored: charters for all, next generation. If all that the stages had
+  reached is there again, nothing is given up; otherwise they go back to the newest round that all of them hold.
 * Never over members who may still make commits: a peer that acts, one that has been silent too short to be
   given up, and one that we have not heard since we started ourselves all block a charter for their stages.
 """
@@ -73,6 +74,8 @@ class View:
     floor: Mapping[StageId, Version]
     """The newest checkpoint's versions: a stage is never founded on less, so that a peer which missed the
     checkpoint cannot throw the training away."""
+    reached: Mapping[StageId, Version]
+    """What the stages had come to, as far as was reported; looked at only if no stage has members."""
     vacant_s: Mapping[StageId, float]
     """For how long nobody has been hosting, or asked to host, a stage."""
     awake_s: float
@@ -163,12 +166,29 @@ def _found_all(view: View, stages: Sequence[StageId], moves: tuple[Move, ...], *
         return Decision(moves=moves, waiting_for=f"a replica of {_named(missing)}")
     if num_ready < at_least:
         return Decision(moves=moves, waiting_for=f"{at_least - num_ready} more of {at_least} peers")
-    common = set.intersection(*({replica.round for replica in ready[stage]} for stage in stages))
-    if not common:
-        return Decision(moves=moves, waiting_for="replicas that hold one and the same round")
-    round_id = max(common)
-    here = {stage: [replica for replica in ready[stage] if replica.round == round_id] for stage in stages}
-    return Decision(foundings=tuple(_founding(view, stage, here[stage], round_id) for stage in stages), moves=moves)
+    return Decision(foundings=_from_one_moment(view, ready), moves=moves)
+
+
+def _from_one_moment(view: View, ready: Mapping[StageId, list[Replica]]) -> tuple[Founding, ...]:
+    """Found all stages so that they fit together as well as they can.
+
+    Replicas that have kept all that was reached go on as if nothing had happened, though their stages may be a round
+    apart: one had taken the last step before everything died, and another had not. If something is lost, a round that
+    all of them hold is a better beginning than states from different times. Without one each stage goes on from its
+    newest, as a stage does that died alone: nobody here would ever hold another state.
+    """
+    rounds = {stage: {replica.round for replica in replicas} for stage, replicas in ready.items()}
+    is_all_there = all(
+        stage in view.reached and max(replica.version for replica in replicas) >= view.reached[stage]
+        for stage, replicas in ready.items()
+    )
+    common = set.intersection(*rounds.values())
+    if common and not is_all_there:
+        round_id = max(common)
+        ready = {stage: [one for one in replicas if one.round == round_id] for stage, replicas in ready.items()}
+    else:
+        round_id = max(set.union(*rounds.values()))
+    return tuple(_founding(view, stage, replicas, round_id) for stage, replicas in ready.items())
 
 
 def _refound(view: View, dead: Sequence[StageId], moves: tuple[Move, ...]) -> Decision:

@@ -23,8 +23,8 @@ from protocol.control import AveragingReport, ClosingReport, CommitReport, Numbe
 from protocol.errors import PeerFault
 from protocol.ids import Lineage, PeerId, RoundId, StageId, digest
 from protocol.manifest import Manifest
-from protocol.rounds.lineage import next_lineage
-from protocol.rounds.messages import CHARTER_CONTEXT, CLOSING_CONTEXT, COMMIT_CONTEXT, Charter, Closing, Commit, Seats
+from protocol.rounds.lineage import next_lineage, root_lineage
+from protocol.rounds.messages import CLOSING_CONTEXT, COMMIT_CONTEXT, Charter, Closing, Commit, Seats
 from protocol.signing import Signed, unseal
 
 log = structlog.get_logger()
@@ -51,6 +51,15 @@ class Ledger:
             commit = unseal(Signed.from_bytes(signed), COMMIT_CONTEXT, Commit)
             self._remember(next_lineage(commit.parent, Signed.from_bytes(signed).payload), commit.seats)
 
+    async def newest_commits(self) -> dict[StageId, tuple[Signed, Commit]]:
+        """Return the newest commit of every stage that has reported any; of two that part, always the same one."""
+        found: dict[StageId, tuple[Signed, Commit]] = {}
+        for row in await self._database.run(history.newest_commits):
+            signed = Signed.from_bytes(row)
+            commit = Commit.from_bytes(signed.payload)
+            found.setdefault(commit.stage, (signed, commit))
+        return found
+
     async def record(self, peer: PeerId, reports: Sequence[NumberedReport]) -> int:
         """Store what is new among a peer's reports; return up to which number they are safe on disk.
 
@@ -69,7 +78,7 @@ class Ledger:
     def learn_charter(self, signed: Signed, charter: Charter) -> None:
         """Remember whom a charter that we issued seats."""
         self._generations[charter.stage] = max(charter.generation, self._generations.get(charter.stage, 0))
-        self._remember(Lineage(digest(CHARTER_CONTEXT.encode(), signed.payload)), charter.seats)
+        self._remember(root_lineage(signed), charter.seats)
 
     def is_seated(self, peer: PeerId, session: int, lineage: Lineage) -> bool | None:
         """Tell whether a life of a peer is a member in a lineage; None if we have not seen that lineage."""

@@ -15,8 +15,7 @@ from enum import Enum
 
 import structlog
 
-from peer.averaging.restore import Restorer
-from peer.averaging.sync import Place, root_lineage
+from peer.averaging.sync import Place
 from peer.coordination import Condition
 from peer.link import Link
 from peer.memory.executor import Pause
@@ -27,6 +26,7 @@ from protocol.errors import PeerFault, TransientError, UnreachableError
 from protocol.ids import PeerId, StageId
 from protocol.records import HostedStage
 from protocol.rounds import events
+from protocol.rounds.lineage import root_lineage
 from protocol.rounds.messages import CHARTER_CONTEXT, Charter, CharterNotice, Seat
 from protocol.signing import Signed, unseal
 
@@ -61,6 +61,9 @@ class Session:
         self._members: dict[StageId, tuple[PeerId, ...]] = {}
         self._found: dict[StageId, tuple[PeerId, ...]] = {}
         self._places: dict[StageId, Place] = {}
+        self._restorers = {stage: parts.restorer(stage) for stage in parts.stages}
+        self._changes: dict[StageId, int] = {}
+        """Of every stage's state when it stood at its place: whatever changes it later ends that."""
         self._joined: set[StageId] = set()
         self._finished = self._lost = False
         self._wanted = parts.stages
@@ -81,7 +84,7 @@ class Session:
         return Condition(
             state=self.state,
             reason=self.reason,
-            stages=tuple(self._stage_state(stage) for stage in self._parts.stages if stage in self._places),
+            stages=tuple(self._stage_state(stage) for stage in self._parts.stages if self._is_placed(stage)),
             suspects=self._parts.view.suspects(now_s=time.monotonic())[:64],
         )
 
@@ -166,17 +169,14 @@ class Session:
 
     async def _bring_up(self, stage: StageId) -> None:
         """Get one stage's state, and from then on drive its rounds."""
-        restorer = self._parts.restorer(stage)
         driver = self._parts.drivers[stage]
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(driver.run(), name=f"driver-{stage}")
-            place = await self._restore(stage, restorer)
-            driver.state_digest = await restorer.state_digest()
-            self._places[stage] = place
-            charter = place.charter or await self._wait_charter(stage, place, restorer)
-            if self._places[stage] is not place:  # it has found members to follow meanwhile
-                place = self._places[stage]
-                driver.state_digest = await restorer.state_digest()
+            charter = None
+            while charter is None:
+                await self._hold(stage, await self._restore(stage))
+                charter = self._places[stage].charter or await self._wait_charter(stage)
+            place = self._places[stage]
             self._joined.add(stage)
             driver.post(events.Synced(charter, place.commits, driver.state_digest))
             if stage in self._charters:  # one that came while we were at it was for nobody
@@ -184,8 +184,19 @@ class Session:
             self.tally.begin()
             self._say(PeerState.TRAINING, "")
 
-    async def _restore(self, stage: StageId, restorer: Restorer) -> Place:
-        """Follow the members if there are any; otherwise start from a checkpoint, or from the beginning."""
+    async def _hold(self, stage: StageId, place: Place) -> None:
+        """Take note of where a stage's state stands, and of its digest."""
+        restorer = self._restorers[stage]
+        self._parts.drivers[stage].state_digest = await restorer.state_digest()
+        self._places[stage], self._changes[stage] = place, restorer.changes
+
+    def _is_placed(self, stage: StageId) -> bool:
+        """Tell whether a stage's state stands where we say: not while something else is being loaded over it."""
+        return stage in self._joined or self._changes.get(stage) == self._restorers[stage].changes
+
+    async def _restore(self, stage: StageId) -> Place:
+        """Follow the members if there are any; otherwise start from our own disk, a checkpoint or the beginning."""
+        restorer = self._restorers[stage]
         while True:
             self._say(PeerState.DOWNLOADING, f"state of stage {stage}")
             known = self._charters.get(stage)
@@ -202,26 +213,30 @@ class Session:
                 log.info("restore.waiting", stage=stage, error=error.one_line())
                 await self._wait_news()
 
-    async def _wait_charter(self, stage: StageId, place: Place, restorer: Restorer) -> Signed:
-        """Hold a restored state ready until a charter seats us, or until there are members to follow."""
+    async def _wait_charter(self, stage: StageId) -> Signed | None:
+        """Hold a restored state ready until a charter seats us, or until there are members to follow.
+
+        None: following them has failed half-way, and what is here now is of no place.
+        """
         asked, ask_again_s = None, 0.0
         while True:
             self._say(PeerState.WAITING, "charter")
             known = self._charters.get(stage)
             if known is not None:
                 charter, signed = known
-                if self._seat in charter.seats and charter.version == place.version:
+                if self._seat in charter.seats and charter.version == self._places[stage].version:
                     return signed
                 others = self._members_of(stage)
                 if others and (asked != (signed, others) or time.monotonic() >= ask_again_s):
                     asked, ask_again_s = (signed, others), time.monotonic() + ASK_AGAIN_S
                     try:
-                        followed = await restorer.from_members(others)
+                        followed = await self._restorers[stage].from_members(others)
                     except UnreachableError as error:
                         log.info("restore.no_members", stage=stage, error=error.one_line())
+                        if not self._is_placed(stage):
+                            return None
                     else:
-                        assert followed.charter is not None
-                        self._places[stage] = followed
+                        await self._hold(stage, followed)
                         return followed.charter
             await self._wait_news()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +17,10 @@ import structlog
 from peer.averaging.butterfly import ButterflyReduce
 from peer.averaging.driver import Hooks, StageDriver, membership_of
 from peer.averaging.history import History
+from peer.averaging.own_disk import OwnDisk
 from peer.averaging.restore import Restorer
 from peer.averaging.rules import done_task, machine_settings, round_timers
-from peer.averaging.sync import StageSync, root_lineage
+from peer.averaging.sync import StageSync
 from peer.data.fetch import SwarmChunks, serve_tokens
 from peer.data.source import BatchSource
 from peer.data.tokens import TokenFile
@@ -31,6 +32,7 @@ from peer.pipeline.board import Board
 from peer.pipeline.callee import HopServer, HostedTask
 from peer.pipeline.caller import HopCaller
 from peer.pipeline.compute import ComputeThread, Priority
+from peer.pipeline.demand import WAVES, Demand, InFlight
 from peer.pipeline.feeder import FIRST_STAGE, Feeder
 from peer.pipeline.gate import Gate
 from peer.pipeline.router import Router
@@ -42,13 +44,14 @@ from peer.settings import PeerSettings
 from peer.tally import Tally
 from peer.tasks import Outcome, TaskId
 from protocol.batches import Microbatch, TaskKind
+from protocol.control import CommitReport
 from protocol.errors import PeerFault, RefusedError, TransientError
 from protocol.history import CommitNews, LogAnswer, LogRequest, StateAnswer, StateRequest
 from protocol.ids import Lineage, PeerId, RoundId, StageId, Version
 from protocol.manifest import Manifest
 from protocol.ownership import rendezvous
 from protocol.rounds import events
-from protocol.rounds.lineage import Chain, next_lineage
+from protocol.rounds.lineage import Chain, next_lineage, root_lineage
 from protocol.rounds.machine import RoundMachine
 from protocol.rounds.messages import (
     CHARTER_CONTEXT,
@@ -121,7 +124,17 @@ class SpanParts:
         self._caller.on_lost = link.lost
         # whoever waits for us must not take a wave that gathers for a peer that is gone
         patience_s = min(engine.wave_patience_s, manifest.timing.hop_silence_s / 4)
-        self._waves = Waves(compute, size=lambda: engine.wave, patience_s=patience_s)
+        self._demand = Demand(self.view, last=engine.last)
+        serving = self._in_flight(max(settings.slots, WAVES * engine.wave), slots=settings.slots)
+        feeding = self._in_flight(max(self.num_stages + 1, WAVES * engine.wave), slots=settings.slots)
+        if settings.in_flight:
+            most = min(settings.in_flight, engine.in_flight or settings.in_flight)
+            feeding = InFlight(self._demand, own=most, most=most)
+        self._waves = Waves(
+            compute,
+            size=lambda: min(engine.wave, feeding.limit()) if engine.is_first else engine.wave,
+            patience_s=patience_s,
+        )
         engine.on_progress(compute.advance)
         self._runner = SpanRunner(
             run=run,
@@ -144,7 +157,7 @@ class SpanParts:
             body_bytes=engine.body_bytes,
             load_s=self.load_s,
             jobs_done=lambda: compute.progress,
-            num_slots=_at_most(engine.in_flight, max(settings.slots, 2 * engine.wave)),
+            num_slots=serving.limit,
             num_numbers=lambda round_id: len(self._batches.plan(round_id)),
             round_deadline_s=manifest.timing.round_deadline_s,
         )
@@ -158,9 +171,8 @@ class SpanParts:
             batches=self._batches,
             on_board=self._take_board,
             on_finished=self._finished,
-            in_flight=_at_most(
-                engine.in_flight, settings.in_flight or max(manifest.model.num_stages + 1, 2 * engine.wave)
-            ),
+            in_flight=feeding.limit,
+            most_in_flight=max(1, feeding.most),
             round_deadline_s=manifest.timing.round_deadline_s,
             first_takeover_s=manifest.timing.hop_silence_s,
         )
@@ -235,9 +247,20 @@ class SpanParts:
 
     def restorer(self, stage: StageId) -> Restorer:
         """Return what brings a stage to its first state."""
+        engine = self._engine.engines[stage]
+        own_disk = OwnDisk(
+            stage,
+            sync=self._syncs[stage],
+            history=self._histories[stage],
+            calls=self._link.calls,
+            coordinator=self._link.coordinator,
+            state_digest=lambda: self._compute.run(engine.state_digest, priority=Priority.CONTROL),
+            on_unreported=lambda signed: self._reports.add(CommitReport(commit=signed)),
+        )
         return Restorer(
             stage,
             sync=self._syncs[stage],
+            own_disk=own_disk,
             history=self._histories[stage],
             engine=self._engine,
             compute=self._compute,
@@ -258,6 +281,10 @@ class SpanParts:
             )
         )
 
+    def learn_waves(self, waves: Mapping[StageId, Mapping[PeerId, int]]) -> None:
+        """Take over how many microbatches pass others together, so that we send them enough."""
+        self._demand.learn(waves)
+
     def load_s(self) -> float:
         """Estimate how long a new task would wait here."""
         return self._compute.load_s() + self._waves.num_gathering * self._compute.task_s
@@ -267,6 +294,11 @@ class SpanParts:
         self._start(self._link.introduce(peer, addresses))
 
     # -- wiring ---------------------------------------------------------------------------------------
+
+    def _in_flight(self, own: int, *, slots: int) -> InFlight:
+        """Bound what is under way by the plan. A span that needs none has room for as many as it would serve."""
+        planned = self._engine.in_flight
+        return InFlight(self._demand, own=own, most=max(own, slots) if planned is None else planned)
 
     def _make_sync(self, stage: StageId, machine: Settings) -> StageSync:
         return StageSync(
@@ -486,7 +518,3 @@ class SpanParts:
         task = asyncio.create_task(work)
         self._errands.add(task)
         task.add_done_callback(self._errands.discard)
-
-
-def _at_most(limit: int | None, wanted: int) -> int:
-    return wanted if limit is None else max(1, min(limit, wanted))

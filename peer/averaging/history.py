@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
+from peer.averaging.spool import Spool
+from peer.memory.disk.durable_files import disk_fault, sync_folder
 from protocol.control import STATE_PARTS, Snapshot, StateFile
 from protocol.errors import StorageError, WireError
 from protocol.ids import Digest, Lineage, RoundId, StageId, Version
@@ -133,9 +135,16 @@ class History:
     # -- updates --------------------------------------------------------------------------------------
 
     def append(self, version: Version, update: bytes | memoryview, commit: Signed) -> None:
-        """Keep the update that was applied to `version`."""
+        """Keep the update that was applied to `version`.
+
+        Also after a power cut: what the coordinator is told of next, a peer that comes back alone has to have itself.
+        """
         self._write(self.folder / f"u{version:08d}.bin", update)
         self._write(self.folder / f"u{version:08d}.commit", commit.to_bytes())
+        try:
+            sync_folder(self.folder)
+        except OSError as error:
+            raise disk_fault(f"cannot keep the names in {self.folder}", error) from None
 
     def keep_commit(self, version: Version, commit: Signed) -> None:
         """Keep the commit that led from `version` to a snapshot which was fetched: it says who the members are."""
@@ -147,6 +156,13 @@ class History:
             return Signed.from_bytes((self.folder / f"u{version:08d}.commit").read_bytes())
         except (OSError, WireError):
             return None
+
+    def update_of(self, version: Version) -> memoryview:
+        """Return the bytes of the update that was applied to `version`, not verified; raises `StorageError`."""
+        path = self.folder / f"u{version:08d}.bin"
+        with _readable(path), path.open("rb") as file:
+            room = Spool(os.fstat(file.fileno()).st_size, self.folder).view
+            return room[: file.readinto(room)]
 
     def resolve(self, kind: str, version: Version, part: str) -> Path | None:
         """Return the file of a blob name `state/STAGE/VERSION/PART` or `update/STAGE/VERSION`, if it is here."""

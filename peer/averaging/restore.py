@@ -1,8 +1,8 @@
 """Where one stage's first state comes from.
 
-Owns: the choice between following live members, the coordinator's newest checkpoint, and the run's
-initial weights, and that whatever was restored is served to others as a snapshot. Must not know: charters
-beyond the fact that one exists. `sync.py` does the fetching.
+Owns: the choice between following live members, what lies on our own disk, the coordinator's newest checkpoint, and the
+run's initial weights, and that whatever was restored is served to others as a snapshot. Must not know: charters
+beyond the fact that one exists. `sync.py` does the fetching, `own_disk.py` knows which own state still counts.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from contextlib import contextmanager
 import structlog
 
 from peer.averaging.history import History
+from peer.averaging.own_disk import OwnDisk
 from peer.averaging.sync import OUR_FAULTS, Place, StageSync
 from peer.engine.span import SpanEngine
+from peer.engine.stage_engine import StageEngine
 from peer.pipeline.compute import ComputeThread, Priority
 from protocol.control import Snapshot, StateFile
 from protocol.errors import PeerFault, UnreachableError, WireError
@@ -37,6 +39,7 @@ class Restorer:
         stage: StageId,
         *,
         sync: StageSync,
+        own_disk: OwnDisk,
         history: History,
         engine: SpanEngine,
         compute: ComputeThread,
@@ -45,6 +48,7 @@ class Restorer:
     ) -> None:
         self._stage = stage
         self._sync = sync
+        self._own_disk = own_disk
         self._history = history
         self._engine = engine
         self._compute = compute
@@ -57,9 +61,9 @@ class Restorer:
             return await self._sync.from_members(members)
 
     async def from_scratch(self, *, allow_initial: bool) -> Place:
-        """Start from the newest checkpoint, or from the initial weights if there is none and that is allowed.
+        """Start from our own disk, else from the newest checkpoint, else from the initial weights if that is allowed.
 
-        Raises `UnreachableError` if there is nothing to start from yet.
+        Raises `UnreachableError` if there is nothing to start from yet, `TransientError` if the coordinator is away.
         """
         if self._engine.pause() is not None:
             raise UnreachableError("this machine needs a pause before it can load a state.")
@@ -68,17 +72,31 @@ class Restorer:
 
     async def state_digest(self) -> Digest:
         """Hash the stage's present state."""
-        engine = self._engine.engines[self._stage]
-        return await self._compute.run(engine.state_digest, priority=Priority.CONTROL)
+        return await self._compute.run(self._stage_engine.state_digest, priority=Priority.CONTROL)
+
+    @property
+    def changes(self) -> int:
+        """Return how often the stage's state has begun to change: a place is where it stands while this is the same."""
+        return self._stage_engine.changes
 
     # -- private --------------------------------------------------------------------------------------
 
+    @property
+    def _stage_engine(self) -> StageEngine:
+        return self._engine.engines[self._stage]
+
     async def _from_scratch(self, allow_initial: bool) -> Place:
         snapshot = await self._newest_checkpoint()
+        if self._stage in self._engine.resumed:  # this peer keeps its state on a drive of its own
+            least = Version(0) if snapshot is None else snapshot.version
+            own = await self._own_disk.go_on(least=least)
+            if own is not None:
+                return own
         if snapshot is not None:
             folder = f"checkpoint/{snapshot.round}"
             return await self._sync.from_checkpoint(snapshot, source=self._coordinator, folder=folder)
-        is_ahead = self._engine.engines[self._stage].version != 0 and self._stage not in self._engine.resumed
+        # what was followed half-way is newer than any initial weights; what was on our own disk is none of the stage's
+        is_ahead = self._stage_engine.version != 0 and self._sync.own_standing() is None
         if not allow_initial or is_ahead:
             raise UnreachableError(f"there is no checkpoint of stage {self._stage} to start from yet.")
         await self._sync.start_over()

@@ -37,7 +37,7 @@ from protocol.errors import (
 )
 from protocol.history import LogAnswer, LogRequest, StateAnswer, StateRequest
 from protocol.ids import Lineage, PeerId, RoundId, StageId, Version, digest
-from protocol.rounds.lineage import next_lineage
+from protocol.rounds.lineage import next_lineage, root_lineage
 from protocol.rounds.messages import CHARTER_CONTEXT, COMMIT_CONTEXT, Charter, Commit
 from protocol.signing import Signed, unseal
 from protocol.transport.blobs import MAX_RANGE_BYTES, Blobs, MissingBlobError
@@ -92,11 +92,6 @@ async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
     return task.result()
 
 
-def root_lineage(signed_charter: Signed) -> Lineage:
-    """Return the lineage of a charter itself, before any commit."""
-    return Lineage(digest(CHARTER_CONTEXT.encode(), signed_charter.payload))
-
-
 _Start = Callable[
     [PeerId, list[PeerId], StateAnswer, Signed, Charter],
     Awaitable[tuple[Lineage, Version, RoundId, list[Signed]]],
@@ -137,10 +132,10 @@ class StageSync:
         self._blobs = blobs
         self._me = me
         self._coordinator = coordinator
-        self._codec = codec
+        self.codec = codec
         self._schedule = schedule
         self._init_seed = init_seed
-        self._resumed, self._resumed_changes = resumed, engine.changes
+        self._held = None if resumed is None else (resumed, engine.changes)
         # the number of changes after which the engine held the initial weights; whatever changes it makes it another
         self._initial_changes = engine.changes if resumed is None and engine.version == 0 else None
 
@@ -158,7 +153,7 @@ class StageSync:
         current = {peer: answer for peer, (answer, charter) in answers.items() if charter.generation == newest}
         peers = _most_shared_first(current)
         # everybody is asked to vouch for what was on our own disk before anybody's snapshot is fetched
-        ways = [self._start_from] if self._own_standing() is None else [self._start_from_resumed, self._start_from]
+        ways = [self._start_from] if self.own_standing() is None else [self._start_from_resumed, self._start_from]
         for start, source in itertools.product(ways, peers):
             answer, charter = answers[source]
             try:
@@ -170,6 +165,23 @@ class StageSync:
             else:
                 return place
         raise UnreachableError(f"nobody could bring us to the state of stage {self._stage}.")
+
+    def own_standing(self) -> Standing | None:
+        """Return where the engine stands if that is known: what was on our own disk, or what has followed it since."""
+        if self._held is None:
+            return None
+        standing, changes = self._held
+        return standing if (self._engine.changes, self._engine.version) == (changes, standing.version) else None
+
+    def hold(self, standing: Standing) -> None:
+        """Take note of where the engine stands now, until something else changes it."""
+        self._held = standing, self._engine.changes
+
+    async def load_own(self, snapshot: Snapshot) -> None:
+        """Become a snapshot on our own disk. Raises `PeerFault` if it is damaged or none of this stage."""
+        await asyncio.to_thread(self._check_own, snapshot)
+        await self._load(snapshot)
+        self.hold(Standing(snapshot.version, snapshot.round, snapshot.lineage))
 
     async def start_over(self) -> None:
         """Go back to the initial weights, unless the engine is there: version 0 alone may be a load that has failed."""
@@ -192,7 +204,7 @@ class StageSync:
 
         Raises `UnreachableError` if nobody has, `DeadlineError` if those who say so are too slow.
         """
-        limit = update_bytes(self._engine, self._codec)
+        limit = update_bytes(self._engine, self.codec)
         patience_s = FETCH_PATIENCE_S + limit / MIN_BYTES_PER_S
         room = await asyncio.to_thread(Spool, limit, self._history.folder)  # on some file systems this takes long
         try:
@@ -246,15 +258,11 @@ class StageSync:
                         log.debug("update.missing", source=source, name=name, error=error.one_line())
                         return None  # it is not there, or not well: the other name would cost as much again
                     if await asyncio.to_thread(digest, data) == commit.digest:
-                        return Update(self._codec, data)
+                        return Update(self.codec, data)
                     log.warning("update.wrong", source=source, name=name)
         except TimeoutError:
             log.info("update.slow", source=source, version=commit.version, patience_s=patience_s)
         return None
-
-    def _own_standing(self) -> Standing | None:
-        """Return where the engine stands if it still holds what was found on our own disk."""
-        return self._resumed if self._engine.changes == self._resumed_changes else None
 
     async def _replay(self, signed: Signed, commit: Commit, sources: Iterable[PeerId]) -> None:
         """Apply a commit that follows our state, fetching its bytes. Raises if they cannot be had or do not fit."""
@@ -262,7 +270,11 @@ class StageSync:
         await to_its_end(self._take(commit, signed, update))
 
     async def _take(self, commit: Commit, signed: Signed, update: Update) -> None:
+        own = self.own_standing()
         await self.absorb(commit, update)
+        if own is not None and own.lineage == commit.parent:
+            lineage = next_lineage(commit.parent, signed.payload)
+            self.hold(Standing(commit.version, RoundId(commit.round + 1), lineage))
         await self.keep(commit, signed, update)
 
     async def _ask(self, sources: Iterable[PeerId]) -> dict[PeerId, tuple[StateAnswer, Charter]]:
@@ -325,8 +337,8 @@ class StageSync:
         self, source: PeerId, peers: list[PeerId], answer: StateAnswer, signed_charter: Signed, charter: Charter
     ) -> tuple[Lineage, Version, RoundId, list[Signed]]:
         """Go on from the state that was on our own disk, if it is one that `source` has passed through."""
-        own = self._own_standing()
-        if own is None or own.version != self._engine.version or not charter.version <= own.version <= answer.version:
+        own = self.own_standing()
+        if own is None or not charter.version <= own.version <= answer.version:
             raise UnreachableError(f"{source} is not ahead of what is here of stage {self._stage}.")
         commits: list[Signed] = []
         if own.version > charter.version:

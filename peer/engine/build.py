@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from peer.codecs import codec
+from peer.engine.local_checkpoint import move_in
 from peer.engine.optimizer import OptimizerSpec
 from peer.engine.passes import Parking
 from peer.engine.provision import Provision, choose
@@ -18,6 +19,7 @@ from peer.engine.span import SpanEngine
 from peer.engine.stage_engine import StageEngine
 from peer.memory.arena import Arena
 from peer.memory.backend import backend_for
+from peer.memory.disk.store_folder import TABLE_FILE
 from peer.memory.executor import Executor, open_memory
 from peer.memory.placement import Tier
 from peer.memory.units import Inventory
@@ -33,7 +35,8 @@ def build_span(
 ) -> SpanEngine:
     """Materialise only the given stages, with the initial weights that the manifest's seed defines.
 
-    What the memory engine has committed in the folder `nvme` is taken up again instead. Raises `LocalFault` if the
+    What the memory engine has committed in the folder `nvme` is taken up again instead, also if all of it fits memory
+    today. Raises `LocalFault` if the
     device is not there or too small.
     """
     torch.set_num_threads(settings.threads)
@@ -63,16 +66,18 @@ def build_span(
             stages_behind=manifest.model.num_stages - 1 - max(stages),
             nvme=nvme,
         )
+        fingerprint = f"{manifest.run_id} {list(stages)} {optimizer}"
+        is_kept_there = Tier.NVME in chosen.placement.homes.values()
         memory = open_memory(
             inventory,
             chosen.placement,
             backend,
-            nvme=nvme,
-            fingerprint=f"{manifest.run_id} {list(stages)} {optimizer}",
+            # a store for activations alone must not take the place of a state that an earlier plan has left
+            nvme=nvme if nvme is None or is_kept_there else nvme / "activations",
+            fingerprint=fingerprint,
             limit_bytes=settings.limits.nvme_bytes,
             writes_per_day_bytes=settings.limits.nvme_writes_per_day_bytes,
-            activations=chosen.places.get(Tier.NVME, 0),
-            activation_bytes=chosen.entry_bytes,
+            activations=chosen.places.get(Tier.NVME, ()),
         )
         undo.callback(memory.close)  # or the drive's folder would stay locked
         engines = _engines(models, optimizer, memory, chosen)
@@ -87,6 +92,8 @@ def build_span(
             in_flight=chosen.in_flight,
             memory=memory,
         )
+        if nvme is not None and not is_kept_there and (nvme / TABLE_FILE).exists():
+            span.resumed = move_in(memory, engines, folder=nvme, fingerprint=fingerprint)
         for stage in stages:
             if stage not in span.resumed:
                 engines[stage].initialise(manifest.model.init_seed)
@@ -98,7 +105,7 @@ def _engines(
     models: Mapping[StageId, Stage], optimizer: OptimizerSpec, memory: Executor, chosen: Provision
 ) -> dict[StageId, StageEngine]:
     """Make the engines of stages that share a memory, their blocks one behind the other."""
-    arena = Arena(memory, chosen.places, num_bytes=chosen.entry_bytes) if chosen.places else None
+    arena = Arena(memory, chosen.places) if chosen.places else None
     engines, first_block = {}, 0
     for stage, model in models.items():
         own = range(first_block, first_block + len(model.blocks))
@@ -109,7 +116,7 @@ def _engines(
             first_block=first_block,
             keep_budget_bytes=chosen.keep_bytes // len(models),
             kept=chosen.kept_in(own),
-            parking=None if arena is None else Parking(arena, chosen.parked_in(own)),
+            parking=None if arena is None else Parking(arena, chosen.parked_in(own), chosen.spilled_in(own)),
         )
         first_block = own.stop
     return engines

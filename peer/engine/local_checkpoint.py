@@ -1,6 +1,7 @@
 """The state on NVMe as this peer's own checkpoint: what its last commit holds, and when the next one is due.
 
-Owns: the record that goes with a commit, and the choice of the moment. Must not know: how a commit is made safe
+Owns: the record that goes with a commit, the choice of the moment, taking the state back into memory when nothing is
+kept on NVMe any more. Must not know: how a commit is made safe
 (`peer/memory/disk/store.py`), whom the state agrees with (`peer/averaging/sync.py` asks). Called from the compute
 thread only, between passes, so that a commit is of one version of every stage.
 
@@ -12,15 +13,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 
 from peer.engine.stage_engine import StageEngine
 from peer.memory.disk.slot_table import Json
+from peer.memory.disk.store import NvmeStore
 from peer.memory.executor import Executor
-from protocol.errors import StorageError
+from peer.memory.pool import lasting_specs
+from protocol.errors import ConfigError, StorageError
 from protocol.ids import Lineage, RoundId, StageId, Version
 
 log = structlog.get_logger()
@@ -61,10 +65,8 @@ class LocalCheckpoint:
         record = store.committed if store is not None and self._memory.pool.keeps_state else None
         if record is None:
             return {}
-        try:
-            standings = {stage: _read(record, stage) for stage in self._engines}
-        except (KeyError, TypeError, ValueError) as error:  # whole by its checksum, so an older version wrote it
-            log.warning("checkpoint.unreadable", error=repr(error))
+        standings = _read_all(record, self._engines)
+        if standings is None:
             return {}
         try:
             self._memory.recover()
@@ -122,6 +124,39 @@ class LocalCheckpoint:
             "lineage": standing.lineage.hex(),
             "steps": self._engines[stage].steps,
         }
+
+
+def move_in(
+    memory: Executor, engines: Mapping[StageId, StageEngine], *, folder: Path, fingerprint: str
+) -> dict[StageId, Standing]:
+    """Take up the state that an earlier plan has left on NVMe, into a memory that keeps all of it elsewhere.
+
+    Returns where the engines stand then; empty if the folder holds no whole state of theirs. It is only read: until the
+    run has moved on it is still the newest state on this machine's disks, and a later plan may use it again.
+    """
+    try:
+        with NvmeStore.open(folder, lasting_specs(memory.pool.inventory), fingerprint=fingerprint) as store:
+            record = store.committed
+            standings = None if record is None else _read_all(record, engines)
+            if standings is None:
+                return {}
+            memory.pool.move_in(store)
+    except (StorageError, ConfigError) as error:
+        log.warning("checkpoint.left_behind", folder=str(folder), error=error.one_line())
+        return {}
+    for stage, (standing, steps) in standings.items():
+        engines[stage].resume(version=standing.version, steps=steps)
+    log.info("checkpoint.moved_in", folder=str(folder), stages=sorted(standings))
+    return {stage: standing for stage, (standing, _) in standings.items()}
+
+
+def _read_all(record: Mapping[str, Json], stages: Iterable[StageId]) -> dict[StageId, tuple[Standing, int]] | None:
+    """Read a store's record: standings and steps. None if it is no record of these stages."""
+    try:
+        return {stage: _read(record, stage) for stage in stages}
+    except (KeyError, TypeError, ValueError) as error:  # whole by its checksum, so an older version wrote it
+        log.warning("checkpoint.unreadable", error=repr(error))
+        return None
 
 
 def _read(record: Mapping[str, Json], stage: StageId) -> tuple[Standing, int]:

@@ -7,7 +7,8 @@ Owns: the short way for spans that fit, and what a plan means for the engine. Mu
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from peer.memory.planning.plan import plan
 from peer.memory.planning.profile import STEP_WORKSPACE_BYTES, calculated
 from peer.memory.planning.ways import Needs, Way
 from peer.memory.planning.workload import Mode, Workload
-from peer.memory.units import ELEMENT_BYTES, Inventory, Section
+from peer.memory.segments import Segment
+from peer.memory.units import Inventory, Section
 from peer.settings import PeerSettings
 from protocol.manifest import Manifest
 
@@ -43,27 +45,35 @@ class Provision:
     wave: int = 1
     patience_s: float = 0.0
     """How long the first microbatch of a wave waits for the others."""
-    entry_bytes: int = 0
-    """Of one microbatch's input of a block."""
-    kept: frozenset[int] | None = None
-    """The blocks of the span whose graphs may be kept. None: any, as long as there is room."""
+    kept: frozenset[Segment] | None = None
+    """The segments of the span whose graphs may be kept on the device. None: any, as long as there is room."""
     parked: Mapping[int, Tier] = field(default_factory=dict)
     """Where the inputs of these blocks of the span wait, if not on the device."""
-    places: Mapping[Tier, int] = field(default_factory=dict)
-    """How many of them there is room for."""
+    spilled: Mapping[Segment, Tier] = field(default_factory=dict)
+    """Where what the graphs of these segments of the span have saved waits."""
+    places: Mapping[Tier, Sequence[int]] = field(default_factory=dict)
+    """The sizes of the places for all of that."""
     in_flight: int | None = None
     """How many microbatches may be between their forward and backward pass. None: as many as like."""
 
     peak_bytes: Mapping[Tier, int] = field(default_factory=dict)
     """What the plan takes of every tier."""
 
-    def kept_in(self, blocks: range) -> set[int] | None:
+    def kept_in(self, blocks: range) -> set[Segment] | None:
         """Return whose graphs may be kept, for the blocks of one stage, counted within it."""
-        return None if self.kept is None else {block - blocks.start for block in self.kept if block in blocks}
+        return None if self.kept is None else {_within(blocks, each) for each in self.kept if each.block in blocks}
 
     def parked_in(self, blocks: range) -> dict[int, Tier]:
         """Return where inputs wait, for the blocks of one stage, counted within it."""
         return {block - blocks.start: tier for block, tier in self.parked.items() if block in blocks}
+
+    def spilled_in(self, blocks: range) -> dict[Segment, Tier]:
+        """Return where what graphs have saved waits, for the blocks of one stage, counted within it."""
+        return {_within(blocks, each): tier for each, tier in self.spilled.items() if each.block in blocks}
+
+
+def _within(blocks: range, segment: Segment) -> Segment:
+    return Segment(segment.block - blocks.start, segment.part)
 
 
 def choose(
@@ -82,7 +92,10 @@ def choose(
     or it can no longer be carried out: how much is free changes with every browser tab, and with our own files.
     """
     workload = Workload(
-        mode=Mode.AVERAGED, microbatches=manifest.batch.microbatches_per_round, stages_behind=stages_behind
+        mode=Mode.AVERAGED,
+        microbatches=manifest.batch.microbatches_per_round,
+        stages_behind=stages_behind,
+        longest_pass_s=manifest.timing.hop_silence_s / 2,
     )
     key = _key(manifest, inventory, settings, device)
     remembered = None if nvme is None else _read(_memo(nvme), inventory, key=key)
@@ -99,8 +112,6 @@ def choose(
         chosen = _planned(manifest, inventory, settings, budgets, workload, device=device)
         if nvme is not None:
             _write(_memo(nvme), chosen, inventory, key=key)
-    if has_state and Tier.NVME not in chosen.placement.homes.values():
-        log.warning("memory.state_left_behind", folder=str(nvme), reason="everything fits memory now")
     return chosen
 
 
@@ -134,9 +145,9 @@ def _planned(
     device: str,
 ) -> Provision:
     """Measure this machine, and make a plan for it."""
-    batch, config = manifest.batch, manifest.model.config
+    batch = manifest.batch
     profile = measure(
-        config,
+        manifest.model.config,
         sequences=batch.sequences_per_microbatch,
         sequence_length=batch.sequence_length,
         device=device,
@@ -147,11 +158,6 @@ def _planned(
     chosen = plan(inventory, profile, budgets, workload)
     for warning in chosen.warnings:
         log.warning("memory.plan", warning=warning)
-    parked = {
-        block: activation.tier
-        for block, activation in chosen.activations.items()
-        if not activation.keep and activation.tier is not Tier.DEVICE
-    }
     num_waves = len(workload.waves(chosen.wave))
     log.info(
         "memory.planned",
@@ -167,10 +173,10 @@ def _planned(
         keep_bytes=chosen.keep_bytes,
         wave=chosen.wave,
         patience_s=0.0 if chosen.wave == 1 else chosen.prediction.step_s / (2 * num_waves),
-        entry_bytes=ELEMENT_BYTES * batch.sequences_per_microbatch * batch.sequence_length * int(config["hidden_size"]),
-        kept=frozenset(block for block, activation in chosen.activations.items() if activation.keep),
-        parked=parked,
-        places=dict.fromkeys(parked.values(), chosen.num_places),  # a plan sends all of them to one tier
+        kept=chosen.kept,
+        parked=chosen.parked,
+        spilled=chosen.spilled,
+        places=chosen.places,
         in_flight=chosen.in_flight,
         peak_bytes=chosen.prediction.peak_bytes,
     )
@@ -224,10 +230,10 @@ def _write(memo: Path, chosen: Provision, inventory: Inventory, *, key: str) -> 
         "keep_bytes": chosen.keep_bytes,
         "wave": chosen.wave,
         "patience_s": chosen.patience_s,
-        "entry_bytes": chosen.entry_bytes,
         "kept": None if chosen.kept is None else sorted(chosen.kept),
         "parked": sorted(chosen.parked.items()),
-        "places": sorted(chosen.places.items()),
+        "spilled": sorted(chosen.spilled.items()),
+        "places": sorted((tier, sorted(Counter(sizes).items())) for tier, sizes in chosen.places.items()),
         "in_flight": chosen.in_flight,
         "peak_bytes": sorted(chosen.peak_bytes.items()),
     }
@@ -255,10 +261,13 @@ def _read(memo: Path, inventory: Inventory, *, key: str) -> Provision | None:
             keep_bytes=int(record["keep_bytes"]),
             wave=int(record["wave"]),
             patience_s=float(record["patience_s"]),
-            entry_bytes=int(record["entry_bytes"]),
-            kept=None if record["kept"] is None else frozenset(map(int, record["kept"])),
+            kept=None if record["kept"] is None else frozenset(Segment(*map(int, each)) for each in record["kept"]),
             parked={int(block): Tier(tier) for block, tier in record["parked"]},
-            places={Tier(tier): int(count) for tier, count in record["places"]},
+            spilled={Segment(*map(int, each)): Tier(tier) for each, tier in record["spilled"]},
+            places={
+                Tier(tier): tuple(Counter({int(size): int(count) for size, count in sizes}).elements())
+                for tier, sizes in record["places"]
+            },
             in_flight=None if record["in_flight"] is None else int(record["in_flight"]),
             peak_bytes={Tier(tier): int(size) for tier, size in record["peak_bytes"]},
         )

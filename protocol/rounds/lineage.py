@@ -67,8 +67,7 @@ class Chain:
     def of_charter(cls, settings: Settings, signed: Signed) -> Self:
         """Start at a charter. Raises `PeerFault` if the coordinator did not sign it for this stage."""
         charter = read_charter(settings, signed)
-        lineage = Lineage(digest(CHARTER_CONTEXT.encode(), signed.payload))
-        root = Link(lineage, charter.version, charter.round, charter.seats, None)
+        root = Link(root_lineage(signed), charter.version, charter.round, charter.seats, None)
         return cls(settings, signed, charter, root)
 
     @classmethod
@@ -162,6 +161,11 @@ def read_charter(settings: Settings, signed: Signed) -> Charter:
     if charter.run != settings.run or charter.stage != settings.stage:
         raise PeerFault("that charter is about another stage")
     return charter
+
+
+def root_lineage(signed_charter: Signed) -> Lineage:
+    """H(charter): where a lineage begins, before any commit."""
+    return Lineage(digest(CHARTER_CONTEXT.encode(), signed_charter.payload))
 
 
 def next_lineage(parent: Lineage, commit_bytes: bytes) -> Lineage:

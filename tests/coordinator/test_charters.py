@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from coordinator.founding import Decision, Participant, Replica, Standing, View, decide, may_act
 from protocol.control import Leave
+from protocol.history import StateRequest
 from protocol.ids import Digest, PeerId, RoundId, StageId, Version, digest
 from protocol.rounds.messages import CHARTER_CONTEXT, Charter, Seat
 from protocol.signing import unseal
@@ -69,6 +70,7 @@ def view(*participants: Participant, generations: dict[int, int] | None = None, 
         "generations": generations or {},
         "start_peers": 2,
         "floor": {},
+        "reached": {},
         "vacant_s": {},
         "awake_s": 100.0,
         "settle_s": 10.0,
@@ -146,9 +148,31 @@ def test_when_everything_died_all_stages_start_from_the_newest_round_they_share(
     assert {(f.generation, f.round, f.version) for f in decision.foundings} == {(2, 8, 8)}
 
 
-def test_stages_without_a_common_round_wait() -> None:
-    scene = view(participant("a", 0, round=RoundId(8)), participant("b", 1, round=RoundId(4)), generations=STARTED)
-    assert decide(scene).waiting_for == "replicas that hold one and the same round"
+def at(name: str, stage: int, number: int) -> Participant:
+    """A replica that has come back and stands at this round and version."""
+    return participant(name, stage, round=RoundId(number), version=Version(number), state_digest=LATER)
+
+
+def test_stages_without_a_common_round_go_on_from_their_newest() -> None:
+    """Nobody would ever hold another state: it is as if the stage that is behind had died alone."""
+    decision = decide(view(at("a", 0, 8), at("c", 0, 6), at("b", 1, 4), generations=STARTED))
+    assert named(decision) == {0: ["a"], 1: ["b"]}
+    assert [(f.round, f.version) for f in decision.foundings] == [(8, 8), (8, 4)]
+
+
+def test_when_all_that_was_reached_is_there_again_nothing_is_given_up() -> None:
+    """One stage had taken the last step and the other had not; two more have restored an old checkpoint meanwhile.
+
+    Oracle: everybody's newest version; with a step missing, the round of the checkpoint.
+    """
+    back = (at("a", 0, 9), at("c", 0, 5), at("b", 1, 8), at("d", 1, 5))
+    reached = {StageId(0): Version(9), StageId(1): Version(8)}
+    decision = decide(view(*back, generations=STARTED, reached=reached))
+    assert named(decision) == {0: ["a"], 1: ["b"]}
+    assert [(f.generation, f.round, f.version) for f in decision.foundings] == [(2, 9, 9), (2, 9, 8)]
+    for lost in (reached | {StageId(0): Version(10)}, {StageId(0): Version(9)}):
+        decision = decide(view(*back, generations=STARTED, reached=lost))
+        assert named(decision) == {0: ["c"], 1: ["d"]}
 
 
 def test_a_state_older_than_the_newest_checkpoint_is_never_founded_on() -> None:
@@ -347,6 +371,72 @@ async def test_a_restarted_member_is_somebody_else(tmp_path: Path) -> None:
             await office.beat(A, state(0, lineage=lineages[0], members=1))
             await office.beat(reborn, state(1, lineage=lineages[1], members=0))
         assert office.charters()[StageId(1)].seats == (reborn.seat,)
+
+
+async def test_a_peer_that_comes_back_alone_hears_where_its_stage_stands(tmp_path: Path) -> None:
+    """Oracle: the charter, then the newest of the commits that were reported under it; also after a restart."""
+    time = StoppedTime()
+    ask = StateRequest(stage=StageId(1))
+    async with open_office(tmp_path, time=time, start_peers=2) as office:
+        nothing = await office.services.charters.answer_state(B.peer, ask)
+        assert (nothing.charter, nothing.commit, nothing.version) == (None, None, 0)
+        await start(office, A, B)
+        begun = await office.services.charters.answer_state(B.peer, ask)
+        assert begun.charter == office.services.charters.newest()[1]
+        assert (begun.commit, begun.version, begun.lineage) == (None, 0, office.charter_lineage(1))
+        parent, reports = begun.lineage, []
+        for round_id in range(3):
+            under = sign_closing(A, closing(office.manifest, round_id))
+            signed = sign_commit(B, commit(office.manifest, 1, under, members=[B], parent=parent))
+            parent = lineage_of(signed)
+            reports.append((round_id + 1, commit_report(signed)))
+        await office.beat(B, state(1), reports=tuple(reports))
+    async with open_office(tmp_path, time=time, start_peers=2) as office:
+        word = await office.services.charters.answer_state(B.peer, ask)
+        assert (word.charter, word.commit, word.version, word.lineage) == (begun.charter, signed, 3, parent)
+        assert (await office.services.charters.answer_state(A.peer, StateRequest(stage=StageId(0)))).commit is None
+        assert (await office.services.charters.answer_state(A.peer, StateRequest(stage=StageId(7)))).charter is None
+
+
+async def test_commits_that_a_newer_charter_has_rolled_back_are_no_word(tmp_path: Path) -> None:
+    """B came to version 1, and C has founded the stage on version 0 since. Oracle: C's charter, and no commit."""
+    async with open_office(tmp_path, start_peers=2) as office:
+        await start(office, A, B)
+        under = sign_closing(A, closing(office.manifest, 0))
+        signed = sign_commit(B, commit(office.manifest, 1, under, members=[B], parent=office.charter_lineage(1)))
+        await office.beat(B, state(1), reports=((1, commit_report(signed)),))
+        await office.services.registry.leave(B.peer, Leave())
+        await office.join(C)
+        await office.tick(9.5)
+        await office.beat(A, state(0, lineage=office.charter_lineage(0), members=1))
+        await office.beat(C, state(1))
+        await office.tick(1.0)
+        word = await office.services.charters.answer_state(B.peer, StateRequest(stage=StageId(1)))
+        assert office.charters()[StageId(1)].generation == 2
+        assert (word.charter, word.commit, word.lineage) == (
+            office.services.charters.newest()[1],
+            None,
+            office.charter_lineage(1),
+        )
+
+
+async def test_everything_that_died_a_step_apart_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Stage 0 had committed round 0, stage 1 had not; both come back with what they had. Oracle: the charters."""
+    async with open_office(tmp_path, start_peers=2) as office:
+        await start(office, A, B)
+        under = sign_closing(A, closing(office.manifest, 0))
+        signed = sign_commit(A, commit(office.manifest, 0, under, members=[A], parent=office.charter_lineage(0)))
+        await office.beat(A, state(0), reports=((1, commit_report(signed)),))
+        again = [Volunteer(name, session=2) for name in "ab"]
+        for volunteer in again:
+            await office.join(volunteer)
+        await office.tick(9.5)
+        await office.beat(again[0], state(0, round=1, version=1, state_digest=LATER))
+        await office.beat(again[1], state(1))
+        await office.tick(1.0)
+        charters = office.charters()
+        assert [(charters[stage].round, charters[stage].version) for stage in map(StageId, (0, 1))] == [(1, 1), (1, 0)]
+        assert {charter.generation for charter in charters.values()} == {2}
 
 
 async def test_an_empty_stage_takes_a_peer_from_a_full_one(tmp_path: Path) -> None:

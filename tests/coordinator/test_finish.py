@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.checkpointfiles import Checkpoint, CheckpointRecord
-from coordinator.finish import EVALUATION_PATIENCE_S, SETTLE_S
+from coordinator.finish import EVALUATION_PATIENCE_S, SETTLE_BEATS
 from coordinator.status import document
 from coordinator.store import history, tallies
 from protocol.errors import StorageError
@@ -30,6 +30,10 @@ LAST = RoundId(10)
 def last_checkpoint(office: Office) -> Checkpoint:
     record = CheckpointRecord(run=office.manifest.run_id, round=LAST, stages=())
     return Checkpoint(office.services.run.path, record)
+
+
+def settle_s(office: Office) -> float:
+    return SETTLE_BEATS * office.manifest.timing.beat_s
 
 
 async def tick(office: Office, seconds: float) -> None:
@@ -75,7 +79,9 @@ async def test_a_run_is_over_with_its_last_checkpoint_and_its_last_evaluation(tm
         assert not is_over(office)
         await evaluate(office, LAST, num_train=0, sequence=1)
         await tick(office, 1.0)
-        await tick(office, SETTLE_S)
+        await tick(office, 0.9 * settle_s(office))
+        assert not is_over(office)
+        await tick(office, 0.1 * settle_s(office) + 0.001)
         assert is_over(office)
         assert await ending(office) == "10 rounds"
         assert await evaluated_round(office) == LAST
@@ -89,7 +95,7 @@ async def test_an_end_without_the_last_evaluation_says_so_and_names_the_round_of
         await tick(office, EVALUATION_PATIENCE_S - 1.0)
         await tick(office, 2.0)
         assert not is_over(office)
-        await tick(office, SETTLE_S)
+        await tick(office, settle_s(office))
         assert is_over(office)
         assert await ending(office) == "10 rounds, without the last evaluation"
         assert await evaluated_round(office) == 8
@@ -109,5 +115,5 @@ async def test_a_database_that_does_not_answer_is_a_note_and_asked_again(
             await tick(office, 0.0)
         assert "locked" in office.services.journal.notes["disk"]
         await tick(office, 1.0)
-        await tick(office, SETTLE_S)
+        await tick(office, settle_s(office))
         assert is_over(office)

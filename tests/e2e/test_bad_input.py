@@ -29,7 +29,7 @@ REFUSAL_TIMEOUT_S = 60.0
 FOREVER = 20_000  # rounds
 PATIENCE_S = 90.0
 SETTINGS = ("keeping.checkpoint_every=1000", "batch.eval_every=1000")
-SLOW_ROUNDS = ("batch.microbatches_per_round=24", "keeping.checkpoint_every=4", "batch.eval_every=1000")
+SLOW_ROUNDS = ("batch.microbatches_per_round=24", "keeping.checkpoint_every=2", "batch.eval_every=1000")
 DISK_BYTES = 64 << 20
 ONE_LINE = re.compile(r"(?P<program>[a-z ]+): (?P<code>E-[A-Z0-9-]+) \S.*\n")
 
@@ -239,7 +239,7 @@ def test_a_truncated_checkpoint_and_a_rotten_token_chunk_cost_only_what_they_hel
             _flip(tokens, 1_000)
         said_before = len(peer.events())
 
-        swarm.start_coordinator(again=True)
+        swarm.start_coordinator("--lost-after", "5", again=True)  # so long it waits for more peers to report
         again = swarm.start_peer("p0")
         swarm.wait("a commit", lambda: _commits(again, said_before))
         assert _commits(again, said_before)[0] == before + 1

@@ -22,7 +22,7 @@ from peer.averaging import sync
 from peer.averaging.absorb import Update, absorb
 from peer.averaging.history import History
 from peer.averaging.spool import Spool
-from peer.averaging.sync import Place, StageSync, root_lineage, to_its_end
+from peer.averaging.sync import Place, StageSync, to_its_end
 from peer.engine.local_checkpoint import Standing
 from peer.engine.optimizer import OptimizerSpec
 from peer.engine.schedule import LearningRate
@@ -44,7 +44,7 @@ from protocol.errors import (
 )
 from protocol.history import LogAnswer, LogRequest, StateAnswer, StateRequest
 from protocol.ids import Lineage, PeerId, RoundId, RunId, StageId, Version, digest
-from protocol.rounds.lineage import next_lineage
+from protocol.rounds.lineage import next_lineage, root_lineage
 from protocol.rounds.messages import (
     CHARTER_CONTEXT,
     COMMIT_CONTEXT,
@@ -413,6 +413,8 @@ class Swarm(Network):
     async def fetch_into(
         self, peer: PeerId, name: str, make_room: Callable[[int], memoryview], *, max_bytes: int
     ) -> memoryview:
+        if name not in self.blobs:
+            raise self.blob_error
         data = self.blobs[name]
         assert len(data) <= max_bytes
         self.fetched.append(name)
@@ -565,6 +567,23 @@ async def test_what_was_on_the_disk_counts_once(case: Case) -> None:
     swarm.fetched.clear()
     await follow(case, swarm)
     assert swarm.fetched[0] == f"state/{STAGE}/3/{STATE_PARTS[0]}"
+
+
+async def test_what_has_followed_from_our_disk_so_far_is_gone_on_from(case: Case) -> None:
+    """The last update cannot be had, nor the snapshot. Oracle: where the engine stands by the members' lineage; the
+    next attempt fetches nothing but that update."""
+    swarm = resume(case, 1, Lineage(b""))
+    _use(case, swarm, Standing(Version(1), RoundId(1), swarm.lineages[1]))
+    lost, swarm.blobs = swarm.blobs, {name: swarm.blobs[name] for name in swarm.blobs if name.startswith("update/")}
+    del swarm.blobs[f"update/{STAGE}/3"]
+    with pytest.raises(UnreachableError):
+        await case.sync.from_members(swarm.states)
+    assert case.sync.own_standing() == Standing(Version(3), RoundId(3), swarm.lineages[3])
+    assert case.engine.state_digest() == swarm.digests[3]
+    swarm.blobs = lost
+    swarm.fetched.clear()
+    await follow(case, swarm)
+    assert swarm.fetched == [f"update/{STAGE}/3"]
 
 
 async def test_a_run_at_its_beginning_starts_over_whatever_was_on_the_disk(case: Case) -> None:

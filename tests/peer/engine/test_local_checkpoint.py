@@ -333,9 +333,8 @@ def test_a_store_for_activations_alone_keeps_no_state(tmp_path: Path) -> None:
             placement=in_host,
             seed=1,
             nvme=tmp_path / "s",
-            parked=Tier.NVME,
-            places=4,
-            activation_bytes=ACTIVATION_BYTES,
+            inputs=dict.fromkeys(range(1), Tier.NVME),
+            places={Tier.NVME: [ACTIVATION_BYTES] * 4},
         )
 
     with closing(engine()) as before:
