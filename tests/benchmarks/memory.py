@@ -30,6 +30,7 @@ from protocol.layout import BlockKind
 from tests.benchmarks.commands import CommandError
 from tests.benchmarks.harness import Options, Pairs, Row, compare, figure, measure_pairs, run
 from tests.benchmarks.memory_disk import RawDisk
+from tests.benchmarks.memory_loss import optimizer_loss
 from tests.benchmarks.memory_processes import OURS, PLAIN, Child, MemoryCap, ReportedClock, Steps, memory_cap
 
 THREADS = 2
@@ -308,8 +309,9 @@ def activations(bench: Bench, options: Options) -> Iterator[Row]:
 
     Bytes are those of the device.
     """
-    rows = ("activations", "activations_cpu", "activation_bytes", "recompute", "recompute_bytes")
-    if not options.wants(*rows):
+    rows = ("activations", "activations_cpu", "activation_bytes")
+    others = ("recompute", "recompute_bytes", "spill", "spill_bytes")
+    if not options.wants(*rows, *others):
         return
     with bench.ours("device", keep_bytes=ALL_BYTES) as keeping:
         reference = bench.steps(keeping)
@@ -322,6 +324,16 @@ def activations(bench: Bench, options: Options) -> Iterator[Row]:
             pairs = bench.pairs(steps, reference)
         yield compare("recompute", pairs, unit="s", note="no graph kept; the inputs of the layers wait in host memory")
         yield figure("recompute_bytes", least_bytes / MIB, all_bytes / MIB, unit="MiB")
+        if options.wants("spill", "spill_bytes"):
+            with bench.ours("device", spilled="host") as child:
+                steps = bench.steps(child)
+                steps()
+                live = bench.live_bytes(child)
+                pairs = bench.pairs(steps, reference)
+            yield compare(
+                "spill", pairs, unit="s", note="all graphs wait in host memory, which is the same memory here"
+            )
+            yield figure("spill_bytes", live / MIB, all_bytes / MIB, unit="MiB")
         keep_bytes = max(0, int(KEPT_SHARE * all_bytes) - least_bytes)
         with bench.ours("device", parked="host", keep_bytes=keep_bytes) as child:
             steps = bench.steps(child)
@@ -454,6 +466,7 @@ def measure(options: Options) -> Iterator[Row]:
         bench = Bench(size, Path(name), repeats=options.repeats_or(quick=REPEATS, full=REPEATS))
         for rows in (optimizer_bytes, tiers, balanced, traffic, activations, planned, depth, hard_cap):
             yield from rows(bench, options)
+        yield from optimizer_loss(bench.folder, options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,8 +9,8 @@ optimizer's step is taken inside the (last) backward pass. One request more:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from peer.engine.stage_state import Step
 from peer.memory.placement import Placement, Slots, Tier, all_on_device, footprint
 from peer.memory.planning.budgets import Budgets
 from peer.memory.planning.plan import Plan, plan
-from peer.memory.planning.profile import Profile
+from peer.memory.planning.profile import Profile, graph_bytes, place_bytes
 from peer.memory.planning.workload import Mode, Workload
+from peer.memory.segments import Segment, segments_of
 from peer.memory.units import ELEMENT_BYTES, Inventory, Section
 from protocol.architecture import stage_blocks
 from tests.benchmarks.memory_plain import (
@@ -50,8 +51,14 @@ class Layout:
     placement: Placement
     keep_bytes: int = 0
     """How much of the activations may stay instead of being recomputed."""
-    parked: Tier | None = None
+    kept: frozenset[Segment] | None = None
+    """Of which segments; None: of the first."""
+    inputs: Mapping[int, Tier] = field(default_factory=dict)
     """Where the inputs of layers wait for the backward pass, if not on the device."""
+    graphs: Mapping[Segment, Tier] = field(default_factory=dict)
+    """Where what graphs have saved does."""
+    places: Mapping[Tier, Sequence[int]] = field(default_factory=dict)
+    """The sizes of the places for these."""
     wave: int | None = None
     """Microbatches that go through a layer together; None: all of a step."""
 
@@ -76,7 +83,6 @@ class Ours(Trainer):
         """Build one stage for steps of `wave`. `tier` names a placement or is `planned`; for the rest see below."""
         torch.set_num_threads(threads)
         self.width, self.wave = config["hidden_size"], None
-        entry_bytes = ELEMENT_BYTES * wave["batch"] * wave["length"] * self.width
         spec: Any = OptimizerSpec  # names come as plain strings
         arguments: dict[str, Any] = {
             "num_stages": num_stages,
@@ -89,11 +95,10 @@ class Ours(Trainer):
             made = _planned(inventory, wave, **layout)
             chosen, answer = _as_layout(made), {"predicted": _predicted(made)}
         else:
-            chosen = _laid_out(inventory, tier, **layout)
-        places = wave["microbatches"] * len(inventory.blocks) if chosen.parked else 0
+            chosen = _laid_out(inventory, tier, wave, **layout)
         self.footprint = footprint(inventory, chosen.placement)
-        if chosen.parked is not None:
-            self.footprint[chosen.parked] += places * entry_bytes
+        for there, sizes in chosen.places.items():
+            self.footprint[there] += sum(sizes)
         self.wave = chosen.wave
         self.engine = StageEngine.build(
             config,
@@ -102,9 +107,10 @@ class Ours(Trainer):
             keep_budget_bytes=chosen.keep_bytes,
             placement=lambda _: chosen.placement,
             nvme=None if nvme is None else Path(nvme),
-            parked=chosen.parked,
-            places=places,
-            activation_bytes=entry_bytes,
+            kept=chosen.kept,
+            inputs=chosen.inputs,
+            graphs=chosen.graphs,
+            places=chosen.places,
         )
         self.executor = self.engine._memory
         self.executor.settle()
@@ -164,16 +170,36 @@ def placements(slots: Slots) -> dict[str, Place]:
 def _laid_out(
     inventory: Inventory,
     tier: str,
+    wave: dict[str, int],
     *,
     slots: Sequence[int] = (2, 1, 2),
     keep_bytes: int = 0,
     parked: str | None = None,
+    spilled: str | None = None,
 ) -> Layout:
-    """Return a layout by hand. `slots` are for weights, gradients and moments that do not live on the device."""
+    """Return a layout by hand. `slots` are for weights, gradients and moments that do not live on the device.
+
+    The inputs of all layers wait in tier `parked`, or their graphs in tier `spilled`.
+    """
     place = placements(Slots(weights=slots[0], gradient=slots[1], moments=slots[2]))[tier]
-    return Layout(
-        placement=place(inventory), keep_bytes=keep_bytes, parked=None if parked is None else Tier[parked.upper()]
-    )
+    there: dict[str, Any] = {}
+    if parked is not None:
+        width = inventory.blocks[0].slots[0].shape[1]
+        entry_bytes = ELEMENT_BYTES * wave["batch"] * wave["length"] * width
+        inputs = dict.fromkeys(range(len(inventory.blocks)), Tier[parked.upper()])
+        there = {"inputs": inputs, "places": {Tier[parked.upper()]: [entry_bytes] * len(inputs) * wave["microbatches"]}}
+    if spilled is not None:
+        layers = enumerate(inventory.blocks)
+        sizes = {
+            segment: place_bytes(num_bytes)
+            for block, layer in layers
+            for segment, num_bytes in zip(
+                segments_of(block, layer.kind), graph_bytes(layer, wave["batch"], wave["length"]), strict=True
+            )
+        }
+        graphs = dict.fromkeys(sizes, Tier[spilled.upper()])
+        there = {"graphs": graphs, "places": {Tier[spilled.upper()]: [*sizes.values()] * wave["microbatches"]}}
+    return Layout(placement=place(inventory), keep_bytes=keep_bytes, **there)
 
 
 def _planned(inventory: Inventory, wave: dict[str, int], *, profile: str, **budgets: int) -> Plan:
@@ -183,11 +209,13 @@ def _planned(inventory: Inventory, wave: dict[str, int], *, profile: str, **budg
 
 
 def _as_layout(made: Plan) -> Layout:
-    parked = {activation.tier for activation in made.activations.values() if not activation.keep} - {Tier.DEVICE}
     return Layout(
         placement=made.placement,
         keep_bytes=made.keep_bytes,
-        parked=next(iter(parked), None),
+        kept=made.kept,
+        inputs=made.parked,
+        graphs=made.spilled,
+        places=made.places,
         wave=made.wave,
     )
 
@@ -203,7 +231,7 @@ def _predicted(made: Plan) -> dict[str, Any]:
         "stall_s": prediction.stall_s,
         "process": prediction.process_bytes,
         "wave": made.wave,
-        "kept": sum(activation.keep for activation in made.activations.values()),
+        "kept": sum(not activation.is_recomputed for activation in made.activations.values()),
         **tiers,
     }
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,9 +41,14 @@ class Fsdp(Plain):
         store: Any = vars(torch.distributed)["HashStore"]  # torch's stubs do not have it
         init_process_group("gloo", store=store(), rank=0, world_size=1)
         mesh = init_device_mesh("cpu", (1,))
-        for layer in self.layers:
-            fully_shard(layer, mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+        self._body = _Body(self.layers, super().through)
+        for module in (*self.layers, self._body):  # the whole last: a layer that is its own root never lets go
+            fully_shard(module, mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
         super()._prepare("adamw32")
+
+    def through(self, hidden_BTD: Tensor) -> Tensor:
+        outputs_BTD: Tensor = self._body(hidden_BTD)
+        return outputs_BTD
 
     def state(self) -> dict[str, int]:
         """Leave it to the RSS: what is the device's and what the host's is not to be told apart here."""
@@ -58,7 +64,7 @@ class DeepSpeed(Plain):
         os.environ |= {
             "DS_ACCELERATOR": "cpu",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": os.environ.get("MASTER_PORT", "29577"),
+            "MASTER_PORT": str(_free_port()),
             "RANK": "0",
             "LOCAL_RANK": "0",
             "WORLD_SIZE": "1",
@@ -86,7 +92,7 @@ class DeepSpeed(Plain):
     def _start(self, microbatches: int) -> None:
         adamw = {"lr": LEARNING_RATE, "betas": BETAS, "eps": EPSILON}
         self._engine, *_ = self._deepspeed.initialize(
-            model=_Body(self),
+            model=_Body(self.layers, self.through),
             model_parameters=self.groups(),
             config={
                 "train_micro_batch_size_per_gpu": 1,
@@ -96,6 +102,7 @@ class DeepSpeed(Plain):
                     "stage": 3,
                     "offload_param": self._offload(),
                     "offload_optimizer": self._offload(),
+                    **self._granularity(),
                 },
                 "bf16": {"enabled": False},
                 "fp16": {"enabled": False},
@@ -104,6 +111,16 @@ class DeepSpeed(Plain):
 
     def _offload(self) -> dict[str, Any]:
         return {"device": self.where}
+
+    def _granularity(self) -> dict[str, int]:
+        """Return how many weights may be gathered or updated at once: as they come, all of a model of this size."""
+        layer = sum(parameter.numel() for parameter in self.layers[0].parameters())
+        return {
+            "stage3_max_live_parameters": 2 * layer,
+            "stage3_max_reuse_distance": 2 * layer,
+            "stage3_prefetch_bucket_size": layer,
+            "sub_group_size": layer,
+        }
 
 
 class DeepSpeedNvme(DeepSpeed):
@@ -119,13 +136,20 @@ class DeepSpeedNvme(DeepSpeed):
 class _Body(nn.Module):
     """A module whose forward pass is the yardstick's."""
 
-    def __init__(self, plain: Plain) -> None:
+    def __init__(self, layers: nn.ModuleList, through: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.layers = plain.layers
-        self._through = plain.through
+        self.layers = layers
+        self._through = through
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         return self._through(hidden_BTD)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 RIVALS: dict[str, type[Plain]] = {

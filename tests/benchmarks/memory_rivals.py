@@ -15,10 +15,12 @@ FSDP2 comes with torch. DeepSpeed wants an environment of its own, a C++ compile
     /tmp/deepspeed/bin/pip install setuptools wheel ninja packaging py-cpuinfo hjson msgpack pydantic tqdm einops
     DS_BUILD_OPS=0 /tmp/deepspeed/bin/pip install --no-build-isolation deepspeed==0.19.8
     apt-get install libaio-dev
+    DS_ACCELERATOR=cpu /tmp/deepspeed/bin/python -c "from deepspeed.accelerator import get_accelerator
+    for name in 'CPUAdamBuilder', 'AsyncIOBuilder': get_accelerator().create_op_builder(name).load()"
     HANDCAR_DEEPSPEED=/tmp/deepspeed/bin/python make bench-memory_rivals
 
-Its first step then compiles for minutes. A compilation that is killed leaves a file `lock` below
-`~/.cache/torch_extensions` for which all later ones wait, silently: remove it.
+The last but one compiles for minutes; with another `ninja` on the PATH everything is compiled again. A compilation that
+is killed leaves a file `lock` below `~/.cache/torch_extensions` for which all later ones wait, silently: remove it.
 """
 
 from __future__ import annotations
@@ -28,18 +30,23 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.benchmarks.commands import CommandError
 from tests.benchmarks.harness import Options, Row, compare, figure, measure_pairs, run
-from tests.benchmarks.memory import FULL, MIB, QUICK, SLACK, THREADS, Bench, Size
+from tests.benchmarks.memory import FULL, MIB, QUICK, SLACK, STAGE, THREADS, Bench, Size
 from tests.benchmarks.memory_processes import ROOT, Child, Steps
 
 DEEPSPEED_PYTHON = os.environ.get("HANDCAR_DEEPSPEED", sys.executable)
 REPEATS = 5
 COMPILING_TIMEOUT_S = 1200.0
+
+
+class RivalError(Exception):
+    """A rival that does not get as far as a comparison."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +104,31 @@ def _against(bench: Bench, rival: Rival) -> Iterator[Row]:
         return
     try:
         with _started(rival, bench) as child:
-            theirs = Steps(child, bench.clock, bench.size.wave)
+            theirs = _blaming(rival, Steps(child, bench.clock, bench.size.wave))
             for _ in range(2):  # compiles, allocates
                 theirs()
             yield from _rows(bench, rival, child, theirs)
-    except CommandError as error:
-        yield figure(f"{rival.name}_rss", 0, unit="MiB", note=f"not run: {_last_line(str(error))}")
+    except RivalError as error:
+        yield figure(f"{rival.name}_rss", 0, unit="MiB", note=str(error))
 
 
-def _rows(bench: Bench, rival: Rival, child: Child, theirs: Steps) -> Iterator[Row]:
+def _blaming(rival: Rival, steps: Steps) -> Callable[[], float]:
+    """Return the rival's steps; one that fails is its result, while one of ours would be an error."""
+
+    def once() -> float:
+        try:
+            return steps()
+        except CommandError as error:
+            raise _failed(rival, f"took {steps.number - 1} step(s)", error) from error
+
+    return once
+
+
+def _failed(rival: Rival, how_far: str, error: CommandError) -> RivalError:
+    return RivalError(f"{rival.title}: {how_far}, then: {_last_line(str(error))}")
+
+
+def _rows(bench: Bench, rival: Rival, child: Child, theirs: Callable[[], float]) -> Iterator[Row]:
     moved: dict[str, tuple[float, float]] = {}
     rss: dict[str, float] = {}
     for name, own in OWN.items():
@@ -134,7 +157,7 @@ def _rows(bench: Bench, rival: Rival, child: Child, theirs: Steps) -> Iterator[R
 
 
 @contextlib.contextmanager
-def _started(rival: Rival, bench: Bench) -> Iterator[Child]:
+def _started(rival: Rival, bench: Bench, **options: Any) -> Iterator[Child]:
     argv = (rival.python, "-m", "tests.benchmarks.memory_rival_child", rival.name)
     environment = {"OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": str(ROOT)}
     with (
@@ -142,7 +165,16 @@ def _started(rival: Rival, bench: Bench) -> Iterator[Child]:
         Child(argv, env={**environment, "TMPDIR": temporary}, timeout_s=COMPILING_TIMEOUT_S) as child,
     ):
         size = bench.size
-        child.ask("build", config=size.config, first_layer=0, num_layers=size.layers, threads=THREADS)
+        try:
+            child.build(
+                config=size.config,
+                first_layer=size.layers * STAGE,
+                num_layers=size.layers,
+                threads=THREADS,
+                **options,
+            )
+        except CommandError as error:
+            raise _failed(rival, "not built", error) from error
         yield child
 
 
