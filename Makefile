@@ -17,7 +17,7 @@ FITS := import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 
 HAS_TORCH := import importlib.metadata as m; raise SystemExit([int(n) for n in m.version("torch").split(".")[:2]] < [2, 10])
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench chaos-memory lock clean
+.PHONY: help setup demo test check lint bench chaos-memory lock clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -29,15 +29,18 @@ setup: $(STAMP) ## make the environment and install Handcar into it (the others 
 demo: $(STAMP) ## train a small model with a whole swarm on this machine
 	@$(BIN)/coordinator demo $(ARGS)
 
+# Two workers; tests/conftest.py says what each of them gets. ARGS='-n 0' does without.
 test: $(STAMP) ## run the whole test suite
-	@$(BIN)/python -m pytest -q -rfEs --durations=15 $(ARGS)
+	@$(BIN)/python -m pytest -q -rfEs -n 2 --no-loadscope-reorder --durations=15 $(ARGS)
 
-check: $(STAMP) ## lint, types, layer contracts and the fast tests
+check: lint ## lint, types, layer contracts and the fast tests
+	@$(BIN)/python -m pytest -q -rfEs -m "not slow and not e2e" $(ARGS)
+
+lint: $(STAMP) ## lint, types and layer contracts alone
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet . || { echo "handcar: not formatted; run: $(BIN)/ruff format ." >&2; exit 1; }
 	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/lint-imports --no-logo >$(VENV)/.layers.txt || { cat $(VENV)/.layers.txt; exit 1; }
-	@$(BIN)/python -m pytest -q -rfEs -m "not slow and not e2e" $(ARGS)
 
 bench: $(STAMP) ## run every benchmark (ARGS='--quick --json FILE')
 	@$(BIN)/python -m tests.benchmarks $(ARGS)

@@ -1,8 +1,12 @@
 """Settings that every test shares: no network, no chance, one thread, nothing left behind.
 
 Owns: the environment of the test process (set before anything imports torch or transformers), the
-hypothesis profile, the marks that follow from a test's place, and the check for left-over processes.
-Must not know: any part of Handcar.
+hypothesis profile, the marks that follow from a test's place, what may run side by side, and the check for
+left-over processes. Must not know: any part of Handcar.
+
+`make test` has two workers (pytest-xdist). One of them gets every test that may start processes, use the network or
+measure something, as one group: these run one after the other, as without workers. The other worker has meanwhile
+what only computes, file by file.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -30,6 +35,12 @@ settings.register_profile("handcar", derandomize=True, deadline=None, database=N
 settings.load_profile("handcar")
 
 E2E = Path(__file__).parent / "e2e"
+COMPUTING = (
+    *("tests/peer/codecs/", "tests/peer/data/", "tests/peer/engine/", "tests/peer/memory/", "tests/peer/model/"),
+    *("tests/protocol/rounds/", "tests/sim/"),
+)
+"""Where tests need nothing but a core and a folder."""
+ONE_AT_A_TIME = "one-at-a-time"
 LAST_GRACE_S = 5.0  # a daemon that was told to stop may need a moment at the end of the session
 
 
@@ -42,6 +53,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if needs_cuda and not _has_cuda():
         for item in needs_cuda:
             item.add_marker(pytest.mark.skip(reason="needs CUDA: no NVIDIA GPU here"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Share tests out by `group_of`."""
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+
+    class Groups(LoadScopeScheduling):  # type: ignore[misc]  # untyped
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return Groups(config, log)
+
+
+def group_of(nodeid: str) -> str:
+    """Return what a test may not be separated from: its file, or everything that is not known only to compute."""
+    path = nodeid.partition("::")[0]
+    return path if path.startswith(COMPUTING) else ONE_AT_A_TIME
 
 
 def _has_cuda() -> bool:

@@ -47,7 +47,7 @@ TOP_LEVEL = {
     "Makefile",
     "LICENSE",
 }
-TARGETS = ("setup", "demo", "test", "check", "bench", "lock", "clean")
+TARGETS = ("setup", "demo", "test", "check", "lint", "bench", "lock", "clean")
 
 
 def locked_versions(name: str, environment: dict[str, str]) -> list[str]:
@@ -232,9 +232,9 @@ def test_make_names_the_python_that_it_needs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("failing", "called"),
-    [("nothing", ["check", "test"]), ("check", ["check"]), ("test", ["check", "test"])],
+    [("nothing", ["lint", "test"]), ("lint", ["lint"]), ("test", ["lint", "test"])],
 )
-def test_ci_runs_the_checks_and_the_tests_and_fails_with_them(tmp_path: Path, failing: str, called: list[str]) -> None:
+def test_ci_lints_and_runs_the_tests_and_fails_with_them(tmp_path: Path, failing: str, called: list[str]) -> None:
     """Oracle: a `make` that notes what it was asked for and fails on command."""
     make = tmp_path / "make"
     make.write_text('#!/bin/sh\necho "$*" >> "$CALLS"\n[ "$*" != "$FAILING" ]\n')
