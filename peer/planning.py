@@ -64,6 +64,7 @@ def answer(question: Question) -> Plan:
         mode=question.mode,
         microbatches=question.microbatches,
         stages_behind=question.num_stages - 1 - stages[-1],
+        stages=len(stages),
     )
     found = plan(Inventory(blocks, question.optimizer, question.master), profile, budgets, workload)
     return found if question.machine is not None else replace(found, warnings=(*found.warnings, *_too_much(found)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from peer.engine.span import SpanEngine
 from peer.engine.stage_engine import StageEngine
 from peer.memory.arena import Arena
 from peer.memory.backend import backend_for
+from peer.memory.disk.durable_files import allocated_bytes
 from peer.memory.disk.store_folder import TABLE_FILE
 from peer.memory.executor import Executor, open_memory
 from peer.memory.placement import Tier
@@ -36,8 +38,7 @@ def build_span(
     """Materialise only the given stages, with the initial weights that the manifest's seed defines.
 
     What the memory engine has committed in the folder `nvme` is taken up again instead, also if all of it fits memory
-    today. Raises `LocalFault` if the
-    device is not there or too small.
+    today. Raises `LocalFault` if the device is not there or too small.
     """
     torch.set_num_threads(settings.threads)
     device = choose_device(settings.device)
@@ -63,20 +64,21 @@ def build_span(
             inventory,
             settings,
             device=device,
-            stages_behind=manifest.model.num_stages - 1 - max(stages),
+            stages=stages,
             nvme=nvme,
         )
         fingerprint = f"{manifest.run_id} {list(stages)} {optimizer}"
         is_kept_there = Tier.NVME in chosen.placement.homes.values()
+        folder, limit_bytes = _store_folder(nvme, chosen, settings.limits.nvme_bytes)
         memory = open_memory(
             inventory,
             chosen.placement,
             backend,
-            # a store for activations alone must not take the place of a state that an earlier plan has left
-            nvme=nvme if nvme is None or is_kept_there else nvme / "activations",
+            nvme=folder,
             fingerprint=fingerprint,
-            limit_bytes=settings.limits.nvme_bytes,
+            limit_bytes=limit_bytes,
             writes_per_day_bytes=settings.limits.nvme_writes_per_day_bytes,
+            books=nvme,
             activations=chosen.places.get(Tier.NVME, ()),
         )
         undo.callback(memory.close)  # or the drive's folder would stay locked
@@ -101,6 +103,23 @@ def build_span(
     return span
 
 
+def _store_folder(nvme: Path | None, chosen: Provision, limit_bytes: int | None) -> tuple[Path | None, int | None]:
+    """Return where a plan's store goes, and how large it may be.
+
+    A store for activations alone must not take the place of a state that an earlier plan has left.
+    """
+    if nvme is None:
+        return None, limit_bytes
+    scratch = nvme / "activations"
+    is_kept_there = Tier.NVME in chosen.placement.homes.values()
+    if is_kept_there or not chosen.places.get(Tier.NVME):
+        shutil.rmtree(scratch, ignore_errors=True)  # nothing in it lasts
+    if is_kept_there:
+        return nvme, limit_bytes
+    left_bytes = allocated_bytes(nvme) - allocated_bytes(scratch)
+    return scratch, None if limit_bytes is None else max(0, limit_bytes - left_bytes)
+
+
 def _engines(
     models: Mapping[StageId, Stage], optimizer: OptimizerSpec, memory: Executor, chosen: Provision
 ) -> dict[StageId, StageEngine]:
@@ -114,7 +133,7 @@ def _engines(
             optimizer,
             memory,
             first_block=first_block,
-            keep_budget_bytes=chosen.keep_bytes // len(models),
+            keep_budget_bytes=chosen.keep_bytes // (len(models) if chosen.kept is None else 1),
             kept=chosen.kept_in(own),
             parking=None if arena is None else Parking(arena, chosen.parked_in(own), chosen.spilled_in(own)),
         )

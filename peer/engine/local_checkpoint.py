@@ -1,9 +1,9 @@
 """The state on NVMe as this peer's own checkpoint: what its last commit holds, and when the next one is due.
 
 Owns: the record that goes with a commit, the choice of the moment, taking the state back into memory when nothing is
-kept on NVMe any more. Must not know: how a commit is made safe
-(`peer/memory/disk/store.py`), whom the state agrees with (`peer/averaging/sync.py` asks). Called from the compute
-thread only, between passes, so that a commit is of one version of every stage.
+kept on NVMe any more. Must not know: how a commit is made safe (`peer/memory/disk/store.py`), whom the state agrees
+with (`peer/averaging/sync.py` asks). Called from the compute thread only, between passes, so that a commit is of one
+version of every stage.
 
 What streams from NVMe is there anyway and costs nothing to commit; what lives in memory has to be written beside it.
 A drive at home must not wear out by that, so the more there is of it, the rarer the commits.
@@ -131,8 +131,8 @@ def move_in(
 ) -> dict[StageId, Standing]:
     """Take up the state that an earlier plan has left on NVMe, into a memory that keeps all of it elsewhere.
 
-    Returns where the engines stand then; empty if the folder holds no whole state of theirs. It is only read: until the
-    run has moved on it is still the newest state on this machine's disks, and a later plan may use it again.
+    Returns where the engines stand then; empty if the folder holds no whole state of theirs. The state stays there: until
+    the run has moved on it is still the newest on this machine's disks, and a later plan may use it again.
     """
     try:
         with NvmeStore.open(folder, lasting_specs(memory.pool.inventory), fingerprint=fingerprint) as store:

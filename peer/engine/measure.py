@@ -50,6 +50,7 @@ ENOUGH_S = 0.5  # of one run of a probe
 BUSY_S = 0.2  # of work that is to be disturbed by copies of some 10 ms
 FIRST_TOKENS = 64  # of the run that tells how many tokens ENOUGH_S allows
 STEP_ELEMENTS = 1 << 21
+SPARE_SHARE = 1 / 32  # of what graphs save
 GAP_LAYERS, GAP_ROUNDS = 12, 2  # the second round finds the gaps of the first
 OWN_MAPPING_BYTES = 32 << 20  # from here on glibc's malloc asks the kernel for each piece, which leaves no gaps
 
@@ -169,12 +170,12 @@ class _Probe:
         )
 
     def _graph_bytes(self, sequences: int, length: int) -> tuple[int, ...]:
-        """Return what each segment's graph saves, in proportion to the tokens that were tried."""
-        scale = self._num_tokens / (sequences * length)
-        graphs = self._graphs(1, sequences, length)
-        found = tuple(math.ceil(graph.num_bytes * scale) for graph in graphs)
-        self._go_back(graphs, sequences, length)
-        return found
+        """Return what each segment's graph saves, in proportion to the tokens that were tried, and a little more.
+
+        Kernels may pad what they save for each sequence.
+        """
+        scale = (1 + SPARE_SHARE) * self._num_tokens / (sequences * length)
+        return tuple(math.ceil(graph.num_bytes * scale) for graph in self._graphs(1, sequences, length))
 
     def gap_share(self) -> float:
         """Return what graphs take beyond what they save and work with: the gaps that the allocator leaves between them.
@@ -192,7 +193,9 @@ class _Probe:
             graphs = self._graphs(GAP_LAYERS, 1, length)
             known_bytes = working_bytes + sum(graph.num_bytes for graph in graphs)
             share = (process.memory_info().rss - before_bytes) / known_bytes - 1
-            self._go_back(graphs, 1, length)
+            gradient_BTD = self._hidden(1, length)
+            while graphs:
+                gradient_BTD = graphs.pop().backward(gradient_BTD)
         return min(1.0, max(0.0, share))  # where a model is tiny, the libraries' own memory shows
 
     def _graphs(self, num_layers: int, sequences: int, length: int) -> list[Graph]:
@@ -202,12 +205,6 @@ class _Probe:
             graphs.append(Graph(self._stage, *segment, hidden_BTD))
             hidden_BTD = graphs[-1].take_outputs()
         return graphs
-
-    def _go_back(self, graphs: list[Graph], sequences: int, length: int) -> None:
-        """Use graphs up. One that never goes backward keeps its block alive, buffers and all (torch 2.13)."""
-        gradient_BTD = self._hidden(sequences, length)
-        while graphs:
-            gradient_BTD = graphs.pop().backward(gradient_BTD)
 
     def head(self) -> BlockCost:
         block = self._stage.head[0]

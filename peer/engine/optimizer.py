@@ -3,12 +3,12 @@
 Owns: the step and what is decayed. Must not know: modules, rounds, where a gradient comes from, how the state lies in
 its buffer (`peer/memory/moments.py`). `peer/engine/passes.py` calls `step` once per shard and version.
 
-A shard is updated in two segments: its matrices (with weight decay) and its vectors (norms and biases,
+A shard is updated in two groups: its matrices (with weight decay) and its vectors (norms and biases,
 without). `adamw8bit` keeps 8-bit blockwise moments for the matrices of the layers; vectors, embedding and
 head keep 32-bit moments, as bitsandbytes advises (tiny or rarely updated rows suffer most from 8 bits).
 
 Same gradient bytes, same weights: both kernels are elementwise (quantisation works on blocks of 256, which
-is the shards' alignment), and a segment's length is a multiple of 256, so no number depends on a vector tail
+is the shards' alignment), and a group's length is a multiple of 256, so no number depends on a vector tail
 or on how threads share the work. Processors without fused multiply-add would still differ in the last bit.
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from peer.engine.rounding import join, round_at_random, round_nearest, split
-from peer.memory.moments import Field, MasterName, Moment, OptimizerName, Segment, is_in_8_bit, moment_fields, segments
+from peer.memory.moments import Field, Group, MasterName, Moment, OptimizerName, groups, is_in_8_bit, moment_fields
 from protocol.errors import ConfigError, LocalFault
 from protocol.layout import ALIGNMENT_ELEMENTS, ShardLayout
 
@@ -58,8 +58,8 @@ class OptimizerSpec:
             raise ConfigError(f"the optimizer's settings make no sense: {self}.")
 
 
-_Fields = dict[Segment, dict[Moment, Tensor]]
-"""The arrays of a shard's moments, by segment and name."""
+_Fields = dict[Group, dict[Moment, Tensor]]
+"""The arrays of a shard's moments, by group and name."""
 
 
 class AdamW:
@@ -94,12 +94,12 @@ class AdamW:
             # bitsandbytes' CUDA kernel would take the second buffer's bytes for the first one's type
             raise LocalFault("training needs fp32 weights and gradients.")
         fields = self._views(layout, moments)
-        for segment, part in segments(layout):
-            own, piece = fields[segment], weights[part]
+        for group, part in groups(layout):
+            own, piece = fields[group], weights[part]
             if self._spec.master == "bf16+16":
                 join(piece, own["remainder"])
-            update = self._step_8_bit if is_in_8_bit(layout, segment, self._spec.name) else self._step_32_bit
-            decay = self._spec.weight_decay if segment == "matrices" else 0.0
+            update = self._step_8_bit if is_in_8_bit(layout, group, self._spec.name) else self._step_32_bit
+            decay = self._spec.weight_decay if group == "matrices" else 0.0
             update(piece, gradient[part], own, step, learning_rate, decay)
         # bitsandbytes' CPU quantiser has no code for zero (0.50.2 takes 2e-5 of the block's largest instead),
         # so its moments push even weights that never had a gradient
@@ -119,13 +119,13 @@ class AdamW:
             self._split(layout, weights, self._views(layout, moments))
 
     def _split(self, layout: ShardLayout, weights: Tensor, fields: _Fields) -> None:
-        for segment, part in segments(layout):
-            split(weights[part], fields[segment]["remainder"])
+        for group, part in groups(layout):
+            split(weights[part], fields[group]["remainder"])
 
     def _views(self, layout: ShardLayout, moments: Tensor) -> _Fields:
         views: _Fields = {}
         for each in moment_fields(layout, self._spec.name, self._spec.master):
-            views.setdefault(each.segment, {})[each.name] = field_view(moments, each)
+            views.setdefault(each.group, {})[each.name] = field_view(moments, each)
         return views
 
     def _step_32_bit(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import structlog
 import torch
 from torch import Tensor
 
@@ -29,6 +30,8 @@ from peer.model.loss import Scores
 from peer.model.stage import Stage
 from protocol.ids import Digest
 from protocol.layout import ShardLayout
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +292,10 @@ class WavePass(StagePass):
         """Book a graph that stays, or see whether there is room for one that leaves."""
         tier = self._leaves_for(segment)
         if tier is not None:
-            return self._arena.may_park(graph.savings, tier)
+            may_leave = self._arena.may_park(graph.savings, tier)
+            if not may_leave:  # a full drive's budget, or other tensors than the plan knew of
+                log.warning("activations.stay", block=segment.block, tier=tier.name.lower(), bytes=graph.num_bytes)
+            return may_leave
         assert self._retention is not None
         if not self._retention.keep(self._kind(segment, entered_BTD), graph.num_bytes):
             return False

@@ -28,6 +28,7 @@ from peer.memory.planning.workload import Mode, Workload
 from peer.memory.segments import Segment
 from peer.memory.units import Inventory, Section
 from peer.settings import PeerSettings
+from protocol.ids import StageId
 from protocol.manifest import Manifest
 
 log = structlog.get_logger()
@@ -55,7 +56,6 @@ class Provision:
     """The sizes of the places for all of that."""
     in_flight: int | None = None
     """How many microbatches may be between their forward and backward pass. None: as many as like."""
-
     peak_bytes: Mapping[Tier, int] = field(default_factory=dict)
     """What the plan takes of every tier."""
 
@@ -82,11 +82,12 @@ def choose(
     settings: PeerSettings,
     *,
     device: str,
-    stages_behind: int,
+    stages: Sequence[StageId],
     nvme: Path | None = None,
 ) -> Provision:
-    """Return the provision for a span. Raises `ConfigError`, saying what would make it fit, if nothing does.
+    """Return the provision for a span of these stages.
 
+    Raises `ConfigError`, saying what would make it fit, if nothing does.
     A span that fits its device as a whole needs no plan; for others, this machine is measured for some seconds. A plan
     is remembered beside the folder `nvme` of the span's state, and made anew only if the volunteer's limits are others
     or it can no longer be carried out: how much is free changes with every browser tab, and with our own files.
@@ -94,7 +95,8 @@ def choose(
     workload = Workload(
         mode=Mode.AVERAGED,
         microbatches=manifest.batch.microbatches_per_round,
-        stages_behind=stages_behind,
+        stages_behind=manifest.model.num_stages - 1 - max(stages),
+        stages=len(stages),
         longest_pass_s=manifest.timing.hop_silence_s / 2,
     )
     key = _key(manifest, inventory, settings, device)
@@ -110,6 +112,11 @@ def choose(
     chosen = whole or remembered
     if chosen is None:
         chosen = _planned(manifest, inventory, settings, budgets, workload, device=device)
+        if nvme is not None and has_state and Tier.NVME not in chosen.placement.homes.values():
+            # what an earlier plan has left stays where it is
+            left_bytes = max(0, budgets.nvme_bytes - allocated_bytes(nvme))
+            budgets = replace(budgets, nvme_bytes=left_bytes)
+            chosen = _planned(manifest, inventory, settings, budgets, workload, device=device)
         if nvme is not None:
             _write(_memo(nvme), chosen, inventory, key=key)
     return chosen
@@ -127,12 +134,27 @@ def _whole(
         sequence_length=batch.sequence_length,
     )
     needs = Needs(inventory, replace(profile, step_workspace_bytes=STEP_WORKSPACE_BYTES), workload)
-    _, rows = needs.computing(Way(wave=1, waves_in_flight=workload.stages_behind + 1))
-    taken_bytes = footprint(inventory, placement)[Tier.DEVICE] + sum(row[Tier.DEVICE] for row in rows.values())
-    left_bytes = budgets.device_bytes - taken_bytes
+    num_steady = workload.stages_behind + 1  # one here, and one at each of the stages behind
+    left_bytes = budgets.device_bytes - footprint(inventory, placement)[Tier.DEVICE] - _computing(needs, num_steady)
     if left_bytes < settings.activation_bytes // 2:
         return None
-    return Provision(placement=placement, keep_bytes=min(settings.activation_bytes, left_bytes))
+    keep_bytes = min(settings.activation_bytes, left_bytes)
+    usual = max(settings.slots, manifest.model.num_stages + 1)  # which a peer takes on in any case (`span_parts.py`)
+    room = num_steady + _more_in_flight(needs, num_steady, left_bytes - keep_bytes)
+    return Provision(placement=placement, keep_bytes=keep_bytes, in_flight=max(usual, room))
+
+
+def _computing(needs: Needs, in_flight: int) -> int:
+    """Return what computing takes of the device, at worst, with so many microbatches in flight and no graphs kept."""
+    _, rows = needs.computing(Way(wave=1, waves_in_flight=in_flight))
+    return sum(row[Tier.DEVICE] for row in rows.values())
+
+
+def _more_in_flight(needs: Needs, in_flight: int, left_bytes: int) -> int:
+    """Return for how many microbatches more there is room, of those that a round has."""
+    each_bytes = _computing(needs, in_flight + 1) - _computing(needs, in_flight)
+    most = max(0, needs.workload.microbatches - in_flight)
+    return min(most, left_bytes // each_bytes) if most else 0
 
 
 def _planned(

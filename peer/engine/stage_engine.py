@@ -93,7 +93,7 @@ class StageEngine(StageState):
         super().__init__(stage, spec, memory, first_block=first_block)
         self._retention, self._kept_segments = Retention(keep_budget_bytes), kept
         self._parking = parking
-        self._parked = set() if parking is None else {first_block + block for block in parking.blocks}
+        self._leaving = set() if parking is None else {first_block + block for block in parking.blocks}
         self._pending: dict[int, Tape] = {}
         self._next_ticket = 0
         self._forwards = self._backwards = self._recomputed = 0
@@ -276,7 +276,7 @@ class StageEngine(StageState):
         for tape in tapes:
             tape.hidden_BTD = None if self.is_first else tape.inputs
         blocks = [self._first + block for block in (*self._stage.embedding, *self._stage.body)]
-        visits = forward_visits(blocks, len(tapes), parked=self._parked if retention is not None else ())
+        visits = forward_visits(blocks, len(tapes), leaving=self._leaving if retention is not None else ())
         if score:
             head = [self._first + block for block in self._stage.head]
             visits += forward_visits(head, len(tapes), kind=Kind.SCORE)
@@ -300,7 +300,7 @@ class StageEngine(StageState):
                 kind=kind,
                 is_fresh=lambda block: block in self._fresh,
                 step=step is not None,
-                parked=self._parked,
+                leaving=self._leaving,
             )
         worker = WavePass(
             self._stage,

@@ -52,10 +52,12 @@ class Arena:
             tier: {size: deque(n for n, each in enumerate(sizes) if each == size) for size in sorted({*sizes})}
             for tier, sizes in self._sizes.items()
         }
+        self._dropped: list[Parked] = []
+        """Given up, while something may be under way there."""
 
     def may_park(self, pieces: Sequence[Tensor], tier: Tier) -> bool:
         """Tell whether an activation fits a place, and today's writes cover it and a round besides."""
-        place_bytes = self._place_bytes(pieces, tier)
+        place_bytes = next(iter(self._fitting(pieces, tier)), None)
         if place_bytes is None:
             return False
         store = self._memory.pool.store
@@ -67,12 +69,9 @@ class Arena:
 
     def park(self, pieces: Sequence[Tensor], tier: Tier) -> Parked:
         """Begin to move an activation (flat bytes) out of the device; it must not be changed any more."""
-        place_bytes = self._place_bytes(pieces, tier)
-        if place_bytes is None or not self._free[tier][place_bytes]:
-            raise LocalFault("there is no room left for activations: more microbatches are open than were planned.")
         while len(self._leaving) >= PARK_BUFFERS:  # or what waits to be copied would pile up on the device
             self._memory.outwait([self._leaving.popleft()])
-        place = self._free[tier][place_bytes].popleft()
+        place = self._take_place(self._fitting(pieces, tier), tier)
         after = self._memory.backend.record()
 
         def move() -> list[Tensor]:
@@ -83,7 +82,8 @@ class Arena:
                 self._memory.pool.park(place, pieces, after)
             return []
 
-        future = self._memory.start(tier, "out", move)
+        written_bytes = padded(self._sizes[tier][place]) if tier is Tier.NVME else 0
+        future = self._memory.start(tier, "out", move, num_bytes=written_bytes)
         self._leaving.append(future)
         return Parked(tier, place, tuple(piece.numel() for piece in pieces), future)
 
@@ -119,10 +119,30 @@ class Arena:
 
     def drop(self, parked: Parked) -> None:
         """Give up an activation; its place is free once nothing is under way there."""
-        places = self._free[parked.tier][self._sizes[parked.tier][parked.place]]
-        parked.under_way.add_done_callback(lambda _: places.append(parked.place))
+        self._dropped.append(parked)
+        self.reclaim()
 
-    def _place_bytes(self, pieces: Sequence[Tensor], tier: Tier) -> int | None:
-        """Return the size of the places for an activation: the smallest that it fits, or None."""
+    def reclaim(self) -> None:
+        """Take places back from what was given up, where nothing is under way any more."""
+        still: list[Parked] = []
+        for parked in self._dropped:
+            if parked.under_way.done():
+                self._free[parked.tier][self._sizes[parked.tier][parked.place]].append(parked.place)
+            else:
+                still.append(parked)
+        self._dropped = still
+
+    def _take_place(self, sizes: Sequence[int], tier: Tier) -> int:
+        """Return the smallest free place of one of these sizes, waiting for one that was given up if need be."""
+        for _ in range(2):
+            self.reclaim()
+            for size in sizes:
+                if self._free[tier][size]:
+                    return self._free[tier][size].popleft()
+            self._memory.outwait([parked.under_way for parked in self._dropped])
+        raise LocalFault("there is no room left for activations: more microbatches are open than were planned.")
+
+    def _fitting(self, pieces: Sequence[Tensor], tier: Tier) -> list[int]:
+        """Return the sizes of the places that an activation fits, the smallest first."""
         needed_bytes = packed(piece.numel() for piece in pieces)[-1].stop
-        return next((size for size in self._free.get(tier, {}) if size >= needed_bytes), None)
+        return [size for size in self._free.get(tier, {}) if size >= needed_bytes]

@@ -11,7 +11,7 @@ cannot wait for each other.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -57,12 +57,13 @@ def open_memory(
     fingerprint: str = "",
     limit_bytes: int | None = None,
     writes_per_day_bytes: int | None = None,
+    books: Path | None = None,
     activations: Sequence[int] = (),
 ) -> Executor:
     """Allocate the memory of a placement, or open what of it is on NVMe already.
 
     `fingerprint` says whose state it is; what the folder holds of another one is thrown away. On NVMe there are also
-    places for `activations` of these sizes.
+    places for `activations` of these sizes. `books` has the writes of the day, if another folder is to count them.
     """
     specs = unit_specs(inventory, placement, activations=activations)
     if not specs:
@@ -76,6 +77,7 @@ def open_memory(
         limit_bytes=limit_bytes,
         writes_per_day_bytes=writes_per_day_bytes,
         replace=True,
+        books=books,
     )
     pool = Pool(inventory, placement, backend, store, activations=activations)
     return Executor(pool, backend)
@@ -123,6 +125,8 @@ class Executor:
         self._arriving: dict[_Place, dict[Unit, Future[None]]] = defaultdict(dict)
         self._leaving: dict[_Place, dict[Unit, Future[None]]] = defaultdict(dict)
         self._going_home: dict[Unit, Future[None]] = {}
+        self._writing: deque[tuple[Future[Any], int]] = deque()
+        """What is on its way to the drive, and its bytes."""
 
     def run(self, visits: Sequence[Visit], worker: Worker, *, then: Sequence[int] = ()) -> None:
         """Perform a pass. If anything fails, what is under way is waited for and the slots count as empty."""
@@ -175,6 +179,7 @@ class Executor:
     def commit(self, meta: Mapping[str, Json]) -> None:
         """Make the present state the one that the NVMe store survives a crash with. Raises `StorageError`."""
         self.settle()
+        self._wait_idle()  # activations on their way pass through the buffers that a commit needs
         for unit, future in self._going_home.items():
             if unit.section in DURABLE:
                 future.result()  # what failed while a pass ran is in this book only, and is not at home
@@ -257,7 +262,8 @@ class Executor:
 
     def _flush(self, unit: Unit, slot: int) -> None:
         after = self.backend.record()
-        future = self.start(self.pool.placement.homes[unit], "out", lambda: self.pool.flush(unit, slot, after))
+        tier, num_bytes = self.pool.placement.homes[unit], self.pool.nvme_bytes(unit)
+        future = self.start(tier, "out", lambda: self.pool.flush(unit, slot, after), num_bytes=num_bytes)
         self._leaving[unit.section, slot][unit] = self._going_home[unit] = future
 
     def wait_for(self, future: Future[T]) -> T:
@@ -283,16 +289,31 @@ class Executor:
         What is written counts only when it gets there.
         """
         left_bytes = None if self.pool.store is None else self.pool.store.budget_left_bytes()
-        if left_bytes is not None and left_bytes < num_bytes + self.pool.store_bytes:  # each place once, at most
+        if left_bytes is not None and left_bytes < num_bytes + self._bytes_on_their_way():
             self._wait_idle()
 
-    def start(self, tier: Tier, direction: str, copy: Callable[[], T]) -> Future[T]:
-        """Do a copy in the thread of a tier and direction, after those that were asked for before."""
+    def _bytes_on_their_way(self) -> int:
+        self._let_go_of_written()
+        return sum(num_bytes for _, num_bytes in self._writing)
+
+    def _let_go_of_written(self) -> None:
+        while self._writing and self._writing[0][0].done():  # one thread writes them all, in this order
+            self._writing.popleft()
+
+    def start(self, tier: Tier, direction: str, copy: Callable[[], T], *, num_bytes: int = 0) -> Future[T]:
+        """Do a copy in the thread of a tier and direction, after those that were asked for before.
+
+        `num_bytes` is what it writes to the drive.
+        """
         threads = self._threads.get((tier, direction))
         if threads is None:
             name = f"handcar-{tier.name.lower()}-{direction}"
             threads = self._threads[tier, direction] = ThreadPoolExecutor(1, thread_name_prefix=name)
-        return threads.submit(copy)
+        future = threads.submit(copy)
+        if num_bytes:
+            self._let_go_of_written()
+            self._writing.append((future, num_bytes))
+        return future
 
     def _check_write_budget(self, ops: Sequence[Op]) -> None:
         """Raise `WriteBudgetSpent` before a pass that the drive's budget of the day does not cover to its end."""

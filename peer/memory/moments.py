@@ -4,7 +4,7 @@ Owns: the fields of that buffer (names, types, offsets) and its size. Must not k
 uses them (`peer/engine/optimizer.py` does), where the buffer lives. Pure, so that a plan can be made before
 anything is allocated.
 
-A shard is updated in two segments: its matrices and, behind them, its vectors (norms and biases). AdamW keeps two
+A shard is updated in two groups: its matrices and, behind them, its vectors (norms and biases). AdamW keeps two
 moments per element, in 32 bit or as 8-bit codes with one fp32 scale per block of 256 (Dettmers et al. 2022,
 "8-bit Optimizers via Block-wise Quantization"). Only matrices of layers are kept in 8 bit: tiny or rarely updated
 tensors suffer most from it.
@@ -26,7 +26,7 @@ FIELD_ALIGNMENT_BYTES = 256  # of a field in its buffer: enough for every vector
 OptimizerName = Literal["adamw8bit", "adamw32"]
 MasterName = Literal["fp32", "bf16+16", "bf16-sr"]
 """How weights are kept: as fp32; as bf16 with the remainder to fp32; as bf16, rounded at random after each step."""
-Segment = Literal["matrices", "vectors"]
+Group = Literal["matrices", "vectors"]
 Moment = Literal["moment1", "moment2", "scale1", "scale2", "remainder"]
 DType = Literal["uint8", "int16", "float32"]
 
@@ -37,7 +37,7 @@ _ITEM_BYTES = {"uint8": 1, "int16": 2, "float32": 4}
 class Field:
     """One array in the buffer. `name` says which moment, or which moment's scales."""
 
-    segment: Segment
+    group: Group
     name: Moment
     dtype: DType
     offset_bytes: int
@@ -48,18 +48,18 @@ class Field:
         return self.offset_bytes + self.num_elements * _ITEM_BYTES[self.dtype]
 
 
-def is_in_8_bit(layout: ShardLayout, segment: Segment, optimizer: OptimizerName) -> bool:
-    """Tell whether a segment's moments are kept in 8 bit."""
-    return optimizer == "adamw8bit" and layout.kind is BlockKind.LAYER and segment == "matrices"
+def is_in_8_bit(layout: ShardLayout, group: Group, optimizer: OptimizerName) -> bool:
+    """Tell whether a group's moments are kept in 8 bit."""
+    return optimizer == "adamw8bit" and layout.kind is BlockKind.LAYER and group == "matrices"
 
 
 def moment_fields(layout: ShardLayout, optimizer: OptimizerName, master: MasterName = "fp32") -> tuple[Field, ...]:
     """List the fields of a shard's moments in their order in the buffer, which is also the order of hashing."""
     fields: list[Field] = []
     end_bytes = 0
-    for segment, name, dtype, num_elements in _arrays(layout, optimizer, master):
+    for group, name, dtype, num_elements in _arrays(layout, optimizer, master):
         offset_bytes = _aligned(end_bytes)
-        fields.append(Field(segment, name, dtype, offset_bytes, num_elements))
+        fields.append(Field(group, name, dtype, offset_bytes, num_elements))
         end_bytes = fields[-1].end_bytes
     return tuple(fields)
 
@@ -70,8 +70,8 @@ def moment_bytes(layout: ShardLayout, optimizer: OptimizerName, master: MasterNa
     return _aligned(fields[-1].end_bytes) if fields else 0
 
 
-def segments(layout: ShardLayout) -> Iterator[tuple[Segment, slice]]:
-    """Yield the segments that a shard has, with their part of its elements."""
+def groups(layout: ShardLayout) -> Iterator[tuple[Group, slice]]:
+    """Yield the groups that a shard has, with their part of its elements."""
     border, end = layout.num_matrix_elements, layout.num_elements
     assert border % ALIGNMENT_ELEMENTS == 0
     assert end % ALIGNMENT_ELEMENTS == 0
@@ -83,19 +83,19 @@ def segments(layout: ShardLayout) -> Iterator[tuple[Segment, slice]]:
 
 def _arrays(
     layout: ShardLayout, optimizer: OptimizerName, master: MasterName
-) -> Iterator[tuple[Segment, Moment, DType, int]]:
-    for segment, part in segments(layout):
+) -> Iterator[tuple[Group, Moment, DType, int]]:
+    for group, part in groups(layout):
         num_elements = part.stop - part.start
-        if is_in_8_bit(layout, segment, optimizer):
-            yield segment, "moment1", "uint8", num_elements
-            yield segment, "moment2", "uint8", num_elements
-            yield segment, "scale1", "float32", num_elements // ALIGNMENT_ELEMENTS
-            yield segment, "scale2", "float32", num_elements // ALIGNMENT_ELEMENTS
+        if is_in_8_bit(layout, group, optimizer):
+            yield group, "moment1", "uint8", num_elements
+            yield group, "moment2", "uint8", num_elements
+            yield group, "scale1", "float32", num_elements // ALIGNMENT_ELEMENTS
+            yield group, "scale2", "float32", num_elements // ALIGNMENT_ELEMENTS
         else:
-            yield segment, "moment1", "float32", num_elements
-            yield segment, "moment2", "float32", num_elements
+            yield group, "moment1", "float32", num_elements
+            yield group, "moment2", "float32", num_elements
         if master == "bf16+16":
-            yield segment, "remainder", "int16", num_elements
+            yield group, "remainder", "int16", num_elements
 
 
 def _aligned(num_bytes: int) -> int:

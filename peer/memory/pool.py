@@ -4,8 +4,8 @@ Owns: the buffers of a placement - homes on the device and in host memory, the d
 lives on NVMe, and the copying of one unit. Must not know: in which order things happen (`executor.py`), what a block
 computes.
 
-A disk reads straight into a device that is host memory; for others, and for weights that are kept as bf16, there is one
-staging buffer per direction.
+A disk reads straight into a device that is host memory; for others, for weights that are kept as bf16, and for
+activations, which are many pieces, there is one staging buffer per direction.
 """
 
 from __future__ import annotations
@@ -95,8 +95,6 @@ class Pool:
             unit for unit in self._in_store if unit.section in DURABLE and placement.homes[unit] is not Tier.NVME
         )
         self._activations = tuple(activations)
-        self.store_bytes = sum(map(padded, (*activations, *(inventory.num_bytes(unit) for unit in self._in_store))))
-        """How much writing fills every place of the store once."""
         if store is None and self._in_store:
             raise ValueError("a placement on NVMe needs a store")
         staged = [unit for unit in self._in_store if inventory.is_narrow(unit) or not backend.is_host_memory]

@@ -38,7 +38,7 @@ class Kind(StrEnum):
     """The head's part of the normaliser of each token, for a loss over several blocks of rows or without a gradient."""
     LOSS = "loss"
     PARK = "park"
-    """Begin to move a microbatch's input of the block out of the device."""
+    """Begin to move what a microbatch's forward pass through the block has left out of the device."""
     RECALL = "recall"
     """Begin to bring it back. Of the visit to come: the block need not be entered yet."""
     STEP = "step"
@@ -125,9 +125,9 @@ class Visit:
     shard_work: Kind | None = None
     """Afterwards, on every shard with its moments: STEP and FILL change weights and moments, READ does not."""
     parks: bool = False
-    """Each microbatch's input goes to another tier after the work, until its backward pass."""
+    """What each microbatch's work has left, or some of it, goes to another tier until its backward pass."""
     recalls: bool = False
-    """Each microbatch's input comes back from there before the work."""
+    """That comes back from there before the work."""
     gradient: Gradient = Gradient.NONE
     keeps_gradient: bool = True
     """Whether the gradient is still wanted after this visit (a step consumes it)."""
@@ -142,14 +142,14 @@ class Residency:
 
 
 def forward_visits(
-    blocks: Iterable[int], wave: int, *, kind: Kind = Kind.FORWARD, parked: Collection[int] = ()
+    blocks: Iterable[int], wave: int, *, kind: Kind = Kind.FORWARD, leaving: Collection[int] = ()
 ) -> list[Visit]:
     """Pass a wave of `wave` microbatches through blocks in the order given.
 
-    The inputs of blocks in `parked` wait for their backward pass in another tier.
+    Of blocks in `leaving`, what their backward pass needs waits in another tier.
     """
     return [
-        Visit(block=block, work=tuple((kind, index) for index in range(wave)), parks=block in parked)
+        Visit(block=block, work=tuple((kind, index) for index in range(wave)), parks=block in leaving)
         for block in blocks
     ]
 
@@ -161,7 +161,7 @@ def backward_visits(
     kind: Kind = Kind.BACKWARD,
     is_fresh: Callable[[int], bool],
     step: bool = False,
-    parked: Collection[int] = (),
+    leaving: Collection[int] = (),
 ) -> list[Visit]:
     """Pass a wave's gradients back through blocks in the order given (last block first).
 
@@ -172,7 +172,7 @@ def backward_visits(
         Visit(
             block=block,
             work=tuple((kind, index) for index in range(wave)),
-            recalls=block in parked,
+            recalls=block in leaving,
             gradient=Gradient.ZERO if is_fresh(block) else Gradient.SUM,
             shard_work=Kind.STEP if step else None,
             keeps_gradient=not step,

@@ -54,7 +54,8 @@ class Block:
             if storage.data_ptr() == self._weights.untyped_storage().data_ptr():
                 offset = tensor.storage_offset() - self._weights.storage_offset()
                 return _Place(int(offset), tuple(tensor.shape), tensor.stride())
-            if storage.data_ptr() in not_ours or not storage.nbytes():
+            is_here = storage.device == self._weights.device  # and not, say, the state of a random generator
+            if storage.data_ptr() in not_ours or not is_here or not storage.nbytes():
                 return tensor.detach()
             saved.count(storage)
             # detached: a result that refers to the operation that saves it would keep a dropped graph alive for ever

@@ -57,6 +57,7 @@ class SystemClock:
 
 
 SYSTEM_CLOCK = SystemClock()
+INTERRUPTED = 130  # what shells make of Ctrl-C
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,21 +217,27 @@ def figure(
 
 
 def run(title: str, measure: Measure, argv: Sequence[str] | None = None) -> int:
-    """Be the command line of a benchmark: measure, print the table, write the JSON. Returns the exit code."""
+    """Be the command line of a benchmark: measure, print the table, write the JSON. Returns the exit code.
+
+    Interrupted, it has what was measured until then.
+    """
     arguments = parse_arguments(title, argv)
     machine = machine_facts()  # before, so that the load it notes is not our own
     options = Options(quick=arguments.quick, repeats=arguments.repeats, only=frozenset(arguments.only))
     rows: list[Row] = []
-    for row in measure(options):
-        if not options.wants(row.row):
-            continue
-        rows.append(row)
-        print(f"measured: {row.row}", file=sys.stderr, flush=True)
-    print(title + (" (quick)" if arguments.quick else ""))
+    exit_code = 0
+    try:
+        for row in measure(options):
+            if options.wants(row.row):
+                rows.append(row)
+                print(f"measured: {row.row}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:  # an hour's rows are worth having without the last ones
+        exit_code = INTERRUPTED
+    print(title + (" (quick)" if arguments.quick else "") + (" - interrupted" if exit_code else ""))
     print(table(rows))
     if arguments.json is not None:
         write_json(arguments.json, machine | {"quick": arguments.quick}, [row.to_json() for row in rows])
-    return 0
+    return exit_code
 
 
 def parse_arguments(title: str, argv: Sequence[str] | None) -> argparse.Namespace:

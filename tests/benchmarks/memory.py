@@ -125,7 +125,7 @@ class Bench:
         """Start our side with its state in `tier`; what it has on NVMe goes with it."""
         size = size or self.size
         with contextlib.ExitStack() as stack:
-            if tier in ("nvme", "planned") or options.get("parked") == "nvme":
+            if tier in ("nvme", "planned") or "nvme" in (options.get("parked"), options.get("spilled")):
                 options["nvme"] = stack.enter_context(tempfile.TemporaryDirectory(dir=self.folder, prefix="nvme-"))
             child = stack.enter_context(
                 Child((*(cap.wrapper if cap else ()), *OURS), env={"OMP_NUM_THREADS": str(THREADS)})

@@ -21,6 +21,7 @@ from peer.engine.measure import measure
 from peer.engine.optimizer import OptimizerSpec
 from peer.engine.stage_engine import StageEngine
 from peer.engine.stage_state import Step
+from peer.memory.pages import padded
 from peer.memory.placement import Placement, Slots, Tier, all_on_device, footprint
 from peer.memory.planning.budgets import Budgets
 from peer.memory.planning.plan import Plan, plan
@@ -99,6 +100,7 @@ class Ours(Trainer):
         self.footprint = footprint(inventory, chosen.placement)
         for there, sizes in chosen.places.items():
             self.footprint[there] += sum(sizes)
+        self.footprint[Tier.HOST] += 2 * padded(max(chosen.places.get(Tier.NVME, (0,))))  # on their way
         self.wave = chosen.wave
         self.engine = StageEngine.build(
             config,

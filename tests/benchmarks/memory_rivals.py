@@ -94,7 +94,7 @@ def measure(options: Options) -> Iterator[Row]:
     with tempfile.TemporaryDirectory(prefix="handcar-bench-") as name:
         bench = Bench(size, Path(name), repeats=options.repeats_or(quick=REPEATS, full=REPEATS))
         for rival in RIVALS:
-            if options.wants(*(f"{rival.name}_{row}" for row in ("rss", "read", "written", *OWN))):
+            if options.wants(*(f"{rival.name}_{row}" for row in ("rss", *OWN))):
                 yield from _against(bench, rival)
 
 

@@ -316,6 +316,19 @@ def test_only_modules_with_a_main_are_benchmarks(tmp_path: Path) -> None:
     assert "harness" not in every_benchmark.benchmarks()
 
 
+def test_whoever_interrupts_keeps_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: the exit code, the table, and the file."""
+
+    def measure(options: Options) -> Iterator[Row]:
+        yield figure("first", 1.0, unit="s")
+        raise KeyboardInterrupt
+
+    path = tmp_path / "some.json"
+    assert run("some", measure, ["--json", str(path)]) == 130
+    assert [row["row"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]] == ["first"]
+    assert "some - interrupted" in capsys.readouterr().out
+
+
 def test_all_run_even_if_one_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -52,7 +52,13 @@ def test_options_reach_the_plan() -> None:
     assert data["optimizer"] == "adamw32"
     assert data["master"] == "bf16-sr"
     assert data["microbatch"] == {"sequences": 2, "sequence_length": 64}
-    assert data["workload"] == {"mode": "local", "microbatches": 6, "stages_behind": 1, "longest_pass_s": None}
+    assert data["workload"] == {
+        "mode": "local",
+        "microbatches": 6,
+        "stages_behind": 1,
+        "stages": 2,
+        "longest_pass_s": None,
+    }
     assert data["budgets"] == {
         "device_bytes": 300 << 20,
         "host_bytes": 3 << 30,

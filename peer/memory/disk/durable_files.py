@@ -52,9 +52,12 @@ def make_folder(folder: Path) -> None:
 
 
 def allocated_bytes(folder: Path) -> int:
-    """Return the disk space of the files in a folder, which is free again once they are gone; 0 if there is none."""
+    """Return the disk space of all files below a folder, which is free again once they are gone; 0 if there is none."""
     try:
-        return sum(entry.stat().st_blocks * 512 for entry in os.scandir(folder) if entry.is_file())
+        return sum(
+            allocated_bytes(Path(entry.path)) if entry.is_dir(follow_symlinks=False) else entry.stat().st_blocks * 512
+            for entry in os.scandir(folder)
+        )
     except (FileNotFoundError, NotADirectoryError):
         return 0
     except OSError as error:

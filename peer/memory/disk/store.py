@@ -126,6 +126,7 @@ class NvmeStore:
         limit_bytes: int | None = None,
         writes_per_day_bytes: int | None = None,
         replace: bool = False,
+        books: Path | None = None,
         may_be_direct: bool = True,
         volume: Volume | None = None,
         now_s: Callable[[], float] = time.time,
@@ -133,8 +134,9 @@ class NvmeStore:
         """Reopen the store in a folder as its last commit left it, or create it.
 
         `fingerprint` says whose state it is; what is of another one, of other durable units or damaged is refused, or
-        thrown away with `replace`. Scratch units may be others than before: they hold nothing at first. `volume` and
-        `now_s` (since 1970) can be given by tests. Raises `ConfigError` for what the user chose wrongly, `StorageError`
+        thrown away with `replace`. Scratch units may be others than before: they hold nothing at first. `books` is the
+        folder that has the writes of the day, for stores that share a budget. `volume` and `now_s` (since 1970) can be
+        given by tests. Raises `ConfigError` for what the user chose wrongly, `StorageError`
         for what the disk cannot do.
         """
         folder = StoreFolder(path, units, fingerprint=fingerprint)
@@ -147,7 +149,7 @@ class NvmeStore:
             table = folder.load(replace=replace) or folder.create()
             file = folder.open_data(may_be_direct=may_be_direct)
             undo.callback(file.close)
-            budget = WriteBudget(path / WRITES_FILE, per_day_bytes=writes_per_day_bytes, now_s=now_s)
+            budget = WriteBudget((books or path) / WRITES_FILE, per_day_bytes=writes_per_day_bytes, now_s=now_s)
             store = cls(folder, table, file, budget, volume=volume)
             undo.pop_all()
         return store

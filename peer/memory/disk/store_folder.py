@@ -64,7 +64,7 @@ class StoreFolder:
         needed_bytes = required_bytes(self.units)
         if limit_bytes is not None and needed_bytes > limit_bytes:
             raise ConfigError(
-                f"the training state takes {_size(needed_bytes)} on the drive, and {_size(limit_bytes)} are allowed.",
+                f"what training keeps on the drive takes {_size(needed_bytes)}, and {_size(limit_bytes)} are allowed.",
                 hint="Allow more, or take fewer layers.",
             )
 
@@ -177,7 +177,7 @@ class StoreFolder:
         missing_bytes = needed_bytes + FREE_MARGIN_BYTES - free_bytes
         if missing_bytes > 0:
             raise StorageError(
-                f"{self.path} lacks {_size(missing_bytes)} of free space: the training state takes "
+                f"{self.path} lacks {_size(missing_bytes)} of free space: what training keeps there takes "
                 f"{_size(needed_bytes)}, and {_size(FREE_MARGIN_BYTES)} have to stay free.",
                 hint="Free some disk space there, or choose another folder.",
             )

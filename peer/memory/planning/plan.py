@@ -69,11 +69,6 @@ class Activation:
     """Where the input of what is computed twice waits."""
 
     @property
-    def is_kept(self) -> bool:
-        """Whether all of it stays on the device."""
-        return all(tier is Tier.DEVICE for tier in self.graphs)
-
-    @property
     def is_recomputed(self) -> bool:
         """Whether any of it is computed twice."""
         return None in self.graphs

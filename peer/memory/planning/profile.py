@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from pydantic import TypeAdapter, ValidationError
 
-from peer.memory.moments import OptimizerName, is_in_8_bit, segments
+from peer.memory.moments import OptimizerName, groups, is_in_8_bit
 from peer.memory.pages import ALIGNMENT_BYTES, padded
 from peer.memory.placement import Tier
 from peer.memory.units import ELEMENT_BYTES
@@ -120,9 +120,6 @@ class Profile:
         """Return the seconds of one microbatch's backward pass, without recomputation (of a head: of its loss)."""
         return self.blocks[block.kind].backward_s * self._size(block)
 
-    def graph_bytes(self, block: BlockLayout) -> int:
-        return sum(self.blocks[block.kind].graph_bytes)
-
     def segment_bytes(self, block: BlockLayout, index: int) -> int:
         """Return what the graph of one segment has saved."""
         return self.blocks[block.kind].graph_bytes[index]
@@ -142,7 +139,7 @@ class Profile:
     def step_s(self, shard: ShardLayout, optimizer: OptimizerName) -> float:
         """Return the seconds of the optimizer's step on one shard."""
         seconds = 0.0
-        for name, part in segments(shard):
+        for name, part in groups(shard):
             each_s = self.step_8bit_s if is_in_8_bit(shard, name, optimizer) else self.step_32bit_s
             seconds += (part.stop - part.start) * each_s
         return seconds

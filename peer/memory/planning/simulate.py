@@ -277,7 +277,7 @@ def simulate_step(
 
     def one_wave(index: int) -> None:
         step = workload.mode is Mode.LOCAL and index == last
-        passes = wave_passes(inventory, sizes[index], is_first=index == 0, step=step, parked=recomputation.leaving)
+        passes = wave_passes(inventory, sizes[index], is_first=index == 0, step=step, leaving=recomputation.leaving)
         for number, each in enumerate(passes):
             run(each, key=(number, sizes[index], index == 0, step))
 

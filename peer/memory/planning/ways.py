@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain, groupby
 from typing import Literal, TypeVar
 
 from peer.memory.disk.slot_table import UnitSpec, required_bytes
@@ -99,14 +100,15 @@ class Needs:
         """Return how many microbatches are between their forward and backward pass."""
         return min(way.wave * way.waves_in_flight, self.workload.microbatches)
 
-    def places(self, way: Way) -> dict[Tier, list[int]]:
+    def places(self, way: Way) -> dict[Tier, tuple[int, ...]]:
         """Return the sizes of the places that activations need outside the device, for all microbatches in flight."""
-        recomputation, found = self._recomputation(way), defaultdict(list)
+        recomputation = self._recomputation(way)
+        found: dict[Tier, list[int]] = defaultdict(list)
         for tier in recomputation.parked.values():
             found[tier].append(self.profile.entry_bytes)
         for (block, index), tier in recomputation.spilled.items():
             found[tier].append(self.profile.place_bytes(self.inventory.blocks[block], index))
-        return {tier: sorted(sizes * self.in_flight(way)) for tier, sizes in found.items()}
+        return {tier: tuple(sorted(sizes * self.in_flight(way))) for tier, sizes in found.items()}
 
     def graph_bytes(self, way: Way) -> int:
         """Return what the kept graphs of all microbatches in flight take."""
@@ -115,10 +117,10 @@ class Needs:
 
     def staging_bytes(self, way: Way, homes: Mapping[Unit, Tier]) -> int:
         """Return what host memory lends to a drive: a buffer per direction, as long as the longest that needs one."""
-        is_card, staged = not self.profile.is_host_memory, self.places(way).get(Tier.NVME, [])
+        is_card, staged = not self.profile.is_host_memory, self.places(way).get(Tier.NVME, ())
         if Tier.NVME in homes.values():
             sizes = self.sizes.items()
-            staged = [*staged, *(size for unit, size in sizes if is_card or self.inventory.is_narrow(unit))]
+            staged = (*staged, *(size for unit, size in sizes if is_card or self.inventory.is_narrow(unit)))
         return 2 * max(map(padded, staged), default=0)
 
     def stored_bytes(self, way: Way, homes: Mapping[Unit, Tier]) -> int:
@@ -155,7 +157,8 @@ class Needs:
     def _new_recomputation(self, way: Way) -> Recomputation:
         blocks, body = self.inventory.blocks, parts_of(self.inventory).body
         kept, rest = {*self.preferred[: way.kept]}, self.preferred[way.kept :]
-        spilled = dict.fromkeys(spread(rest)[: way.spilled], way.spill)
+        by_worth = [spread(alike) for _, alike in groupby(rest, key=lambda segment: segment.part)]
+        spilled = dict.fromkeys([*chain.from_iterable(by_worth)][: way.spilled], way.spill)
         if len(kept) == len(self.preferred):  # a norm comes last, and its graph is small against a layer's
             kept |= {segment for block in body for segment in segments_of(block, blocks[block].kind)}
         recomputed = {
@@ -184,8 +187,11 @@ class Needs:
         if recomputation.spilled:
             # the same; and on the way up one is made while others leave
             row[Tier.DEVICE] += max(2 * way.wave, PARK_BUFFERS + 1) * self._most_spilled_bytes(recomputation)
-        if (recomputation.parked or recomputation.spilled) and not embedding:
-            row[Tier.DEVICE] += in_flight * entry_bytes  # what came from the stage before stays for a repetition
+        if way.spill is Tier.NVME:  # a day's budget that is spent keeps their inputs here instead
+            row[Tier.DEVICE] += in_flight * len({segment.block for segment in recomputation.spilled}) * entry_bytes
+        if recomputation.leaving:
+            # what came from the stage before stays for a repetition, in each stage that is hosted
+            row[Tier.DEVICE] += in_flight * entry_bytes * (self.workload.stages - bool(embedding))
         return row
 
     def _most_spilled_bytes(self, recomputation: Recomputation) -> int:

@@ -34,6 +34,8 @@ class Workload:
     """Per optimizer step."""
     stages_behind: int = 0
     """How many stages of other peers a microbatch visits before its gradient comes back."""
+    stages: int = 1
+    """How many stages the span has."""
     longest_pass_s: float | None = None
     """How long a wave's way up or down may take: a round that closes does not wait longer for what is under way."""
 
@@ -75,21 +77,23 @@ def parts_of(inventory: Inventory) -> Parts:
 
 
 def wave_passes(
-    inventory: Inventory, wave: int, *, is_first: bool, step: bool, parked: Collection[int] = ()
+    inventory: Inventory, wave: int, *, is_first: bool, step: bool, leaving: Collection[int] = ()
 ) -> list[Pass]:
     """Return the passes up and down of one wave. `is_first` of its step; `step` if the optimizer is in it.
 
-    The inputs of blocks in `parked` wait for their backward pass outside the device.
+    Of blocks in `leaving`, what their backward pass needs waits outside the device.
     """
     embedding, body, head = parts_of(inventory)
     down = [*reversed([*body, *head])]
-    up_visits = forward_visits([*embedding, *body], wave, parked=parked)
+    up_visits = forward_visits([*embedding, *body], wave, leaving=leaving)
     if len(head) > 1:
         up_visits += forward_visits(head, wave, kind=Kind.SCORE)
     down_visits: list[Visit] = []
     for block in (*down, *reversed(embedding)):
         kind = Kind.LOSS if block in head else Kind.BACKWARD
-        down_visits += backward_visits([block], wave, kind=kind, is_fresh=lambda _: is_first, step=step, parked=parked)
+        down_visits += backward_visits(
+            [block], wave, kind=kind, is_fresh=lambda _: is_first, step=step, leaving=leaving
+        )
     return [Pass(up_visits, down if head else ()), Pass(down_visits, range(len(inventory.blocks)))]
 
 

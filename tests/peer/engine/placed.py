@@ -76,6 +76,7 @@ def room(
 def free_places(engine: StageEngine, tier: Tier) -> list[int]:
     """Return the places that nobody uses at the moment."""
     assert engine._parking is not None
+    engine._parking.arena.reclaim()
     return sorted(place for places in engine._parking.arena._free[tier].values() for place in places)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from peer.engine.optimizer import AdamW, OptimizerSpec, field_view
 from peer.engine.rounding import join
 from peer.engine.stage_engine import StageEngine
-from peer.memory.moments import MasterName, OptimizerName, moment_bytes, moment_fields, segments
+from peer.memory.moments import MasterName, OptimizerName, groups, moment_bytes, moment_fields
 from peer.memory.placement import Placement, Tier, all_on_device, footprint
 from peer.memory.units import Inventory, Section, Unit
 from peer.model.blocks import named_views
@@ -117,10 +117,10 @@ class Kept:
         joined = self.weights.clone()
         for shard, moments in zip(self.block.shards(), self.moments, strict=True):
             own = joined[shard.start : shard.stop]
-            parts = dict(segments(shard))
+            parts = dict(groups(shard))
             for field in moment_fields(shard, self.name, self.master):
                 if field.name == "remainder":
-                    join(own[parts[field.segment]], field_view(moments, field))
+                    join(own[parts[field.group]], field_view(moments, field))
         return joined
 
 
@@ -140,9 +140,9 @@ def test_masters_with_a_remainder_follow_fp32_bit_for_bit(
             assert torch.equal(kept.masters(), plain.weights)
             assert not torch.equal(kept.weights, plain.weights)
         for shard, ours, theirs in zip(block.shards(), kept.moments, plain.moments, strict=True):
-            own = {(f.segment, f.name): field_view(ours, f) for f in moment_fields(shard, name, "bf16+16")}
+            own = {(f.group, f.name): field_view(ours, f) for f in moment_fields(shard, name, "bf16+16")}
             for field in moment_fields(shard, name, "fp32"):
-                assert torch.equal(own[field.segment, field.name], field_view(theirs, field))
+                assert torch.equal(own[field.group, field.name], field_view(theirs, field))
 
 
 @pytest.mark.parametrize("name", ["adamw32", "adamw8bit"])
@@ -245,10 +245,10 @@ def test_an_engines_masters_follow_fp32(monkeypatch: pytest.MonkeyPatch) -> None
     for block, layout in enumerate(kept._stage.layouts):
         masters = poke.weights(kept, block).clone()
         for number, shard in enumerate(layout.shards()):
-            parts, own = dict(segments(shard)), masters[shard.start : shard.stop]
+            parts, own = dict(groups(shard)), masters[shard.start : shard.stop]
             for field in moment_fields(shard, "adamw8bit", "bf16+16"):
                 if field.name == "remainder":
-                    join(own[parts[field.segment]], field_view(poke.moments(kept, block, number), field))
+                    join(own[parts[field.group]], field_view(poke.moments(kept, block, number), field))
         assert torch.equal(masters, poke.weights(plain, block))
 
 

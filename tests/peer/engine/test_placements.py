@@ -220,6 +220,12 @@ def test_graphs_may_wait_in_another_tier(make: Make, stage: int, tier: Tier, tmp
         spilled=tier,
         graph_places=places,
     )
+    if stage < 2:
+        _, ticket = engine.forward((tokens if stage == 0 else hidden)(50))
+        graphs = engine._pending[ticket.number].graphs.values()
+        assert len(graphs) >= 2
+        assert all(graph.parked is not None and not graph.savings for graph in graphs)
+        engine.discard(ticket)
     assert same(train(engine, wave=4), yardstick(stage, "whole"))
     assert engine.statistics().recomputed == 0
     assert engine.statistics().kept_bytes == 0

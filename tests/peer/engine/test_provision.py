@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from peer.engine import provision
-from peer.engine.provision import Provision, choose
+from peer.engine.provision import Provision, _read, _write, choose
 from peer.memory.disk.durable_files import allocated_bytes
 from peer.memory.disk.slot_table import UnitSpec
 from peer.memory.disk.store_folder import TABLE_FILE
@@ -26,10 +26,12 @@ from peer.memory.planning import budgets
 from peer.memory.planning.budgets import Limits
 from peer.memory.planning.machines import machine
 from peer.memory.planning.profile import Link, Profile, calculated, graph_bytes, workspace_bytes
+from peer.memory.segments import Segment
 from peer.memory.units import Inventory
 from peer.settings import PeerSettings
 from protocol.architecture import preset, stage_blocks
 from protocol.errors import ConfigError, StorageError
+from protocol.ids import StageId
 from protocol.manifest import Manifest, ModelSpec
 from tests.peer.engine.stored import all_on_nvme, build_stored, commit, recovered, state_on_nvme
 from tests.peer.memory.disk.small_store import open_store, refusing
@@ -70,16 +72,14 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Played:
     return Played(monkeypatch)
 
 
-def run_of() -> Manifest:
-    return manifest(
-        model=ModelSpec(config_json=json.dumps(CONFIG), num_stages=4, init_seed=1),
-        batch=batch_spec(sequences_per_microbatch=SEQUENCES, sequence_length=LENGTH),
-    )
+def run_of(*, microbatches: int = 4) -> Manifest:
+    batch = batch_spec(sequences_per_microbatch=SEQUENCES, sequence_length=LENGTH, microbatches_per_round=microbatches)
+    return manifest(model=ModelSpec(config_json=json.dumps(CONFIG), num_stages=4, init_seed=1), batch=batch)
 
 
 def chosen(limits: Limits, nvme: Path | None = None, **settings: Any) -> Provision:
     made = PeerSettings(limits=limits, threads=1, **settings)
-    return choose(run_of(), SPAN, made, device="cpu", stages_behind=2, nvme=nvme)
+    return choose(run_of(), SPAN, made, device="cpu", stages=[StageId(1)], nvme=nvme)
 
 
 def leave_state(nvme: Path) -> None:
@@ -120,6 +120,25 @@ def test_a_plan_on_the_drive_outlasts_memory_that_comes_free(played: Played, tmp
     assert chosen(limits, nvme, activation_bytes=8 * GIB).placement == all_on_device(SPAN)
     leave_state(nvme)
     assert chosen(limits, nvme, activation_bytes=8 * GIB) == first
+
+
+def test_a_plan_is_remembered_with_all_that_waits_elsewhere(tmp_path: Path) -> None:
+    """Oracle: the same object, by way of the file: segments kept and spilled, inputs parked, places of several sizes."""
+    first = Provision(
+        placement=all_on_device(SPAN),
+        keep_bytes=5,
+        wave=2,
+        patience_s=0.5,
+        kept=frozenset({Segment(0, 1), Segment(1, 0)}),
+        parked={1: Tier.NVME},
+        spilled={Segment(0, 0): Tier.HOST},
+        places={Tier.HOST: (4096, 4096, 8192), Tier.NVME: (4096,)},
+        in_flight=3,
+        peak_bytes={Tier.DEVICE: 7},
+    )
+    _write(tmp_path / "memo", first, SPAN, key="here")
+    assert _read(tmp_path / "memo", SPAN, key="here") == first
+    assert _read(tmp_path / "memo", SPAN, key="elsewhere") is None
 
 
 @pytest.mark.slow
@@ -192,10 +211,9 @@ def test_a_memo_is_replaced_as_a_whole_or_not_at_all(
 
 
 def test_a_plan_says_how_many_microbatches_it_has_room_for(played: Played, tmp_path: Path) -> None:
-    """Oracle: whole waves of the plan, within a round's microbatches; as many as like where everything fits."""
+    """Oracle: whole waves of the plan, within a round's microbatches."""
     found = chosen(tight(tmp_path))
     assert found.in_flight in {min(found.wave * waves, 4) for waves in (1, 2, 3)}
-    assert chosen(Limits()).in_flight is None
 
 
 # -- the short way ----------------------------------------------------------------------------------------------------
@@ -210,6 +228,26 @@ def test_graphs_leave_room_to_compute(played: Played) -> None:
     assert found.placement == all_on_device(SPAN)
     assert 1.5 * GIB < found.keep_bytes <= 2 * GIB - working_bytes
     assert chosen(Limits(device_bytes=device_bytes), activation_bytes=GIB).keep_bytes == GIB
+    assert played.num_measured == 0
+
+
+def test_a_span_that_fits_says_how_many_microbatches_it_has_room_for(played: Played) -> None:
+    """Oracle: on paper, each layer's input for each; no fewer than any peer takes on, no more than a round has."""
+
+    def in_flight(device_bytes: int) -> int:
+        made = PeerSettings(limits=Limits(device_bytes=device_bytes), threads=1, activation_bytes=MIB)
+        found = choose(run_of(microbatches=100), SPAN, made, device="cpu", stages=[StageId(1)])
+        assert (found.placement, found.keep_bytes) == (all_on_device(SPAN), MIB)
+        assert found.in_flight is not None
+        return found.in_flight
+
+    each_bytes = len(SPAN.blocks) * SEQUENCES * LENGTH * CONFIG["hidden_size"] * 4
+    device_bytes = WHOLE + 64 * MIB
+    room = in_flight(device_bytes)
+    assert PeerSettings().slots < room < 63 * MIB // each_bytes
+    assert [in_flight(device_bytes + more * each_bytes) for more in (1, 10, 1000)] == [room + 1, room + 10, 100]
+    steady = 3  # one here, and one in each of the two stages behind
+    assert in_flight(device_bytes - (room - steady) * each_bytes) == PeerSettings().slots
     assert played.num_measured == 0
 
 

@@ -1,4 +1,4 @@
-"""Inputs that wait for their backward pass outside the device: the same training, and no place is ever lost.
+"""What waits for its backward pass outside the device: the same training, and no place is ever lost.
 
 Oracles: training with everything on the device (`placed.py`), bit for bit; the places that are free.
 """
@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
-from threading import Timer
+from threading import Timer, current_thread, main_thread
 from typing import Any
 
 import pytest
@@ -33,6 +33,7 @@ from tests.peer.engine.placed import (
     MakePlacement,
     Outcome,
     build,
+    equal,
     free_places,
     hidden,
     in_host,
@@ -40,7 +41,17 @@ from tests.peer.engine.placed import (
     same,
     train,
 )
-from tests.peer.engine.stored import NOON_S, FarBackend, all_on_nvme, build_stored, held
+from tests.peer.engine.stored import (
+    NOON_S,
+    FarBackend,
+    all_on_nvme,
+    beside,
+    build_stored,
+    commit,
+    crash,
+    held,
+    recovered,
+)
 
 Make = Callable[..., StageEngine]
 
@@ -234,6 +245,56 @@ def test_without_room_a_microbatch_fails_and_keeps_nothing(make: Make, tier: Tie
         for ours, theirs in zip(engine.gradient_shards(), other.gradient_shards(), strict=True)
     )
     assert all_free(engine, tier, places=3)
+
+
+def test_a_microbatch_waits_for_places_that_are_being_given_back(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many open as were planned, but the copies of one that was discarded are not over. Oracle: as if it never was."""
+    engine, other = make(1, places=2), build(1)
+    with held(monkeypatch, CpuBackend, "to_host", lambda *_: True) as gate:
+        engine.discard(engine.forward(hidden(1))[1])
+        assert not free_places(engine, Tier.HOST)
+        Timer(0.02, gate.set).start()
+        _, ticket = engine.forward(hidden(2))
+    _, other_ticket = other.forward(hidden(2))
+    assert equal([engine.backward(ticket, hidden(3))], [other.backward(other_ticket, hidden(3))])  # type: ignore[list-item]
+
+
+def test_a_small_activation_takes_a_large_place_if_it_must(make: Make) -> None:
+    """And a large one never a small one. Oracle: which places are free; the bytes that come back."""
+    engine = make(1, places=0)
+    arena = Arena(engine._memory, {Tier.HOST: [100, 1000, 100]})
+    pieces = [torch.arange(90, dtype=torch.uint8) + number for number in range(4)]
+    entries = [arena.park([piece], Tier.HOST) for piece in pieces[:3]]
+    assert [entry.place for entry in entries] == [0, 2, 1]
+    with pytest.raises(LocalFault, match="no room left"):
+        arena.park([pieces[3]], Tier.HOST)
+    arena.drop(entries[0])
+    large = torch.zeros(500, dtype=torch.uint8)
+    assert arena.may_park([large], Tier.HOST)
+    with pytest.raises(LocalFault, match="no room left"):
+        arena.park([large], Tier.HOST)
+    assert not arena.may_park([torch.zeros(1001, dtype=torch.uint8)], Tier.HOST)
+    for entry, piece in zip(entries[1:], pieces[1:3], strict=True):
+        assert torch.equal(arena.take(entry)[0], piece)
+
+
+def test_a_commit_waits_for_activations_on_their_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both pass through the same staging buffer where no disk can read the device. Oracle: the digest of what a later
+    process finds; the gradient of an engine that committed nothing."""
+    other = build(1)
+    engine = build_stored(1, beside, tmp_path / "s", parked=Tier.NVME, places=PLACES, backend=FarBackend())
+    with closing(engine):
+        with held(monkeypatch, FarBackend, "to_host", lambda *_: current_thread() is not main_thread()) as gate:
+            _, ticket = engine.forward(hidden(1))
+            Timer(0.05, gate.set).start()
+            commit(engine)
+        digest = engine.state_digest()
+        _, other_ticket = other.forward(hidden(1))
+        assert equal([engine.backward(ticket, hidden(2))], [other.backward(other_ticket, hidden(2))])  # type: ignore[list-item]
+        crash(engine)
+    with closing(build_stored(1, beside, tmp_path / "s", seed=None, backend=FarBackend())) as after:
+        assert recovered(after) == 0
+        assert after.state_digest() == digest
 
 
 @pytest.mark.parametrize("failing", ["write", "read"])

@@ -267,14 +267,14 @@ def test_training_is_such_a_pass(
     for _ in range(3):
         fresh = set(blocks)
         for wave in range(waves):
-            replay.run(forward_visits(blocks, 2, parked=parked), then=[*reversed(blocks)])
+            replay.run(forward_visits(blocks, 2, leaving=parked), then=[*reversed(blocks)])
             assert {block for block, _ in replay.parked} == parked & {*blocks}
             down = backward_visits(
                 reversed(blocks),
                 2,
                 is_fresh=fresh.__contains__,
                 step=step_inside and wave == waves - 1,
-                parked=parked,
+                leaving=parked,
             )
             replay.run(down, then=blocks)
             assert not replay.parked
@@ -384,7 +384,7 @@ def test_a_gradient_without_a_home_stays_in_its_slot() -> None:
 def test_inputs_are_recalled_one_visit_ahead() -> None:
     """Oracle: by hand: those of the first two visits at once, then those of the next one before each is entered."""
     inventory = inventory_of([1] * 4)
-    visits = backward_visits([3, 2, 1, 0], 1, is_fresh=lambda block: True, parked=[0, 1, 2, 3])
+    visits = backward_visits([3, 2, 1, 0], 1, is_fresh=lambda block: True, leaving=[0, 1, 2, 3])
     ops, _ = schedule(visits, inventory, all_on_device(inventory))
     order = [f"{'recall' if op.kind is Kind.RECALL else 'work'} {op.block}" for op in ops if isinstance(op, Work)]
     assert order == [

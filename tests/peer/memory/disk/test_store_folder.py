@@ -190,7 +190,7 @@ def test_only_the_owner_can_look(store: NvmeStore, folder: Path) -> None:
 
 
 def test_a_store_that_is_too_large_is_not_made(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"takes 1.1 MB on the drive, and 1.0 MB are allowed"):
+    with pytest.raises(ConfigError, match=r"takes 1.1 MB, and 1.0 MB are allowed"):
         open_store(folder, limit_bytes=10**6)
     assert not folder.exists()
     open_store(folder, limit_bytes=required_bytes(UNITS)).close()
@@ -211,7 +211,7 @@ def test_the_planners_figure_holds(folder: Path) -> None:
 def test_a_lack_of_space_is_said_in_figures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = os.statvfs(folder.parents[1])
     monkeypatch.setattr(store_folder, "FREE_MARGIN_BYTES", found.f_bavail * found.f_frsize + 10**12)
-    with pytest.raises(StorageError, match=r"lacks 1,000.0 GB of free space: the training state takes 1.1 MB"):
+    with pytest.raises(StorageError, match=r"lacks 1,000.0 GB of free space: what training keeps there takes 1.1 MB"):
         open_store(folder)
     assert not (folder / DATA_FILE).exists()
 

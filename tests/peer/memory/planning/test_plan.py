@@ -67,7 +67,7 @@ def check(found: Plan) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     of=st.sampled_from(
         [DEMO, LAST, inventory("bench", 4, 0), inventory("bench", 4, 1, master="bf16+16", config=LAYERS)]
@@ -116,7 +116,9 @@ def test_what_fits_the_device_stays_there_in_waves_of_one() -> None:
         check(found)
         assert set(found.placement.homes.values()) == {Tier.DEVICE}
         assert found.wave == 1
-        assert all(it.is_kept for it in found.activations.values())
+        assert not found.parked
+        assert not found.spilled
+        assert not any(it.is_recomputed for it in found.activations.values())
         assert found.prediction.stall_s == 0
         assert sum(found.prediction.read_bytes.values()) == 0
 
@@ -125,7 +127,7 @@ def test_a_tight_device_streams_from_the_host_and_recomputes() -> None:
     found = planned(DEMO, device=90 * MIB, host=GIB)
     check(found)
     assert Tier.HOST in found.placement.homes.values()
-    assert not all(it.is_kept for it in found.activations.values())
+    assert any(it.is_recomputed for it in found.activations.values())
     assert found.placement.slots.weights in (0, 2, 3)
     assert found.prediction.read_bytes[Tier.HOST] > 0
 

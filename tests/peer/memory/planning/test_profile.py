@@ -14,10 +14,10 @@ from peer.memory.placement import Tier
 from peer.memory.planning.machines import CARDS, DRIVES, LINKS, machine
 from peer.memory.planning.profile import Link, Profile, calculated, graph_bytes, workspace_bytes
 from peer.memory.planning.workload import parts_of
+from peer.memory.segments import segments_of
 from peer.memory.units import Inventory
 from protocol.architecture import preset, stage_blocks
 from protocol.errors import ConfigError
-from protocol.layout import BlockKind
 from tests.peer.memory.planning.plans import GIB, inventory, profile
 
 ONE_B = inventory("1b")
@@ -97,9 +97,10 @@ def test_an_unknown_machine_is_refused_with_the_choices(name: str) -> None:
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
 @pytest.mark.parametrize(("heads", "kv_heads", "ffn"), [(4, 4, 128), (4, 2, 192)])
 def test_graph_bytes_are_what_autograd_saves(model_type: str, heads: int, kv_heads: int, ffn: int) -> None:
-    """Oracle: `Block.saving()`; the rotary tables, which all sequences share, are not in the sum."""
+    """Oracle: what the graphs of the segments say."""
     import torch
 
+    from peer.engine.graph import Graph
     from peer.model.stage import build_stage
 
     config = preset("tiny") | {
@@ -116,11 +117,11 @@ def test_graph_bytes_are_what_autograd_saves(model_type: str, heads: int, kv_hea
     for index in stage.body:
         block, layout = stage.blocks[index], stage.layouts[index]
         block.bind(torch.randn(layout.num_elements) * 0.02, torch.zeros(layout.num_elements))
-        entered_BTD = torch.randn(sequences, length, 256).requires_grad_()
-        with block.saving() as saved:
-            stage.pass_through(index, entered_BTD)
-        rotary = 2 * 4 * length * 64 if layout.kind is BlockKind.LAYER else 0
-        assert saved.num_bytes - rotary == pytest.approx(graph_bytes(layout, sequences, length), rel=0.01)
+        found = [
+            Graph(stage, *segment, torch.randn(sequences, length, 256)).num_bytes
+            for segment in segments_of(index, layout.kind)
+        ]
+        assert found == pytest.approx(graph_bytes(layout, sequences, length), rel=0.01)
 
 
 def test_a_heads_workspace_is_bounded_by_its_pieces() -> None:

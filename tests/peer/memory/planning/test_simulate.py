@@ -254,7 +254,7 @@ def test_a_step_is_never_faster_than_its_parts(placement: Placement, mode: Mode,
     costs = whole_profile()
     done = simulate_step(WHOLE, placement, costs, workload, wave=2, recomputation=Recomputation())
     each_s = sum(
-        costs.forward_s(block) * (2 if costs.graph_bytes(block) else 0) + costs.backward_s(block)
+        costs.forward_s(block) * (2 if costs.blocks[block.kind].graph_bytes else 0) + costs.backward_s(block)
         for block in WHOLE.blocks
     )
     step_s = sum(costs.step_s(shard, WHOLE.optimizer) for shards in WHOLE.shards for shard in shards)
