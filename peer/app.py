@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import platform
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from protocol.ids import RunId, StageId
 from protocol.invite import Invite
 from protocol.manifest import Manifest
 from protocol.process import folder_lock, interruptible, until_stopped, unwrapped
+from protocol.records import ReplicaRecord
 
 log = structlog.get_logger()
 
@@ -186,8 +189,7 @@ async def _one_session(
         hosted=tenure.hosted,
         load_s=parts.load_s,
         wave=lambda: engine.wave,
-        on_found=tenure.on_found,
-        on_waves=parts.learn_waves,
+        on_found=partial(_take_records, tenure, parts),
     )
     async with asyncio.TaskGroup() as tasks:
         present.session = tenure
@@ -202,6 +204,12 @@ async def _one_session(
             task.cancel()
     await presence.withdraw()
     return ending, tenure.wanted_stages
+
+
+def _take_records(tenure: Session, parts: SpanParts, found: Mapping[StageId, Sequence[ReplicaRecord]]) -> None:
+    """Pass on what the DHT says: who hosts what, and how many microbatches pass each peer together."""
+    tenure.on_found({stage: tuple(record.peer for record in records) for stage, records in found.items()})
+    parts.learn_waves({stage: {record.peer: record.wave for record in records} for stage, records in found.items()})
 
 
 def _run_folder(settings: PeerSettings, run: RunId) -> Path:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 
 import structlog
 
 from peer.link import Link
 from protocol.errors import SwarmError
-from protocol.ids import PeerId, StageId
+from protocol.ids import StageId
 from protocol.records import MAX_WAVE, REFRESH_EVERY_S, HostedStage, ReplicaRecord
 from protocol.signing import Signed
 from protocol.wire import PROTOCOL_VERSION
@@ -41,12 +42,11 @@ class Presence:
         hosted: Callable[[], tuple[HostedStage, ...]],
         load_s: Callable[[], float],
         wave: Callable[[], int],
-        on_found: Callable[[Mapping[StageId, tuple[PeerId, ...]]], None],
-        on_waves: Callable[[Mapping[StageId, Mapping[PeerId, int]]], None],
+        on_found: Callable[[Mapping[StageId, Sequence[ReplicaRecord]]], None],
     ) -> None:
         """`hosted` says what is ready to work here, and `wave` how many microbatches pass it together.
 
-        Of what every look-up could read, `on_found` gets who hosts what, and `on_waves` the waves of the others.
+        `on_found` gets the records of all stages that could be read, after every look-up.
         """
         self._link = link
         self._name = name
@@ -57,7 +57,6 @@ class Presence:
         self._load_s = load_s
         self._wave = wave
         self._on_found = on_found
-        self._on_waves = on_waves
 
     async def keep_published(self) -> None:
         """Refresh our record until cancelled, from the moment there is something to say."""
@@ -74,21 +73,14 @@ class Presence:
         """Look all stages up until cancelled; introduce who is found."""
         await asyncio.sleep(FIRST_LOOK_S)
         while True:
-            found: dict[StageId, tuple[PeerId, ...]] = {}
-            waves: dict[StageId, dict[PeerId, int]] = {}
-            everybody: list[ReplicaRecord] = []
+            found: dict[StageId, Sequence[ReplicaRecord]] = {}
             for stage in map(StageId, range(self._num_stages)):
                 try:
-                    records = await self._link.node.replicas(stage)
+                    found[stage] = await self._link.node.replicas(stage)
                 except SwarmError as error:
                     log.debug("record.unread", stage=stage, error=error.one_line())
-                    continue
-                found[stage] = tuple(record.peer for record in records)
-                waves[stage] = {record.peer: record.wave for record in records}
-                everybody += records
             self._on_found(found)
-            self._on_waves(waves)
-            await self._introduce(everybody)
+            await self._introduce(chain.from_iterable(found.values()))
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def _introduce(self, records: Iterable[ReplicaRecord]) -> None:

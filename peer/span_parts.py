@@ -125,11 +125,8 @@ class SpanParts:
         # whoever waits for us must not take a wave that gathers for a peer that is gone
         patience_s = min(engine.wave_patience_s, manifest.timing.hop_silence_s / 4)
         self._demand = Demand(self.view, last=engine.last)
-        serving = self._in_flight(max(settings.slots, WAVES * engine.wave), slots=settings.slots)
-        feeding = self._in_flight(max(self.num_stages + 1, WAVES * engine.wave), slots=settings.slots)
-        if settings.in_flight:
-            most = min(settings.in_flight, engine.in_flight or settings.in_flight)
-            feeding = InFlight(self._demand, own=most, most=most)
+        serving = self._in_flight(max(settings.slots, WAVES * engine.wave))
+        feeding = self._in_flight(max(self.num_stages + 1, WAVES * engine.wave), chosen=settings.in_flight)
         self._waves = Waves(
             compute,
             size=lambda: min(engine.wave, feeding.limit()) if engine.is_first else engine.wave,
@@ -172,7 +169,7 @@ class SpanParts:
             on_board=self._take_board,
             on_finished=self._finished,
             in_flight=feeding.limit,
-            most_in_flight=max(1, feeding.most),
+            wave_of=partial(self._demand.wave_of, FIRST_STAGE),
             round_deadline_s=manifest.timing.round_deadline_s,
             first_takeover_s=manifest.timing.hop_silence_s,
         )
@@ -247,14 +244,12 @@ class SpanParts:
 
     def restorer(self, stage: StageId) -> Restorer:
         """Return what brings a stage to its first state."""
-        engine = self._engine.engines[stage]
         own_disk = OwnDisk(
             stage,
             sync=self._syncs[stage],
             history=self._histories[stage],
             calls=self._link.calls,
             coordinator=self._link.coordinator,
-            state_digest=lambda: self._compute.run(engine.state_digest, priority=Priority.CONTROL),
             on_unreported=lambda signed: self._reports.add(CommitReport(commit=signed)),
         )
         return Restorer(
@@ -295,10 +290,11 @@ class SpanParts:
 
     # -- wiring ---------------------------------------------------------------------------------------
 
-    def _in_flight(self, own: int, *, slots: int) -> InFlight:
-        """Bound what is under way by the plan. A span that needs none has room for as many as it would serve."""
-        planned = self._engine.in_flight
-        return InFlight(self._demand, own=own, most=max(own, slots) if planned is None else planned)
+    def _in_flight(self, usual: int, *, chosen: int = 0) -> InFlight:
+        """Bound what is under way by the room for it, and by what the volunteer has chosen (0: nothing)."""
+        own = chosen or usual
+        room = self._engine.in_flight or own
+        return InFlight(self._demand, own=own, most=min(chosen, room) if chosen else room)
 
     def _make_sync(self, stage: StageId, machine: Settings) -> StageSync:
         return StageSync(

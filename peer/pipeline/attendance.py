@@ -17,7 +17,7 @@ from protocol.ids import StageId
 
 @dataclass(slots=True)
 class _Missing:
-    opening: Opening | None
+    opening: Opening
     numbers: set[int]
 
 
@@ -29,8 +29,10 @@ class Attendance:
         self._missing: dict[tuple[StageId, TaskKind], _Missing] = {}
 
     def note(self, task: TaskId, entry: StageId, plan: Iterable[Microbatch]) -> None:
-        """Take note of a task that has come in; `plan` is that of its round."""
+        """Take note of a task that has come in; `plan` is that of its round. One of another round comes too late."""
         opening, known = self._gate.opening(entry), self._missing.get((entry, task.kind))
+        if opening is None or opening.round != task.round:
+            return
         if known is None or known.opening is not opening:
             known = _Missing(opening, {microbatch.number for microbatch in plan if microbatch.kind is task.kind})
             self._missing[entry, task.kind] = known

@@ -22,9 +22,14 @@ TAKEOVER_TASKS = 3.0
 """An owner that has shown nothing new for as long as this many microbatches take may be dead; sooner, it is at work."""
 
 
-def takeover_s(task_s: float | None, *, at_first_s: float) -> float:
-    """Return how long to leave an owner in peace: `task_s` is what a microbatch takes us, None if not known yet."""
-    return max(MIN_TAKEOVER_S, at_first_s if task_s is None else TAKEOVER_TASKS * task_s)
+def takeover_s(task_s: float | None, *, at_first_s: float, wave: int = 1) -> float:
+    """Return how long to leave an owner in peace: `task_s` is what a microbatch takes us, None if not known yet.
+
+    One whose microbatches pass in waves shows something new once per wave only. How much longer that may take is no
+    more than its word, and so at most `at_first_s`.
+    """
+    alone_s = at_first_s if task_s is None else TAKEOVER_TASKS * task_s
+    return max(MIN_TAKEOVER_S, alone_s + min((wave - 1) * alone_s, at_first_s))
 
 
 class Board:
@@ -38,15 +43,17 @@ class Board:
         seed: str,
         me: PeerId,
         feeders: Mapping[PeerId, float],
-        takeover_s: Callable[[], float],
+        takeover_s: Callable[[PeerId], float],
         now_s: float,
     ) -> None:
-        """`feeders` have rendezvous weights; `takeover_s` is asked for when others' numbers are considered."""
+        """`feeders` have rendezvous weights; `takeover_s` says how long to leave the owner of a number in peace."""
         self.round = round_id
         self._takeover_s = takeover_s
         self._me = me
         self._plan = {microbatch.number: microbatch for microbatch in sorted(plan, key=lambda one: one.number)}
         self._orders = {number: rendezvous(f"{seed}/{round_id}/{number}", feeders) for number in self._plan}
+        self._left = list(self._plan.values())
+        """What is not done, oldest first."""
         self._done: set[int] = set()
         self._own: set[int] = set()
         self._in_flight: set[int] = set()
@@ -57,17 +64,17 @@ class Board:
     def take_next(self, *, now_s: float) -> Microbatch | None:
         """Return the oldest number to feed now: our own first, then what others seem to have dropped."""
         for mine in (True, False):
-            for number in self._plan:
-                if self._is_takeable(number, now_s=now_s) and (self._orders[number][0] == self._me) is mine:
+            for microbatch in self._left:
+                number = microbatch.number
+                if (self._orders[number][0] == self._me) is mine and self._is_takeable(number, now_s=now_s):
                     self._in_flight.add(number)
-                    return self._plan[number]
+                    return microbatch
         return None
 
     def has_next(self, kind: TaskKind, *, now_s: float) -> bool:
         """Tell whether there is a number of a kind to feed now."""
         return any(
-            microbatch.kind is kind and self._is_takeable(number, now_s=now_s)
-            for number, microbatch in self._plan.items()
+            microbatch.kind is kind and self._is_takeable(microbatch.number, now_s=now_s) for microbatch in self._left
         )
 
     def finish(self, microbatch: Microbatch, *, now_s: float) -> None:
@@ -90,6 +97,7 @@ class Board:
         news = self._done - before
         if self._done == before:
             return
+        self._left = [microbatch for number, microbatch in self._plan.items() if number not in self._done]
         for number in news:
             self._moved_s[self._orders[number][0]] = now_s
         self._changed.set()
@@ -101,9 +109,14 @@ class Board:
         return number in self._not_before_s or self._orders[number][0] != self._me
 
     @property
+    def num_in_flight(self) -> int:
+        """Numbers that were taken and are neither done nor given back."""
+        return len(self._in_flight)
+
+    @property
     def num_left(self) -> int:
         """Numbers that are not done, as far as we know."""
-        return len(self._plan) - len(self._done)
+        return len(self._left)
 
     async def wait_changed(self, *, timeout_s: float) -> None:
         """Wait for a bit to be set, at most `timeout_s`."""
@@ -119,4 +132,4 @@ class Board:
             return False
         order = self._orders[number]
         rank = order.index(self._me) if self._me in order else len(order)
-        return now_s - self._moved_s[order[0]] >= rank * self._takeover_s()
+        return rank == 0 or now_s - self._moved_s[order[0]] >= rank * self._takeover_s(order[0])

@@ -2,6 +2,10 @@
 
 Owns: the waves that others announce, and the arithmetic. Must not know: how they are announced (the DHT's records),
 what a microbatch takes. Where everybody's stages fit their device, there are no waves to fill, and nothing is wanted.
+
+A stage can hold back two waves that lack one microbatch each: of what goes on, and of the gradients that come back. If
+all that is under way is held back like that somewhere, everybody waits for everybody. So what is wanted is two waves of
+every stage, all together, on top of what keeps this peer itself busy; then one of them always fills.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from dataclasses import dataclass
 from peer.pipeline.view import View
 from protocol.ids import PeerId, StageId
 
-WAVES = 2  # one passes a span while the next one gathers
+WAVES = 2  # of a stage: one passes while the next one gathers; or both gather, one in each direction
 
 
 class Demand:
@@ -22,12 +26,18 @@ class Demand:
     def __init__(self, view: View, *, last: StageId) -> None:
         self._view = view
         self._last = last
+        self._waves: dict[StageId, Mapping[PeerId, int]] = {}
         self.wanted = 0
-        """How many microbatches this peer should keep under way, by what is known of the others."""
+        """How many microbatches the others would have this peer keep under way, by what is known of them."""
 
     def learn(self, waves: Mapping[StageId, Mapping[PeerId, int]]) -> None:
-        """Take over what the peers of each stage announce."""
-        self.wanted = max((self._wanted_by(stage, waves[stage]) for stage in waves if stage > self._last), default=0)
+        """Take over what the peers of each stage announce. Of a stage that is not among them, the last word stands."""
+        self._waves |= waves
+        self.wanted = sum(self._wanted_by(stage, known) for stage, known in self._waves.items() if stage > self._last)
+
+    def wave_of(self, stage: StageId, peer: PeerId) -> int:
+        """Return what a peer of a stage announces; 1 as long as it is unknown."""
+        return self._waves.get(stage, {}).get(peer, 1)
 
     def _wanted_by(self, stage: StageId, waves: Mapping[PeerId, int]) -> int:
         """Return our share of what fills the waves of a stage's members, which all replicas of ours send to."""
@@ -48,4 +58,4 @@ class InFlight:
     """What it has room for."""
 
     def limit(self) -> int:
-        return max(1, min(self.most, max(self.own, self.demand.wanted)))
+        return max(1, min(self.most, self.own + self.demand.wanted))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any
 
 import structlog
 
@@ -19,7 +18,7 @@ from peer.pipeline.gate import Gate, Opening
 from peer.pipeline.span import SpanRunner
 from peer.pipeline.view import View
 from peer.tasks import Outcome, Pulse, RoundOver, TaskId
-from protocol.batches import Microbatch
+from protocol.batches import Microbatch, TaskKind
 from protocol.errors import SwarmError
 from protocol.ids import PeerId, RunId, StageId
 
@@ -47,14 +46,14 @@ class Feeder:
         on_board: Callable[[Board], None],
         on_finished: Callable[[Board, Microbatch, Outcome], None],
         in_flight: Callable[[], int],
-        most_in_flight: int,
+        wave_of: Callable[[PeerId], int],
         round_deadline_s: float,
         first_takeover_s: float,
     ) -> None:
         """`on_board` is called with every round's board before anything is fed, `on_finished` with every done bit.
 
-        `in_flight` says how many microbatches to keep in the pipeline at the moment, `most_in_flight` how many at most;
-        `first_takeover_s` is how long others are left in peace before we know what a microbatch takes.
+        `in_flight` says how many microbatches to keep in the pipeline at the moment, `wave_of` how many pass another
+        feeder together; `first_takeover_s` is how long others are left in peace before we know what a microbatch takes.
         """
         self._run = run
         self._me = me
@@ -64,7 +63,8 @@ class Feeder:
         self._batches = batches
         self._on_board = on_board
         self._on_finished = on_finished
-        self._in_flight, self._most_in_flight = in_flight, most_in_flight
+        self._in_flight = in_flight
+        self._wave_of = wave_of
         self._round_deadline_s = round_deadline_s
         self._first_takeover_s = first_takeover_s
         self._task_s: float | None = None
@@ -86,35 +86,33 @@ class Feeder:
             seed=self._run,
             me=self._me,
             feeders=feeders,
-            takeover_s=lambda: takeover_s(self._task_s, at_first_s=self._first_takeover_s),
+            takeover_s=self._takeover_s,
             now_s=time.monotonic(),
         )
         self._on_board(board)
-        lanes = [
-            asyncio.create_task(self._feed_lane(board, opening, lane), name=f"feed-{round_id}-{lane}")
-            for lane in range(self._most_in_flight)
-        ]
-        fed = asyncio.gather(*lanes)
         over = asyncio.create_task(self._gate.wait_over(opening))
+        lanes: list[asyncio.Task[None]] = []
         try:
-            waiting: set[asyncio.Future[Any]] = {over, fed}
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            if fed.done():
-                fed.result()  # a lane only ends before the round by an error of ours
-                await over
+            while not over.done():
+                for lane in range(len(lanes), self._in_flight()):  # never fewer; those that are too many rest
+                    feeding = self._feed_lane(board, opening)
+                    lanes.append(asyncio.create_task(feeding, name=f"feed-{round_id}-{lane}"))
+                await asyncio.wait({over, *lanes}, timeout=IDLE_S, return_when=asyncio.FIRST_COMPLETED)
+                for ended in filter(asyncio.Task.done, lanes):
+                    ended.result()  # a lane only ends before the round by an error of ours
         finally:
-            over.cancel()
-            fed.cancel()
-            await asyncio.gather(over, fed, return_exceptions=True)
+            for task in (over, *lanes):
+                task.cancel()
+            await asyncio.gather(over, *lanes, return_exceptions=True)
 
-    async def _feed_lane(self, board: Board, opening: Opening, lane: int) -> None:
+    async def _feed_lane(self, board: Board, opening: Opening) -> None:
         """Keep one microbatch in flight until the round is over, if so many are wanted.
 
         Not until everything is done: what only a clock knew to be done has to be fed again if it dies.
         """
         deadline_s = time.monotonic() + self._round_deadline_s
         while opening.is_open:
-            microbatch = board.take_next(now_s=time.monotonic()) if lane < self._in_flight() else None
+            microbatch = board.take_next(now_s=time.monotonic()) if self._has_room(board) else None
             if microbatch is None:
                 await board.wait_changed(timeout_s=IDLE_S)
                 continue
@@ -130,7 +128,7 @@ class Feeder:
                 pulse=Pulse(furthest_stage=FIRST_STAGE),
                 deadline_s=deadline_s,
                 retries_left=RETRIES,
-                may_follow=lambda: board.has_next(microbatch.kind, now_s=time.monotonic()),
+                may_follow=lambda: self._may_follow(board, microbatch.kind),
             )
             self._on_finished(board, microbatch, outcome)
         except RoundOver as error:
@@ -142,6 +140,22 @@ class Feeder:
         else:
             board.finish(microbatch, now_s=time.monotonic())
             self._learn(time.monotonic() - started_s)
+
+    def _has_room(self, board: Board) -> bool:
+        """Tell whether another may be fed before any that are under way have come back."""
+        return board.num_in_flight < self._in_flight()
+
+    def _may_follow(self, board: Board, kind: TaskKind) -> bool:
+        """Tell whether a wave should wait for another number of a kind.
+
+        Not for one that can only be fed once a gradient has come back: those come in waves, and so does what follows
+        them. But evaluations come back one by one, and each that follows one would pass alone.
+        """
+        is_awaited = kind is TaskKind.EVAL or self._has_room(board)
+        return is_awaited and board.has_next(kind, now_s=time.monotonic())
+
+    def _takeover_s(self, owner: PeerId) -> float:
+        return takeover_s(self._task_s, at_first_s=self._first_takeover_s, wave=self._wave_of(owner))
 
     def _learn(self, task_s: float) -> None:
         """One microbatch went all the way: this is how long one takes."""

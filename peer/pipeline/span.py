@@ -94,7 +94,7 @@ class SpanRunner:
     ) -> Outcome:
         """Run a microbatch from its tokens: this peer hosts stage 0.
 
-        `may_follow` tells whether others of its kind may be fed before any that are under way have come back.
+        `may_follow` tells whether others of its kind may be fed for which a wave should wait.
         """
 
         async def feed() -> Outcome:

@@ -97,8 +97,8 @@ class Waves:
     ) -> Result:
         """Do `work` on a wave that `item` is part of, in the compute thread; return or raise what it says of this one.
 
-        `may_follow` tells whether any may come of whom `expecting` says nothing yet. It and `work` have to be the same
-        for all items of a kind.
+        `may_follow` tells whether any may come of whom `expecting` says nothing yet; that of the newest item counts: a
+        round that is opened again has another board. `work` has to be the same for all items of a kind.
         """
         if self._size() == 1:
             (result,) = await self._compute.run(lambda: work([item]), priority=priority, age=age)
@@ -107,9 +107,14 @@ class Waves:
             return result
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         gathering = self._gatherings.setdefault(kind, _Gathering(work, priority, may_follow))
+        gathering.may_follow = may_follow
         gathering.waiting.append((age, item, future))
         self._consider(kind)
-        return await future
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._consider(kind)  # whoever is left may have nobody to wait for any more
+            raise
 
     def _consider(self, kind: Hashable) -> None:
         """Start the next wave of a kind if there is nothing to wait for."""

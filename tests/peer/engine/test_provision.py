@@ -123,7 +123,7 @@ def test_a_plan_on_the_drive_outlasts_memory_that_comes_free(played: Played, tmp
 
 
 def test_a_plan_is_remembered_with_all_that_waits_elsewhere(tmp_path: Path) -> None:
-    """Oracle: the same object, by way of the file: segments kept and spilled, inputs parked, places of several sizes."""
+    """Oracle: the same object, through the file: segments kept and spilled, inputs parked, places of several sizes."""
     first = Provision(
         placement=all_on_device(SPAN),
         keep_bytes=5,

@@ -35,6 +35,14 @@ def test_a_round_is_complete_when_every_number_of_a_kind_has_been_here() -> None
     assert played.attendance.is_missing_any(OTHER, TaskKind.TRAIN), "nothing is known of a stage that nobody enters"
 
 
+def test_a_task_of_another_round_comes_too_late_to_count() -> None:
+    """Oracle: both numbers of the present round are still to come, or one of them is."""
+    played = Played()
+    played.open(1)
+    assert played.note(0, round_id=0)
+    assert [played.note(1, round_id=1), played.note(0, round_id=0), played.note(0, round_id=1)] == [True, True, False]
+
+
 def test_every_opening_begins_anew() -> None:
     """The next round, and the same one in another lineage: its sums begin again."""
     played = Played()

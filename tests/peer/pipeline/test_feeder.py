@@ -40,6 +40,8 @@ class Played:
         self.errors: list[SwarmError] = []
         """What the next microbatches end in."""
         self.in_flight = 2
+        self.may_follow: Callable[[], bool] = lambda: False
+        """As the last one that was fed has it."""
         self.gate = Gate(run=RUN)
         self.feeder = Feeder(
             run=RUN,
@@ -51,7 +53,7 @@ class Played:
             on_board=self.boards.append,
             on_finished=lambda board, microbatch, outcome: None,
             in_flight=lambda: self.in_flight,
-            most_in_flight=2,
+            wave_of=lambda peer: 1,
             round_deadline_s=60.0,
             first_takeover_s=4.0,
         )
@@ -59,8 +61,9 @@ class Played:
     def plan(self, round_id: RoundId) -> list[Microbatch]:
         return [Microbatch(kind=TaskKind.TRAIN, number=number, windows=(number,)) for number in range(COUNT)]
 
-    async def feed(self, task: TaskId, **_: object) -> Outcome:
+    async def feed(self, task: TaskId, *, may_follow: Callable[[], bool], **_: object) -> Outcome:
         self.fed.append((task.round, task.number))
+        self.may_follow = may_follow
         await self.go.wait()
         if self.errors:
             raise self.errors.pop()
@@ -93,7 +96,7 @@ async def test_a_number_that_only_a_dead_clock_knew_to_be_done_is_fed_after_all(
 
 
 async def test_more_are_kept_under_way_as_soon_as_more_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: one number at first, and in the same round a second one; never more than there is room for."""
+    """Oracle: one number at first, and in the same round a second one; no more when fewer are wanted again."""
     monkeypatch.setattr(feeder, "IDLE_S", 0.01)
     played = Played()
     played.in_flight = 1
@@ -102,10 +105,23 @@ async def test_more_are_kept_under_way_as_soon_as_more_are_wanted(monkeypatch: p
     await until(lambda: len(played.fed) == 1)
     await asyncio.sleep(0.03)
     assert len(played.fed) == 1
-    played.in_flight = 99
+    played.in_flight = 2
     await until(lambda: len(played.fed) == 2)
+    played.in_flight = 1
     await asyncio.sleep(0.03)
     assert len(played.fed) == 2
+    feeding.cancel()
+
+
+async def test_nothing_follows_before_something_comes_back_if_no_more_is_wanted_under_way() -> None:
+    """Or a wave would wait for a number that nobody brings. Oracle: of three numbers two are wanted, then all."""
+    played = Played()
+    feeding = asyncio.create_task(played.feeder.run())
+    played.open(0)
+    await until(lambda: len(played.fed) == 2)
+    assert not played.may_follow()
+    played.in_flight = 3
+    assert played.may_follow()
     feeding.cancel()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import pytest
 
@@ -24,14 +26,20 @@ def microbatches(count: int) -> list[Microbatch]:
     return [Microbatch(number, TaskKind.TRAIN, (number,)) for number in range(count)]
 
 
-def board(me: PeerId, *, feeders: tuple[PeerId, ...] = (ANNE, BERT), count: int = 12) -> Board:
+def board(
+    me: PeerId,
+    *,
+    feeders: tuple[PeerId, ...] = (ANNE, BERT),
+    count: int = 12,
+    waves: Mapping[PeerId, int] = MappingProxyType({}),
+) -> Board:
     return Board(
         RoundId(0),
         plan=microbatches(count),
         seed="s",
         me=me,
         feeders=dict.fromkeys(feeders, 1.0),
-        takeover_s=lambda: TAKEOVER_S,
+        takeover_s=lambda owner: TAKEOVER_S * waves.get(owner, 1),
         now_s=0.0,
     )
 
@@ -56,6 +64,16 @@ def test_a_silent_owner_loses_its_numbers_after_a_while_and_not_before() -> None
     mine = take_all(anne, now_s=0.0)
     assert take_all(anne, now_s=TAKEOVER_S * 0.9) == set()
     assert take_all(anne, now_s=TAKEOVER_S) == set(range(12)) - mine
+
+
+def test_every_owner_is_left_in_peace_for_as_long_as_its_own_wave_takes() -> None:
+    """Oracle: Bert has waves of one and Cara of eight: Anne gets his numbers first, then hers."""
+    anne = board(ANNE, feeders=(ANNE, BERT, CARA), count=60, waves={CARA: 8})
+    berts, caras = (take_all(board(owner, feeders=(ANNE, BERT, CARA), count=60), now_s=0.0) for owner in (BERT, CARA))
+    mine = take_all(anne, now_s=0.0)
+    assert take_all(anne, now_s=2 * TAKEOVER_S) == berts
+    assert take_all(anne, now_s=8 * TAKEOVER_S - 0.1) == set()
+    assert take_all(anne, now_s=16 * TAKEOVER_S) == caras == set(range(60)) - mine - berts
 
 
 def test_an_owner_that_moves_keeps_its_numbers() -> None:
@@ -157,6 +175,31 @@ def test_a_board_knows_whether_there_is_anything_left_to_feed_of_a_kind() -> Non
     assert anne.has_next(TaskKind.TRAIN, now_s=1.0)
 
 
+def test_what_is_done_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round may have tens of thousands of numbers. Oracle: how many are considered; and a bit that falls is seen."""
+    considered: list[int] = []
+    is_takeable = Board._is_takeable
+
+    def counted(self: Board, number: int, *, now_s: float) -> bool:
+        considered.append(number)
+        return is_takeable(self, number, now_s=now_s)
+
+    monkeypatch.setattr(Board, "_is_takeable", counted)
+    anne = board(ANNE, feeders=(ANNE,), count=1000)
+    anne.learn_done(range(990), now_s=0.0)
+    assert anne.has_next(TaskKind.TRAIN, now_s=0.0)
+    assert not anne.has_next(TaskKind.EVAL, now_s=0.0)
+    next_one = anne.take_next(now_s=0.0)
+    assert next_one is not None
+    assert next_one.number == 990
+    assert set(considered) == {990}
+    anne.learn_done(range(5, 990), now_s=0.0)
+    assert anne.num_left == 15
+    fallen = anne.take_next(now_s=0.0)
+    assert fallen is not None
+    assert fallen.number == 0
+
+
 async def test_backward_overtakes_forward_and_old_overtakes_young() -> None:
     """Oracle: the order in which a blocked compute thread works its queue off."""
     compute = ComputeThread()
@@ -236,6 +279,15 @@ def test_who_is_passed_over_is_no_suspect() -> None:
 def test_slow_pipelines_leave_each_other_in_peace_for_longer(task_s: float | None, expected_s: float) -> None:
     """Oracle: by hand; a number that takes a minute must not be fed by everybody after four seconds."""
     assert takeover_s(task_s, at_first_s=20.0) == expected_s
+
+
+@pytest.mark.parametrize(
+    ("task_s", "wave", "expected_s"),
+    [(2.0, 2, 12.0), (2.0, 64, 26.0), (0.1, 8, 4.0), (60.0, 8, 200.0), (None, 8, 40.0)],
+)
+def test_who_brings_whole_waves_is_left_in_peace_for_longer(task_s: float | None, wave: int, expected_s: float) -> None:
+    """Oracle: by hand; three times as long as its wave takes, but for what it says no more than 20 s longer."""
+    assert takeover_s(task_s, at_first_s=20.0, wave=wave) == expected_s
 
 
 def test_the_router_prefers_the_faster_of_the_drawn_three() -> None:

@@ -169,6 +169,49 @@ async def test_what_gathers_is_let_go_when_the_span_ends(compute: ComputeThread)
     assert (waves.num_gathering, recorder.waves) == (0, [])
 
 
+async def test_those_who_give_up_take_what_they_knew_along(compute: ComputeThread) -> None:
+    """A round is opened again: the same kind, of another board. Oracles: a patience that nobody could wait for; nothing
+    is held on to in between."""
+    waves, recorder = Waves(compute, size=lambda: 8, patience_s=LONG_S), Recorder()
+    old = [asyncio.create_task(ask(waves, recorder, number)) for number in range(3)]
+    await asyncio.sleep(0)
+    for task in old:
+        task.cancel()
+    await asyncio.gather(*old, return_exceptions=True)
+    assert (waves.num_gathering, waves._gatherings) == (0, {})
+    async with asyncio.timeout(LONG_S / 10):
+        assert await ask(waves, recorder, 5, may_follow=nobody) == 25
+    assert recorder.waves == [[5]]
+
+
+async def test_who_comes_last_knows_best_what_follows(compute: ComputeThread) -> None:
+    """A wave of the old board is still in the thread when the round is opened again. Oracle: no patience."""
+    waves, recorder = Waves(compute, size=lambda: 2, patience_s=LONG_S), Recorder()
+    started, go = threading.Event(), threading.Event()
+
+    def slow(wave: list[int]) -> Sequence[int | SwarmError]:
+        started.set()
+        go.wait()
+        return recorder.work(wave)
+
+    async def one(number: int, may_follow: Callable[[], bool]) -> int:
+        result: int = await waves.run(
+            "forward", number, slow, priority=Priority.FORWARD, age=number, may_follow=may_follow
+        )
+        return result
+
+    old = [asyncio.create_task(one(number, anybody)) for number in range(2)]
+    await asyncio.to_thread(started.wait)
+    for task in old:
+        task.cancel()
+    new = asyncio.create_task(one(2, nobody))
+    await asyncio.sleep(0)
+    go.set()
+    async with asyncio.timeout(LONG_S / 10):
+        assert await new == 4
+    assert recorder.waves == [[0, 1], [2]]
+
+
 # -- when nobody else can come ----------------------------------------------------------------------------------------
 
 

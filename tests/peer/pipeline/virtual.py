@@ -20,6 +20,7 @@ from peer.engine.span import SpanLoss
 from peer.pipeline.board import Board
 from peer.pipeline.caller import HopCaller
 from peer.pipeline.compute import ComputeThread, Priority
+from peer.pipeline.demand import WAVES, Demand, InFlight
 from peer.pipeline.feeder import FIRST_STAGE, Feeder
 from peer.pipeline.gate import Gate
 from peer.pipeline.span import SpanRunner
@@ -205,7 +206,8 @@ class Pipeline:
     waves: Sequence[int]
     """By stage."""
     num_train: int
-    in_flight: int
+    in_flight: int | None
+    """None: what a feeder grants that knows everybody's waves, and has room."""
     num_eval: int = 0
     patience_s: float = PATIENCE_S
     replicas: Mapping[int, int] = field(default_factory=dict)
@@ -251,8 +253,10 @@ class Pipeline:
             if len(done) == self.num_train + self.num_eval:
                 everything.set()
 
+        in_flight = self._granted(view) if self.in_flight is None else self.in_flight
         feeding = [
-            asyncio.create_task(self._feeder(peer, view, tokens, note).run()) for peer in self.peers[FIRST_STAGE]
+            asyncio.create_task(self._feeder(peer, view, tokens, note, in_flight).run())
+            for peer in self.peers[FIRST_STAGE]
         ]
         await everything.wait()
         self.round_s = asyncio.get_running_loop().time()
@@ -277,7 +281,15 @@ class Pipeline:
         )
         return Peer(key.peer_id, engine, gate, runner)
 
-    def _feeder(self, peer: Peer, view: View, tokens: PlayedTokens, note: Callable[..., None]) -> Feeder:
+    def _granted(self, view: View) -> int:
+        demand = Demand(view, last=FIRST_STAGE)
+        demand.learn({stage: {peer.id: peer.engine.wave for peer in peers} for stage, peers in self.peers.items()})
+        own = max(len(self.waves) + 1, WAVES * self.waves[0])
+        return InFlight(demand, own=own, most=self.num_train + self.num_eval).limit()
+
+    def _feeder(
+        self, peer: Peer, view: View, tokens: PlayedTokens, note: Callable[..., None], in_flight: int
+    ) -> Feeder:
         return Feeder(
             run=RUN,
             me=peer.id,
@@ -287,8 +299,8 @@ class Pipeline:
             batches=cast("BatchSource", tokens),
             on_board=lambda board: None,
             on_finished=note,
-            in_flight=lambda: self.in_flight,
-            most_in_flight=self.in_flight,
+            in_flight=lambda: in_flight,
+            wave_of=lambda peer: 1,
             round_deadline_s=3600.0,
             first_takeover_s=3600.0,
         )
