@@ -3,7 +3,7 @@
 Owns: the services' order of birth and death, the tick, and deciding that the run is over. Must not know: how
 any service works. Everything here may be killed at any moment: what a peer was told is in SQLite before.
 
-    node (p2pd, DHT)  <- calls: Register, Beat, Leave, StatusRequest;  blobs: tokens, checkpoints
+    node (p2pd, DHT)  <- calls: Register, Beat, Leave, StateRequest, StatusRequest;  blobs: tokens, checkpoints
     registry -> ledger, placement        every beat
     charters -> founding                 every tick
     collector -> offers, fetching        beside

@@ -10,12 +10,12 @@ A charter is on disk before anybody sees it: after a crash the same generation i
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import structlog
 
 from coordinator.clock import Clock
-from coordinator.founding import Decision, Founding, Participant, Replica, Standing, View, decide, is_hosted, may_act
+from coordinator.founding import Decision, Founding, Participant, Replica, Standing, View, decide, is_hosted, is_short
 from coordinator.journal import DISK_NOTE, Journal
 from coordinator.ledger import Ledger
 from coordinator.registry import LivePeer, Registry
@@ -25,10 +25,10 @@ from coordinator.store.database import Database
 from protocol.control import StageState
 from protocol.errors import StorageError
 from protocol.history import StateAnswer, StateRequest
-from protocol.ids import Lineage, PeerId, StageId, Version
+from protocol.ids import Lineage, PeerId, RoundId, StageId, Version
 from protocol.manifest import Manifest
 from protocol.rounds.lineage import next_lineage, root_lineage
-from protocol.rounds.messages import CHARTER_CONTEXT, MAX_SEATS, Charter, Commit, Seat
+from protocol.rounds.messages import CHARTER_CONTEXT, MAX_SEATS, Charter, Seat
 from protocol.signing import Signed, SigningKey, seal, unseal
 
 log = structlog.get_logger()
@@ -70,6 +70,7 @@ class CharterOffice:
         self._clock = clock
         self._newest: dict[StageId, Issued] = {}
         self._vacant_since_s: dict[StageId, float] = {}
+        self._short_since_s: dict[StageId, float] = {}
         self.floor: Mapping[StageId, Version] = {}
         """Versions of the newest checkpoint, kept up to date by the collector."""
         registry.charters = self.newest
@@ -91,36 +92,14 @@ class CharterOffice:
         if newest is None:
             return StateAnswer(charter=None, commit=None, version=Version(0), lineage=Lineage(bytes(32)), snapshots=())
         version, lineage, commit = newest.charter.version, root_lineage(newest.signed), None
-        if reported := (await self._reported()).get(request.stage):
+        if reported := self._ledger.newest_commit(request.stage):
             commit, message = reported
             version, lineage = message.version, next_lineage(message.parent, commit.payload)
         return StateAnswer(charter=newest.signed, commit=commit, version=version, lineage=lineage, snapshots=())
 
-    async def _reported(self) -> dict[StageId, tuple[Signed, Commit]]:
-        """Return the newest commit of every stage, if it follows the stage's newest charter: others are history."""
-        found = await self._ledger.newest_commits()
-        return {
-            stage: (signed, commit)
-            for stage, (signed, commit) in found.items()
-            if stage in self._newest and commit.generation == self._newest[stage].charter.generation
-        }
-
-    async def _reached(self) -> dict[StageId, Version]:
-        """Return the newest version of every stage that is not rolled back, as far as we were told."""
-        try:
-            reported = await self._reported()
-        except StorageError as error:
-            self._journal.note(DISK_NOTE, str(error))
-            return {}
-        charters = {stage: entry.charter.version for stage, entry in self._newest.items()}
-        return charters | {stage: commit.version for stage, (_, commit) in reported.items()}
-
     async def tick(self) -> None:
         """Look at the swarm, and found or move what has to be."""
-        view = self._view()
-        if not any(may_act(view, stage) for stage in self._newest):
-            view = replace(view, reached=await self._reached())
-        decision = decide(view)
+        decision = decide(self._view())
         if decision.foundings:
             await self._issue(decision)
         for move in decision.moves:
@@ -195,27 +174,33 @@ class CharterOffice:
     def _view(self) -> View:
         now_s = self._clock.monotonic()
         awake_since_s = self._registry.awake_since_s
+        reached = {stage: self._reached(stage) for stage in self._newest}
         view = View(
             num_stages=self._manifest.model.num_stages,
             participants=self._participants(),
             generations={stage: entry.charter.generation for stage, entry in self._newest.items()},
             start_peers=self._settings.start_peers,
             floor=self.floor,
-            reached={},
+            reached={stage: version for stage, (version, _) in reached.items()},
+            next_round=max((next_round for _, next_round in reached.values()), default=RoundId(0)),
             vacant_s={stage: now_s - since_s for stage, since_s in self._vacant_since_s.items()},
+            short_s={stage: now_s - since_s for stage, since_s in self._short_since_s.items()},
             awake_s=0.0 if awake_since_s is None else now_s - awake_since_s,
             settle_s=self._settings.lost_after_s,
             move_after_s=self._settings.move_after_s,
         )
-        self._note_vacancies(view, now_s)
+        for stage in map(StageId, range(view.num_stages)):
+            _note(self._vacant_since_s, stage, not is_hosted(view, stage), now_s)
+            _note(self._short_since_s, stage, is_short(view, stage), now_s)
         return view
 
-    def _note_vacancies(self, view: View, now_s: float) -> None:
-        for stage in map(StageId, range(view.num_stages)):
-            if is_hosted(view, stage):
-                self._vacant_since_s.pop(stage, None)
-            else:
-                self._vacant_since_s.setdefault(stage, now_s)
+    def _reached(self, stage: StageId) -> tuple[Version, RoundId]:
+        """Return the newest version of a stage that is not rolled back, and the round after it, as far as we know."""
+        reported = self._ledger.newest_commit(stage)
+        if reported is None:
+            charter = self._newest[stage].charter
+            return charter.version, charter.round
+        return reported[1].version, RoundId(reported[1].round + 1)
 
     def _participants(self) -> tuple[Participant, ...]:
         suspects = self._registry.suspects()
@@ -255,6 +240,14 @@ class CharterOffice:
             return False
         grace_s = self._settings.lost_after_s * self._settings.bury_factor
         return self._clock.monotonic() - newest.issued_s < grace_s
+
+
+def _note(since_s: dict[StageId, float], stage: StageId, holds: bool, now_s: float) -> None:
+    """Keep track of since when something holds of a stage."""
+    if holds:
+        since_s.setdefault(stage, now_s)
+    else:
+        since_s.pop(stage, None)
 
 
 def _standing(peer: LivePeer) -> Standing:

@@ -6,6 +6,8 @@ how peers are reached. `charters.py` makes the view once per tick and carries th
 * *Start*: every stage has a ready replica and enough peers are ready: charters for all stages at once.
 * *A stage died* while others live: as soon as a peer has restored it, a charter with the next generation
   takes it to the others' round. Nobody there or on the way: after a while a peer of a well covered stage moves.
+* *Something better may be on the way*: those who are ready hold less than was reached, and somebody else of that stage
+  is here but not ready: it has a moment to come up with more before the rest is given up.
 * *Everything died*: when every stage has been restored: charters for all, next generation. If all that the stages had
   reached is there again, nothing is given up; otherwise they go back to the newest round that all of them hold.
 * Never over members who may still make commits: a peer that acts, one that has been silent too short to be
@@ -75,13 +77,18 @@ class View:
     """The newest checkpoint's versions: a stage is never founded on less, so that a peer which missed the
     checkpoint cannot throw the training away."""
     reached: Mapping[StageId, Version]
-    """What the stages had come to, as far as was reported; looked at only if no stage has members."""
+    """What the stages had come to, as far as was reported."""
+    next_round: RoundId
+    """The round after the newest that was reported of any stage."""
     vacant_s: Mapping[StageId, float]
     """For how long nobody has been hosting, or asked to host, a stage."""
+    short_s: Mapping[StageId, float]
+    """For how long a stage without members could only have been founded on less than it had reached."""
     awake_s: float
     """For how long we have been hearing from anybody."""
     settle_s: float
-    """How long after waking up everybody may take to report, before silence counts."""
+    """How long after waking up everybody may take to report, before silence counts; how long somebody who is here may
+    take to come up with more of what a stage had reached."""
     move_after_s: float
 
 
@@ -139,6 +146,12 @@ def is_hosted(view: View, stage: StageId) -> bool:
     return any(stage in participant.stages for participant in view.participants)
 
 
+def is_short(view: View, stage: StageId) -> bool:
+    """Tell whether a stage without members has somebody to found it, but on less than it had reached."""
+    versions = [replica.version for replica in _ready(view, stage)]
+    return bool(versions) and max(versions) < view.reached.get(stage, 0) and not may_act(view, stage)
+
+
 def _acting_stages(participant: Participant) -> frozenset[StageId]:
     if participant.standing is Standing.UNHEARD:
         return frozenset(participant.stages)
@@ -157,9 +170,21 @@ def _ready(view: View, stage: StageId) -> list[Replica]:
     ]
 
 
+def _founders(view: View, stage: StageId) -> list[Replica]:
+    """List whom to name in a charter now; nobody while somebody else who is here may soon be ready with more."""
+    ready = _ready(view, stage)
+    others = {
+        participant.peer
+        for participant in view.participants
+        if participant.standing is Standing.HERE and stage in participant.stages
+    } - {replica.seat.peer for replica in ready}
+    is_awaited = bool(others) and is_short(view, stage) and view.short_s.get(stage, 0.0) < view.settle_s
+    return [] if is_awaited else ready
+
+
 def _found_all(view: View, stages: Sequence[StageId], moves: tuple[Move, ...], *, at_least: int) -> Decision:
     """Found every stage at the newest round that all of them can start from."""
-    ready = {stage: _ready(view, stage) for stage in stages}
+    ready = {stage: _founders(view, stage) for stage in stages}
     num_ready = len({replica.seat.peer for replicas in ready.values() for replica in replicas})
     missing = [stage for stage in stages if not ready[stage]]
     if missing:
@@ -187,7 +212,8 @@ def _from_one_moment(view: View, ready: Mapping[StageId, list[Replica]]) -> tupl
         round_id = max(common)
         ready = {stage: [one for one in replicas if one.round == round_id] for stage, replicas in ready.items()}
     else:
-        round_id = max(set.union(*rounds.values()))
+        # a step may not have been reported; whoever claims more than that must not take the run to its end
+        round_id = RoundId(min(max(set.union(*rounds.values())), view.next_round + 1))
     return tuple(_founding(view, stage, replicas, round_id) for stage, replicas in ready.items())
 
 
@@ -202,10 +228,10 @@ def _refound(view: View, dead: Sequence[StageId], moves: tuple[Move, ...]) -> De
     ]
     if not rounds:  # whoever keeps the other stages alive is not heard at the moment
         return Decision(moves=moves, waiting_for="the other stages to report")
-    restored = [stage for stage in dead if _ready(view, stage)]
+    restored = {stage: founders for stage in dead if (founders := _founders(view, stage))}
     missing = [stage for stage in dead if stage not in restored]
     return Decision(
-        foundings=tuple(_founding(view, stage, _ready(view, stage), max(rounds)) for stage in restored),
+        foundings=tuple(_founding(view, stage, founders, max(rounds)) for stage, founders in restored.items()),
         moves=moves,
         waiting_for=f"somebody to restore {_named(missing)}" if missing else "",
     )

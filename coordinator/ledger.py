@@ -21,7 +21,7 @@ from coordinator.store.database import Database
 from protocol.batches import has_evaluation
 from protocol.control import AveragingReport, ClosingReport, CommitReport, NumberedReport, Report, WorkReport
 from protocol.errors import PeerFault
-from protocol.ids import Lineage, PeerId, RoundId, StageId, digest
+from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, digest
 from protocol.manifest import Manifest
 from protocol.rounds.lineage import next_lineage, root_lineage
 from protocol.rounds.messages import CLOSING_CONTEXT, COMMIT_CONTEXT, Charter, Closing, Commit, Seats
@@ -43,22 +43,21 @@ class Ledger:
         self._database = database
         self._clock = clock
         self._seats: OrderedDict[Lineage, Seating] = OrderedDict()
-        self._generations: dict[StageId, int] = {}
+        self._charters: dict[StageId, Charter] = {}
+        self._newest: dict[StageId, tuple[Signed, Commit]] = {}
 
     async def load(self) -> None:
-        """Remember the seats of the newest commits. Call once, before serving."""
-        for signed in await self._database.run(history.newest_commits):
-            commit = unseal(Signed.from_bytes(signed), COMMIT_CONTEXT, Commit)
-            self._remember(next_lineage(commit.parent, Signed.from_bytes(signed).payload), commit.seats)
-
-    async def newest_commits(self) -> dict[StageId, tuple[Signed, Commit]]:
-        """Return the newest commit of every stage that has reported any; of two that part, always the same one."""
-        found: dict[StageId, tuple[Signed, Commit]] = {}
+        """Take over the newest commits. Call once, before serving, when the charters are known."""
         for row in await self._database.run(history.newest_commits):
-            signed = Signed.from_bytes(row)
-            commit = Commit.from_bytes(signed.payload)
-            found.setdefault(commit.stage, (signed, commit))
-        return found
+            self._learn(Signed.from_bytes(row))
+
+    def newest_commit(self, stage: StageId) -> tuple[Signed, Commit] | None:
+        """Return the newest commit under a stage's newest charter that a member of it signed, as far as we were told.
+
+        Others are history. Of two that part it is always the same one.
+        """
+        found, charter = self._newest.get(stage), self._charters.get(stage)
+        return found if found and charter and found[1].generation == charter.generation else None
 
     async def record(self, peer: PeerId, reports: Sequence[NumberedReport]) -> int:
         """Store what is new among a peer's reports; return up to which number they are safe on disk.
@@ -69,21 +68,27 @@ class Ledger:
             raise PeerFault(f"{peer} numbers its reports beyond reason")
         entries = [self._entry(peer, numbered) for numbered in reports]
         acknowledged = await self._database.run(history.add_reports, peer, entries, received_s=self._clock.wall())
-        for numbered, entry in zip(reports, entries, strict=True):
-            if isinstance(numbered.report, CommitReport) and entry.said is not None:
-                commit = Commit.from_bytes(numbered.report.commit.payload)
-                self._remember(next_lineage(commit.parent, numbered.report.commit.payload), commit.seats)
+        for entry in entries:
+            if isinstance(entry.said, history.CommitRow) and entry.said.vouched:
+                self._learn(Signed.from_bytes(entry.said.signed))
         return acknowledged
 
     def learn_charter(self, signed: Signed, charter: Charter) -> None:
-        """Remember whom a charter that we issued seats."""
-        self._generations[charter.stage] = max(charter.generation, self._generations.get(charter.stage, 0))
+        """Remember whom a charter seats that we have issued: the newest one of its stage."""
+        self._charters[charter.stage] = charter
         self._remember(root_lineage(signed), charter.seats)
 
     def is_seated(self, peer: PeerId, session: int, lineage: Lineage) -> bool | None:
         """Tell whether a life of a peer is a member in a lineage; None if we have not seen that lineage."""
         seating = self._seats.get(lineage)
         return None if seating is None else (peer, session) in seating
+
+    def _learn(self, signed: Signed) -> None:
+        """Take over a commit that is on disk, unless a newer one of its stage is known."""
+        commit = Commit.from_bytes(signed.payload)
+        self._remember(next_lineage(commit.parent, signed.payload), commit.seats)
+        known = self._newest.get(commit.stage, (signed, commit))
+        self._newest[commit.stage] = min(known, (signed, commit), key=_newest_first)
 
     def _remember(self, lineage: Lineage, seats: Seats) -> None:
         self._seats[lineage] = frozenset((seat.peer, seat.session) for seat in seats)
@@ -108,7 +113,10 @@ class Ledger:
                 return self._read_closing(report.closing)
             case CommitReport():
                 commit = self._read_commit(report.commit)
-                return _commit_row(report.commit, commit, is_member=peer in _members(commit))
+                vouched = self._is_vouched(report.commit.signer, commit)
+                if vouched:  # at once: the next report of this beat may follow it
+                    self._remember(next_lineage(commit.parent, report.commit.payload), commit.seats)
+                return _commit_row(report.commit, commit, is_member=peer in _members(commit), vouched=vouched)
             case AveragingReport():
                 self._check_place(report.stage, report.round)
                 _check_numbers(report.ballot, report.members, report.asked, report.bytes_sent, report.bytes_received)
@@ -149,9 +157,25 @@ class Ledger:
             raise PeerFault(f"a commit of round {commit.round} sums up something else")
         numbers = (summary.tasks_done, summary.tasks_lost, summary.eval_tokens, commit.version, commit.generation)
         _check_numbers(*numbers, commit.total_tokens, commit.tokens_dropped, commit.double_counted)
-        if commit.generation > self._generations.get(commit.stage, 0):
+        charter = self._charters.get(commit.stage)
+        if charter is None or commit.generation > charter.generation:
             raise PeerFault(f"a commit of stage {commit.stage} follows a charter that we have not issued")
         return commit
+
+    def _is_vouched(self, signer: PeerId, commit: Commit) -> bool:
+        """Tell whether a member signed a commit; raise `PeerFault` if it is known that none did.
+
+        Of a parent that we have not heard of (reports are lost with those who had them) nothing is known. Then a member
+        of the newest place that we know will do, or we would learn nothing more until the next charter.
+        """
+        seating = self._seats.get(commit.parent)
+        if seating is None:
+            newest = self.newest_commit(commit.stage)
+            seats = self._charters[commit.stage].seats if newest is None else newest[1].seats
+            return signer in {seat.peer for seat in seats}
+        if signer not in {peer for peer, _ in seating}:
+            raise PeerFault(f"{signer} signed a commit of stage {commit.stage} without being a member")
+        return True
 
     def _check_run(self, run: str) -> None:
         if run != self._manifest.run_id:
@@ -162,13 +186,18 @@ class Ledger:
             raise PeerFault(f"there is no stage {stage} in a round {round_id}")
 
 
+def _newest_first(known: tuple[Signed, Commit]) -> tuple[int, int, Digest]:
+    signed, commit = known
+    return -commit.generation, -commit.round, digest(signed.payload)
+
+
 def _members(commit: Commit) -> frozenset[PeerId]:
     """Return who shared in a commit: those who were summed, and those who go on, without who only joins."""
     seated = {seat.peer for seat in commit.seats} - set(commit.joiners)
     return frozenset(seated | {contribution.peer for contribution in commit.contributors})
 
 
-def _commit_row(signed: Signed, commit: Commit, *, is_member: bool) -> history.CommitRow:
+def _commit_row(signed: Signed, commit: Commit, *, is_member: bool, vouched: bool) -> history.CommitRow:
     summary = commit.summary
     members = _members(commit)
     return history.CommitRow(
@@ -195,6 +224,7 @@ def _commit_row(signed: Signed, commit: Commit, *, is_member: bool) -> history.C
         double_counted=commit.double_counted,
         solo=len(members) == 1,
         was_taken=is_member,
+        vouched=vouched,
         signed=signed.to_bytes(),
     )
 

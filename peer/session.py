@@ -195,7 +195,7 @@ class Session:
         return stage in self._joined or self._changes.get(stage) == self._restorers[stage].changes
 
     async def _restore(self, stage: StageId) -> Place:
-        """Follow the members if there are any; otherwise start from our own disk, a checkpoint or the beginning."""
+        """Follow the members if there are any; otherwise start from our own NVMe, a checkpoint or the beginning."""
         restorer = self._restorers[stage]
         while True:
             self._say(PeerState.DOWNLOADING, f"state of stage {stage}")

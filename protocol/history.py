@@ -1,8 +1,9 @@
-"""Asking a replica about its stage's recent past. Pure messages.
+"""Asking about a stage's recent past. Pure messages.
 
-Owns: what a joiner asks before it has any state (`StateRequest`) and while it replays (`LogRequest`). The
-bytes themselves are blobs: `state/STAGE/VERSION/PART`, `update/STAGE/VERSION` (the bytes that take VERSION to
-the next one), and `staged/STAGE/DIGEST` (bytes that are summed but not committed yet).
+Owns: what a joiner asks before it has any state (`StateRequest`, to a replica, or to the coordinator if there is none)
+and while it replays (`LogRequest`). Must not know: who keeps what of it. The bytes themselves are blobs:
+`state/STAGE/VERSION/PART`, `update/STAGE/VERSION` (the bytes that take VERSION to the next one), and
+`staged/STAGE/DIGEST` (bytes that are summed but not committed yet).
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ from protocol.wire import Message
 
 
 class StateRequest(Message):
-    """Where does your replica of this stage stand, and which snapshots do you serve?"""
+    """Where does this stage stand, as far as you know, and which snapshots of it do you serve?"""
 
     stage: StageId
 
 
 class StateAnswer(Message):
-    """`charter` is the newest known; `commit` the newest applied (None right after the charter)."""
+    """`charter` is the newest known; `commit` the newest under it (None right after the charter).
+
+    A replica names the newest commit that it has applied. The coordinator names the newest that it was told of, and
+    leaves `snapshots` empty: it serves checkpoints, by another name.
+    """
 
     charter: Signed | None
     commit: Signed | None

@@ -61,6 +61,8 @@ class CommitRow:
     solo: bool
     was_taken: bool
     """The reporting peer is a member, and so took the committed bytes."""
+    vouched: bool
+    """A member signed it: only then does it say how far its stage has come."""
     signed: bytes
 
 
@@ -174,7 +176,8 @@ def add_commit(db: sqlite3.Connection, row: CommitRow, *, received_s: float) -> 
             received_s,
         ),
     )
-    _keep_if_newest(db, row)
+    if row.vouched:
+        _keep_if_newest(db, row)
     add_closing(db, row.closing, closed_s=received_s)
 
 

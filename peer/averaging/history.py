@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from peer.averaging.spool import Spool
 from peer.memory.disk.durable_files import disk_fault, sync_folder
 from protocol.control import STATE_PARTS, Snapshot, StateFile
 from protocol.errors import StorageError, WireError
@@ -135,9 +135,9 @@ class History:
     # -- updates --------------------------------------------------------------------------------------
 
     def append(self, version: Version, update: bytes | memoryview, commit: Signed) -> None:
-        """Keep the update that was applied to `version`.
+        """Keep the update that was applied to `version`, also after a power cut. Raises `StorageError`.
 
-        Also after a power cut: what the coordinator is told of next, a peer that comes back alone has to have itself.
+        A peer that comes back alone goes by it: what the coordinator is told of next should be here.
         """
         self._write(self.folder / f"u{version:08d}.bin", update)
         self._write(self.folder / f"u{version:08d}.commit", commit.to_bytes())
@@ -157,12 +157,17 @@ class History:
         except (OSError, WireError):
             return None
 
-    def update_of(self, version: Version) -> memoryview:
-        """Return the bytes of the update that was applied to `version`, not verified; raises `StorageError`."""
+    def update_of(self, version: Version, known: Digest) -> memoryview | None:
+        """Map the update that was applied to `version`, without a copy; None unless it is here with this SHA-256.
+
+        It is read once before: a mapping can only say by a signal that the drive fails. Raises `StorageError` then.
+        """
         path = self.folder / f"u{version:08d}.bin"
-        with _readable(path), path.open("rb") as file:
-            room = Spool(os.fstat(file.fileno()).st_size, self.folder).view
-            return room[: file.readinto(room)]
+        with _readable(path), contextlib.suppress(FileNotFoundError):
+            if file_digest(path) == known:
+                with path.open("rb") as file:
+                    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return None
 
     def resolve(self, kind: str, version: Version, part: str) -> Path | None:
         """Return the file of a blob name `state/STAGE/VERSION/PART` or `update/STAGE/VERSION`, if it is here."""

@@ -1,8 +1,9 @@
 """Where one stage's first state comes from.
 
-Owns: the choice between following live members, what lies on our own disk, the coordinator's newest checkpoint, and the
-run's initial weights, and that whatever was restored is served to others as a snapshot. Must not know: charters
-beyond the fact that one exists. `sync.py` does the fetching, `own_disk.py` knows which own state still counts.
+Owns: the choice between following live members, what lies on our own disk (if the state lives on NVMe), the
+coordinator's newest checkpoint, and the run's initial weights, and that whatever was restored is served to others as a
+snapshot. Must not know: charters beyond the fact that one exists. `sync.py` does the fetching, `own_disk.py` knows
+which own state still counts.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Restorer:
             return await self._sync.from_members(members)
 
     async def from_scratch(self, *, allow_initial: bool) -> Place:
-        """Start from our own disk, else from the newest checkpoint, else from the initial weights if that is allowed.
+        """Start from our own NVMe, else from the newest checkpoint, else from the initial weights if that is allowed.
 
         Raises `UnreachableError` if there is nothing to start from yet, `TransientError` if the coordinator is away.
         """
@@ -72,7 +73,7 @@ class Restorer:
 
     async def state_digest(self) -> Digest:
         """Hash the stage's present state."""
-        return await self._compute.run(self._stage_engine.state_digest, priority=Priority.CONTROL)
+        return await self._sync.state_digest()
 
     @property
     def changes(self) -> int:
@@ -87,6 +88,9 @@ class Restorer:
 
     async def _from_scratch(self, allow_initial: bool) -> Place:
         snapshot = await self._newest_checkpoint()
+        # What was followed half-way is newer than any initial weights. What was on our own disk may be none of the
+        # stage's, and what is left of an attempt to load it is nobody's: hence this is asked before.
+        is_ahead = self._stage_engine.version != 0 and self._sync.own_standing() is None
         if self._stage in self._engine.resumed:  # this peer keeps its state on a drive of its own
             least = Version(0) if snapshot is None else snapshot.version
             own = await self._own_disk.go_on(least=least)
@@ -95,8 +99,6 @@ class Restorer:
         if snapshot is not None:
             folder = f"checkpoint/{snapshot.round}"
             return await self._sync.from_checkpoint(snapshot, source=self._coordinator, folder=folder)
-        # what was followed half-way is newer than any initial weights; what was on our own disk is none of the stage's
-        is_ahead = self._stage_engine.version != 0 and self._sync.own_standing() is None
         if not allow_initial or is_ahead:
             raise UnreachableError(f"there is no checkpoint of stage {self._stage} to start from yet.")
         await self._sync.start_over()

@@ -36,7 +36,7 @@ from protocol.errors import (
     UnreachableError,
 )
 from protocol.history import LogAnswer, LogRequest, StateAnswer, StateRequest
-from protocol.ids import Lineage, PeerId, RoundId, StageId, Version, digest
+from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, Version, digest
 from protocol.rounds.lineage import next_lineage, root_lineage
 from protocol.rounds.messages import CHARTER_CONTEXT, COMMIT_CONTEXT, Charter, Commit
 from protocol.signing import Signed, unseal
@@ -121,9 +121,10 @@ class StageSync:
     ) -> None:
         """`check_history` raises `PeerFault` unless commits follow a charter by the rules of the round machine.
 
-        `resumed` says where the engine's state stands if it was found on this peer's own disk.
+        The first commit is believed if the charter is not what it follows. `resumed` says where the engine's state
+        stands if it was found on this peer's own disk.
         """
-        self._check_history = check_history
+        self.check_history = check_history
         self._stage = stage
         self._engine = engine
         self._history = history
@@ -157,13 +158,9 @@ class StageSync:
         for start, source in itertools.product(ways, peers):
             answer, charter = answers[source]
             try:
-                place = await self._follow(source, peers, answer, charter, start)
-                assert place.charter is not None
-                self._check_history(place.charter, place.commits)
+                return await self._follow(source, peers, answer, charter, start)
             except REMOTE_FAULTS as error:
                 log.info("sync.failed", stage=self._stage, source=source, error=error.one_line())
-            else:
-                return place
         raise UnreachableError(f"nobody could bring us to the state of stage {self._stage}.")
 
     def own_standing(self) -> Standing | None:
@@ -178,10 +175,13 @@ class StageSync:
         self._held = standing, self._engine.changes
 
     async def load_own(self, snapshot: Snapshot) -> None:
-        """Become a snapshot on our own disk. Raises `PeerFault` if it is damaged or none of this stage."""
-        await asyncio.to_thread(self._check_own, snapshot)
-        await self._load(snapshot)
+        """Become a snapshot on our own disk. If it is damaged or none of this stage it goes, and `PeerFault` comes."""
+        await self._load_kept(snapshot)
         self.hold(Standing(snapshot.version, snapshot.round, snapshot.lineage))
+
+    async def state_digest(self) -> Digest:
+        """Hash the engine's present state."""
+        return await self._compute.run(self._engine.state_digest, priority=Priority.CONTROL)
 
     async def start_over(self) -> None:
         """Go back to the initial weights, unless the engine is there: version 0 alone may be a load that has failed."""
@@ -234,10 +234,13 @@ class StageSync:
         await self._compute.run(take_step, priority=Priority.CONTROL)
 
     async def keep(self, commit: Commit, signed: Signed, update: Update) -> None:
-        """Log an update that was absorbed, for those who come later."""
+        """Log an update that was absorbed, for those who come later, and for ourselves if we come back alone.
+
+        A disk that is full costs just that: the round stands, and the coordinator hears of it all the same.
+        """
         try:
             await asyncio.to_thread(self._history.append, Version(commit.version - 1), update.data, signed)
-        except StorageError as error:  # costs joiners a source, not us the round
+        except StorageError as error:
             log.error("update.unlogged", stage=self._stage, version=commit.version, error=error.one_line())
 
     # -- private --------------------------------------------------------------------------------------
@@ -306,6 +309,7 @@ class StageSync:
         signed_charter = answer.charter
         assert signed_charter is not None, "answers without one are not kept"
         lineage, version, round_id, commits = await start(source, peers, answer, signed_charter, charter)
+        self.check_history(signed_charter, tuple(commits))
         for _ in range(MAX_STEPS):
             answered = await self._calls.call(source, LogRequest(stage=self._stage, since=version), LogAnswer)
             if not answered.commits:
@@ -314,6 +318,8 @@ class StageSync:
                 commit = unseal(signed, COMMIT_CONTEXT, Commit)
                 if commit.parent != lineage:
                     raise PeerFault(f"{source} sent a commit that does not follow")
+                # before it changes anything: whoever asks next, or starts again here, takes it for what was accepted
+                self.check_history(signed_charter, (*commits[-1:], signed))
                 await self._replay(signed, commit, [source, *peers])
                 lineage = next_lineage(lineage, signed.payload)
                 version, round_id = commit.version, RoundId(commit.round + 1)
@@ -330,7 +336,9 @@ class StageSync:
         commit = unseal(signed, COMMIT_CONTEXT, Commit)
         if (commit.version, next_lineage(commit.parent, signed.payload)) != (version, lineage):
             raise PeerFault(f"{source} sent a commit that does not lead to version {version}")
-        await asyncio.to_thread(self._history.keep_commit, before, signed)
+        kept = await asyncio.to_thread(self._history.commit_of, before)
+        if kept is None or kept.payload != signed.payload:  # under another signature it would be none of a member's
+            await asyncio.to_thread(self._history.keep_commit, before, signed)
         return signed
 
     async def _start_from_resumed(
@@ -372,36 +380,32 @@ class StageSync:
         """Load a snapshot, from our own disk if it is there and sound; otherwise fetch its files by their `names`."""
         if await asyncio.to_thread(self._has, snapshot):
             try:
-                await asyncio.to_thread(self._check_own, snapshot)
-                return await self._load(snapshot)
+                return await self._load_kept(snapshot)
             except PeerFault as error:
                 log.warning("snapshot.damaged", stage=self._stage, version=snapshot.version, problem=str(error))
-                self._history.discard_snapshot(snapshot.version)
         for file in snapshot.files:
             await self._fetch_file(snapshot, file, names[file.part], sources)
-        try:
-            await self._load(snapshot)  # each file was checked when it had come
-        except PeerFault:
-            self._history.discard_snapshot(snapshot.version)
-            raise
+        await self._load(snapshot)  # each file was checked when it had come
         await asyncio.to_thread(self._history.adopt_snapshot, snapshot)
 
     def _has(self, snapshot: Snapshot) -> bool:
         """Tell whether our own disk holds these very files from before."""
         return any((own.version, own.files) == (snapshot.version, snapshot.files) for own in self._history.snapshots())
 
-    def _check_own(self, snapshot: Snapshot) -> None:
-        """Raise `PeerFault` unless the snapshot on our own disk is what it was."""
+    async def _load_kept(self, snapshot: Snapshot) -> None:
+        """Become a snapshot on our own disk; one that is not what it was goes, with a `PeerFault`."""
         try:
-            self._history.check_snapshot(snapshot)
+            await asyncio.to_thread(self._history.check_snapshot, snapshot)
         except StorageError as error:
+            self._history.discard_snapshot(snapshot.version)
             raise PeerFault(str(error)) from None
+        await self._load(snapshot)
 
     async def _load(self, snapshot: Snapshot) -> None:
         """Become a snapshot whose files are here and have the promised hashes.
 
-        Raises `PeerFault` if they are no state of this stage, `StorageError` if our own machine fails: the files may
-        be as good as ever then, but the engine's state is none any more.
+        If they are no state of this stage they go, with a `PeerFault`. Raises `StorageError` if our own machine fails:
+        the files may be as good as ever then, but the engine's state is none any more.
         """
 
         def load() -> None:
@@ -411,7 +415,11 @@ class StageSync:
                 except UnfitState as error:  # whoever promised that hash promised nonsense
                     raise PeerFault(f"the snapshot of version {snapshot.version} cannot be loaded: {error}") from None
 
-        await to_its_end(self._compute.run(load, priority=Priority.CONTROL))
+        try:
+            await to_its_end(self._compute.run(load, priority=Priority.CONTROL))
+        except PeerFault:
+            self._history.discard_snapshot(snapshot.version)
+            raise
 
     async def _fetch_file(self, snapshot: Snapshot, file: StateFile, name: str, sources: list[PeerId]) -> None:
         """Fetch a file range by range, going on with another source where one fails."""

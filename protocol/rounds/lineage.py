@@ -72,11 +72,11 @@ class Chain:
 
     @classmethod
     def of_history(cls, settings: Settings, signed_charter: Signed, commits: tuple[Signed, ...]) -> Self:
-        """Start where fetched history ends. The first commit is trusted as the hashed history is."""
+        """Start where fetched history ends. The first commit is trusted as the hashed history is, under its charter."""
         chain = cls.of_charter(settings, signed_charter)
         for signed in commits:
             if chain.head.step is None:
-                commit = settings.notary.unseal(signed, COMMIT_CONTEXT, Commit)
+                commit = chain._read(signed)
                 if commit.parent != chain.head.lineage:
                     chain._links = [chain._link(signed, commit)]
                     continue
@@ -98,9 +98,7 @@ class Chain:
     def follows_head(self, signed: Signed) -> Commit:
         """Return the commit inside if it may follow our head, or raise `PeerFault`."""
         settings, head = self._settings, self.head
-        commit = settings.notary.unseal(signed, COMMIT_CONTEXT, Commit)
-        _require(commit.run == settings.run and commit.stage == settings.stage, "it is about another stage")
-        _require(commit.generation == self.generation, "it belongs to another charter")
+        commit = self._read(signed)
         _require(commit.parent == head.lineage, "it follows another lineage")
         _require(commit.version == head.version + 1, "it skips a version")
         _require(commit.first_round == head.next_round <= commit.round, "its rounds do not follow")
@@ -148,6 +146,13 @@ class Chain:
         if version < self.oldest.version:
             return Relation.ANCIENT
         return Relation.FORKED if self.steps_after(lineage) is None else Relation.BEHIND
+
+    def _read(self, signed: Signed) -> Commit:
+        settings = self._settings
+        commit = settings.notary.unseal(signed, COMMIT_CONTEXT, Commit)
+        _require(commit.run == settings.run and commit.stage == settings.stage, "it is about another stage")
+        _require(commit.generation == self.generation, "it belongs to another charter")
+        return commit
 
     def _link(self, signed: Signed, commit: Commit) -> Link:
         lineage = next_lineage(commit.parent, signed.payload)

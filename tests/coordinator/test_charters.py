@@ -1,12 +1,14 @@
 """When charters are issued and whom they name.
 
-Oracles: the four rules at the head of `coordinator/founding.py`, as scenes with a fixed clock; for random
+Oracles: the rules at the head of `coordinator/founding.py`, as scenes with a fixed clock; for random
 swarms, the rule that must never break: no charter for a stage in which somebody may still be committing.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,9 +17,9 @@ from hypothesis import strategies as st
 from coordinator.founding import Decision, Participant, Replica, Standing, View, decide, may_act
 from protocol.control import Leave
 from protocol.history import StateRequest
-from protocol.ids import Digest, PeerId, RoundId, StageId, Version, digest
+from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, Version, digest
 from protocol.rounds.messages import CHARTER_CONTEXT, Charter, Seat
-from protocol.signing import unseal
+from protocol.signing import Signed, unseal
 from tests.coordinator.office import (
     INITIAL,
     Office,
@@ -71,7 +73,9 @@ def view(*participants: Participant, generations: dict[int, int] | None = None, 
         "start_peers": 2,
         "floor": {},
         "reached": {},
+        "next_round": RoundId(100),
         "vacant_s": {},
+        "short_s": {},
         "awake_s": 100.0,
         "settle_s": 10.0,
         "move_after_s": 5.0,
@@ -173,6 +177,35 @@ def test_when_all_that_was_reached_is_there_again_nothing_is_given_up() -> None:
     for lost in (reached | {StageId(0): Version(10)}, {StageId(0): Version(9)}):
         decision = decide(view(*back, generations=STARTED, reached=lost))
         assert named(decision) == {0: ["c"], 1: ["d"]}
+
+
+@pytest.mark.parametrize("lives", [True, False], ids=["another stage lives", "everything died"])
+def test_who_is_ready_with_less_leaves_a_moment_to_who_may_have_more(lives: bool) -> None:
+    """C has fetched a checkpoint; B still goes through its log. Oracle: nobody is named; then C, when B has had its
+    time or is not there; B if it comes up in time; C if it has all that was reached."""
+    a = participant("a", 0, acting=lives, round=RoundId(9), version=Version(9))
+    b, c = participant("b", 1, ready=False), at("c", 1, 5)
+    reached = {StageId(0): Version(9), StageId(1): Version(9)}
+    scene = partial(view, generations=STARTED, reached=reached)
+    for passed_s in ({}, {StageId(1): 9.9}):
+        waiting = decide(scene(a, b, c, short_s=passed_s))
+        assert waiting.foundings == ()
+        assert "stage 1" in waiting.waiting_for
+    late = decide(scene(a, b, c, short_s={StageId(1): 10.0}))
+    assert [(f.version, f.round) for f in late.foundings if f.stage == 1] == [(5, 9)]
+    assert named(decide(scene(a, participant("b", 1, ready=False, standing=Standing.MISSING), c)))[1] == ["c"]
+    assert named(decide(scene(a, c)))[1] == ["c"]
+    assert named(decide(scene(a, at("b", 1, 9), c)))[1] == ["b"]
+    assert named(decide(scene(a, b, c, reached={StageId(0): Version(9), StageId(1): Version(5)})))[1] == ["c"]
+
+
+def test_a_claim_beyond_what_was_reported_does_not_take_the_run_to_its_end() -> None:
+    """B says that it is at the last round. Oracle: one step more than was reported, which may be true."""
+    liar = participant("b", 1, round=RoundId(1000), version=Version(4), state_digest=LATER)
+    decision = decide(view(at("a", 0, 8), liar, generations=STARTED, next_round=RoundId(8)))
+    assert [founding.round for founding in decision.foundings] == [9, 9]
+    honest = decide(view(at("a", 0, 8), at("b", 1, 9), generations=STARTED, next_round=RoundId(8)))
+    assert [founding.round for founding in honest.foundings] == [9, 9]
 
 
 def test_a_state_older_than_the_newest_checkpoint_is_never_founded_on() -> None:
@@ -398,6 +431,75 @@ async def test_a_peer_that_comes_back_alone_hears_where_its_stage_stands(tmp_pat
         assert (await office.services.charters.answer_state(A.peer, StateRequest(stage=StageId(7)))).charter is None
 
 
+@pytest.mark.parametrize("parent", ["unknown", "the genuine one", "its own"])
+async def test_a_commit_that_no_member_has_signed_does_not_say_where_a_stage_stands(
+    tmp_path: Path, parent: str
+) -> None:
+    """C was let in and has no seat in stage 1. Oracle: B's commit is the word, before and after a restart, and B's next
+    one after that; every report is acknowledged."""
+    time, ask = StoppedTime(), StateRequest(stage=StageId(1))
+    async with open_office(tmp_path, time=time, start_peers=2) as office:
+        await start(office, A, B)
+        await office.join(C)
+        first, second = (sign_closing(A, closing(office.manifest, number)) for number in range(2))
+        genuine = sign_commit(B, commit(office.manifest, 1, first, members=[B], parent=office.charter_lineage(1)))
+        await office.beat(B, state(1), reports=((1, commit_report(genuine)),))
+        last = sign_closing(C, closing(office.manifest, office.manifest.batch.num_rounds - 1))
+        claimed: dict[str, Any] = {"members": [C], "version": Version(10**6)}
+        alone = sign_commit(C, commit(office.manifest, 1, last, parent=Lineage(b"x" * 32), **claimed))
+        under = {"unknown": Lineage(b"y" * 32), "the genuine one": lineage_of(genuine), "its own": lineage_of(alone)}
+        forged = sign_commit(C, commit(office.manifest, 1, last, parent=under[parent], **claimed))
+        reply = await office.beat(C, state(0), reports=((1, commit_report(alone)), (2, commit_report(forged))))
+        assert reply.acknowledged == 2
+        assert (await office.services.charters.answer_state(B.peer, ask)).commit == genuine
+    async with open_office(tmp_path, time=time, start_peers=2) as office:
+        assert (await office.services.charters.answer_state(B.peer, ask)).commit == genuine
+        await office.beat(C, state(0), reports=((3, commit_report(forged)),))
+        later = sign_commit(B, commit(office.manifest, 1, second, members=[B], parent=lineage_of(genuine)))
+        await office.beat(B, state(1), reports=((2, commit_report(later)),))
+        assert (await office.services.charters.answer_state(B.peer, ask)).commit == later
+
+
+async def test_a_report_that_was_lost_does_not_end_what_is_known_of_a_stage(tmp_path: Path) -> None:
+    """Of three commits the second never comes; in the third, C signs by the seat that the one before gave it, in the
+    same beat. Oracle: what is named after every one."""
+    ask = StateRequest(stage=StageId(1))
+    async with open_office(tmp_path, start_peers=2) as office:
+        await start(office, A, B)
+        await office.join(C)
+        parent = office.charter_lineage(1)
+        commits: list[Signed] = []
+        for number, (by, joiners) in enumerate([(B, []), (B, []), (B, [C]), (C, [])]):
+            under = sign_closing(A, closing(office.manifest, number))
+            message = commit(office.manifest, 1, under, members=[by], joiners=joiners, parent=parent)
+            commits.append(sign_commit(by, message))
+            parent = lineage_of(commits[-1])
+        await office.beat(B, state(1), reports=((1, commit_report(commits[0])),))
+        assert (await office.services.charters.answer_state(B.peer, ask)).commit == commits[0]
+        both = tuple((2 + number, commit_report(signed)) for number, signed in enumerate(commits[2:]))
+        await office.beat(B, state(1), reports=both)
+        assert (await office.services.charters.answer_state(B.peer, ask)).commit == commits[3]
+
+
+async def test_questions_about_a_stage_never_wait_for_the_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody may ask, and reports wait for that thread. Oracle: the answer, with a database that runs nothing."""
+    async with open_office(tmp_path, start_peers=2) as office:
+        await start(office, A, B)
+        under = sign_closing(A, closing(office.manifest, 0))
+        signed = sign_commit(B, commit(office.manifest, 1, under, members=[B], parent=office.charter_lineage(1)))
+        await office.beat(B, state(1), reports=((1, commit_report(signed)),))
+
+        async def refuse(*_: object, **__: object) -> None:
+            raise AssertionError("the database was asked")
+
+        monkeypatch.setattr(office.services.database, "run", refuse)
+        word = await office.services.charters.answer_state(B.peer, StateRequest(stage=StageId(1)))
+        await office.services.charters.tick()
+        assert (word.commit, word.version) == (signed, 1)
+
+
 async def test_commits_that_a_newer_charter_has_rolled_back_are_no_word(tmp_path: Path) -> None:
     """B came to version 1, and C has founded the stage on version 0 since. Oracle: C's charter, and no commit."""
     async with open_office(tmp_path, start_peers=2) as office:
@@ -437,6 +539,36 @@ async def test_everything_that_died_a_step_apart_goes_on_where_it_was(tmp_path: 
         charters = office.charters()
         assert [(charters[stage].round, charters[stage].version) for stage in map(StageId, (0, 1))] == [(1, 1), (1, 0)]
         assert {charter.generation for charter in charters.values()} == {2}
+
+
+@pytest.mark.parametrize("comes", [True, False], ids=["in time", "never"])
+async def test_a_replica_that_is_back_with_everything_is_not_outrun_by_a_checkpoint(
+    tmp_path: Path, comes: bool
+) -> None:
+    """Everything died at version 1. D has restored version 0 after 12 s, B has what it had after 18 s. Oracle: B's
+    charter; and D's, 10 s after D was ready, if B does not come up with anything."""
+    async with open_office(tmp_path, start_peers=2, lost_after_s=10.0) as office:
+        await start(office, A, B)
+        under = sign_closing(A, closing(office.manifest, 0))
+        for stage, member in enumerate((A, B)):
+            parent = office.charter_lineage(stage)
+            signed = sign_commit(member, commit(office.manifest, stage, under, members=[member], parent=parent))
+            await office.beat(member, state(stage), reports=((1, commit_report(signed)),))
+        again, back = (Volunteer(name, session=2) for name in "ab")
+        for number, volunteer in enumerate((again, back, C, D)):
+            assert (await office.join(volunteer)).stages == (number % 2,)
+        founded_s = None
+        for second in range(25):
+            await office.beat(again, state(0, round=1, version=1, state_digest=LATER))
+            has_come = comes and second >= 18
+            await office.beat(back, *[state(1, round=1, version=1, state_digest=LATER)] * has_come)
+            await office.beat(C)
+            await office.beat(D, *[state(1)] * (second >= 12))
+            await office.tick(1.0)
+            if founded_s is None and office.charters()[StageId(1)].generation == 2:
+                founded_s = second
+        charter = office.charters()[StageId(1)]
+        assert (founded_s, charter.seats, charter.version) == ((18, (back.seat,), 1) if comes else (22, (D.seat,), 0))
 
 
 async def test_an_empty_stage_takes_a_peer_from_a_full_one(tmp_path: Path) -> None:

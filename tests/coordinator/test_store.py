@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,7 @@ def commit_row(stage: int, generation: int, round_id: int, *, rival: int = 0) ->
         double_counted=0,
         solo=True,
         was_taken=True,
+        vouched=True,
         signed=name.encode(),
     )
 
@@ -161,6 +163,16 @@ def test_the_newest_commits_are_those_of_the_highest_generation(seed: int) -> No
         assert set(history.newest_commits(db)) == NEWEST
         assert db.execute("SELECT count(*) FROM signed_commits").fetchone()[0] == len(NEWEST), "others are not kept"
         assert db.execute("SELECT count(*) FROM commits").fetchone()[0] == len(HISTORY)
+
+
+def test_a_commit_that_no_member_vouches_for_is_counted_and_replaces_no_other() -> None:
+    forged = replace(commit_row(0, 2, 99), vouched=False)
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+        migrate(db)
+        for row in (*HISTORY, forged):
+            history.add_commit(db, row, received_s=1.0)
+        assert set(history.newest_commits(db)) == NEWEST
+        assert db.execute("SELECT count(*) FROM commits").fetchone()[0] == len(HISTORY) + 1
 
 
 def plans_of(db: sqlite3.Connection, work: Callable[[], object]) -> list[str]:

@@ -30,6 +30,22 @@ def contents(part: str, version: int) -> bytes:
     return f"{part} of version {version} ".encode() * (version + 1)
 
 
+@pytest.mark.parametrize("damage", [None, "flipped", "short", "empty", "gone"])
+def test_an_update_is_handed_out_if_it_is_what_was_kept(history: History, damage: str | None) -> None:
+    """Oracle: the bytes, which nobody can write to; None."""
+    update = bytes(range(256)) * 100
+    history.append(Version(4), update, COMMIT)
+    path = history.folder / "u00000004.bin"
+    damaged = {"flipped": update[:-1] + b"x", "short": update[:-1], "empty": b""}
+    if damage == "gone":
+        path.unlink()
+    elif damage is not None:
+        path.write_bytes(damaged[damage])
+    found = history.update_of(Version(4), digest(update))
+    assert found == (update if damage is None else None)
+    assert found is None or found.readonly
+
+
 def save(history: History, version: int) -> Snapshot:
     def write(files: Mapping[str, HashingFile]) -> None:
         for part, file in files.items():

@@ -7,14 +7,17 @@ went through; the digests of an engine that was never killed.
 
 from __future__ import annotations
 
-import asyncio
+import errno
+import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 
+from peer.averaging import history, spool
 from peer.averaging.absorb import Update, absorb
 from peer.averaging.history import History
 from peer.averaging.own_disk import Books, OwnDisk, find_path
@@ -24,12 +27,13 @@ from peer.engine.local_checkpoint import Standing
 from peer.engine.optimizer import OptimizerSpec
 from peer.engine.schedule import LearningRate
 from peer.engine.stage_engine import StageEngine
+from peer.engine.statefiles import StateReader, UnfitState
 from peer.pipeline.compute import ComputeThread
 from protocol.architecture import preset
-from protocol.errors import PeerFault, RefusedError, SwarmError, UnreachableError
+from protocol.errors import PeerFault, RefusedError, StorageError, SwarmError, UnreachableError, WireError
 from protocol.history import StateAnswer, StateRequest
 from protocol.ids import Digest, Lineage, PeerId, RoundId, RunId, StageId, Version, digest
-from protocol.rounds.lineage import next_lineage, root_lineage
+from protocol.rounds.lineage import Chain, next_lineage, root_lineage
 from protocol.rounds.messages import (
     CHARTER_CONTEXT,
     COMMIT_CONTEXT,
@@ -40,16 +44,29 @@ from protocol.rounds.messages import (
     RoundSummary,
     Seat,
 )
+from protocol.rounds.settings import KeyNotary, RoundRules, RoundSize, RoundTimers, Settings
 from protocol.signing import Signed, SigningKey, seal
 from protocol.transport.calls import Calls
 from protocol.wire import Message
 
 STAGE = StageId(1)
 RUN = RunId("ab" * 16)
-COORDINATOR, ME = SigningKey.generate(), SigningKey.generate()
+COORDINATOR, ME, STRANGER = SigningKey.generate(), SigningKey.generate(), SigningKey.generate()
 RATE = LearningRate(peak=1e-2, warmup=0, total=20)
 MOST = 9
 """The newest version of a line."""
+CHECK = partial(
+    Chain.of_history,
+    Settings(
+        run=RUN,
+        stage=STAGE,
+        me=Seat(peer=ME.peer_id, session=1),
+        coordinator=COORDINATOR.peer_id,
+        timers=RoundTimers(),
+        rules=RoundRules(size_of=lambda _: RoundSize(1)),
+        notary=KeyNotary(ME),
+    ),
+)
 
 
 def sign_charter(generation: int, version: int, state_digest: Digest, *, stage: StageId = STAGE) -> Signed:
@@ -69,7 +86,9 @@ def sign_charter(generation: int, version: int, state_digest: Digest, *, stage: 
     )
 
 
-def sign_commit(version: int, parent: Lineage, data: bytes, *, generation: int = 1, salt: int = 0) -> Signed:
+def sign_commit(
+    version: int, parent: Lineage, data: bytes, *, generation: int = 1, salt: int = 0, by: SigningKey = ME
+) -> Signed:
     """Sign the commit of a version; another `salt` is another commit."""
     round_id = RoundId(version + generation - 2)  # every charter costs a round
     me = ME.peer_id
@@ -86,7 +105,7 @@ def sign_commit(version: int, parent: Lineage, data: bytes, *, generation: int =
         eval_tokens=0,
     )
     return seal(
-        ME,
+        by,
         COMMIT_CONTEXT,
         Commit(
             run=RUN,
@@ -151,9 +170,26 @@ class Line:
         assert books is not None
         return books
 
+    @property
+    def reports(self) -> list[Signed]:
+        return [self.log[version] for version in range(MOST)]
+
+    def forge(self, version: int) -> None:
+        """Let somebody who is no member have signed the commit of a version, in our log as elsewhere."""
+        before = version - 1
+        self.log[before] = sign_commit(version, self.lineages[before], self.data[before], by=STRANGER)
+
     def kept(self, *versions: int) -> Callable[[Version], Signed | None]:
         """Return a log that has only the commits that followed these versions."""
         return lambda version: self.log.get(version) if version in versions else None
+
+
+def find(own: Standing, books: Books, log: Callable[[Version], Signed | None]) -> Way | None:
+    return find_path(own, books, log, CHECK)
+
+
+def unreported(way: Way) -> list[int]:
+    return [step.commit.version for step in way.unreported]
 
 
 def way_versions(way: Way | None) -> tuple[list[int], list[int]] | None:
@@ -171,17 +207,17 @@ ALL = range(MOST)
 def test_a_state_of_the_lineage_goes_on_to_the_end_of_our_own_log(own: int, known: int) -> None:
     """The coordinator knows an older, the same or a newer place. Oracle: the versions of the whole line."""
     line = Line()
-    way = find_path(line.standing(own), line.books(known), line.kept(*ALL))
+    way = find(line.standing(own), line.books(known), line.kept(*ALL))
     assert way is not None
     assert way_versions(way) == ([], list(range(own + 1, MOST + 1)))
     assert way.end == line.standing(MOST)
     assert not way.passes_charter
-    assert [Commit.from_bytes(one.payload).version for one in way.unreported] == list(range(known + 1, MOST + 1))
+    assert unreported(way) == list(range(known + 1, MOST + 1))
 
 
 def test_a_state_that_is_just_what_was_accepted_needs_no_log() -> None:
     line = Line()
-    way = find_path(line.standing(5), line.books(5), line.kept())
+    way = find(line.standing(5), line.books(5), line.kept())
     assert way is not None
     assert (way.beyond, way.end, way.unreported) == ((), line.standing(5), ())
 
@@ -192,7 +228,46 @@ def test_a_state_that_is_just_what_was_accepted_needs_no_log() -> None:
 def test_what_our_log_does_not_join_to_the_accepted_place_is_not_taken(own: int, known: int, kept: list[int]) -> None:
     """Older than what was accepted, and the rest is lost; or newer, and nothing says that it followed from there."""
     line = Line()
-    assert find_path(line.standing(own), line.books(known), line.kept(*kept)) is None
+    assert find(line.standing(own), line.books(known), line.kept(*kept)) is None
+
+
+@pytest.mark.parametrize(
+    ("own", "known", "kept", "end"),
+    [(3, 7, [0, 1, 2, 3, 4], 5), (3, 7, [0, 1, 2], 3), (0, 7, [], 0), (6, 7, [], 6), (5, 7, [5], 6)],
+)
+def test_a_state_behind_the_accepted_place_is_taken_if_it_is_surely_of_its_lineage(
+    own: int, known: int, kept: list[int], end: int
+) -> None:
+    """The rest of the log is lost. It is joined to the charter, or to what the newest commit followed. Oracle: the last
+    version that the log leads to; nothing of it is news."""
+    line = Line()
+    way = find(line.standing(own), line.books(known), line.kept(*kept))
+    assert way is not None
+    assert (way.end.version, way.unreported) == (end, ())
+    if own:
+        assert way.end == line.standing(end)
+
+
+@pytest.mark.parametrize(
+    ("own", "known", "end"), [(3, 5, 6), (6, 5, 6), (6, 6, 6), (5, 0, 6), (7, 5, None), (7, 6, None), (9, 0, None)]
+)
+def test_a_commit_that_no_member_has_signed_ends_our_log(own: int, known: int, end: int | None) -> None:
+    """Somebody showed it to us before, and every hash fits. Oracle: the version before it; who stands behind it is
+    not taken."""
+    line = Line()
+    line.forge(7)
+    way = find(line.standing(own), line.books(known), line.kept(*ALL))
+    assert (None if way is None else way.end.version) == end
+    if way is not None:
+        assert unreported(way) == list(range(known + 1, 7))
+
+
+def test_a_commit_that_is_damaged_ends_our_log() -> None:
+    line = Line()
+    line.log[6] = Signed(payload=line.log[6].payload, signer=ME.peer_id, signature=bytes(64))
+    way = find(line.standing(3), line.books(5), line.kept(*ALL))
+    assert way is not None
+    assert way.end.version == 6
 
 
 @pytest.mark.parametrize("own", [2, 5, 8])
@@ -204,8 +279,8 @@ def test_a_state_of_another_branch_is_not_taken(own: int) -> None:
         ours.lineages[version] = lineage
         ours.log[version] = sign_commit(version + 1, lineage, ours.data[version], salt=1)
         lineage = next_lineage(lineage, ours.log[version].payload)
-    assert find_path(ours.standing(own), theirs.books(7), ours.kept(*ALL)) is None
-    way = find_path(ours.standing(own), theirs.books(4), ours.kept(*ALL))
+    assert find(ours.standing(own), theirs.books(7), ours.kept(*ALL)) is None
+    way = find(ours.standing(own), theirs.books(4), ours.kept(*ALL))
     assert way is not None, "what the coordinator knows is common to both"
 
 
@@ -213,7 +288,7 @@ def test_the_own_log_ends_where_its_commits_do_not_follow() -> None:
     """A leftover of another branch lies behind. Oracle: the last version before it."""
     line = Line()
     line.log[6] = sign_commit(7, Lineage(b"x" * 32), line.data[6])
-    way = find_path(line.standing(3), line.books(5), line.kept(*ALL))
+    way = find(line.standing(3), line.books(5), line.kept(*ALL))
     assert way is not None
     assert way.end.version == 6
 
@@ -223,7 +298,7 @@ def test_a_state_that_was_rolled_back_is_not_taken(own: int) -> None:
     """Our line went on from the first charter; another was issued at version 4 meanwhile. Oracle: the generation."""
     line, again = Line(0), Line(0, 4)
     for known in (4, 6):
-        assert find_path(line.standing(own), again.books(known), line.kept(*ALL)) is None
+        assert find(line.standing(own), again.books(known), line.kept(*ALL)) is None
 
 
 @pytest.mark.parametrize("own", [2, 4])
@@ -231,7 +306,7 @@ def test_a_state_that_was_rolled_back_is_not_taken(own: int) -> None:
 def test_a_state_before_the_charter_has_to_become_the_charters(own: int, known: int) -> None:
     """Oracle: the steps on both sides of it; the digest is compared between them."""
     line = Line(0, 4)
-    way = find_path(line.standing(own), line.books(known), line.kept(*ALL))
+    way = find(line.standing(own), line.books(known), line.kept(*ALL))
     assert way_versions(way) == (list(range(own + 1, 5)), [5, 6, 7, 8, 9])
     assert way is not None
     assert way.passes_charter
@@ -240,17 +315,17 @@ def test_a_state_before_the_charter_has_to_become_the_charters(own: int, known: 
 
 def test_several_charters_may_lie_between() -> None:
     line = Line(0, 2, 4)
-    assert way_versions(find_path(line.standing(1), line.books(4), line.kept(*ALL))) == ([2, 3, 4], [5, 6, 7, 8, 9])
+    assert way_versions(find(line.standing(1), line.books(4), line.kept(*ALL))) == ([2, 3, 4], [5, 6, 7, 8, 9])
 
 
 def test_a_state_before_the_charter_that_our_log_does_not_lead_to_is_not_taken() -> None:
     line = Line(0, 4)
-    assert find_path(line.standing(2), line.books(4), line.kept(2, 4, 5)) is None
+    assert find(line.standing(2), line.books(4), line.kept(2, 4, 5)) is None
 
 
 def test_the_round_at_a_charter_is_the_charters() -> None:
     line = Line(0, 4)
-    way = find_path(line.standing(4), line.books(4), line.kept(0, 1, 2, 3))
+    way = find(line.standing(4), line.books(4), line.kept(0, 1, 2, 3))
     assert way is not None
     assert (way.end.version, way.end.round) == (4, line.books(4).charter.round)
 
@@ -311,7 +386,7 @@ class Case:
             coordinator=COORDINATOR.peer_id,
             codec="fp32",
             schedule=RATE,
-            check_history=lambda charter, commits: None,
+            check_history=CHECK,
             resumed=self.line.standing(own),
         )
         self.own_disk = OwnDisk(
@@ -320,7 +395,6 @@ class Case:
             history=self.history,
             calls=cast(Calls, self),
             coordinator=COORDINATOR.peer_id,
-            state_digest=lambda: asyncio.to_thread(self.engine.state_digest),
             on_unreported=self.unreported.append,
         )
 
@@ -380,20 +454,86 @@ async def test_a_checkpoint_that_is_newer_wins(tmp_path: Path) -> None:
     assert case.engine.changes == before
 
 
+@pytest.mark.parametrize("known", [6, 9])
 @pytest.mark.parametrize("damage", ["flipped", "short", "gone"])
-async def test_a_damaged_log_is_not_followed(damage: str, tmp_path: Path) -> None:
-    """Oracle: None; the standing is of the last good step, so that members could still take it from there."""
+async def test_a_damaged_log_is_followed_as_far_as_it_is_sound(damage: str, known: int, tmp_path: Path) -> None:
+    """Oracle: the last good step, whether the coordinator has heard of it or of more; of what was not reported, what is
+    still here."""
     case = Case(tmp_path, 5)
+    case.word = case.line.answer(known)
     path = tmp_path / "u00000007.bin"
     data = bytearray(path.read_bytes())
     data[100] ^= 1
     path.write_bytes(data if damage == "flipped" else data[:-4])
     if damage == "gone":
         path.unlink()
-    assert await case.go_on() is None
+    case.check(await case.go_on(), 7)
+    assert case.unreported == case.line.reports[known:7]
+
+
+async def test_a_damaged_log_does_not_beat_a_newer_checkpoint(tmp_path: Path) -> None:
+    """Oracle: None; the standing is of the last good step, so that members could still take it from there."""
+    case = Case(tmp_path, 5)
+    (tmp_path / "u00000007.bin").unlink()
+    assert await case.go_on(least=8) is None
     assert case.sync.own_standing() == case.line.standing(7)
-    assert case.engine.state_digest() == case.line.digests[7]
-    assert case.unreported == []
+    assert (case.engine.state_digest(), case.unreported) == (case.line.digests[7], [])
+
+
+async def test_a_commit_of_a_stranger_in_our_log_is_neither_taken_nor_reported(tmp_path: Path) -> None:
+    """Its update is here and fits. Oracle: the version before it."""
+    case = Case(tmp_path, 5)
+    case.line.forge(8)
+    case.history.append(Version(7), case.line.data[7], case.line.log[7])
+    case.word = case.line.answer(6)
+    case.check(await case.go_on(), 7)
+    assert case.unreported == case.line.reports[6:7]
+
+
+async def test_a_full_disk_is_no_gap_in_our_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the end of the log, with a system that gives no file any room."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    case = Case(tmp_path, 5)
+    monkeypatch.setattr(spool, "MIN_FILE_BYTES", 1)
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    case.check(await case.go_on(), MOST)
+
+
+async def test_a_drive_that_fails_is_not_taken_for_a_gap_in_our_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state may be as good as ever, once the drive is back. Oracle: the error, which ends the peer with advice."""
+
+    def refuse(path: Path) -> Digest:
+        raise OSError(errno.EIO, "Input/output error")
+
+    case = Case(tmp_path, 5)
+    monkeypatch.setattr(history, "file_digest", refuse)
+    with pytest.raises(StorageError, match="Input/output error"):
+        await case.go_on()
+
+
+async def test_a_snapshot_that_cannot_be_loaded_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bytes are what was written, and no state of this stage. Oracle: it is gone."""
+    case = Case(tmp_path, 6)
+    case.history.save_snapshot(
+        case.engine.write_state, round_id=RoundId(6), version=Version(6), lineage=case.line.lineages[6]
+    )
+    case.sync.hold(case.line.standing(2))  # and so the engine's own state is none
+    case.word = case.line.answer(6)
+
+    def fail(self: StateReader, *shard: Any) -> None:
+        raise UnfitState("the saved state ends too soon.")
+
+    monkeypatch.setattr(StateReader, "read", fail)
+    assert await case.go_on() is None
+    assert case.history.snapshots() == ()
+    assert case.sync.own_standing() is None
 
 
 async def test_an_own_snapshot_helps_where_the_state_is_too_old(tmp_path: Path) -> None:
@@ -422,12 +562,32 @@ async def test_without_the_coordinator_no_own_state_is_taken(tmp_path: Path) -> 
     assert case.engine.changes == before
 
 
-@pytest.mark.parametrize("word", [None, RefusedError("never heard of that"), PeerFault("nonsense")], ids=repr)
-async def test_a_coordinator_without_a_word_on_it_vouches_for_nothing(word: SwarmError | None, tmp_path: Path) -> None:
+async def test_a_stage_that_has_not_begun_vouches_for_nothing(tmp_path: Path) -> None:
     case = Case(tmp_path, 5)
-    none = StateAnswer(charter=None, commit=None, version=Version(0), lineage=Lineage(bytes(32)), snapshots=())
-    case.word = word or none
+    case.word = StateAnswer(charter=None, commit=None, version=Version(0), lineage=Lineage(bytes(32)), snapshots=())
     assert await case.go_on() is None
+
+
+@pytest.mark.parametrize(
+    ("word", "kind"),
+    [
+        (RefusedError("never heard of that"), UnreachableError),
+        (WireError("not a message"), PeerFault),
+        ("contradiction", PeerFault),
+    ],
+    ids=repr,
+)
+async def test_an_answer_that_cannot_be_read_is_waited_for(
+    word: SwarmError | str, kind: type[SwarmError], tmp_path: Path
+) -> None:
+    """Going on without it would cost the state. Oracle: an error that the session waits after; nothing is touched."""
+    case = Case(tmp_path, 5, 0, 4)
+    odd = case.line.answer(6).model_copy(update={"commit": case.line.log[2]})
+    case.word = word if isinstance(word, SwarmError) else odd
+    before = case.engine.changes
+    with pytest.raises(kind):
+        await case.go_on()
+    assert case.engine.changes == before
 
 
 async def test_an_engine_that_has_moved_on_has_no_own_state(tmp_path: Path) -> None:

@@ -88,16 +88,21 @@ async def test_what_no_pause_helps_goes_through(fault: Exception) -> None:
 class Returned:
     """A peer that has come back with state on its own drive; what the drive and the coordinator have is played."""
 
-    def __init__(self, *, own: Place | None, standing: Standing | None, checkpoint: int | None = None) -> None:
+    def __init__(
+        self, *, own: Place | None, standing: Standing | None, checkpoint: int | None = None, spoils: bool = False
+    ) -> None:
+        """With `spoils`, the attempt to load the own state leaves nothing of it in the engine."""
         self.did: list[object] = []
-        self._own, self._checkpoint = own, checkpoint
+        self._own, self._checkpoint, self._standing, self._spoils = own, checkpoint, standing, spoils
         engine = SimpleNamespace(version=Version(9))
         self.restorer = Restorer(
             StageId(0),
             sync=cast(
                 Any,
                 SimpleNamespace(
-                    own_standing=lambda: standing, start_over=self._start_over, from_checkpoint=self._from_checkpoint
+                    own_standing=lambda: self._standing,
+                    start_over=self._start_over,
+                    from_checkpoint=self._from_checkpoint,
                 ),
             ),
             own_disk=cast(Any, SimpleNamespace(go_on=self._go_on)),
@@ -110,6 +115,8 @@ class Returned:
 
     async def _go_on(self, *, least: Version) -> Place | None:
         self.did.append(("own disk", least))
+        if self._spoils:
+            self._standing = None
         return self._own
 
     async def _start_over(self) -> None:
@@ -147,9 +154,10 @@ async def test_without_an_own_state_that_counts_the_checkpoint_is_taken() -> Non
     assert case.did == [("own disk", 4), ("checkpoint", 4)]
 
 
-async def test_an_own_state_that_is_history_does_not_keep_a_run_from_its_beginning() -> None:
-    """No checkpoint, and the charter is of version 0. Oracle: the initial weights."""
-    case = Returned(own=None, standing=STANDING)
+@pytest.mark.parametrize("spoils", [False, True])
+async def test_an_own_state_that_is_history_does_not_keep_a_run_from_its_beginning(spoils: bool) -> None:
+    """No checkpoint, and the charter is of version 0. Oracle: the initial weights, also if it could not be loaded."""
+    case = Returned(own=None, standing=STANDING, spoils=spoils)
     assert (await case.restorer.from_scratch(allow_initial=True)).version == 0
     assert case.did == [("own disk", 0), "start over", "keep"]
 

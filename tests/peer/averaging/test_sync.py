@@ -10,6 +10,7 @@ import asyncio
 import io
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -44,7 +45,7 @@ from protocol.errors import (
 )
 from protocol.history import LogAnswer, LogRequest, StateAnswer, StateRequest
 from protocol.ids import Lineage, PeerId, RoundId, RunId, StageId, Version, digest
-from protocol.rounds.lineage import next_lineage, root_lineage
+from protocol.rounds.lineage import Chain, next_lineage, root_lineage
 from protocol.rounds.messages import (
     CHARTER_CONTEXT,
     COMMIT_CONTEXT,
@@ -55,6 +56,7 @@ from protocol.rounds.messages import (
     RoundSummary,
     Seat,
 )
+from protocol.rounds.settings import KeyNotary, RoundRules, RoundSize, RoundTimers, Settings
 from protocol.signing import Signed, SigningKey, seal
 from protocol.transport.blobs import Blobs
 from protocol.transport.calls import Calls
@@ -62,18 +64,31 @@ from protocol.wire import Message
 
 STAGE = StageId(1)
 ME, ANNE, BERT, CARL = PeerId("me"), PeerId("anne"), PeerId("bert"), PeerId("carl")
-COORDINATOR, STRANGER = SigningKey.generate(), SigningKey.generate()
+COORDINATOR, MEMBER, STRANGER = SigningKey.generate(), SigningKey.generate(), SigningKey.generate()
+RUN = RunId("ab" * 16)
+CHECK = partial(
+    Chain.of_history,
+    Settings(
+        run=RUN,
+        stage=STAGE,
+        me=Seat(peer=ME, session=1),
+        coordinator=COORDINATOR.peer_id,
+        timers=RoundTimers(),
+        rules=RoundRules(size_of=lambda _: RoundSize(1)),
+        notary=KeyNotary(MEMBER),
+    ),
+)
 
 
 def charter(generation: int = 1, *, key: SigningKey = COORDINATOR, stage: StageId = STAGE) -> Signed:
     fields = Charter(
-        run=RunId("ab" * 16),
+        run=RUN,
         stage=stage,
         generation=generation,
         round=RoundId(0),
         version=Version(0),
         state_digest=digest(b"state"),
-        seats=(Seat(peer=COORDINATOR.peer_id, session=1),),
+        seats=(Seat(peer=MEMBER.peer_id, session=1),),
     )
     return seal(key, CHARTER_CONTEXT, fields)
 
@@ -138,6 +153,7 @@ class Case:
     def _check(self, signed: Signed, commits: tuple[Signed, ...]) -> None:
         if signed in self.refused:
             raise PeerFault("its rounds do not follow")
+        CHECK(signed, commits)
 
     async def follow(self, **options: Any) -> Any:
         try:
@@ -429,10 +445,10 @@ def _engine(seed: int = 1) -> StageEngine:
     )
 
 
-def _commit(version: int, parent: Lineage, data: bytes) -> Signed:
-    me = STRANGER.peer_id
+def _commit(version: int, parent: Lineage, data: bytes, *, by: SigningKey = MEMBER) -> Signed:
+    me = MEMBER.peer_id
     fields = Commit(
-        run=RunId("ab" * 16),
+        run=RUN,
         stage=STAGE,
         generation=1,
         first_round=RoundId(version - 1),
@@ -461,7 +477,7 @@ def _commit(version: int, parent: Lineage, data: bytes) -> Signed:
         tokens_dropped=0,
         double_counted=0,
     )
-    return seal(STRANGER, COMMIT_CONTEXT, fields)
+    return seal(by, COMMIT_CONTEXT, fields)
 
 
 def resume(case: Case, version: int, lineage: Lineage) -> Swarm:
@@ -511,6 +527,37 @@ async def test_our_own_state_is_taken_if_the_members_have_passed_through_it(case
     assert swarm.fetched == [f"update/{STAGE}/{number}" for number in range(version, NUM_COMMITS)]
     assert list(place.commits) == swarm.commits[version - 1 :]
     assert case.history.commit_of(Version(version - 1)) == swarm.commits[version - 1]
+
+
+async def test_a_commit_that_no_member_has_signed_changes_nothing(case: Case) -> None:
+    """Somebody who was let in shows the genuine history, and one more commit of its own. Oracle: the engine is where
+    the members are, and so is our log; whoever is asked next is followed from there."""
+    swarm = resume(case, 3, Lineage(b""))
+    _use(case, swarm, Standing(Version(3), RoundId(3), swarm.lineages[3]))
+    data = swarm.blobs[f"update/{STAGE}/3"]
+    genuine = _commit(NUM_COMMITS + 1, swarm.lineages[-1], data)
+    forged = _commit(NUM_COMMITS + 1, swarm.lineages[-1], data[:-1] + b"x", by=STRANGER)
+    case.history.append(Version(NUM_COMMITS), data, genuine)
+    swarm.blobs[f"update/{STAGE}/{NUM_COMMITS}"] = data[:-1] + b"x"
+    swarm.states[ANNE] = swarm.states[ANNE].model_copy(update={"snapshots": ()})  # type: ignore[union-attr]
+    swarm.commits.append(forged)
+    with pytest.raises(UnreachableError):
+        await case.sync.from_members(swarm.states)
+    assert case.engine.state_digest() == swarm.digests[NUM_COMMITS]
+    assert case.history.commit_of(Version(NUM_COMMITS)) == genuine
+    swarm.commits.pop()
+    await follow(case, swarm)
+
+
+async def test_a_commit_under_a_strangers_signature_does_not_replace_ours(case: Case) -> None:
+    """The hashes leave signatures out. Oracle: our log has the member's."""
+    swarm = resume(case, 2, Lineage(b""))
+    _use(case, swarm, Standing(Version(2), RoundId(2), swarm.lineages[2]))
+    data = swarm.blobs[f"update/{STAGE}/1"]
+    genuine, swarm.commits[1] = swarm.commits[1], _commit(2, swarm.lineages[1], data, by=STRANGER)
+    case.history.append(Version(1), data, genuine)
+    await follow(case, swarm)
+    assert case.history.commit_of(Version(1)) == genuine
 
 
 async def test_our_own_state_at_the_charter_is_where_its_lineage_begins(case: Case) -> None:

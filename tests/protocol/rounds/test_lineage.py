@@ -119,6 +119,16 @@ def test_a_chain_from_history_starts_at_its_newest_commits() -> None:
     assert Chain.of_history(settings(), full.signed_charter, ()).head == chain().head
 
 
+@pytest.mark.parametrize("what", ["another run", "another stage", "another charter"])
+def test_the_first_commit_of_a_history_is_not_believed_under_another_charter(what: str) -> None:
+    """What was rolled back has its hashes in order as well."""
+    full = chain()
+    full.extend(commit(full.head.lineage))
+    fields = {"version": Version(2), "first_round": RoundId(1), "round": RoundId(1), **BAD[what]}
+    with pytest.raises(PeerFault):
+        Chain.of_history(settings(), full.signed_charter, (commit(full.head.lineage, **fields),))
+
+
 def test_every_field_of_a_commit_changes_the_lineage() -> None:
     """No field can be exchanged behind the hash's back."""
     parent = chain().head.lineage
