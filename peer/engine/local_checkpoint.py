@@ -131,8 +131,8 @@ def move_in(
 ) -> dict[StageId, Standing]:
     """Take up the state that an earlier plan has left on NVMe, into a memory that keeps all of it elsewhere.
 
-    Returns where the engines stand then; empty if the folder holds no whole state of theirs. The state stays there: until
-    the run has moved on it is still the newest on this machine's disks, and a later plan may use it again.
+    Returns where the engines stand then; empty if the folder holds no whole state of theirs. The state stays there:
+    until the run has moved on it is still the newest on this machine's disks, and a later plan may use it again.
     """
     try:
         with NvmeStore.open(folder, lasting_specs(memory.pool.inventory), fingerprint=fingerprint) as store:

@@ -248,7 +248,7 @@ def test_without_room_a_microbatch_fails_and_keeps_nothing(make: Make, tier: Tie
 
 
 def test_a_microbatch_waits_for_places_that_are_being_given_back(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many open as were planned, but the copies of one that was discarded are not over. Oracle: as if it never was."""
+    """As many open as were planned, but copies of one that was discarded are not over. Oracle: as if it never was."""
     engine, other = make(1, places=2), build(1)
     with held(monkeypatch, CpuBackend, "to_host", lambda *_: True) as gate:
         engine.discard(engine.forward(hidden(1))[1])
