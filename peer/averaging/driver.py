@@ -22,8 +22,7 @@ from peer.averaging.machine_clock import MachineClock
 from peer.averaging.outbox import Outbox
 from peer.averaging.reduce import Reduce, Reduced, ReduceError, ReduceGroup, ReduceTimeouts, Shards
 from peer.averaging.rules import round_timers
-from peer.averaging.sync import OUR_FAULTS, StageSync, to_its_end
-from peer.engine.local_checkpoint import Standing
+from peer.averaging.sync import OUR_FAULTS, StageSync, standing_after, to_its_end
 from peer.engine.span import SpanEngine
 from peer.pipeline.compute import ComputeThread, Priority
 from peer.pipeline.gate import Gate
@@ -431,7 +430,7 @@ class StageDriver:
         keeping = self._sync.keep(commit, signed, update)
         state_digest, _ = await asyncio.gather(self._state_digest(), keeping)  # the disk need not wait for the hash
         self._after_step(commit, signed, lineage, state_digest)
-        standing = Standing(commit.version, RoundId(commit.round + 1), lineage)  # last: it may write for a long time
+        standing = standing_after(commit, lineage)  # last: it may write for a long time
         await self._compute.run(lambda: self._engine.note_standing(self.stage, standing), priority=Priority.CONTROL)
         return state_digest
 

@@ -22,12 +22,12 @@ import structlog
 
 from peer.averaging.absorb import Update
 from peer.averaging.history import History
-from peer.averaging.sync import Place, StageSync, to_its_end
+from peer.averaging.sync import Place, StageSync, standing_after, standing_of, to_its_end
 from peer.engine.local_checkpoint import Standing
 from protocol.control import Snapshot
 from protocol.errors import PeerFault, RefusedError, UnreachableError
 from protocol.history import StateAnswer, StateRequest
-from protocol.ids import Lineage, PeerId, RoundId, StageId, Version
+from protocol.ids import Lineage, PeerId, StageId, Version
 from protocol.rounds.events import CommitStep
 from protocol.rounds.lineage import next_lineage, root_lineage
 from protocol.rounds.messages import CHARTER_CONTEXT, COMMIT_CONTEXT, Charter, Commit
@@ -96,7 +96,7 @@ class Path:
 
     @property
     def end(self) -> Standing:
-        return _after(self.beyond[-1]) if self.beyond else self.at
+        return _reached(self.beyond[-1]) if self.beyond else self.at
 
 
 def find_path(own: Standing, books: Books, commit_of: CommitOf, check_history: CheckHistory) -> Path | None:
@@ -166,19 +166,17 @@ def _read(before: Version, commit_of: CommitOf) -> CommitStep | None:
     except PeerFault as fault:
         log.info("resume.bad_commit", version=before + 1, error=fault.one_line())
         return None
-    return (
-        CommitStep(commit, signed, next_lineage(commit.parent, signed.payload))
-        if commit.version == before + 1
-        else None
-    )
+    if commit.version != before + 1:
+        return None
+    return CommitStep(commit, signed, next_lineage(commit.parent, signed.payload))
 
 
 def _place(step: CommitStep) -> At:
     return step.commit.version, step.lineage
 
 
-def _after(step: CommitStep) -> Standing:
-    return Standing(step.commit.version, RoundId(step.commit.round + 1), step.lineage)
+def _reached(step: CommitStep) -> Standing:
+    return standing_after(step.commit, step.lineage)
 
 
 class OwnDisk:
@@ -234,7 +232,7 @@ class OwnDisk:
         own = self._sync.own_standing()
         snapshots = await asyncio.to_thread(self._history.snapshots)
         starts: list[tuple[Standing, Snapshot | None]] = [] if own is None else [(own, None)]
-        starts += [(Standing(each.version, each.round, each.lineage), each) for each in snapshots]
+        starts += [(standing_of(snapshot), snapshot) for snapshot in snapshots]
         return sorted(starts, key=lambda each: -each[0].version)
 
     def _placed(self, start: Standing, path: Path, end: Standing) -> Place:
@@ -269,7 +267,7 @@ class OwnDisk:
             except PeerFault as error:
                 log.warning("resume.cut_short", stage=self._stage, version=at.version, error=error.one_line())
                 return at
-            at = _after(step)
+            at = _reached(step)
         return at
 
     async def _take(self, step: CommitStep) -> None:
@@ -279,4 +277,4 @@ class OwnDisk:
         if data is None:
             raise PeerFault(f"our log has lost what led to version {commit.version}")
         await to_its_end(self._sync.absorb(commit, Update(self._sync.codec, data)))
-        self._sync.hold(_after(step))
+        self._sync.hold(_reached(step))

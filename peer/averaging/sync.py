@@ -92,6 +92,16 @@ async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
     return task.result()
 
 
+def standing_after(commit: Commit, lineage: Lineage) -> Standing:
+    """Return where a stage stands once it has taken a commit, which led to `lineage`."""
+    return Standing(commit.version, RoundId(commit.round + 1), lineage)
+
+
+def standing_of(snapshot: Snapshot) -> Standing:
+    """Return where a stage stands that has become a snapshot."""
+    return Standing(snapshot.version, snapshot.round, snapshot.lineage)
+
+
 _Start = Callable[
     [PeerId, list[PeerId], StateAnswer, Signed, Charter],
     Awaitable[tuple[Lineage, Version, RoundId, list[Signed]]],
@@ -177,7 +187,7 @@ class StageSync:
     async def load_own(self, snapshot: Snapshot) -> None:
         """Become a snapshot on our own disk. If it is damaged or none of this stage it goes, and `PeerFault` comes."""
         await self._load_kept(snapshot)
-        self.hold(Standing(snapshot.version, snapshot.round, snapshot.lineage))
+        self.hold(standing_of(snapshot))
 
     async def state_digest(self) -> Digest:
         """Hash the engine's present state."""
@@ -276,8 +286,7 @@ class StageSync:
         own = self.own_standing()
         await self.absorb(commit, update)
         if own is not None and own.lineage == commit.parent:
-            lineage = next_lineage(commit.parent, signed.payload)
-            self.hold(Standing(commit.version, RoundId(commit.round + 1), lineage))
+            self.hold(standing_after(commit, next_lineage(commit.parent, signed.payload)))
         await self.keep(commit, signed, update)
 
     async def _ask(self, sources: Iterable[PeerId]) -> dict[PeerId, tuple[StateAnswer, Charter]]:

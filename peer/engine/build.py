@@ -68,7 +68,6 @@ def build_span(
             nvme=nvme,
         )
         fingerprint = f"{manifest.run_id} {list(stages)} {optimizer}"
-        is_kept_there = Tier.NVME in chosen.placement.homes.values()
         folder, limit_bytes = _store_folder(nvme, chosen, settings.limits.nvme_bytes)
         memory = open_memory(
             inventory,
@@ -94,7 +93,7 @@ def build_span(
             in_flight=chosen.in_flight,
             memory=memory,
         )
-        if nvme is not None and not is_kept_there and (nvme / TABLE_FILE).exists():
+        if nvme is not None and not chosen.placement.uses(Tier.NVME) and (nvme / TABLE_FILE).exists():
             span.resumed = move_in(memory, engines, folder=nvme, fingerprint=fingerprint)
         for stage in stages:
             if stage not in span.resumed:
@@ -111,7 +110,7 @@ def _store_folder(nvme: Path | None, chosen: Provision, limit_bytes: int | None)
     if nvme is None:
         return None, limit_bytes
     scratch = nvme / "activations"
-    is_kept_there = Tier.NVME in chosen.placement.homes.values()
+    is_kept_there = chosen.placement.uses(Tier.NVME)
     if is_kept_there or not chosen.places.get(Tier.NVME):
         shutil.rmtree(scratch, ignore_errors=True)  # nothing in it lasts
     if is_kept_there:

@@ -4,8 +4,8 @@ Owns: the probes. Must not know: plans, budgets. What comes out is a `Profile` l
 
 One layer, one block of the head and one shard of the optimizer are run on buffers of their own, with as many tokens as
 half a second allows; the rest is in proportion. A number is the median of a few runs. Nothing is measured that costs
-next to nothing (a look-up, a norm): such things are priced by the bytes that they pass over. How
-fast bytes come and go, `measure_links.py` finds out.
+next to nothing (a look-up, a norm): such things are priced by the bytes that they pass over. How fast bytes come and
+go, `measure_links.py` finds out.
 
 The process itself is measured last: libraries take memory when they are first used, and what the probes held is gone.
 """

@@ -21,8 +21,8 @@ from peer.memory.disk.store_folder import TABLE_FILE
 from peer.memory.placement import Placement, Slots, Tier, all_on_device, check_placement, footprint
 from peer.memory.planning.budgets import Budgets, budgets_here, free_disk_bytes, size_text, total_host_bytes
 from peer.memory.planning.machines import machine
-from peer.memory.planning.plan import plan
-from peer.memory.planning.profile import STEP_WORKSPACE_BYTES, calculated
+from peer.memory.planning.plan import Plan, plan
+from peer.memory.planning.profile import STEP_WORKSPACE_BYTES, Profile, calculated
 from peer.memory.planning.ways import Needs, Way
 from peer.memory.planning.workload import Mode, Workload
 from peer.memory.segments import Segment
@@ -111,12 +111,13 @@ def choose(
     whole = _whole(manifest, inventory, settings, budgets, workload)
     chosen = whole or remembered
     if chosen is None:
-        chosen = _planned(manifest, inventory, settings, budgets, workload, device=device)
-        if nvme is not None and has_state and Tier.NVME not in chosen.placement.homes.values():
+        profile = _measured(manifest, inventory, settings, device=device)
+        made = plan(inventory, profile, budgets, workload)
+        if nvme is not None and has_state and made.places.get(Tier.NVME) and not made.placement.uses(Tier.NVME):
             # what an earlier plan has left stays where it is
             left_bytes = max(0, budgets.nvme_bytes - allocated_bytes(nvme))
-            budgets = replace(budgets, nvme_bytes=left_bytes)
-            chosen = _planned(manifest, inventory, settings, budgets, workload, device=device)
+            made = plan(inventory, profile, replace(budgets, nvme_bytes=left_bytes), workload)
+        chosen = _as_provision(made)
         if nvme is not None:
             _write(_memo(nvme), chosen, inventory, key=key)
     return chosen
@@ -157,18 +158,10 @@ def _more_in_flight(needs: Needs, in_flight: int, left_bytes: int) -> int:
     return min(most, left_bytes // each_bytes) if most else 0
 
 
-def _planned(
-    manifest: Manifest,
-    inventory: Inventory,
-    settings: PeerSettings,
-    budgets: Budgets,
-    workload: Workload,
-    *,
-    device: str,
-) -> Provision:
-    """Measure this machine, and make a plan for it."""
+def _measured(manifest: Manifest, inventory: Inventory, settings: PeerSettings, *, device: str) -> Profile:
+    """Measure this machine with the run's model and microbatches."""
     batch = manifest.batch
-    profile = measure(
+    return measure(
         manifest.model.config,
         sequences=batch.sequences_per_microbatch,
         sequence_length=batch.sequence_length,
@@ -177,17 +170,20 @@ def _planned(
         master=inventory.master,
         nvme=settings.limits.nvme,
     )
-    chosen = plan(inventory, profile, budgets, workload)
+
+
+def _as_provision(chosen: Plan) -> Provision:
+    """Carry a plan out, and say so."""
     for warning in chosen.warnings:
         log.warning("memory.plan", warning=warning)
-    num_waves = len(workload.waves(chosen.wave))
+    num_waves = len(chosen.workload.waves(chosen.wave))
     log.info(
         "memory.planned",
         wave=chosen.wave,
         device=size_text(chosen.prediction.peak_bytes[Tier.DEVICE]),
         host=size_text(chosen.prediction.peak_bytes[Tier.HOST]),
         nvme=size_text(chosen.prediction.peak_bytes[Tier.NVME]),
-        in_memory=round(_share_in_memory(inventory, chosen.placement), 3),
+        in_memory=round(_share_in_memory(chosen.inventory, chosen.placement), 3),
         step_s=round(chosen.prediction.step_s, 3),
     )
     return Provision(

@@ -21,7 +21,7 @@ from torch import Tensor
 from peer.memory.executor import Executor
 from peer.memory.pages import packed, padded
 from peer.memory.placement import Tier
-from peer.memory.pool import packed_pieces
+from peer.memory.pool import gather, scatter
 from peer.memory.schedule import PARK_BUFFERS
 from protocol.errors import LocalFault
 
@@ -76,8 +76,7 @@ class Arena:
 
         def move() -> list[Tensor]:
             if tier is Tier.HOST:
-                for part, piece in packed_pieces(self._host[place], pieces):
-                    self._memory.backend.to_host(part, piece, after)
+                gather(self._memory.backend, self._host[place], pieces, after)
             else:
                 self._memory.pool.park(place, pieces, after)
             return []
@@ -101,8 +100,7 @@ class Arena:
         def move() -> list[Tensor]:
             there.result()
             if parked.tier is Tier.HOST:
-                for part, piece in packed_pieces(self._host[parked.place], pieces):
-                    self._memory.backend.to_device(piece, part, after)
+                scatter(self._memory.backend, self._host[parked.place], pieces, after)
             else:
                 self._memory.pool.recall(parked.place, pieces, after)
             return pieces

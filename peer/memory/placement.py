@@ -48,6 +48,10 @@ class Placement:
     def is_on_device(self, unit: Unit) -> bool:
         return self.homes.get(unit) is Tier.DEVICE
 
+    def uses(self, tier: Tier) -> bool:
+        """Tell whether anything lives in a tier."""
+        return tier in self.homes.values()
+
 
 def all_on_device(inventory: Inventory) -> Placement:
     """Return the placement of a peer whose device is large enough for everything."""

@@ -42,7 +42,7 @@ def stored_units(inventory: Inventory, placement: Placement) -> tuple[Unit, ...]
 
     Otherwise all that lasts has a place in it, wherever it lives, so that a commit is of the whole.
     """
-    if Tier.NVME not in placement.homes.values():
+    if not placement.uses(Tier.NVME):
         return ()
     passing = [unit for unit in inventory.units(Section.GRADIENT) if placement.homes.get(unit) is Tier.NVME]
     return (*lasting_units(inventory), *passing)
@@ -252,8 +252,7 @@ class Pool:
         """Write an activation (pieces of flat bytes on the device) to one of the places on NVMe."""
         assert self.store is not None
         staging = self._staging["out"][: self._activations[place]]
-        for part, piece in packed_pieces(staging, pieces):
-            self._backend.to_host(part, piece, after)
+        gather(self._backend, staging, pieces, after)
         self.store.write(len(self._in_store) + place, staging.numpy().data)
         self.traffic.flushed[Tier.NVME] += staging.numel()
 
@@ -262,8 +261,7 @@ class Pool:
         assert self.store is not None
         staging = self._staging["in"][: self._activations[place]]
         self.store.read(len(self._in_store) + place, staging.numpy().data)
-        for part, piece in packed_pieces(staging, pieces):
-            self._backend.to_device(piece, part, after)
+        scatter(self._backend, staging, pieces, after)
         self.traffic.fetched[Tier.NVME] += staging.numel()
 
     def _read(self, unit: Unit, target: Tensor) -> None:
@@ -298,7 +296,19 @@ class Pool:
         }
 
 
-def packed_pieces(buffer: Tensor, pieces: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield for each piece (flat bytes) its part of a buffer (flat bytes) that all of them share, and the piece."""
+def gather(backend: Backend, buffer: Tensor, pieces: Sequence[Tensor], after: Event) -> None:
+    """Copy pieces (flat bytes on the device) one behind the other into a buffer of the host."""
+    for part, piece in _parts(buffer, pieces):
+        backend.to_host(part, piece, after)
+
+
+def scatter(backend: Backend, buffer: Tensor, pieces: Sequence[Tensor], after: Event) -> None:
+    """Copy pieces back from where `gather` has put them."""
+    for part, piece in _parts(buffer, pieces):
+        backend.to_device(piece, part, after)
+
+
+def _parts(buffer: Tensor, pieces: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield for each piece its part of the buffer, and the piece."""
     for place, piece in zip(packed(piece.numel() for piece in pieces), pieces, strict=True):
         yield buffer[place.start : place.stop], piece

@@ -136,8 +136,8 @@ class NvmeStore:
         `fingerprint` says whose state it is; what is of another one, of other durable units or damaged is refused, or
         thrown away with `replace`. Scratch units may be others than before: they hold nothing at first. `books` is the
         folder that has the writes of the day, for stores that share a budget. `volume` and `now_s` (since 1970) can be
-        given by tests. Raises `ConfigError` for what the user chose wrongly, `StorageError`
-        for what the disk cannot do.
+        given by tests. Raises `ConfigError` for what the user chose wrongly, `StorageError` for what the disk cannot
+        do.
         """
         folder = StoreFolder(path, units, fingerprint=fingerprint)
         folder.refuse_oversize(limit_bytes)

@@ -14,11 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import islice, product
 
 from peer.memory.placement import Placement, Slots, Tier
 from peer.memory.planning.budgets import Budgets, size_text
-from peer.memory.planning.fit import Fit, Fitting, Shortage
+from peer.memory.planning.fit import Fit, Fitting, Shortage, Thread
 from peer.memory.planning.profile import Profile
 from peer.memory.planning.simulate import Recomputation, Simulated, recomputed_s, simulate_step
 from peer.memory.planning.ways import STREAMING_SLOTS, Needs, Order, Row, Way
@@ -197,10 +197,11 @@ class _Search:
         fits: dict[int, Fit] = {}
         for way in self._ways(wave, waves_in_flight):
             fit = self.fitting.fit(way)
-            if isinstance(fit, Fit) and self._may_begin(fit) and (wave == 1 or not self.is_late(fit)):
+            if isinstance(fit, Fit) and self._may_begin(fit):
                 fits.setdefault(id(fit), fit)  # the same one for ways that differ in nothing that matters
         ranked = sorted(fits.values(), key=self._estimate)  # stable, so that equals stay in the order of trying
-        priced = [each for fit in ranked[:NUM_SIMULATED] if (each := self._price(fit)) is not None]
+        in_time = (fit for fit in ranked if wave == 1 or not self.is_late(fit))
+        priced = [each for fit in islice(in_time, NUM_SIMULATED) if (each := self._price(fit)) is not None]
         if not priced:
             return None
         return self._with_spilled_graphs(self._with_more_slots(_gentlest(priced)))
@@ -220,10 +221,9 @@ class _Search:
         limit_s = self.fitting.needs.workload.longest_pass_s
         if limit_s is None:
             return False
-        copies_s, compute_s = self.fitting.copy_seconds(fit), self._compute_s(fit.recomputation)
+        longest_s = self._longest_s(fit, self.fitting.copy_seconds(fit))
         num_waves = len(self.fitting.needs.workload.waves(fit.way.wave))
-        longest_s = max(max(compute_s[phase], *copies_s[phase].values(), 0.0) for phase in (Phase.UP, Phase.DOWN))
-        return longest_s / num_waves > limit_s
+        return max(longest_s[Phase.UP], longest_s[Phase.DOWN]) / num_waves > limit_s
 
     def _may_begin(self, fit: Fit) -> bool:
         """Tell whether the drive's daily budget lets training begin at all: with the first contents, and a round."""
@@ -235,13 +235,17 @@ class _Search:
 
         Estimates that differ by less than the tolerance count as equal, and writing to a drive as dear: it wears out.
         """
-        copies_s, compute_s = self.fitting.copy_seconds(fit), self._compute_s(fit.recomputation)
+        copies_s = self.fitting.copy_seconds(fit)
         written_s = sum(phase.get((Tier.NVME, "out"), 0.0) for phase in copies_s.values())
         written_bytes = written_s * self.fitting.needs.profile.link(Tier.NVME).out_bytes_per_s if written_s else 0.0
-        longest_s = sum(max(compute_s[phase], *copies_s[phase].values(), 0.0) for phase in Phase)
-        longest_s = max(longest_s, self._throttled_s(written_bytes))
+        longest_s = max(sum(self._longest_s(fit, copies_s).values()), self._throttled_s(written_bytes))
         about = math.ceil(math.log(longest_s) / math.log1p(TOLERANCE)) if longest_s else 0
         return about, sum(sum(phase.values()) for phase in copies_s.values()) + WEAR_WEIGHT * written_s
+
+    def _longest_s(self, fit: Fit, copies_s: Mapping[Phase, Mapping[Thread, float]]) -> dict[Phase, float]:
+        """Return the longest of what has to run in parallel in each phase of a step."""
+        compute_s = self._compute_s(fit.recomputation)
+        return {phase: max(compute_s[phase], *copies_s[phase].values(), 0.0) for phase in Phase}
 
     def _compute_s(self, recomputation: Recomputation) -> dict[Phase, float]:
         """Return how long each phase of a step computes."""
@@ -290,6 +294,11 @@ class _Search:
             return None
         return _Priced(fit, simulated, max(simulated.seconds, throttled_s))
 
+    def _try(self, way: Way) -> _Priced | None:
+        """Price a way; None if it does not fit, or may not be gone."""
+        fit = self.fitting.fit(way)
+        return self._price(fit) if isinstance(fit, Fit) and self._may_begin(fit) else None
+
     def _with_more_slots(self, best: _Priced) -> _Priced:
         """Add slots, which cost pins, as long as they save time."""
         if _is_covered(best.simulated):
@@ -299,8 +308,7 @@ class _Search:
             replace(STREAMING_SLOTS, weights=3, moments=3),
             Slots(weights=3, gradient=3, moments=3),
         ):
-            fit = self.fitting.fit(replace(best.fit.way, slots=slots))
-            priced = self._price(fit) if isinstance(fit, Fit) and self._may_begin(fit) else None
+            priced = self._try(replace(best.fit.way, slots=slots))
             if priced is not None and priced.seconds < best.seconds * (1 - WORTH_A_SLOT):
                 best = priced
         return best
@@ -314,9 +322,7 @@ class _Search:
         start, num_left = best, len(self.fitting.needs.preferred) - best.fit.way.kept
         for tier in filter(self._may_be_used, (Tier.HOST, Tier.NVME)):
             for spilled in _eighths(num_left)[1:]:
-                way = replace(start.fit.way, spilled=spilled, spill=tier)
-                fit = self.fitting.fit(way)
-                priced = self._price(fit) if isinstance(fit, Fit) and self._may_begin(fit) else None
+                priced = self._try(replace(start.fit.way, spilled=spilled, spill=tier))
                 if priced is None or priced.seconds >= best.seconds * (1 - WORTH_A_SPILL):
                     break
                 best = priced

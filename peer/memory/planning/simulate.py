@@ -94,10 +94,8 @@ class Recomputation:
 
     kept: frozenset[Segment] = frozenset()
     """Segments whose graphs stay on the device."""
-    recomputed: frozenset[int] = frozenset()
-    """Blocks with segments that are computed twice: each keeps one input for that."""
     parked: Mapping[int, Tier] = field(default_factory=dict)
-    """Of these, whose inputs leave the device between the two passes."""
+    """Blocks of which something is computed twice, from an input that leaves the device between the two passes."""
     spilled: Mapping[Segment, Tier] = field(default_factory=dict)
     """Segments whose graphs leave the device between the two passes."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, groupby
 from typing import Literal, TypeVar
@@ -85,16 +85,20 @@ class Needs:
     def preferred(self) -> list[Segment]:
         """All segments of layers, those first whose graphs spare most computing per byte that they take."""
         blocks = self.inventory.blocks
-        found = [
-            segment for index in parts_of(self.inventory).body for segment in segments_of(index, blocks[index].kind)
-        ]
 
         def spared_s(segment: Segment) -> float:
             block = blocks[segment.block]
             return self.profile.segment_forward_s(block, segment.part) / self.profile.segment_bytes(block, segment.part)
 
-        of_layers = [segment for segment in found if blocks[segment.block].kind is BlockKind.LAYER]
+        of_layers = [segment for segment in self._segments if blocks[segment.block].kind is BlockKind.LAYER]
         return sorted(of_layers, key=spared_s, reverse=True)
+
+    @cached_property
+    def _segments(self) -> list[Segment]:
+        blocks = self.inventory.blocks
+        return [
+            segment for block in parts_of(self.inventory).body for segment in segments_of(block, blocks[block].kind)
+        ]
 
     def in_flight(self, way: Way) -> int:
         """Return how many microbatches are between their forward and backward pass."""
@@ -155,20 +159,19 @@ class Needs:
         return self._recomputations[key]
 
     def _new_recomputation(self, way: Way) -> Recomputation:
-        blocks, body = self.inventory.blocks, parts_of(self.inventory).body
         kept, rest = {*self.preferred[: way.kept]}, self.preferred[way.kept :]
         by_worth = [spread(alike) for _, alike in groupby(rest, key=lambda segment: segment.part)]
         spilled = dict.fromkeys([*chain.from_iterable(by_worth)][: way.spilled], way.spill)
         if len(kept) == len(self.preferred):  # a norm comes last, and its graph is small against a layer's
-            kept |= {segment for block in body for segment in segments_of(block, blocks[block].kind)}
-        recomputed = {
-            segment.block
-            for block in body
-            for segment in segments_of(block, blocks[block].kind)
-            if segment not in kept and segment not in spilled
-        }
-        parked = {} if way.inputs is Tier.DEVICE else dict.fromkeys(sorted(recomputed), way.inputs)
-        return Recomputation(frozenset(kept), frozenset(recomputed), parked, spilled)
+            kept = {*self._segments}
+        found = Recomputation(frozenset(kept), spilled=spilled)
+        return (
+            found if way.inputs is Tier.DEVICE else replace(found, parked=dict.fromkeys(self._again(found), way.inputs))
+        )
+
+    def _again(self, recomputation: Recomputation) -> list[int]:
+        """List the blocks of which something is computed twice: each keeps one input for that."""
+        return sorted({segment.block for segment in self._segments if recomputation.is_recomputed(segment)})
 
     def _activations(self, way: Way, recomputation: Recomputation) -> Row:
         """Return what microbatches in flight leave behind, and what the wave at hand carries along."""
@@ -176,7 +179,7 @@ class Needs:
         in_flight, entry_bytes = self.in_flight(way), self.profile.entry_bytes
         row = {Tier.DEVICE: self.graph_bytes(way), Tier.HOST: 0, Tier.NVME: 0}
         if way.inputs is Tier.DEVICE:
-            row[Tier.DEVICE] += in_flight * len(recomputation.recomputed) * padded(entry_bytes)
+            row[Tier.DEVICE] += in_flight * len(self._again(recomputation)) * padded(entry_bytes)
         for tier, sizes in self.places(way).items():
             row[tier] += sum(map(padded, sizes))
         row[Tier.DEVICE] += in_flight * self.profile.token_bytes * (bool(embedding) + bool(head))
@@ -210,7 +213,7 @@ class Needs:
             num_bytes += sum(
                 self.profile.segment_bytes(block, segment.part)
                 for segment in segments_of(index, block.kind)
-                if segment not in recomputation.kept and segment not in recomputation.spilled
+                if recomputation.is_recomputed(segment)
             )
             most_bytes = max(most_bytes, num_bytes)
         return most_bytes

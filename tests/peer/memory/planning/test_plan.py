@@ -33,8 +33,7 @@ PLENTY = 64 * GIB
 
 
 def recomputation_of(found: Plan) -> Recomputation:
-    recomputed = frozenset(block for block, it in found.activations.items() if it.is_recomputed)
-    return Recomputation(kept=found.kept, recomputed=recomputed, parked=found.parked, spilled=found.spilled)
+    return Recomputation(kept=found.kept, parked=found.parked, spilled=found.spilled)
 
 
 def check(found: Plan) -> None:
