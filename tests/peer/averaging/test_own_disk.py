@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,8 +31,8 @@ from peer.pipeline.compute import ComputeThread
 from protocol.architecture import preset
 from protocol.errors import PeerFault, RefusedError, StorageError, SwarmError, UnreachableError, WireError
 from protocol.history import StateAnswer, StateRequest
-from protocol.ids import Digest, Lineage, PeerId, RoundId, RunId, StageId, Version, digest
-from protocol.rounds.lineage import Chain, next_lineage, root_lineage
+from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, Version, digest
+from protocol.rounds.lineage import next_lineage, root_lineage
 from protocol.rounds.messages import (
     CHARTER_CONTEXT,
     COMMIT_CONTEXT,
@@ -44,29 +43,16 @@ from protocol.rounds.messages import (
     RoundSummary,
     Seat,
 )
-from protocol.rounds.settings import KeyNotary, RoundRules, RoundSize, RoundTimers, Settings
 from protocol.signing import Signed, SigningKey, seal
 from protocol.transport.calls import Calls
 from protocol.wire import Message
+from tests.peer.averaging.lineage_check import RUN, STAGE, check_of
 
-STAGE = StageId(1)
-RUN = RunId("ab" * 16)
 COORDINATOR, ME, STRANGER = SigningKey.generate(), SigningKey.generate(), SigningKey.generate()
 RATE = LearningRate(peak=1e-2, warmup=0, total=20)
 MOST = 9
 """The newest version of a line."""
-CHECK = partial(
-    Chain.of_history,
-    Settings(
-        run=RUN,
-        stage=STAGE,
-        me=Seat(peer=ME.peer_id, session=1),
-        coordinator=COORDINATOR.peer_id,
-        timers=RoundTimers(),
-        rules=RoundRules(size_of=lambda _: RoundSize(1)),
-        notary=KeyNotary(ME),
-    ),
-)
+CHECK = check_of(ME.peer_id, ME, coordinator=COORDINATOR)
 
 
 def sign_charter(generation: int, version: int, state_digest: Digest, *, stage: StageId = STAGE) -> Signed:

@@ -10,7 +10,6 @@ import asyncio
 import io
 import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -44,8 +43,8 @@ from protocol.errors import (
     WireError,
 )
 from protocol.history import LogAnswer, LogRequest, StateAnswer, StateRequest
-from protocol.ids import Lineage, PeerId, RoundId, RunId, StageId, Version, digest
-from protocol.rounds.lineage import Chain, next_lineage, root_lineage
+from protocol.ids import Lineage, PeerId, RoundId, StageId, Version, digest
+from protocol.rounds.lineage import next_lineage, root_lineage
 from protocol.rounds.messages import (
     CHARTER_CONTEXT,
     COMMIT_CONTEXT,
@@ -56,28 +55,15 @@ from protocol.rounds.messages import (
     RoundSummary,
     Seat,
 )
-from protocol.rounds.settings import KeyNotary, RoundRules, RoundSize, RoundTimers, Settings
 from protocol.signing import Signed, SigningKey, seal
 from protocol.transport.blobs import Blobs
 from protocol.transport.calls import Calls
 from protocol.wire import Message
+from tests.peer.averaging.lineage_check import RUN, STAGE, check_of
 
-STAGE = StageId(1)
 ME, ANNE, BERT, CARL = PeerId("me"), PeerId("anne"), PeerId("bert"), PeerId("carl")
 COORDINATOR, MEMBER, STRANGER = SigningKey.generate(), SigningKey.generate(), SigningKey.generate()
-RUN = RunId("ab" * 16)
-CHECK = partial(
-    Chain.of_history,
-    Settings(
-        run=RUN,
-        stage=STAGE,
-        me=Seat(peer=ME, session=1),
-        coordinator=COORDINATOR.peer_id,
-        timers=RoundTimers(),
-        rules=RoundRules(size_of=lambda _: RoundSize(1)),
-        notary=KeyNotary(MEMBER),
-    ),
-)
+CHECK = check_of(ME, MEMBER, coordinator=COORDINATOR)
 
 
 def charter(generation: int = 1, *, key: SigningKey = COORDINATOR, stage: StageId = STAGE) -> Signed:
