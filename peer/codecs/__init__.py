@@ -5,14 +5,17 @@ A new codec is a class with the four members of `Codec` and one line in `_CODECS
 
 from __future__ import annotations
 
-from peer.codecs.blocks import Fp16Codec, Int8Codec
+from peer.codecs.blocks import Fp16Codec, Int4Codec, Int8Codec
 from peer.codecs.codec import Buffer, Codec
 from peer.codecs.plain import Bf16Codec, Fp32Codec
+from peer.codecs.sparse import SparseCodec
 from protocol.errors import ConfigError
 
 __all__ = ["Buffer", "Codec", "codec", "codec_names"]
 
-_CODECS: dict[str, Codec] = {made.name: made for made in (Fp32Codec(), Fp16Codec(), Bf16Codec(), Int8Codec())}
+_CODECS: dict[str, Codec] = {
+    made.name: made for made in (Fp32Codec(), Fp16Codec(), Bf16Codec(), Int8Codec(), Int4Codec(), SparseCodec())
+}
 
 
 def codec(name: str) -> Codec:

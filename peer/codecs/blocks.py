@@ -1,13 +1,15 @@
-"""Codecs that share one scale among the values of a block: fp16 and int8.
+"""Codecs that share one scale among the values of a block: fp16, int8 and int4.
 
 Gradients summed over thousands of tokens can be far above fp16's largest value (65,504) and those of a
 quiet layer far below its smallest; a scale per block brings each block's largest value to where the
-format is densest. Layout of both: all values first, then one scale per block.
+format is densest. Layout of all: all values first, then one scale per block.
 
 Legend: a part of N values is B blocks; `scale_B1` has one row per block.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from peer.codecs.codec import (
     check_length,
     from_bytes,
     largest,
+    num_blocks,
     refuse_non_finite,
     to_blocks,
     to_bytes,
@@ -31,10 +34,8 @@ MIN_SHIFT = FP16_TOP_EXPONENT - 128  # frexp of fp32's largest value gives expon
 MAX_SHIFT = 126  # 2**126 and 2**-126 are both normal fp32 numbers, so scaling is exact
 
 INT8_BLOCK = 256  # bitsandbytes' block: small enough that one outlier spoils few neighbours
-INT8_TOP = 127
-INT8_MIN_SCALE = torch.finfo(torch.float32).tiny  # below it a scale loses bits; such a block is zeros
-INT8_MAX_SCALE = float(torch.nextafter(torch.tensor(torch.finfo(torch.float32).max / INT8_TOP), torch.tensor(0.0)))
-# The largest scale of which 127 times is still a finite fp32.
+INT4_BLOCK = 128  # with 15 levels an outlier spoils more, so there are fewer neighbours
+MIN_SCALE = torch.finfo(torch.float32).tiny  # below it a scale loses bits; such a block is zeros
 
 
 class Fp16Codec:
@@ -45,6 +46,7 @@ class Fp16Codec:
     """
 
     name = "fp16"
+    is_dense = True
 
     def encode(self, values: Tensor) -> bytes:
         check_flat(values)
@@ -63,7 +65,7 @@ class Fp16Codec:
             return torch.empty(0)
         view = memoryview(data)
         values = from_bytes(view[: 2 * num_elements], torch.float16, num_elements).to(torch.float32)
-        shift_B = from_bytes(view[2 * num_elements :], torch.int8, _num_blocks(num_elements, FP16_BLOCK))
+        shift_B = from_bytes(view[2 * num_elements :], torch.int8, num_blocks(num_elements, FP16_BLOCK))
         if not largest(values) <= FP16_TOP:  # NaN is refused too
             raise WireError("fp16: a value beyond the scaled range")
         if int(shift_B.amin()) < MIN_SHIFT or int(shift_B.amax()) > MAX_SHIFT:
@@ -71,49 +73,93 @@ class Fp16Codec:
         return _scale_blocks(values, _power_of_two(-shift_B.to(torch.int32)), FP16_BLOCK)
 
     def encoded_bytes(self, num_elements: int) -> int:
-        return 2 * num_elements + _num_blocks(num_elements, FP16_BLOCK)
+        return 2 * num_elements + num_blocks(num_elements, FP16_BLOCK)
 
 
-class Int8Codec:
-    """1 byte per value plus an fp32 scale per 256: `round(value / scale)`, half to even, scale = largest / 127.
+class _LevelsCodec:
+    """Whole levels from `-top` to `top` and an fp32 scale per block: `round(value / scale)`, half to even."""
 
-    Error up to half a scale (and up to 127 * 2**-126 in a block of nothing but such tiny values).
-    """
-
-    name = "int8"
+    name: ClassVar[str]
+    is_dense: ClassVar[bool] = True
+    block: ClassVar[int]
+    top: ClassVar[int]
+    levels_per_byte: ClassVar[int]
 
     def encode(self, values: Tensor) -> bytes:
         check_flat(values)
         if not len(values):
             return b""
-        blocks = to_blocks(values, INT8_BLOCK)
+        blocks = to_blocks(values, self.block)
         top_B1 = blocks.abs().amax(dim=1, keepdim=True)
         refuse_non_finite(top_B1.view(-1))
-        scale_B1 = (top_B1 / INT8_TOP).clamp(max=INT8_MAX_SCALE)
-        scale_B1 = torch.where(scale_B1 < INT8_MIN_SCALE, 0.0, scale_B1)
+        scale_B1 = (top_B1 / self.top).clamp(max=self._max_scale)
+        scale_B1 = torch.where(scale_B1 < MIN_SCALE, 0.0, scale_B1)
         divisor_B1 = torch.where(scale_B1 == 0, torch.inf, scale_B1)
-        levels = (blocks / divisor_B1).round_().clamp_(-INT8_TOP, INT8_TOP).to(torch.int8)
-        return to_bytes(levels.view(-1)[: len(values)]) + to_bytes(scale_B1.view(-1))
+        levels = (blocks / divisor_B1).round_().clamp_(-self.top, self.top).to(torch.int8).view(-1)
+        return to_bytes(self._pack(levels)[: self._level_bytes(len(values))]) + to_bytes(scale_B1.view(-1))
 
     def decode(self, data: Buffer, num_elements: int) -> Tensor:
         check_length(data, self.encoded_bytes(num_elements), codec_name=self.name, num_elements=num_elements)
         if not num_elements:
             return torch.empty(0)
-        view = memoryview(data)
-        levels = from_bytes(view[:num_elements], torch.int8, num_elements)
-        scale_B = from_bytes(view[num_elements:], torch.float32, _num_blocks(num_elements, INT8_BLOCK))
-        if not (bool(scale_B.amin() >= 0) and bool(scale_B.amax() <= INT8_MAX_SCALE)):  # also false for NaN
-            raise WireError("int8: a block's scale is negative, too large or not a number")
-        if int(levels.amin()) < -INT8_TOP:
-            raise WireError("int8: level -128 is never written")
-        return _scale_blocks(levels.to(torch.float32), scale_B, INT8_BLOCK)
+        view, size = memoryview(data), self._level_bytes(num_elements)
+        levels = self._unpack(from_bytes(view[:size], torch.int8, size))
+        scale_B = from_bytes(view[size:], torch.float32, num_blocks(num_elements, self.block))
+        if not (bool(scale_B.amin() >= 0) and bool(scale_B.amax() <= self._max_scale)):  # also false for NaN
+            raise WireError(f"{self.name}: a block's scale is negative, too large or not a number")
+        if int(levels.amin()) < -self.top:
+            raise WireError(f"{self.name}: level {-self.top - 1} is never written")
+        if bool(levels[num_elements:].any()):
+            raise WireError(f"{self.name}: a level behind the last value")
+        return _scale_blocks(levels[:num_elements].to(torch.float32), scale_B, self.block)
 
     def encoded_bytes(self, num_elements: int) -> int:
-        return num_elements + 4 * _num_blocks(num_elements, INT8_BLOCK)
+        return self._level_bytes(num_elements) + 4 * num_blocks(num_elements, self.block)
+
+    def _level_bytes(self, num_elements: int) -> int:
+        return -(-num_elements // self.levels_per_byte)
+
+    @property
+    def _max_scale(self) -> float:
+        """The largest scale of which `top` times is still a finite fp32."""
+        return float(torch.nextafter(torch.tensor(torch.finfo(torch.float32).max / self.top), torch.tensor(0.0)))
+
+    def _pack(self, levels: Tensor) -> Tensor:
+        return levels
+
+    def _unpack(self, packed: Tensor) -> Tensor:
+        return packed
 
 
-def _num_blocks(num_elements: int, block: int) -> int:
-    return -(-num_elements // block)
+class Int8Codec(_LevelsCodec):
+    """1 byte per value plus an fp32 scale per 256, which is their largest magnitude / 127.
+
+    Error up to half a scale (and up to 127 * 2**-126 in a block of nothing but such tiny values).
+    """
+
+    name = "int8"
+    block = INT8_BLOCK
+    top = 127
+    levels_per_byte = 1
+
+
+class Int4Codec(_LevelsCodec):
+    """Half a byte per value plus an fp32 scale per 128, which is their largest magnitude / 7. Wants error feedback.
+
+    The first of two values is in the lower half of their byte. Error up to half a scale (and up to 7 * 2**-126 in a
+    block of nothing but such tiny values).
+    """
+
+    name = "int4"
+    block = INT4_BLOCK
+    top = 7
+    levels_per_byte = 2
+
+    def _pack(self, levels: Tensor) -> Tensor:
+        return (levels[0::2] & 0xF) | (levels[1::2] << 4)
+
+    def _unpack(self, packed: Tensor) -> Tensor:
+        return torch.stack(((packed << 4) >> 4, packed >> 4), dim=1).view(-1)  # int8 shifts keep the sign
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:

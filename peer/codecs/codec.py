@@ -33,6 +33,10 @@ class Codec(Protocol):
     def name(self) -> str:
         """The name by which manifests and headers refer to it."""
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether every value is sent, so that a sum of decoded values can be encoded again."""
+
     def encode(self, values: Tensor) -> bytes:
         """Encode a flat contiguous fp32 tensor, which is left alone. Raises `LocalFault` if a value is not finite."""
 
@@ -89,3 +93,8 @@ def to_blocks(values: Tensor, block: int) -> Tensor:  # -> (blocks, block)
     """View flat values as rows of `block`, the last one filled up with zeros."""
     missing = -len(values) % block
     return (torch.nn.functional.pad(values, (0, missing)) if missing else values).view(-1, block)
+
+
+def num_blocks(num_elements: int, block: int) -> int:
+    """Return how many blocks hold `num_elements` values, the last of them perhaps not full."""
+    return -(-num_elements // block)

@@ -21,6 +21,7 @@ class Fp32Codec:
     """4 bytes per value, exact."""
 
     name = "fp32"
+    is_dense = True
 
     def encode(self, values: Tensor) -> bytes:
         check_flat(values)
@@ -42,6 +43,7 @@ class Bf16Codec:
     """2 bytes per value, relative error up to 2**-8. Values beyond bf16's largest become the largest."""
 
     name = "bf16"
+    is_dense = True
 
     def encode(self, values: Tensor) -> bytes:
         check_flat(values)

@@ -11,8 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peer.codecs import codec, codec_names
-from peer.codecs.blocks import FP16_BLOCK, INT8_BLOCK
+from peer.codecs import codec, codec_names, sparse
+from peer.codecs.blocks import FP16_BLOCK, INT4_BLOCK, INT8_BLOCK
 from peer.codecs.codec import largest
 from protocol.errors import ConfigError, LocalFault, WireError
 
@@ -21,7 +21,7 @@ names = pytest.mark.parametrize("name", codec_names())
 
 fp32s = st.floats(width=32, allow_nan=False, allow_infinity=False)
 magnitudes = st.sampled_from([1e-45, 1e-38, 1e-20, 1e-6, 1.0, 7e4, 1e20, FP32_MAX])
-lengths = st.integers(0, 3 * FP16_BLOCK)
+lengths = st.integers(0, 3 * FP16_BLOCK) | st.integers(sparse.BLOCK - 2, 2 * sparse.BLOCK + 2)
 
 
 @st.composite
@@ -53,8 +53,23 @@ def allowed_error(name: str, values: Tensor) -> Tensor:
     if name == "fp16":
         top = block_tops(values, FP16_BLOCK)
         return torch.maximum(exact * 2.0**-11, torch.maximum(top * 2.0**-39, torch.tensor(2.0**-150).double()))
-    top = block_tops(values, INT8_BLOCK)
-    return top / 127 * 0.5000003 + torch.where(top < 127 * 2.0**-126, top, 0.0)
+    if name == "sparse":
+        return sparse_error(values)
+    block, levels = (INT8_BLOCK, 127) if name == "int8" else (INT4_BLOCK, 7)
+    top = block_tops(values, block)
+    return top / levels * 0.5000003 + torch.where(top < levels * 2.0**-126, top, 0.0)
+
+
+def sparse_error(values: Tensor) -> Tensor:
+    """A 14th of the kept magnitudes' span for what is kept, everything for the rest; by sorting, block by block."""
+    allowed = values.double().abs()
+    for start in range(0, len(values), sparse.BLOCK):
+        block = allowed[start : start + sparse.BLOCK]
+        order = block.sort(descending=True, stable=True).indices[: sparse.KEPT]
+        kept = block[order]
+        least = kept[-1] if len(block) >= sparse.KEPT else torch.zeros(())  # the rest of the block counts as zeros
+        block[order] = (kept[0] - least) / 14 * 1.000001 + kept[0] * 2.0**-22 + 2.0**-148
+    return allowed
 
 
 @names
@@ -176,10 +191,75 @@ def test_fp16_refuses_values_beyond_the_scaled_range(value: float) -> None:
         codec("fp16").decode(struct.pack("<e", value) + b"\x00", 1)
 
 
+def test_int4_packs_two_levels_per_byte() -> None:
+    """Oracle: levels by hand; the first of two is in the lower half."""
+    data = codec("int4").encode(torch.tensor([7.0, -7.0, 1.0, -2.0, 3.0]))
+    assert data == bytes([0x97, 0xE1, 0x03]) + struct.pack("<f", 1.0)
+
+
+@pytest.mark.parametrize(("levels", "message"), [(b"\x08", "-8"), (b"\x80", "-8|behind"), (b"\x10", "behind")])
+def test_int4_refuses_what_no_encoder_writes(levels: bytes, message: str) -> None:
+    with pytest.raises(WireError, match=message):
+        codec("int4").decode(levels + struct.pack("<f", 1.0), 1)
+
+
+@given(values=tensors())
+def test_sparse_keeps_the_largest_of_every_block(values: Tensor) -> None:
+    """Oracle: a stable sort by magnitude; what is not among the first 64 of a block comes back as zero."""
+    back = codec("sparse").decode(codec("sparse").encode(values), len(values))
+    for start in range(0, len(values), sparse.BLOCK):
+        block, got = values[start : start + sparse.BLOCK], back[start : start + sparse.BLOCK]
+        rest = block.abs().sort(descending=True, stable=True).indices[sparse.KEPT :]
+        assert not bool(got[rest].any())
+        assert bool((got * block >= 0).all())
+
+
+def test_sparse_takes_a_hundredth_of_fp32() -> None:
+    """Oracle: the issue's figure, for a whole number of blocks."""
+    assert codec("sparse").encoded_bytes(1 << 20) <= 4 * (1 << 20) / 100
+
+
+def sparse_parts() -> tuple[bytearray, int, int]:
+    """A valid encoding of one block, and where its bitmap and its magnitudes start."""
+    values = torch.randn(sparse.BLOCK, generator=torch.Generator().manual_seed(1))
+    bitmap = sparse.LOW_BYTES
+    return bytearray(codec("sparse").encode(values)), bitmap, sparse.BLOCK_BYTES - 8
+
+
+@pytest.mark.parametrize(
+    ("least", "most"), [(float("nan"), 1.0), (0.0, float("nan")), (-1.0, 1.0), (2.0, 1.0), (0.0, float("inf"))]
+)
+def test_sparse_refuses_magnitudes_that_no_encoder_writes(least: float, most: float) -> None:
+    data, _, magnitudes = sparse_parts()
+    data[magnitudes:] = struct.pack("<ff", least, most)
+    with pytest.raises(WireError, match="magnitudes"):
+        codec("sparse").decode(data, sparse.BLOCK)
+
+
+def test_sparse_refuses_indices_that_no_encoder_writes() -> None:
+    """Too few, twice the same, beyond the block, and a value where a short block has none."""
+    data, bitmap, _ = sparse_parts()
+    few = bytearray(data)
+    few[bitmap : bitmap + sparse.HIGH_BYTES] = bytes(sparse.HIGH_BYTES)
+    with pytest.raises(WireError, match="64 indices"):
+        codec("sparse").decode(few, sparse.BLOCK)
+    same = bytearray(data)
+    same[:bitmap] = bytes(bitmap)
+    same[bitmap : bitmap + sparse.HIGH_BYTES] = b"\xff" * 8 + bytes(8)  # 64 indices, all of them 0
+    with pytest.raises(WireError, match="do not grow"):
+        codec("sparse").decode(same, sparse.BLOCK)
+    beyond = bytearray(data)
+    beyond[bitmap : bitmap + sparse.HIGH_BYTES] = bytes(8) + b"\xff" * 8
+    with pytest.raises(WireError, match="do not grow"):
+        codec("sparse").decode(beyond, sparse.BLOCK)
+    with pytest.raises(WireError, match="behind"):
+        codec("sparse").decode(data, 100)
+
+
 def test_unknown_codec_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="zip") as caught:
         codec("zip")
-    assert all(name in caught.value.hint for name in ("fp32", "fp16", "bf16", "int8"))
+    assert all(name in caught.value.hint for name in ("fp32", "fp16", "bf16", "int8", "int4", "sparse"))
 
 
 @pytest.mark.parametrize("position", [0, 7, 31, 1000])
