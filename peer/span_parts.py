@@ -14,8 +14,8 @@ from pathlib import Path
 
 import structlog
 
-from peer.averaging.butterfly import ButterflyReduce
 from peer.averaging.driver import Hooks, StageDriver, membership_of
+from peer.averaging.group_reduce import GroupReduce
 from peer.averaging.history import History
 from peer.averaging.own_disk import OwnDisk
 from peer.averaging.restore import Restorer
@@ -24,7 +24,7 @@ from peer.averaging.sync import StageSync
 from peer.data.fetch import SwarmChunks, serve_tokens
 from peer.data.source import BatchSource
 from peer.data.tokens import TokenFile
-from peer.engine.build import learning_rate
+from peer.engine.schedule import learning_rate
 from peer.engine.span import SpanEngine
 from peer.link import Link
 from peer.memory.executor import Pause
@@ -158,7 +158,7 @@ class SpanParts:
             num_numbers=lambda round_id: len(self._batches.plan(round_id)),
             round_deadline_s=manifest.timing.round_deadline_s,
         )
-        self._reduce = ButterflyReduce(link.node.p2p, namespace=run, folder=folder)
+        self._reduce = GroupReduce(link.node.p2p, namespace=run, folder=folder)
         self._feeder = Feeder(
             run=run,
             me=link.peer_id,

@@ -1,112 +1,69 @@
-"""hivemind's butterfly all-reduce as the swarm's `Reduce` for dense codecs.
+"""hivemind's butterfly all-reduce: every member sums an equal share of all parts, and encodes each sum once.
 
-Owns: `ButterflyReduce`, one per process: checks what it is asked to sum, runs one `ButterflyRunner` per group
-(`runner.py` has the protocol), and puts the result together. Sits between the steward, who decides the group,
-and the runner. Must not know: rounds, commits, what the shards mean.
+Owns: which member sums what, and when a member is late with a part. `runner.py` has the talk, `merge.py` the sums. Must
+not know: streams, what the shards mean.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from itertools import groupby
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
-import structlog
-from hivemind.p2p import P2P
+from hivemind.proto.averaging_pb2 import AveragingData
 
-from peer.averaging.link import Link, from_hivemind
+from peer.averaging.link import Inbox, Link
+from peer.averaging.merge import MergeStopped, OrderedMerger
 from peer.averaging.parts import cut
-from peer.averaging.reduce import Reduced, ReduceError, ReduceGroup, Shards
-from peer.averaging.reduce_service import ReduceService
-from peer.averaging.runner import ButterflyRunner
-from peer.averaging.spool import Spool
-from peer.codecs import Codec, codec
-from protocol.errors import LocalFault
-from protocol.ids import Digest, digest
-
-log = structlog.get_logger()
-
-EARLY_WAIT_S = 10.0  # for a member that gets the steward's list a little later than the others
+from peer.averaging.reduce import ReduceGroup, Shards, contribution
+from peer.averaging.runner import GroupRunner
+from protocol.errors import LocalFault, WireError
 
 
-class ButterflyReduce:
-    """Sums shards with hivemind's butterfly. One per process and namespace; any number of groups at a time."""
+class ButterflyRunner(GroupRunner):
+    """A reduce in which the makers of parts are reducers: each needs that part of all members."""
 
     def __init__(
-        self, p2p: P2P, *, namespace: str, folder: Path | None = None, early_wait_s: float = EARLY_WAIT_S
+        self, link: Link, *, group: ReduceGroup, shards: Shards, namespace: str, folder: Path | None = None
     ) -> None:
-        """Long results are put into `folder` while they come in; without one they are in memory."""
-        self._link = Link(p2p)
-        self._namespace, self._folder = namespace, folder
-        self._service = ReduceService(from_hivemind(p2p.peer_id), early_wait_s=early_wait_s)
-
-    async def start(self) -> None:
-        """Begin to answer other members."""
-        await self._service.add_p2p_handlers(self._link, namespace=self._namespace)
-
-    async def stop(self) -> None:
-        """Stop answering. Reduces under way belong to their callers, who cancel them first."""
-        await self._service.remove_p2p_handlers(self._link, namespace=self._namespace)
-
-    async def reduce(self, group: ReduceGroup, shards: Shards) -> Reduced:
-        """Sum `shards` over `group` (see `peer.averaging.reduce.Reduce`)."""
-        me = from_hivemind(self._link.peer_id)
-        if me not in group.members:
-            raise ValueError(f"{me} is no member of the group it is asked to reduce with")
-        started_s = time.monotonic()
-        if len(group.members) == 1:
-            result = await asyncio.to_thread(_encode_alone, codec(group.codec), shards, self._folder)
-            return _reduced(group, shards, result, await asyncio.to_thread(digest, result), started_s)
-        runner = ButterflyRunner(self._link, group=group, shards=shards, namespace=self._namespace, folder=self._folder)
-        with self._service.serving(group.group_id, runner):
-            await self._service.announce()
-            try:
-                total = await runner.reduce()
-            except (ReduceError, LocalFault) as error:
-                self._service.say_farewell(group.group_id, runner.farewell())
-                blamed = error.peer if isinstance(error, ReduceError) else me
-                log.info("reduce.failed", group=group.group_id.hex(), blamed=blamed, reason=str(error))
-                if isinstance(error, LocalFault):
-                    raise
-                if not await self._link.is_daemon_alive():
-                    raise ReduceError("this peer's own p2p daemon is gone", peer=me) from None
-                raise
-        return _reduced(
-            group, shards, runner.result, total, started_s, sent=runner.bytes_sent, received=runner.bytes_received
+        """As `GroupRunner`."""
+        parts = cut(shards.lengths, num_members=len(group.members))
+        super().__init__(link, group=group, shards=shards, parts=parts, namespace=namespace, folder=folder)
+        self.tensor_part_reducer = OrderedMerger(
+            self._codec,
+            [part.length for part in self._parts_of(self._me)],
+            num_senders=len(group.members),
+            shares=group.shares,
         )
 
+    async def _make_own_parts(self) -> None:
+        """Contribute to the parts we reduce, and see to it that the others do so in time."""
+        for slot, part in enumerate(self._parts_of(self._me)):
+            values = contribution(await self._values(part), using=self._codec)
+            merging = asyncio.create_task(self.tensor_part_reducer.accumulate_part(self._me, slot, values))
+            try:
+                await asyncio.wait({merging}, timeout=self.sender_timeout)
+                if not merging.done() and (late := self.tensor_part_reducer.missing(slot)):
+                    raise self._blame(late[0], f"sent no part for {self.sender_timeout:g} s")
+                self._take_result(part, await merging)
+            except WireError as error:
+                raise LocalFault(f"our own shards cannot be summed: {error}") from None
+            except MergeStopped:
+                return
+            finally:
+                merging.cancel()
+                await asyncio.gather(merging, return_exceptions=True)  # its `MergeStopped` is nobody's news
 
-def _encode_alone(using: Codec, shards: Shards, folder: Path | None) -> memoryview:
-    """Sum over ourselves: nothing is added to what we have, so it is encoded once. Takes long; not for the loop."""
-    parts = cut(shards.lengths, num_members=1)
-    spool = Spool(sum(using.encoded_bytes(part.length) for part in parts), folder)
-    offset = 0
-    for shard, own_parts in groupby(parts, key=lambda part: part.shard):  # each is read once
-        values = shards.part(shard, 0, shards.lengths[shard])
-        for part in own_parts:
-            data = using.encode(values[part.start : part.start + part.length])
-            spool.put(offset, data)
-            offset += len(data)
-    return spool.view
+    async def _parts_for(self, maker: int) -> AsyncGenerator[bytes, None]:
+        for part in self._parts_of(maker):
+            yield self._codec.encode(await self._values(part))
 
-
-def _reduced(
-    group: ReduceGroup,
-    shards: Shards,
-    result: memoryview,
-    total: Digest,
-    started_s: float,
-    *,
-    sent: int = 0,
-    received: int = 0,
-) -> Reduced:
-    return Reduced(
-        codec=group.codec,
-        shard_elements=shards.lengths,
-        data=result,
-        digest=total,
-        bytes_sent=sent,
-        bytes_received=received,
-        seconds=time.monotonic() - started_s,
-    )
+    async def _own_parts(self, inbox: Inbox[AveragingData], member: int) -> AsyncGenerator[bytes, None]:
+        for slot, part in enumerate(self._parts_of(self._me)):
+            request = await self._next_request(inbox, member)
+            try:
+                values = self._codec.decode(request.tensor_part.buffer, part.length)
+                merged = await self.tensor_part_reducer.accumulate_part(member, slot, values)
+            except WireError as error:
+                raise self._blame(member, f"sent a bad part ({error})") from None
+            yield merged

@@ -23,10 +23,12 @@ class MergeStopped(Exception):
 
 
 class OrderedMerger:
-    """Sums the parts of which we are the reducer, one at a time."""
+    """Sums the parts of which we are the reducer, one at a time, or averages them."""
 
-    def __init__(self, codec: Codec, lengths: Sequence[int], *, num_senders: int) -> None:
-        self._codec = codec
+    def __init__(self, codec: Codec, lengths: Sequence[int], *, num_senders: int, shares: Sequence[float] = ()) -> None:
+        """With `shares`, one per sender and 1 in all, what they send is averaged, and summed without."""
+        assert not shares or len(shares) == num_senders
+        self._codec, self._shares = codec, tuple(shares)
         self._lengths = tuple(lengths)
         self._num_senders = num_senders
         self._limit = torch.finfo(torch.float32).max / (2 * num_senders)  # that many of these still add up
@@ -80,6 +82,8 @@ class OrderedMerger:
     def _add_in_order(self) -> None:
         """Add what can be added: everything up to the first member that is still missing."""
         while (values := self._early.pop(self._next_sender, None)) is not None:
+            if self._shares:
+                values.mul_(self._shares[self._next_sender])
             self._sum = values if self._sum is None else self._sum.add_(values)
             self._next_sender += 1
         if self._next_sender == self._num_senders:

@@ -11,7 +11,7 @@ more than one part.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 PART_ELEMENTS = 131_072
 """512 KiB of fp32, hivemind's part size. A multiple of every codec's block, so only a shard's last block is short."""
@@ -33,6 +33,16 @@ def cut(shard_elements: Sequence[int], *, num_members: int) -> tuple[Part, ...]:
     """Cut shards of these lengths into parts, in order, and deal them out to the members."""
     spans = ((shard, start, length) for shard, n in enumerate(shard_elements) for start, length in spans_of(n))
     return tuple(Part(index, *span, reducer=index % num_members) for index, span in enumerate(spans))
+
+
+def cut_for_each(shard_elements: Sequence[int], *, num_members: int) -> tuple[Part, ...]:
+    """Cut the same shards once for every member, one member behind the other: each sums, or sends, all of its own."""
+    parts = cut(shard_elements, num_members=1)
+    return tuple(
+        replace(part, index=member * len(parts) + part.index, reducer=member)
+        for member in range(num_members)
+        for part in parts
+    )
 
 
 def spans_of(num_elements: int) -> Iterator[tuple[int, int]]:

@@ -2,17 +2,19 @@
 
 Owns: `Reduce` (what the steward calls), `ReduceGroup`, `Reduced`, `ReduceError`, and the reading of encoded
 shards (`decode_shard`), which the history uses to replay them. Must not know: hivemind, sockets, stewards.
-`butterfly.py` implements `Reduce` for dense codecs; a sparse codec will need an exchange instead.
+`group_reduce.py` implements `Reduce`.
 
-The promise: the result is the fp32 sum of what the members sent, added in member order, encoded once; every
-member ends with the very same bytes, or raises. Nobody is ever left out silently, and inputs are not touched.
+The promise: the result is the fp32 sum of what the members sent, or their mean, added in member order. With a dense
+codec it is encoded once (a butterfly); with a sparse one it stays what the members sent, one behind the other, and is
+added up by whoever reads it (an exchange). Every member ends with the very same bytes, or raises. Nobody is ever left
+out silently, and inputs are not touched.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, Self
 
@@ -68,13 +70,22 @@ class ReduceGroup:
     members: tuple[PeerId, ...]
     """In the order in which contributions are added."""
     codec: str
+    weights: tuple[int, ...] = ()
+    """How much each member's values count in their mean, which is the result then. Without weights it is the sum."""
     timeouts: ReduceTimeouts = field(default_factory=ReduceTimeouts)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Each member's part of all weights; nothing without weights."""
+        return shares_of(self.weights)
 
     def __post_init__(self) -> None:
         if not 0 < len(self.group_id) <= MAX_GROUP_ID_BYTES:
             raise ValueError(f"a group id has 1 to {MAX_GROUP_ID_BYTES} bytes")
         if not self.members or len(set(self.members)) != len(self.members):
             raise ValueError("a group's members are distinct and at least one")
+        if self.weights and (len(self.weights) != len(self.members) or min(self.weights) < 0 or not any(self.weights)):
+            raise ValueError("a group has a weight of at least 0 for each of its members, and not only zeros")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +164,12 @@ class Reduce(Protocol):
         """
 
 
+def shares_of(weights: Sequence[int]) -> tuple[float, ...]:
+    """Return each weight's part of all of them."""
+    total = sum(weights)
+    return tuple(weight / total for weight in weights)
+
+
 def encoded_shard_bytes(name: str, num_elements: int) -> int:
     """Return the exact number of bytes of an encoded shard."""
     return sum(codec(name).encoded_bytes(length) for _, length in spans_of(num_elements))
@@ -163,13 +180,40 @@ def decode_shard(name: str, data: Buffer, out: Tensor) -> None:
 
     Raises `WireError` unless `data` is exactly such a shard.
     """
-    expected = encoded_shard_bytes(name, len(out))
+    for part, values in decoded_parts(name, [data], len(out)):
+        out[part].copy_(values)
+
+
+def decoded_parts(
+    name: str, contributions: Sequence[Buffer], num_elements: int, *, shares: Sequence[float] = ()
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield a shard part by part: the sum of one encoded shard per member, or their mean by `shares`, in member order.
+
+    Raises `WireError` as soon as one of them turns out not to be exactly such a shard.
+    """
+    for each in zip(*(_decoded(name, data, num_elements) for data in contributions), strict=True):
+        total = None
+        for member, (_, values) in enumerate(each):
+            if shares:
+                values.mul_(shares[member])
+            total = values if total is None else total.add_(values)
+        assert total is not None
+        yield each[0][0], total
+
+
+def encode_shard(name: str, values: Tensor) -> bytes:
+    """Encode a shard, flat fp32, part by part."""
+    return b"".join(codec(name).encode(values[start : start + length]) for start, length in spans_of(len(values)))
+
+
+def _decoded(name: str, data: Buffer, num_elements: int) -> Iterator[tuple[slice, Tensor]]:
+    expected = encoded_shard_bytes(name, num_elements)
     if len(data) != expected:
-        raise WireError(f"encoded shard of {len(data)} bytes where {len(out)} elements take {expected}")
+        raise WireError(f"encoded shard of {len(data)} bytes where {num_elements} elements take {expected}")
     view, offset = memoryview(data), 0
-    for start, length in spans_of(len(out)):
+    for start, length in spans_of(num_elements):
         size = codec(name).encoded_bytes(length)
-        out[start : start + length].copy_(codec(name).decode(view[offset : offset + size], length))
+        yield slice(start, start + length), codec(name).decode(view[offset : offset + size], length)
         offset += size
 
 

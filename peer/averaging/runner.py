@@ -1,20 +1,21 @@
-"""One reduce of one group, seen from one member: one sum, encoded once, the same bytes for everybody, or nothing.
+"""One reduce of one group, seen from one member: the same bytes for everybody, or nothing.
 
-Owns: the talk between the members. Built by `butterfly.py`, on `merge.py` (the sums) and `link.py` (the streams).
-Must not know: who else is reducing in this process, what happens to the result.
+Owns: the talk between the members, on `link.py` (the streams). `butterfly.py` and `exchange.py` say what is talked
+about: who makes which part of the result, and from what. Must not know: who else is reducing in this process, what
+happens to the result.
 
 From hivemind's `AllReduceRunner` come the group's bookkeeping, the stream protocol (each member sends every
 reducer its parts and gets each sum back on the same stream), the stubs and the outcome future. Replaced is
 what made members end with different bytes: sums in order of arrival, differences that are rounded anew for
 each receiver, going on with fewer members, zeros in the place of a dead reducer.
 
-One stream, `AveragingData` messages:
-    member  -> reducer   PART_FOR_AVERAGING {group_id}, then per part {tensor_part.buffer}
-    reducer -> member    per part AVERAGED_PART {tensor_part.buffer}
-    member  -> reducer   ACCEPTED {tensor_part.buffer = digest of the whole result}, end of stream
-    either way           CANCELLED {peer_id = whom we blame}: the reduce has failed
+One stream, `AveragingData` messages; a maker is who makes parts of the result (a butterfly's reducer):
+    member -> maker    PART_FOR_AVERAGING {group_id}, then what the maker needs of us: {tensor_part.buffer}
+    maker  -> member   per part AVERAGED_PART {tensor_part.buffer}
+    member -> maker    ACCEPTED {tensor_part.buffer = digest of the whole result}, end of stream
+    either way         CANCELLED {peer_id = whom we blame}: the reduce has failed
 A member accepts only when it holds *all* results, and returns only when all others have accepted and name the
-same digest. So a reducer that tells members different sums is found out, and a death before the end fails
+same digest. So a maker that tells members different things is found out, and a death before the end fails
 everybody; only one in the very last message can leave some with a result and some without, which is what the
 steward's commit is for.
 """
@@ -23,7 +24,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -44,26 +46,33 @@ from hivemind.proto.runtime_pb2 import Tensor as WireTensor
 from torch import Tensor
 
 from peer.averaging.link import Exchange, Inbox, Link, to_hivemind
-from peer.averaging.merge import MergeStopped, OrderedMerger
-from peer.averaging.parts import Part, cut
-from peer.averaging.reduce import ReduceError, ReduceGroup, Shards, contribution
+from peer.averaging.merge import MergeStopped
+from peer.averaging.parts import Part
+from peer.averaging.reduce import ReduceError, ReduceGroup, Shards
 from peer.averaging.reduce_service import ReduceService
 from peer.averaging.spool import Spool
 from peer.codecs import codec
-from protocol.errors import LocalFault, SwarmError, TransientError, WireError
+from protocol.errors import SwarmError, TransientError, WireError
 from protocol.ids import Digest, digest
 from protocol.transport.dial import LAST_WORD_S
 
 log = structlog.get_logger()
 
 
-class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
+class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
     """One reduce of one group, seen from one member. Use it once."""
 
     def __init__(
-        self, link: Link, *, group: ReduceGroup, shards: Shards, namespace: str, folder: Path | None = None
+        self,
+        link: Link,
+        *,
+        group: ReduceGroup,
+        shards: Shards,
+        parts: Sequence[Part],
+        namespace: str,
+        folder: Path | None = None,
     ) -> None:
-        """`folder` is for long results, which then are not in memory."""
+        """`parts` make up the result, in order. `folder` is for long results, which then are not in memory."""
         members = tuple(to_hivemind(member) for member in group.members)
         super().__init__(
             p2p=link,
@@ -78,10 +87,7 @@ class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
         )
         self._group, self._shards, self._codec = group, shards, codec(group.codec)
         self._me = members.index(link.peer_id)
-        self._parts = cut(shards.lengths, num_members=len(members))
-        self.tensor_part_reducer = OrderedMerger(
-            self._codec, [part.length for part in self._parts_of(self._me)], num_senders=len(members)
-        )
+        self._parts = tuple(parts)
         sizes = [self._codec.encoded_bytes(part.length) for part in self._parts]
         self._offsets = [0, *itertools.accumulate(sizes)]
         self._folder = folder
@@ -142,12 +148,26 @@ class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
                 self._future.exception()  # seen: `_watch` may be gone already
         self._settled.set()
 
+    # --- what kinds of reduce differ in -----------------------------------------------------------------
+
+    @abstractmethod
+    async def _make_own_parts(self) -> None:
+        """Put the parts that are ours to make into the result."""
+
+    @abstractmethod
+    def _parts_for(self, maker: int) -> AsyncGenerator[bytes, None]:
+        """Yield what a maker needs of us."""
+
+    @abstractmethod
+    def _own_parts(self, inbox: Inbox[AveragingData], member: int) -> AsyncGenerator[bytes, None]:
+        """Yield the parts that we make, for a member, from whose stream comes what we need of it."""
+
     # --- our own side ---------------------------------------------------------------------------------
 
     async def _work(self, tasks: asyncio.TaskGroup) -> None:
         watch = tasks.create_task(self._watch())
         await self._guard(self._make_room)
-        tasks.create_task(self._guard(self._merge_own_parts))
+        tasks.create_task(self._guard(self._make_own_parts))
         others = [peer for peer in self.ordered_peer_ids if peer != self.peer_id]
         talks = [tasks.create_task(self._guard(self._communicate_with_peer, peer)) for peer in others]
         if self._parts:
@@ -177,24 +197,6 @@ class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
             self.finalize(exception=error)
             raise
 
-    async def _merge_own_parts(self) -> None:
-        """Contribute to the parts we reduce, and see to it that the others do so in time."""
-        for slot, part in enumerate(self._parts_of(self._me)):
-            values = contribution(await self._values(part), using=self._codec)
-            merging = asyncio.create_task(self.tensor_part_reducer.accumulate_part(self._me, slot, values))
-            try:
-                await asyncio.wait({merging}, timeout=self.sender_timeout)
-                if not merging.done() and (late := self.tensor_part_reducer.missing(slot)):
-                    raise self._blame(late[0], f"sent no part for {self.sender_timeout:g} s")
-                self._take_result(part, await merging)
-            except WireError as error:
-                raise LocalFault(f"our own shards cannot be summed: {error}") from None
-            except MergeStopped:
-                return
-            finally:
-                merging.cancel()
-                await asyncio.gather(merging, return_exceptions=True)  # its `MergeStopped` is nobody's news
-
     async def _communicate_with_peer(self, peer_id: PeerID) -> None:
         """Send a reducer our parts, take its sums, accept, and wait for it to end the stream."""
         reducer = self.ordered_peer_ids.index(peer_id)
@@ -213,17 +215,18 @@ class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
         finally:
             await exchange.aclose(grace_s=LAST_WORD_S if self._failure() else 0.0)
 
-    async def _generate_input_for_peer(self, reducer: int) -> AsyncGenerator[AveragingData, None]:
+    async def _generate_input_for_peer(self, maker: int) -> AsyncGenerator[AveragingData, None]:
         yield self._count_sent(AveragingData(code=PART_FOR_AVERAGING, group_id=self.group_id))
-        for part in self._parts_of(reducer):
-            if self._future.done():
-                break
-            try:
-                data = self._codec.encode(await self._values(part))
-            except SwarmError as error:
-                self.finalize(exception=error)
-                break
-            yield self._count_sent(AveragingData(tensor_part=WireTensor(buffer=data)))
+        async with aclosing(self._parts_for(maker)) as parts:
+            while not self._future.done():
+                try:
+                    data = await anext(parts, None)
+                except SwarmError as error:
+                    self.finalize(exception=error)
+                    break
+                if data is None:
+                    break
+                yield self._count_sent(AveragingData(tensor_part=WireTensor(buffer=data)))
         await self._settled.wait()
         if self._failure() or self._digest is None:
             yield self.farewell()
@@ -326,14 +329,9 @@ class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
     async def _accumulate_parts_streaming(
         self, inbox: Inbox[AveragingData], sender_index: int
     ) -> AsyncGenerator[AveragingData, None]:
-        for slot, part in enumerate(self._parts_of(self._me)):
-            request = await self._next_request(inbox, sender_index)
-            try:
-                values = self._codec.decode(request.tensor_part.buffer, part.length)
-                merged = await self.tensor_part_reducer.accumulate_part(sender_index, slot, values)
-            except WireError as error:
-                raise self._blame(sender_index, f"sent a bad part ({error})") from None
-            yield AveragingData(code=AVERAGED_PART, tensor_part=WireTensor(buffer=merged))
+        async with aclosing(self._own_parts(inbox, sender_index)) as parts:
+            async for data in parts:
+                yield AveragingData(code=AVERAGED_PART, tensor_part=WireTensor(buffer=data))
         request = await self._next_request(inbox, sender_index)
         if request.code != ACCEPTED:
             raise self._blame(sender_index, f"sent {_code_name(request.code)} instead of its acceptance")
@@ -341,7 +339,7 @@ class ButterflyRunner(AllReduceRunner):  # type: ignore[misc]
         self._someone_accepted.set()
 
     async def _next_request(self, inbox: Inbox[AveragingData], sender: int) -> AveragingData:
-        """Return a sender's next message, or raise if the reduce fails first. `_merge_own_parts` has the clock."""
+        """Return a sender's next message, or raise if the reduce fails first. The kind of reduce has the clock."""
         try:
             request = await inbox.next_unless(self._future)
         except (TransientError, WireError) as error:

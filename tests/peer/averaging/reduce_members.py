@@ -13,7 +13,7 @@ from hivemind.proto.averaging_pb2 import PART_FOR_AVERAGING, AveragingData
 from hivemind.proto.runtime_pb2 import Tensor as WireTensor
 from torch import Tensor
 
-from peer.averaging.butterfly import ButterflyReduce
+from peer.averaging.group_reduce import GroupReduce
 from peer.averaging.link import from_hivemind
 from peer.averaging.parts import PART_ELEMENTS, cut
 from peer.averaging.reduce import Reduced, ReduceGroup, ReduceTimeouts, Shards
@@ -32,7 +32,7 @@ class Member:
     """A peer: its daemon and its reduce."""
 
     p2p: P2P
-    reduce: ButterflyReduce
+    reduce: GroupReduce
 
     @property
     def peer(self) -> PeerId:
@@ -44,7 +44,7 @@ async def start_members(number: int) -> list[Member]:
     first = await P2P.create()
     addresses = await first.get_visible_maddrs()
     rest = await asyncio.gather(*(P2P.create(initial_peers=addresses) for _ in range(number - 1)))
-    members = [Member(p2p, ButterflyReduce(p2p, namespace=NAMESPACE, early_wait_s=2.0)) for p2p in (first, *rest)]
+    members = [Member(p2p, GroupReduce(p2p, namespace=NAMESPACE, early_wait_s=2.0)) for p2p in (first, *rest)]
     for member in members:
         await member.reduce.start()
         await member.p2p.wait_for_at_least_n_peers(1)
@@ -63,9 +63,15 @@ def make_shards(seed: int, lengths: Sequence[int] = SHARDS) -> list[Tensor]:
 
 
 def reference(name: str, inputs: Sequence[Sequence[Tensor]]) -> list[bytes]:
-    """The definition, in plain torch: per part, decode what each member sends, add in member order, encode once."""
+    """The definition, in plain torch: per part, decode what each member sends, add in member order, encode once.
+
+    With a sparse codec: what each member sends.
+    """
     used, expected = codec(name), []
-    for part in cut([len(shard) for shard in inputs[0]], num_members=1):
+    parts = cut([len(shard) for shard in inputs[0]], num_members=1)
+    if not used.is_dense:
+        return [used.encode(shards[p.shard][p.start : p.start + p.length]) for shards in inputs for p in parts]
+    for part in parts:
         sent = [shards[part.shard][part.start : part.start + part.length] for shards in inputs]
         total = used.decode(used.encode(sent[0]), part.length)
         for values in sent[1:]:

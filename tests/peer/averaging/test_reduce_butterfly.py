@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures(
 # --- the sum ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("name", ["fp32", "fp16", "int8", "int4", "sparse"])
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
 async def test_every_member_gets_the_bytes_of_the_plain_sum(swarm: list[Member], number: int, name: str) -> None:
     """Oracle: `reference`, bit by bit; the inputs are the same as before."""
@@ -63,6 +64,18 @@ async def test_every_member_gets_the_bytes_of_the_plain_sum(swarm: list[Member],
     assert all(
         torch.equal(a, b) for old, new in zip(before, inputs, strict=True) for a, b in zip(old, new, strict=True)
     )
+
+
+async def test_with_weights_every_member_gets_the_bytes_of_the_mean(swarm: list[Member]) -> None:
+    """Oracle: torch's own weighted mean; fp32 loses nothing, and shares of 1/8, 3/8 and 1/2 round nothing."""
+    inputs = [make_shards(seed, (PART_ELEMENTS + 7,)) for seed in range(3)]
+    group = replace(make_group(swarm[:3]), weights=(100, 300, 400))
+    results = await reduce_all(swarm[:3], group, inputs)
+    a, b, c = (shards[0] for shards in inputs)
+    out = torch.empty(len(a))
+    decode_shard("fp32", joined(results[0]), out)
+    assert torch.equal(out, a * 0.125 + b * 0.375 + c * 0.5)
+    assert len({joined(result) for result in results}) == 1
 
 
 @pytest.mark.parametrize("order", [(2, 1, 0), (1, 2, 0), (2, 0, 1)])

@@ -19,7 +19,7 @@ from hivemind.proto.averaging_pb2 import (
 from hivemind.proto.runtime_pb2 import Tensor as WireTensor
 
 from peer.averaging import link
-from peer.averaging.butterfly import ButterflyReduce
+from peer.averaging.group_reduce import GroupReduce
 from peer.averaging.reduce import ReduceError, ReduceTimeouts, Shards
 from peer.averaging.reduce_service import ReduceService
 from tests.peer.averaging.reduce_members import (
@@ -210,7 +210,7 @@ async def test_lying_reducer_is_named(swarm: list[Member], answers: list[Averagi
 
     name = ReduceService._get_handle_name(namespace, "rpc_aggregate_part")
     await swarm[1].p2p.add_protobuf_handler(name, lie, AveragingData, stream_input=True, stream_output=True)
-    honest = ButterflyReduce(swarm[0].p2p, namespace=namespace)
+    honest = GroupReduce(swarm[0].p2p, namespace=namespace)
     await honest.start()
     with pytest.raises(ReduceError) as caught:
         await honest.reduce(make_group([swarm[1], swarm[0]]), Shards.of([torch.ones(100)]))

@@ -11,8 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.averaging.merge import MergeStopped, OrderedMerger
-from peer.averaging.parts import PART_ELEMENTS, cut
-from peer.averaging.reduce import ReduceGroup, ReduceTimeouts, decode_shard, encoded_shard_bytes
+from peer.averaging.parts import PART_ELEMENTS, cut, cut_for_each
+from peer.averaging.reduce import (
+    ReduceGroup,
+    ReduceTimeouts,
+    decode_shard,
+    decoded_parts,
+    encode_shard,
+    encoded_shard_bytes,
+)
 from peer.codecs import codec
 from protocol.errors import WireError
 from protocol.ids import PeerId
@@ -42,6 +49,17 @@ def test_cut_does_not_depend_on_the_number_of_members(shards: list[int]) -> None
     assert spans[0] == spans[1] == spans[2]
 
 
+@given(shards=shard_lists, num_members=st.integers(1, 5))
+def test_a_cut_for_each_member_is_the_same_cut_again(shards: list[int], num_members: int) -> None:
+    """Oracle: the cut for one member, whose place it takes in turn."""
+    single = cut(shards, num_members=1)
+    parts = cut_for_each(shards, num_members=num_members)
+    assert [part.index for part in parts] == list(range(num_members * len(single)))
+    for member in range(num_members):
+        mine = [part for part in parts if part.reducer == member]
+        assert [(p.shard, p.start, p.length) for p in mine] == [(p.shard, p.start, p.length) for p in single]
+
+
 @pytest.mark.parametrize("arrival", list(itertools.permutations(range(4))))
 async def test_sum_is_in_member_order_whatever_the_arrival(arrival: tuple[int, ...]) -> None:
     """Oracle: ((a + b) + c) + d in plain torch, for values where another order rounds differently."""
@@ -54,6 +72,23 @@ async def test_sum_is_in_member_order_whatever_the_arrival(arrival: tuple[int, .
         waiting.append(asyncio.create_task(merger.accumulate_part(member, 0, given_values[member].clone())))
         await asyncio.sleep(0)
     assert {await task for task in waiting} == {codec("fp32").encode(expected)}
+
+
+async def test_mean_counts_each_member_by_its_share() -> None:
+    """Oracle: the weighted mean in plain torch, with one rounding per product and sum; shares of 1/4, 1/4 and 1/2."""
+    given_values = [torch.randn(64, generator=torch.Generator().manual_seed(m)) for m in range(3)]
+    expected = given_values[0] * 0.25 + given_values[1] * 0.25 + given_values[2] * 0.5
+    group = ReduceGroup(group_id=b"g", members=(PeerId("a"), PeerId("b"), PeerId("c")), codec="fp32", weights=(1, 1, 2))
+    merger = OrderedMerger(codec("fp32"), [64], num_senders=3, shares=group.shares)
+    waiting = [asyncio.create_task(merger.accumulate_part(m, 0, given_values[m].clone())) for m in (2, 0, 1)]
+    assert {await task for task in waiting} == {codec("fp32").encode(expected)}
+
+
+async def test_a_member_of_weight_zero_changes_nothing() -> None:
+    merger = OrderedMerger(codec("fp32"), [2], num_senders=2, shares=(1.0, 0.0))
+    waiting = asyncio.create_task(merger.accumulate_part(1, 0, torch.tensor([1e30, -1e30])))
+    merged = await merger.accumulate_part(0, 0, torch.tensor([1.0, 2.0]))
+    assert await waiting == merged == codec("fp32").encode(torch.tensor([1.0, 2.0]))
 
 
 async def test_merger_knows_who_is_missing_and_lets_waiters_go() -> None:
@@ -86,7 +121,7 @@ async def test_values_that_could_overflow_the_sum_are_refused_when_they_arrive()
         await merger.accumulate_part(1, 0, torch.tensor([-3e38]))
 
 
-@pytest.mark.parametrize("name", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("name", ["fp32", "fp16", "int8", "int4", "sparse"])
 @pytest.mark.parametrize("num_elements", [0, 1, PART_ELEMENTS, 2 * PART_ELEMENTS + 1000])
 def test_encoded_shard_reads_back_part_by_part(name: str, num_elements: int) -> None:
     """Oracle: the codec applied to each part by hand."""
@@ -102,11 +137,37 @@ def test_encoded_shard_reads_back_part_by_part(name: str, num_elements: int) -> 
         decode_shard(name, data + b"\0", out)
 
 
+@given(
+    num_elements=st.integers(0, 9000),
+    shares=st.lists(st.sampled_from([0.125, 0.25, 0.5]), min_size=1, max_size=4),
+    is_mean=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_contributions_are_added_up_in_member_order(
+    num_elements: int, shares: list[float], is_mean: bool, seed: int
+) -> None:
+    """Oracle: the codec and plain torch, member by member."""
+    values = [torch.randn(num_elements, generator=torch.Generator().manual_seed(seed + m)) for m in range(len(shares))]
+    sent = [encode_shard("sparse", each) for each in values]
+    decoded = [codec("sparse").decode(data, num_elements) for data in sent]
+    weighted = [share * each for share, each in zip(shares, decoded, strict=True)] if is_mean else decoded
+    expected = weighted[0].clone()
+    for each in weighted[1:]:
+        expected += each
+    out = torch.full((num_elements,), 7.0)
+    for part, piece in decoded_parts("sparse", sent, num_elements, shares=shares if is_mean else ()):
+        out[part] = piece
+    assert torch.equal(out, expected)
+
+
 def test_impossible_groups_are_refused() -> None:
     """A group is made by our own steward code, so these are bugs, not faults."""
     alice, bob = PeerId("alice"), PeerId("bob")
     for members, group_id in (((), b"g"), ((alice, alice), b"g"), ((alice, bob), b""), ((alice, bob), bytes(65))):
         with pytest.raises(ValueError, match="group"):
             ReduceGroup(group_id=group_id, members=members, codec="fp32")
+    for weights in ((1,), (0, 0), (2, -1)):  # weights of nothing would divide by zero
+        with pytest.raises(ValueError, match="weight"):
+            ReduceGroup(group_id=b"g", members=(alice, bob), codec="fp32", weights=weights)
     with pytest.raises(ValueError, match="sender_s < reducer_s"):
         ReduceTimeouts(sender_s=5, reducer_s=5)
