@@ -4,9 +4,9 @@ Owns: the environment of the test process (set before anything imports torch or 
 hypothesis profile, the marks that follow from a test's place, what may run side by side, and the check for
 left-over processes. Must not know: any part of Handcar.
 
-`make test` has two workers (pytest-xdist). One of them gets every test that may start processes, use the network or
-measure something, as one group: these run one after the other, as without workers. The other worker has meanwhile
-what only computes, file by file.
+`make test` has two workers (pytest-xdist). One of them gets every test that may start commands or measure something, as
+one group: these run one after the other, as without workers. The other worker has meanwhile what uses the network, as
+one group too, and then what only computes, file by file.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ os.environ.update(
     HF_DATASETS_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",  # its thread pool warns about every process we start
 )
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or every command that a test starts compiles all modules anew
+sys.dont_write_bytecode = False
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes share few cores; also one summation order
 
 faulthandler.register(signal.SIGUSR1)  # `kill -USR1` shows where a hanging run stands
@@ -40,7 +43,8 @@ COMPUTING = (
     *("tests/protocol/rounds/", "tests/sim/"),
 )
 """Where tests need nothing but a core and a folder."""
-ONE_AT_A_TIME = "one-at-a-time"
+STARTING = ("tests/benchmarks/", "tests/e2e/")
+"""Where they start whole commands, which take both cores."""
 LAST_GRACE_S = 5.0  # a daemon that was told to stop may need a moment at the end of the session
 
 
@@ -68,9 +72,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
 
 
 def group_of(nodeid: str) -> str:
-    """Return what a test may not be separated from: its file, or everything that is not known only to compute."""
+    """Return what a test may not be separated from: its file, or all that starts commands, or all the rest."""
     path = nodeid.partition("::")[0]
-    return path if path.startswith(COMPUTING) else ONE_AT_A_TIME
+    if path.startswith(COMPUTING):
+        return path
+    return "commands" if path.startswith(STARTING) else "network"
 
 
 def _has_cuda() -> bool:
