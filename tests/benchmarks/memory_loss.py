@@ -16,8 +16,8 @@ from typing import Any
 from coordinator.init import init_run
 from coordinator.rundir import TOKENS, RunDir
 from peer.averaging.rules import round_rules
-from peer.engine.build import build_span, learning_rate
-from peer.engine.schedule import LearningRate
+from peer.engine.build import build_span
+from peer.engine.schedule import LearningRate, learning_rate
 from peer.engine.span import SpanEngine
 from peer.settings import PeerSettings
 from protocol.batches import TaskKind, plan_round

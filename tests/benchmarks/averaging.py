@@ -1,0 +1,88 @@
+"""Averaging rarely and in few bytes, against gradients at every step: loss, and bytes on the wire.
+
+`averaging_loss.py` has the loss rows. Bytes are those that a member's streams carry upwards in one reduce of four
+members on loopback, counted by the reduce itself; the yardstick is the same reduce with another codec.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from peer.averaging.reduce import Reduced
+from tests.benchmarks.averaging_loss import losses
+from tests.benchmarks.harness import Options, Row, figure, run
+from tests.peer.averaging.reduce_members import make_group, reduce_all, start_members
+
+MEMBERS = 4
+ELEMENTS = 1 << 22
+SHARDS = (ELEMENTS // 2, ELEMENTS // 2)
+CODECS = {"bytes_int8": ("int8", "<= 0.27"), "bytes_int4": ("int4", "<= 0.14"), "bytes_sparse": ("sparse", "<= 0.015")}
+PER_TOKEN = {  # codec, inner steps between averagings, bar
+    "bytes_token_int8": ("int8", 50, f"<= {1 / 95}"),
+    "bytes_token_int4": ("int4", 50, f"<= {1 / 175}"),
+    "bytes_token_sparse": ("sparse", 30, f"<= {1 / 100}"),
+}
+
+
+def measure(options: Options) -> Iterator[Row]:
+    yield from bytes_on_the_wire(options)
+    with tempfile.TemporaryDirectory() as folder:
+        yield from losses(Path(folder), options)
+
+
+def bytes_on_the_wire(options: Options) -> Iterator[Row]:
+    """Count what a member sends in one reduce: per parameter against fp32, and per token against fp16 at every step."""
+    wanted = [row for row in (*CODECS, *PER_TOKEN) if options.wants(row)]
+    if not wanted:
+        return
+    names = {"fp32", "fp16", *(CODECS[row][0] for row in wanted if row in CODECS)}
+    names |= {PER_TOKEN[row][0] for row in wanted if row in PER_TOKEN}
+    sent = asyncio.run(_sent_bytes(sorted(names)))
+    for row, (name, bar) in CODECS.items():
+        ours, reference = sent[name] / ELEMENTS if name in sent else 0.0, sent["fp32"] / ELEMENTS
+        if row in wanted:
+            yield figure(row, ours, reference, unit="bytes per parameter", bar=bar, note=f"{MEMBERS} members, up")
+    for row, (name, steps, bar) in PER_TOKEN.items():
+        if row in wanted:
+            note = f"an averaging every {steps} inner steps against fp16 gradients at each"
+            yield figure(
+                row,
+                sent[name] / ELEMENTS / steps,
+                sent["fp16"] / ELEMENTS,
+                unit="bytes per parameter and step",
+                bar=bar,
+                note=note,
+            )
+
+
+async def _sent_bytes(names: Sequence[str]) -> dict[str, float]:
+    """Return how many bytes a member sends with each codec, in the mean over members."""
+    members = await start_members(MEMBERS)
+    try:
+        random = torch.Generator().manual_seed(0)
+        inputs = [[torch.randn(length, generator=random) for length in SHARDS] for _ in members]
+        sent = {}
+        for name in names:
+            results = await reduce_all(members, make_group(members, name), inputs)
+            done = [result for result in results if isinstance(result, Reduced)]
+            assert len(done) == MEMBERS, results
+            sent[name] = sum(result.bytes_sent for result in done) / MEMBERS
+        return sent
+    finally:
+        for member in members:
+            await member.reduce.stop()
+            await member.p2p.shutdown()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run("averaging: rarely and in few bytes, against gradients at every step", measure, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

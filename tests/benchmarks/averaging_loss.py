@@ -1,0 +1,299 @@
+"""What averaging rarely costs in loss: the rows `loss_*` of `averaging.py`.
+
+A model of 0.8M parameters and four replicas of it in one process. Every replica is an engine with an anchor; what they
+contribute is encoded, merged and taken apart again by the code that peers run (`merge.py` for dense codecs, the
+exchange's reading for the sparse one, `absorb.py`), without the network in between. The yardstick takes one step from
+the gradients of all four replicas at every inner step, from the same initial weights and the same data in the same
+order.
+
+Owns: model, data, schedules and learning rates. How the rates of both sides were found:
+`python -m tests.benchmarks.averaging_loss --help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coordinator.init import init_run
+from coordinator.rundir import TOKENS, RunDir
+from peer.averaging.absorb import Update, absorb
+from peer.averaging.merge import OrderedMerger
+from peer.averaging.parts import spans_of
+from peer.averaging.reduce import contribution, encode_shard, shares_of
+from peer.codecs import codec
+from peer.engine.optimizer import OptimizerSpec
+from peer.engine.outer import OuterSpec
+from peer.engine.schedule import LearningRate
+from peer.engine.stage_engine import StageEngine
+from protocol.batches import TaskKind, plan_round
+from protocol.ids import RoundId
+from tests.benchmarks.harness import Options, Row, figure
+from tests.e2e.plain_loop import batch, read_tokens
+
+REPLICAS = 4
+STEPS = 400
+WARMUP = 40
+INNER_STEPS = 30
+SEQUENCES, LENGTH = 4, 128  # 512 tokens per replica and step
+CLIP = 1.0
+SEEDS, QUICK_SEEDS = (0, 1, 2), (0,)
+NESTEROV = OuterSpec(learning_rate=0.7, momentum=0.9)
+NO_MOMENTUM = OuterSpec(learning_rate=1.0, momentum=0.0)
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "intermediate_size": 256,
+    "vocab_size": 1024,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.04,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """One way to train the model. Without a codec: one step for all, at every inner step."""
+
+    codec: str | None
+    rate: float
+    inner_steps: int = INNER_STEPS
+    outer: OuterSpec = NESTEROV
+    overlaps: bool = False
+
+
+SYNCHRONOUS = Recipe(codec=None, rate=6e-3)
+RECIPES = {
+    "loss_int8": (Recipe(codec="int8", rate=6e-3), "<= 1.01"),
+    "loss_int4": (Recipe(codec="int4", rate=6e-3), "<= 1.015"),
+    "loss_sparse": (Recipe(codec="sparse", rate=6e-3, outer=NO_MOMENTUM), "<= 1.02"),
+}
+OVERLAPPED = "loss_int8"
+OVERLAP_BAR = "<= 1.005"
+
+
+class Task:
+    """Model and text of one seed."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        model = folder / f"model-{seed}"
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps(CONFIG))
+        directory = folder / f"run-{seed}"
+        overrides = {
+            "batch.sequence_length": LENGTH,
+            "batch.sequences_per_microbatch": SEQUENCES,
+            "batch.microbatches_per_round": REPLICAS,
+            "batch.eval_every": STEPS,
+        }
+        init_run(
+            directory,
+            preset="demo",
+            model=model,
+            tokenizer="train:1024",
+            stages=1,
+            rounds=STEPS,
+            seed=seed,
+            overrides=overrides,
+        )
+        self.seed, self._run = seed, RunDir.open(directory)
+
+    def microbatches(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """Return inputs and labels (B, T) of all replicas for one inner step."""
+        return list(self._of_kind(RoundId(step), TaskKind.TRAIN))
+
+    @cached_property
+    def heldout(self) -> list[tuple[Tensor, Tensor]]:
+        return list(self._of_kind(RoundId(STEPS), TaskKind.EVAL))
+
+    def _of_kind(self, round_id: RoundId, kind: TaskKind) -> Iterator[tuple[Tensor, Tensor]]:
+        manifest = self._run.manifest
+        for task in plan_round(manifest.data, manifest.batch, round_id):
+            if task.kind is kind:
+                yield batch(self._texts[kind], list(task.windows), LENGTH)
+
+    @cached_property
+    def _texts(self) -> dict[TaskKind, Any]:
+        data = self._run.manifest.data
+        files = {TaskKind.TRAIN: data.train, TaskKind.EVAL: data.heldout}
+        return {
+            kind: read_tokens(str(self._run.path / TOKENS / spec.name), spec.bytes_per_token)
+            for kind, spec in files.items()
+        }
+
+
+def train(task: Task, recipe: Recipe) -> float:
+    """Return the held-out loss in nats per token after all steps."""
+    schedule = LearningRate(peak=recipe.rate, warmup=WARMUP, total=STEPS, final_fraction=0.1)
+    with ExitStack() as stack:
+        if recipe.codec is None:
+            engine = stack.enter_context(closing(_engine(task, None)))
+            _train_synchronously(engine, task, schedule)
+        else:
+            engines = [stack.enter_context(closing(_engine(task, recipe.outer))) for _ in range(REPLICAS)]
+            _train_apart(engines, task, schedule, recipe)
+            engine = engines[0]
+            assert len({each.state_digest() for each in engines}) == 1, "replicas do not agree"
+        results = [engine.evaluate(*each) for each in task.heldout]
+    return sum(result.loss_sum for result in results) / sum(result.target_tokens for result in results)
+
+
+def _engine(task: Task, outer: OuterSpec | None) -> StageEngine:
+    spec = OptimizerSpec(name="adamw8bit")
+    return StageEngine.build(
+        CONFIG, num_stages=1, stage=0, optimizer=spec, seed=task.seed, outer=outer, keep_budget_bytes=1 << 30
+    )
+
+
+def _train_synchronously(engine: StageEngine, task: Task, schedule: LearningRate) -> None:
+    for step in range(STEPS):
+        results = [engine.loss_and_backward(*each) for each in task.microbatches(step)]
+        _take_step(engine, sum(result.target_tokens for result in results), schedule.at(step))
+
+
+def _train_apart(engines: Sequence[StageEngine], task: Task, schedule: LearningRate, recipe: Recipe) -> None:
+    assert recipe.codec is not None
+    tokens = [0] * len(engines)
+    underway: Update | None = None
+    for step in range(STEPS):
+        for number, (engine, each) in enumerate(zip(engines, task.microbatches(step), strict=True)):
+            target_tokens = engine.loss_and_backward(*each).target_tokens
+            _take_step(engine, target_tokens, schedule.at(step))
+            tokens[number] += target_tokens
+        if (step + 1) % recipe.inner_steps and step + 1 < STEPS:
+            continue
+        _turn(engines, underway, schedule)
+        underway, tokens = _averaged(engines, recipe.codec, tokens), [0] * len(engines)
+        if not recipe.overlaps:
+            _turn(engines, underway, schedule)
+            underway = None
+    if underway is not None:
+        _turn(engines, underway, schedule)
+
+
+def _take_step(engine: StageEngine, target_tokens: int, rate: float) -> None:
+    norm = engine.gradient_norm() / target_tokens
+    engine.step(rate, scale=min(1.0, CLIP / norm) / target_tokens)
+
+
+def _turn(engines: Sequence[StageEngine], update: Update | None, schedule: LearningRate) -> None:
+    for engine in engines:
+        if update is None:
+            engine.turn(None)
+        else:
+            absorb(engine, update, clip_scale=1.0, schedule=schedule, is_ours=True)
+
+
+def _averaged(engines: Sequence[StageEngine], name: str, tokens: Sequence[int]) -> Update:
+    """Do what a group does: a butterfly's sums part by part, or everybody's contributions."""
+    shards = range(len(engines[0].shards))
+    if not codec(name).is_dense:
+        sent = [encode_shard(name, engine.contribution_shard(number)) for engine in engines for number in shards]
+        return Update(name, b"".join(sent), tuple(tokens))
+    made = [
+        part
+        for number in shards
+        for part in asyncio.run(_merged([engine.contribution_shard(number) for engine in engines], name, tokens))
+    ]
+    return Update(name, b"".join(made), tuple(tokens))
+
+
+async def _merged(contributions: Sequence[Tensor], name: str, tokens: Sequence[int]) -> list[bytes]:
+    spans = list(spans_of(len(contributions[0])))
+    merger = OrderedMerger(
+        codec(name), [length for _, length in spans], num_senders=len(contributions), shares=shares_of(tokens)
+    )
+    merged = []
+    for part, (start, length) in enumerate(spans):
+        pieces = [each[start : start + length] for each in contributions]
+        sums = await asyncio.gather(
+            *(
+                merger.accumulate_part(member, part, contribution(piece, using=codec(name)))
+                for member, piece in enumerate(pieces)
+            )
+        )
+        merged.append(sums[0])
+    return merged
+
+
+def losses(folder: Path, options: Options) -> Iterator[Row]:
+    """Train every recipe from every seed, and compare mean held-out losses."""
+    wanted = [row for row in RECIPES if options.wants(row)]
+    wants_overlap = options.wants("loss_overlap")
+    if not wanted and not wants_overlap:
+        return
+    recipes = {row: RECIPES[row][0] for row in wanted}
+    if wants_overlap:
+        recipes[OVERLAPPED] = RECIPES[OVERLAPPED][0]
+        recipes["loss_overlap"] = replace(recipes[OVERLAPPED], overlaps=True)
+    found: dict[str, list[float]] = {}
+    seeds = QUICK_SEEDS if options.quick else SEEDS
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        for seed in seeds:
+            task = Task(Path(place), seed)
+            for row, recipe in {"reference": SYNCHRONOUS, **recipes}.items():
+                found.setdefault(row, []).append(train(task, recipe))
+    means = {row: sum(each) / len(each) for row, each in found.items()}
+    for row, mean in means.items():
+        if row == "reference" or not (row in wanted or row == "loss_overlap"):
+            continue
+        against = OVERLAPPED if row == "loss_overlap" else "reference"
+        note = (
+            f"{len(seeds)} seed(s): {', '.join(f'{each:.4f}' for each in found[row])} against "
+            f"{', '.join(f'{each:.4f}' for each in found[against])}; {REPLICAS} replicas, H={recipes[row].inner_steps}"
+        )
+        bar = OVERLAP_BAR if row == "loss_overlap" else RECIPES[row][1]
+        yield figure(row, mean, means[against], unit="nats", bar=bar, note=note)
+
+
+def tune() -> None:
+    """Train one recipe at several rates: how the rates above were chosen."""
+    parser = argparse.ArgumentParser(description="Train the model of the loss rows at several learning rates.")
+    parser.add_argument("--codec", help="none: one step for all at every inner step")
+    parser.add_argument("--rates", type=float, nargs="+", required=True)
+    parser.add_argument("--outer-rate", type=float, default=0.7)
+    parser.add_argument("--outer-momentum", type=float, default=0.9)
+    parser.add_argument("--inner-steps", type=int, default=INNER_STEPS)
+    parser.add_argument("--overlap", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as place:
+        task = Task(Path(place), options.seed)
+        for rate in options.rates:
+            recipe = Recipe(
+                codec=options.codec,
+                rate=rate,
+                inner_steps=options.inner_steps,
+                outer=OuterSpec(options.outer_rate, options.outer_momentum),
+                overlaps=options.overlap,
+            )
+            print(f"{options.codec or 'synchronous'} rate {rate:g}: {train(task, recipe):.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    tune()
