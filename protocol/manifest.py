@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from protocol.ids import Digest, PeerId, RunId, digest
 from protocol.wire import PROTOCOL_VERSION, Message
@@ -39,6 +39,15 @@ class MasterName(StrEnum):
     """As bf16 and the 16 bits that make it fp32 again."""
     ROUNDED = "bf16-sr"
     """As bf16 alone, rounded up or down at random (from the run's seed) after each step."""
+
+
+class AveragingMode(StrEnum):
+    """What the replicas of a stage average."""
+
+    GRADIENT = "gradient"
+    """The gradients of a round, for one step of all of them."""
+    DILOCO = "diloco"
+    """How far each has come by steps of its own."""
 
 
 class ModelSpec(Message):
@@ -125,11 +134,23 @@ class OptimizerSpec(Message):
 
 
 class AveragingSpec(Message):
-    """How replicas of a stage agree. `diloco`, overlap and more codecs plug in here."""
+    """How replicas of a stage agree."""
 
-    mode: Literal["gradient"] = "gradient"
-    codec: Literal["fp32", "fp16", "int8"]
+    mode: Annotated[AveragingMode, Field(strict=False)] = AveragingMode.GRADIENT
+    codec: Literal["fp32", "fp16", "int8", "int4", "sparse"]
+    """What is averaged travels in it. The last two leave out much, and are for `diloco`, which sends that later."""
+    microbatches_per_step: Positive = 1
+    """`diloco`: how many a replica adds up for a step of its own."""
+    outer_learning_rate: Annotated[float, Field(gt=0, le=2)] = 0.7
+    outer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """`diloco`: the Nesterov step of the anchor."""
     activation_codec: Literal["fp32", "fp16", "bf16", "int8"]
+
+    @model_validator(mode="after")
+    def _feeds_errors_back(self) -> Self:
+        if self.codec in ("int4", "sparse") and self.mode is not AveragingMode.DILOCO:
+            raise ValueError(f"codec {self.codec} is for mode diloco, not {self.mode}")
+        return self
 
 
 class TimingSpec(Message):

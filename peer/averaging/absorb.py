@@ -1,18 +1,23 @@
 """Turn committed update bytes into the next version of a stage.
 
-Owns: decode, divide once, clip, step; the same for a member that took part, for one that adopted the
-bytes later, and for one that replays a log. That is what keeps replicas equal. Must not know: how the
-bytes were agreed on. Runs in the compute thread.
+Owns: decode, and what follows from the run's mode: divide once, clip and step, or move the anchor. The same for a
+member that took part, for one that adopted the bytes later, and for one that replays a log. That is what keeps replicas
+equal. Must not know: how the bytes were agreed on. Runs in the compute thread.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
 
-from peer.averaging.reduce import Reduced, decode_shard, encoded_shard_bytes
+from peer.averaging.reduce import decoded_parts, encoded_shard_bytes, shares_of
+from peer.codecs import codec
+from peer.engine.anchored import Mean
 from peer.engine.schedule import LearningRate
 from peer.engine.stage_engine import StageEngine
 from peer.engine.stage_state import NORM_ELEMENTS
@@ -21,66 +26,84 @@ from protocol.errors import WireError
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """An encoded sum of gradients: shard after shard, each as its codec made it."""
+    """What a group has agreed on, encoded: a sum of gradients, or a mean drift."""
 
     codec: str
     data: bytes | memoryview
+    """A dense codec's sum, shard after shard; with a sparse one, so much for every contributor."""
+    tokens: tuple[int, ...]
+    """How many target tokens each contribution stands for, in the order in which they are added."""
     norm: float | None = None
     """As `update_norm` has found it, if it was asked: then every number has been looked at."""
 
-    @classmethod
-    def of(cls, reduced: Reduced) -> Update:
-        """Return what a finished reduce has come to."""
-        return cls(reduced.codec, reduced.data)
 
-
-def update_bytes(engine: StageEngine, codec: str) -> int:
+def update_bytes(engine: StageEngine, codec_name: str, num_contributors: int) -> int:
     """Return the exact size of a stage's updates."""
-    return sum(encoded_shard_bytes(codec, shard.num_elements) for shard in engine.shards)
+    return _num_pieces(codec_name, num_contributors) * _contribution_bytes(engine, codec_name)
 
 
 def update_norm(engine: StageEngine, update: Update) -> float:
-    """Return the Euclidean norm of an encoded sum, in fp64 and piece by piece.
+    """Return the Euclidean norm of a sum, in fp64 and piece by piece; of a mean, that of the sum which it stands for.
 
     Machines agree on it but for the last bits: torch adds up a piece in an order that depends on its threads. Hence the
     clip scale travels in the commit, and others check it with a tolerance. Raises `WireError` if the bytes do not fit.
     """
     total = 0.0
-    for shard, data in zip(engine.shards, _split(engine, update), strict=True):
-        values = torch.empty(shard.num_elements)
-        decode_shard(update.codec, data, values)
-        for start in range(0, values.numel(), NORM_ELEMENTS):
-            total += float(values[start : start + NORM_ELEMENTS].double().square().sum())
-    return math.sqrt(total)
+    for number in range(len(engine.shards)):
+        for _, values in _pieces(engine, update, number):
+            for piece in torch.split(values, NORM_ELEMENTS):
+                total += float(piece.double().square().sum())
+    return math.sqrt(total) * (1 if engine.anchored is None else sum(update.tokens))
 
 
 def absorb(
-    engine: StageEngine, update: Update, *, total_tokens: int, clip_scale: float, schedule: LearningRate
+    engine: StageEngine, update: Update, *, clip_scale: float, schedule: LearningRate, is_ours: bool = False
 ) -> None:
-    """Take the optimizer step that leads from `engine.version` to the next one, one shard at a time.
+    """Take the step that leads from `engine.version` to the next one, one shard at a time.
 
-    `clip_scale` comes with the commit and `total_tokens` is the number of target tokens in the sum. Raises `WireError`,
-    with nothing changed, unless the bytes are a sum of this stage's gradients. Without their norm they are decoded
-    twice: no shard may change before the last one was looked at.
+    `clip_scale` comes with the commit; `is_ours` tells whether we are among the contributors. Raises `WireError`, with
+    nothing changed, unless the bytes fit this stage. Without their norm they are decoded twice: no shard may change
+    before the last one was looked at.
     """
-    pieces = _split(engine, update)
     norm = update_norm(engine, update) if update.norm is None else update.norm
     if not math.isfinite(norm):
         raise WireError("an update that holds numbers which are none")
+    if engine.anchored is not None:
+        engine.turn(Mean(partial(_pieces, engine, update), partial(_not_sent, update.codec) if is_ours else None))
+        return
 
-    def load(number: int, out: torch.Tensor) -> None:
-        decode_shard(update.codec, pieces[number], out)
+    def load(number: int, out: Tensor) -> None:
+        for part, values in _pieces(engine, update, number):
+            out[part].copy_(values)
 
-    engine.step(schedule.at(engine.version), scale=clip_scale / total_tokens, load=load)
+    engine.step(schedule.at(engine.version), scale=clip_scale / sum(update.tokens), load=load)
 
 
-def _split(engine: StageEngine, update: Update) -> list[memoryview]:
-    """Cut an update into the engine's shards; raises `WireError` unless it is exactly as long as they are."""
-    if len(update.data) != update_bytes(engine, update.codec):
+def _pieces(engine: StageEngine, update: Update, number: int) -> Iterator[tuple[slice, Tensor]]:
+    """Decode one shard; raises `WireError` unless the update is exactly as long as it must be."""
+    if len(update.data) != update_bytes(engine, update.codec, len(update.tokens)):
         raise WireError(f"an update of {len(update.data)} bytes does not fit this stage")
-    view, pieces, offset = memoryview(update.data), [], 0
-    for shard in engine.shards:
-        size = encoded_shard_bytes(update.codec, shard.num_elements)
-        pieces.append(view[offset : offset + size])
-        offset += size
-    return pieces
+    sizes = [encoded_shard_bytes(update.codec, shard.num_elements) for shard in engine.shards]
+    start, view = sum(sizes[:number]), memoryview(update.data)
+    starts = [start + member * sum(sizes) for member in range(_num_pieces(update.codec, len(update.tokens)))]
+    is_mean = engine.anchored is not None and len(starts) > 1  # what is dense has been averaged already
+    return decoded_parts(
+        update.codec,
+        [view[start : start + sizes[number]] for start in starts],
+        engine.shards[number].num_elements,
+        shares=shares_of(update.tokens) if is_mean else (),
+    )
+
+
+def _not_sent(codec_name: str, values: Tensor) -> Tensor:
+    """Return what a codec leaves out of one piece of a contribution."""
+    used = codec(codec_name)
+    return torch.sub(values, used.decode(used.encode(values), len(values)))
+
+
+def _num_pieces(codec_name: str, num_contributors: int) -> int:
+    return 1 if codec(codec_name).is_dense else num_contributors
+
+
+def _contribution_bytes(engine: StageEngine, codec_name: str) -> int:
+    return sum(encoded_shard_bytes(codec_name, shard.num_elements) for shard in engine.shards)

@@ -32,7 +32,7 @@ from protocol.control import AveragingReport, ClosingReport, CommitReport, Snaps
 from protocol.errors import BusyError, PeerFault, StorageError, SwarmError, TransientError, UnreachableError
 from protocol.history import LogAnswer, LogRequest, StateAnswer
 from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, Version
-from protocol.manifest import Manifest
+from protocol.manifest import AveragingMode, Manifest
 from protocol.rounds import events
 from protocol.rounds.machine import RoundMachine
 from protocol.rounds.messages import MAX_COMMITS_PER_ANSWER, Charter, Closing, Commit, StageMessage
@@ -277,15 +277,16 @@ class StageDriver:
         self._start(tell(), name=f"freeze-{self.stage}-{closing.round}")
 
     async def _run_reduce(self, action: events.StartReduce) -> None:
-        """Sum the frozen gradients with the group; stage the bytes; report how it went."""
+        """Sum what was frozen with the group, or average it; stage the bytes; report how it went."""
         engine = self._engine.engines[self.stage]
-        shards = Shards([layout.num_elements for layout in engine.shards], engine.gradient_shard)
+        shards = Shards([layout.num_elements for layout in engine.shards], engine.contribution_shard)
         try:
             try:
                 reduced = await self._reduce.reduce(self._group_of(action), shards)
             finally:
                 self._reducing.pop(action.group_id, None)  # what is summed may be of use, whatever the machine wants
-            update, norm = await self._checked(Update.of(reduced))
+            tokens = tuple(contribution.tokens for contribution in action.group)
+            update, norm = await self._checked(Update(reduced.codec, reduced.data, tokens))
         except (SwarmError, *OUR_FAULTS) as error:
             is_ours = isinstance(error, StorageError) or not isinstance(error, SwarmError)
             if is_ours and not self._engine.note_fault(error):
@@ -299,18 +300,19 @@ class StageDriver:
         self.post(events.ReduceDone(action.group_id, reduced.digest, norm))
 
     def _group_of(self, action: events.StartReduce) -> ReduceGroup:
-        timing = self._manifest.timing
+        timing, is_mean = self._manifest.timing, self._manifest.averaging.mode is AveragingMode.DILOCO
         return ReduceGroup(
             group_id=action.group_id,
             members=tuple(contribution.peer for contribution in action.group),
             codec=self._manifest.averaging.codec,
+            weights=tuple(contribution.tokens for contribution in action.group) if is_mean else (),
             timeouts=ReduceTimeouts(
                 sender_s=timing.hop_silence_s, reducer_s=2 * timing.hop_silence_s, deadline_s=timing.reduce_timeout_s
             ),
         )
 
     async def _checked(self, update: Update) -> tuple[Update, float]:
-        """Return an update with its norm. Raises `WireError` if it is no sum of this stage's gradients."""
+        """Return an update with its norm. Raises `WireError` if its bytes do not fit this stage."""
         engine = self._engine.engines[self.stage]
         norm = await self._compute.run(lambda: update_norm(engine, update), priority=Priority.CONTROL)
         return replace(update, norm=norm), norm

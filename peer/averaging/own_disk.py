@@ -20,7 +20,6 @@ from typing import Self
 
 import structlog
 
-from peer.averaging.absorb import Update
 from peer.averaging.history import History
 from peer.averaging.sync import Place, StageSync, standing_after, standing_of, to_its_end
 from peer.engine.local_checkpoint import Standing
@@ -276,5 +275,5 @@ class OwnDisk:
         data = await asyncio.to_thread(self._history.update_of, Version(commit.version - 1), commit.digest)
         if data is None:
             raise PeerFault(f"our log has lost what led to version {commit.version}")
-        await to_its_end(self._sync.absorb(commit, Update(self._sync.codec, data)))
+        await to_its_end(self._sync.absorb(commit, self._sync.update_of(commit, data)))
         self._sync.hold(_reached(step))

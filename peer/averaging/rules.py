@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 
+from peer.engine.schedule import clip_threshold
 from peer.tasks import Outcome
-from protocol.architecture import num_parameters
 from protocol.batches import Microbatch, TaskKind, has_evaluation
 from protocol.errors import PeerFault
 from protocol.hops import ENTRY_CONTEXT, PathEntry
 from protocol.ids import RoundId, StageId
-from protocol.manifest import BatchSpec, Manifest
+from protocol.manifest import AveragingMode, BatchSpec, Manifest
 from protocol.rounds.messages import Credit, DoneTask, Seat
 from protocol.rounds.settings import KeyNotary, RoundRules, RoundSize, RoundTimers, Settings
 from protocol.signing import Signed, SigningKey, unseal
@@ -61,10 +61,12 @@ def round_rules(manifest: Manifest, stage: StageId) -> RoundRules:
     def check_done(round_id: RoundId, task: DoneTask) -> bool:
         return _proves(manifest, round_id, task)
 
+    is_diloco = manifest.averaging.mode is AveragingMode.DILOCO
     return RoundRules(
         size_of=size_of,
         check_done=check_done,
-        clip_threshold=clip_threshold(manifest, stage),
+        # in diloco mode every local step was clipped already
+        clip_threshold=math.inf if is_diloco else clip_threshold(manifest, stage),
         last_round=RoundId(manifest.batch.num_rounds),
     )
 
@@ -74,13 +76,6 @@ def round_size(batch: BatchSpec, round_id: RoundId) -> RoundSize:
     num_train = batch.microbatches_per_round if round_id < batch.num_rounds else 0
     num_eval = math.ceil(batch.heldout_sequences / batch.sequences_per_microbatch)
     return RoundSize(num_train, num_eval if has_evaluation(batch, round_id) else 0)
-
-
-def clip_threshold(manifest: Manifest, stage: StageId) -> float:
-    """Return c * sqrt(P_stage / P_total): the stages' thresholds add up to c in the Euclidean sense."""
-    config, num_stages = manifest.model.config, manifest.model.num_stages
-    counts = [num_parameters(config, num_stages, each) for each in range(num_stages)]
-    return manifest.optimizer.clip * math.sqrt(counts[stage] / sum(counts))
 
 
 def done_task(microbatch: Microbatch, outcome: Outcome) -> DoneTask:

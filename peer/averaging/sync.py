@@ -214,7 +214,7 @@ class StageSync:
 
         Raises `UnreachableError` if nobody has, `DeadlineError` if those who say so are too slow.
         """
-        limit = update_bytes(self._engine, self.codec)
+        limit = update_bytes(self._engine, self.codec, len(commit.contributors))
         patience_s = FETCH_PATIENCE_S + limit / MIN_BYTES_PER_S
         room = await asyncio.to_thread(Spool, limit, self._history.folder)  # on some file systems this takes long
         try:
@@ -227,6 +227,10 @@ class StageSync:
             raise DeadlineError(f"nobody brought the update to version {commit.version} in time.") from None
         raise UnreachableError(f"nobody has the update to version {commit.version} of stage {self._stage}.")
 
+    def update_of(self, commit: Commit, data: bytes | memoryview) -> Update:
+        """Return what bytes of this commit's digest mean."""
+        return Update(self.codec, data, tuple(each.tokens for each in commit.contributors))
+
     async def absorb(self, commit: Commit, update: Update) -> None:
         """Take the step to a commit's version, in the compute thread. Raises `PeerFault` if it does not follow."""
 
@@ -236,9 +240,9 @@ class StageSync:
             absorb(
                 self._engine,
                 update,
-                total_tokens=commit.total_tokens,
                 clip_scale=commit.clip_scale,
                 schedule=self._schedule,
+                is_ours=any(each.peer == self._me for each in commit.contributors),
             )
 
         await self._compute.run(take_step, priority=Priority.CONTROL)
@@ -271,7 +275,7 @@ class StageSync:
                         log.debug("update.missing", source=source, name=name, error=error.one_line())
                         return None  # it is not there, or not well: the other name would cost as much again
                     if await asyncio.to_thread(digest, data) == commit.digest:
-                        return Update(self.codec, data)
+                        return self.update_of(commit, data)
                     log.warning("update.wrong", source=source, name=name)
         except TimeoutError:
             log.info("update.slow", source=source, version=commit.version, patience_s=patience_s)

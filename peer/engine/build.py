@@ -12,10 +12,12 @@ import torch
 
 from peer.codecs import codec
 from peer.engine.local_checkpoint import move_in
+from peer.engine.local_steps import LocalRules
 from peer.engine.optimizer import OptimizerSpec
+from peer.engine.outer import OuterSpec
 from peer.engine.passes import Parking
 from peer.engine.provision import Provision, choose
-from peer.engine.schedule import LearningRate
+from peer.engine.schedule import clip_threshold, learning_rate
 from peer.engine.span import SpanEngine
 from peer.engine.stage_engine import StageEngine
 from peer.memory.arena import Arena
@@ -24,12 +26,12 @@ from peer.memory.disk.durable_files import allocated_bytes
 from peer.memory.disk.store_folder import TABLE_FILE
 from peer.memory.executor import Executor, open_memory
 from peer.memory.placement import Tier
-from peer.memory.units import Inventory
+from peer.memory.units import OUTER, Inventory
 from peer.model.stage import Stage, build_stage
 from peer.settings import PeerSettings
 from protocol.errors import LocalFault
 from protocol.ids import StageId
-from protocol.manifest import Manifest
+from protocol.manifest import AveragingMode, Manifest
 
 
 def build_span(
@@ -57,7 +59,8 @@ def build_span(
     with _torch_errors(stages, device), ExitStack() as undo:
         models = {stage: _model(manifest, stage, device) for stage in stages}
         layouts = [layout for model in models.values() for layout in model.layouts]
-        inventory, backend = Inventory(layouts, optimizer.name, optimizer.master), backend_for(device)
+        inventory = Inventory(layouts, optimizer.name, optimizer.master, outer=OUTER if _outer(manifest) else ())
+        backend = backend_for(device)
         undo.callback(backend.close)
         chosen = choose(
             manifest,
@@ -81,7 +84,7 @@ def build_span(
             activations=chosen.places.get(Tier.NVME, ()),
         )
         undo.callback(memory.close)  # or the drive's folder would stay locked
-        engines = _engines(models, optimizer, memory, chosen)
+        engines = _engines(models, optimizer, memory, chosen, outer=_outer(manifest))
         span = SpanEngine(
             engines,
             codec=codec(manifest.averaging.activation_codec),
@@ -92,6 +95,7 @@ def build_span(
             wave_patience_s=chosen.patience_s,
             in_flight=chosen.in_flight,
             memory=memory,
+            local=_local_rules(manifest, stages),
         )
         if nvme is not None and not chosen.placement.uses(Tier.NVME) and (nvme / TABLE_FILE).exists():
             span.resumed = move_in(memory, engines, folder=nvme, fingerprint=fingerprint)
@@ -120,7 +124,12 @@ def _store_folder(nvme: Path | None, chosen: Provision, limit_bytes: int | None)
 
 
 def _engines(
-    models: Mapping[StageId, Stage], optimizer: OptimizerSpec, memory: Executor, chosen: Provision
+    models: Mapping[StageId, Stage],
+    optimizer: OptimizerSpec,
+    memory: Executor,
+    chosen: Provision,
+    *,
+    outer: OuterSpec | None,
 ) -> dict[StageId, StageEngine]:
     """Make the engines of stages that share a memory, their blocks one behind the other."""
     arena = Arena(memory, chosen.places) if chosen.places else None
@@ -135,9 +144,30 @@ def _engines(
             keep_budget_bytes=chosen.keep_bytes // (len(models) if chosen.kept is None else 1),
             kept=chosen.kept_in(own),
             parking=None if arena is None else Parking(arena, chosen.parked_in(own), chosen.spilled_in(own)),
+            outer=outer,
         )
         first_block = own.stop
     return engines
+
+
+def _outer(manifest: Manifest) -> OuterSpec | None:
+    """Return how the anchor moves, if replicas take steps of their own."""
+    spec = manifest.averaging
+    if spec.mode is not AveragingMode.DILOCO:
+        return None
+    return OuterSpec(learning_rate=spec.outer_learning_rate, momentum=spec.outer_momentum)
+
+
+def _local_rules(manifest: Manifest, stages: Sequence[StageId]) -> LocalRules | None:
+    """Return when replicas take steps of their own, if they do."""
+    spec = manifest.averaging
+    if spec.mode is not AveragingMode.DILOCO:
+        return None
+    return LocalRules(
+        every=spec.microbatches_per_step,
+        clip={stage: clip_threshold(manifest, stage) for stage in stages},
+        schedule=learning_rate(manifest),
+    )
 
 
 @contextmanager
@@ -159,14 +189,3 @@ def choose_device(wanted: str) -> str:
 
 def _model(manifest: Manifest, stage: StageId, device: str) -> Stage:
     return build_stage(manifest.model.config, num_stages=manifest.model.num_stages, stage=stage, device=device)
-
-
-def learning_rate(manifest: Manifest) -> LearningRate:
-    """Return the run's schedule, by version."""
-    spec = manifest.optimizer
-    return LearningRate(
-        peak=spec.learning_rate,
-        warmup=min(spec.warmup_rounds, manifest.batch.num_rounds),
-        total=manifest.batch.num_rounds,
-        final_fraction=spec.final_lr_fraction,
-    )

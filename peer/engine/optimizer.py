@@ -93,11 +93,10 @@ class AdamW:
         if weights.dtype != torch.float32 or gradient.dtype != torch.float32:
             # bitsandbytes' CUDA kernel would take the second buffer's bytes for the first one's type
             raise LocalFault("training needs fp32 weights and gradients.")
+        self.widen(layout, weights, moments)
         fields = self._views(layout, moments)
         for group, part in groups(layout):
             own, piece = fields[group], weights[part]
-            if self._spec.master == "bf16+16":
-                join(piece, own["remainder"])
             update = self._step_8_bit if is_in_8_bit(layout, group, self._spec.name) else self._step_32_bit
             decay = self._spec.weight_decay if group == "matrices" else 0.0
             update(piece, gradient[part], own, step, learning_rate, decay)
@@ -105,22 +104,31 @@ class AdamW:
         # so its moments push even weights that never had a gradient
         for start, end in layout.padding:
             weights[start:end].zero_()
-        if self._spec.master == "bf16-sr":
-            round_at_random(weights, seed=self._spec.rounding_seed, step=step, name=layout.name)
-        elif self._spec.master == "bf16+16":
-            self._split(layout, weights, fields)
+        self.narrow(layout, weights, moments, step=step)
 
     def begin(self, layout: ShardLayout, weights: Tensor, moments: Tensor) -> None:
         """Make initial weights (fp32) ones that are kept as this optimizer keeps them, with moments of nothing."""
         moments.zero_()
         if self._spec.master == "bf16-sr":
             round_nearest(weights)
-        elif self._spec.master == "bf16+16":
-            self._split(layout, weights, self._views(layout, moments))
+        else:
+            self.narrow(layout, weights, moments, step=0)
 
-    def _split(self, layout: ShardLayout, weights: Tensor, fields: _Fields) -> None:
-        for group, part in groups(layout):
-            split(weights[part], fields[group]["remainder"])
+    def widen(self, layout: ShardLayout, weights: Tensor, moments: Tensor) -> None:
+        """Make the master weights of what is kept of them, in place."""
+        if self._spec.master == "bf16+16":
+            fields = self._views(layout, moments)
+            for group, part in groups(layout):
+                join(weights[part], fields[group]["remainder"])
+
+    def narrow(self, layout: ShardLayout, weights: Tensor, moments: Tensor, *, step: int) -> None:
+        """Make what is kept of master weights, in place. What is rounded at random, is so by the number of the step."""
+        if self._spec.master == "bf16-sr":
+            round_at_random(weights, seed=self._spec.rounding_seed, step=step, name=layout.name)
+        elif self._spec.master == "bf16+16":
+            fields = self._views(layout, moments)
+            for group, part in groups(layout):
+                split(weights[part], fields[group]["remainder"])
 
     def _views(self, layout: ShardLayout, moments: Tensor) -> _Fields:
         views: _Fields = {}

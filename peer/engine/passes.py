@@ -172,18 +172,21 @@ class WavePass(StagePass):
         step: StepPass | None = None,
         parking: Parking | None = None,
         before_adding: Callable[[], None] = lambda: None,
+        weights_of: Callable[[int], Tensor] | None = None,
     ) -> None:
         """Without `retention` nothing is kept for a backward pass; with `kept`, graphs are kept of those segments only.
 
-        `parking` says what waits elsewhere.
+        `parking` says what waits elsewhere. `weights_of` brings other weights than those of the memory, by its blocks.
 
         `before_adding` is called before the gradient sums change; `step` follows each block's backward pass.
         """
         super().__init__(stage, first_block)
         self._tapes, self._retention, self._step, self._before_adding = tapes, retention, step, before_adding
-        self._kept, self._parking = kept, parking
+        self._kept, self._parking, self._weights_of = kept, parking, weights_of
 
     def enter(self, block: int, weights: Tensor, gradient: Tensor | None) -> None:
+        if self._weights_of is not None:
+            weights = self._weights_of(block)
         super().enter(block, weights, gradient)
         if self._step is not None:
             self._step.enter(block, weights, gradient)

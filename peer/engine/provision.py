@@ -26,7 +26,7 @@ from peer.memory.planning.profile import STEP_WORKSPACE_BYTES, Profile, calculat
 from peer.memory.planning.ways import Needs, Way
 from peer.memory.planning.workload import Mode, Workload
 from peer.memory.segments import Segment
-from peer.memory.units import Inventory, Section
+from peer.memory.units import SLOTTED, Inventory, Section
 from peer.settings import PeerSettings
 from protocol.ids import StageId
 from protocol.manifest import Manifest
@@ -244,7 +244,7 @@ def _write(memo: Path, chosen: Provision, inventory: Inventory, *, key: str) -> 
     record = {
         "key": key,
         "homes": [[homes.get(unit) for unit in inventory.units(section)] for section in Section],
-        "slots": [chosen.placement.slots.of(section) for section in Section],
+        "slots": [chosen.placement.slots.of(section) for section in SLOTTED],
         "keep_bytes": chosen.keep_bytes,
         "wave": chosen.wave,
         "patience_s": chosen.patience_s,
@@ -271,7 +271,7 @@ def _read(memo: Path, inventory: Inventory, *, key: str) -> Provision | None:
             for unit, tier in zip(inventory.units(section), tiers, strict=True)
             if tier is not None
         }
-        slots = Slots(**{section.value: int(count) for section, count in zip(Section, record["slots"], strict=True)})
+        slots = Slots(**{section.value: int(count) for section, count in zip(SLOTTED, record["slots"], strict=True)})
         placement = Placement(homes=homes, slots=slots)
         check_placement(inventory, placement)
         return Provision(

@@ -1,7 +1,7 @@
-"""The learning rate as a function of the version: linear warm-up, cosine decay, then constant. Pure.
+"""How large a step is: the learning rate by version, and the norm to which gradients are clipped. Pure.
 
-By version, not by round or by clock: a void round must not move it, and every replica that applies the same
-commit has to use the same number.
+Linear warm-up, cosine decay, then constant. By version, not by round or by clock: a void round must not move it, and
+every replica that applies the same commit has to use the same number.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from protocol.architecture import num_parameters
 from protocol.errors import ConfigError
+from protocol.ids import StageId
+from protocol.manifest import Manifest
 
 SIGNIFICANT_DIGITS = 9  # float32 has 7.2: enough, and coarse enough that two C libraries' cosines agree
 
@@ -42,6 +45,24 @@ class LearningRate:
         progress = (version - self.warmup) / (self.total - self.warmup)
         cosine = 0.5 * (1 + math.cos(math.pi * progress))
         return _rounded(self.peak * (self.final_fraction + (1 - self.final_fraction) * cosine))
+
+
+def learning_rate(manifest: Manifest) -> LearningRate:
+    """Return the run's schedule."""
+    spec = manifest.optimizer
+    return LearningRate(
+        peak=spec.learning_rate,
+        warmup=min(spec.warmup_rounds, manifest.batch.num_rounds),
+        total=manifest.batch.num_rounds,
+        final_fraction=spec.final_lr_fraction,
+    )
+
+
+def clip_threshold(manifest: Manifest, stage: StageId) -> float:
+    """Return c * sqrt(P_stage / P_total): the stages' thresholds add up to c in the Euclidean sense."""
+    config, num_stages = manifest.model.config, manifest.model.num_stages
+    counts = [num_parameters(config, num_stages, each) for each in range(num_stages)]
+    return manifest.optimizer.clip * math.sqrt(counts[stage] / sum(counts))
 
 
 def _rounded(rate: float) -> float:

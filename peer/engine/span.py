@@ -21,6 +21,7 @@ from torch import Tensor
 from peer.codecs import Codec
 from peer.engine.headroom import Headroom
 from peer.engine.local_checkpoint import LocalCheckpoint, Standing
+from peer.engine.local_steps import LocalRules, LocalSteps
 from peer.engine.stage_engine import StageEngine, Ticket
 from peer.engine.statefiles import Sink
 from peer.engine.wave import run_wave, settled
@@ -75,13 +76,16 @@ class SpanEngine:
         wave_patience_s: float = 0.0,
         in_flight: int | None = None,
         memory: Executor | None = None,
+        local: LocalRules | None = None,
     ) -> None:
         """`microbatch` is the run's (B, T), which no body may exceed; `wave` how many should pass the span together,
         and `wave_patience_s` how long the first of them should wait for the others. `in_flight` is how many
         may be between their forward and backward pass (None: as many as like). `memory` is what the engines share;
-        without it, nothing of theirs is kept on NVMe.
+        without it, nothing of theirs is kept on NVMe. With `local`, stages take optimizer steps of their own within a
+        round, and contribute how far they have come by them.
         """
         self.engines = dict(sorted(engines.items()))
+        self._local = None if local is None else LocalSteps(local)
         self.first = StageId(min(self.engines))
         self.last = StageId(max(self.engines))
         self.is_first = self.first == 0
@@ -111,12 +115,18 @@ class SpanEngine:
         self._open[stage] = round_id
 
     def freeze(self, stage: StageId) -> int:
-        """End a stage's contribution to its round; return the target tokens in it: none if the sum overflowed."""
+        """End a stage's contribution to its round; return the target tokens in it: none if the sum overflowed.
+
+        With local steps, what was added up since the last one becomes one more.
+        """
         frozen = self._open.pop(stage, None)
         for ticket in [t for t in self._waiting.values() if t.round == frozen and t.entry <= stage]:
             self.discard(ticket)  # their backward would be refused; who asked for it may be gone already
         if not self.engines[stage].has_finite_gradients():  # one overflow, and nobody could average the sum
             self._drop_sum(stage)
+        if self._local is not None:
+            self._local.finish(stage, self.engines[stage])
+            self.engines[stage].turn(None)
         return self.accumulated_tokens[stage]
 
     # -- tasks ----------------------------------------------------------------------------------------
@@ -382,13 +392,20 @@ class SpanEngine:
 
     def _drop_sum(self, stage: StageId) -> None:
         """Begin a stage's sum anew, without the tokens in it; the round's commit shows them as dropped."""
-        log.warning("gradients.dropped", stage=stage, tokens=self.accumulated_tokens[stage])
+        dropped = self.accumulated_tokens[stage] if self._local is None else self._local.drop(stage)
+        log.warning("gradients.dropped", stage=stage, tokens=dropped)
         self.engines[stage].zero_gradients()
-        self.accumulated_tokens[stage] = 0
+        self.accumulated_tokens[stage] -= dropped
 
     def _count(self, entry: StageId, target_tokens: int) -> None:
         for stage in self.stages_from(entry):
             self.accumulated_tokens[stage] += target_tokens
+            if self._local is not None:
+                try:
+                    self._local.note(stage, self.engines[stage], target_tokens)
+                except LocalFault:
+                    self._drop_sum(stage)
+                    raise
 
     def _entering(self, source: Source, shape: tuple[int, ...], *, entry: StageId) -> Tensor:
         """Return what enters stage `entry`, once it is known to be something that can."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from peer.engine.optimizer import OptimizerSpec
+from peer.engine.outer import OuterSpec
 from peer.engine.passes import Parking, WavePass
 from peer.engine.retention import Retention
 from peer.engine.stage_state import StageState, Step
@@ -31,7 +32,7 @@ from peer.memory.executor import Executor, open_memory
 from peer.memory.placement import Placement, Tier, all_on_device
 from peer.memory.schedule import Kind, Visit, backward_visits, forward_visits
 from peer.memory.segments import Segment
-from peer.memory.units import Inventory
+from peer.memory.units import OUTER, Inventory
 from peer.model.loss import count_targets
 from peer.model.stage import Stage, build_stage
 from protocol.architecture import ModelConfig
@@ -83,6 +84,7 @@ class StageEngine(StageState):
         keep_budget_bytes: int = 0,
         kept: Collection[Segment] | None = None,
         parking: Parking | None = None,
+        outer: OuterSpec | None = None,
     ) -> None:
         """`memory` holds the stage's blocks from `first_block` on; what is in it counts as the state of version 0.
 
@@ -90,7 +92,7 @@ class StageEngine(StageState):
         in `kept`, or of any); others are recomputed from their inputs, which stay there too. `parking` may send inputs
         and graphs elsewhere. Blocks are counted within the stage.
         """
-        super().__init__(stage, spec, memory, first_block=first_block)
+        super().__init__(stage, spec, memory, first_block=first_block, outer=outer)
         self._retention, self._kept_segments = Retention(keep_budget_bytes), kept
         self._parking = parking
         self._leaving = set() if parking is None else {first_block + block for block in parking.blocks}
@@ -116,6 +118,7 @@ class StageEngine(StageState):
         inputs: Mapping[int, Tier] = MappingProxyType({}),
         graphs: Mapping[Segment, Tier] = MappingProxyType({}),
         places: Mapping[Tier, Sequence[int]] = MappingProxyType({}),
+        outer: OuterSpec | None = None,
     ) -> Self:
         """Build one stage in memory of its own, on the CPU, with initial weights from `seed` (None: as they are).
 
@@ -123,7 +126,8 @@ class StageEngine(StageState):
         gets `places` of these sizes in bytes.
         """
         built = build_stage(config, num_stages=num_stages, stage=stage)
-        inventory = Inventory(built.layouts, optimizer.name, optimizer.master)
+        sections = () if outer is None else OUTER
+        inventory = Inventory(built.layouts, optimizer.name, optimizer.master, outer=sections)
         memory = open_memory(
             inventory,
             placement(inventory),
@@ -134,7 +138,9 @@ class StageEngine(StageState):
         parking = None
         if places:
             parking = Parking(Arena(memory, places), inputs, graphs)
-        engine = cls(built, optimizer, memory, keep_budget_bytes=keep_budget_bytes, kept=kept, parking=parking)
+        engine = cls(
+            built, optimizer, memory, keep_budget_bytes=keep_budget_bytes, kept=kept, parking=parking, outer=outer
+        )
         if seed is not None:
             engine.initialise(seed)
         return engine
@@ -280,8 +286,16 @@ class StageEngine(StageState):
         if score:
             head = [self._first + block for block in self._stage.head]
             visits += forward_visits(head, len(tapes), kind=Kind.SCORE)
+        # what is measured is what replicas agree on
+        weights_of = None if retention is not None or self.anchored is None else self.anchored.block_weights
         worker = WavePass(
-            self._stage, self._first, tapes, retention=retention, kept=self._kept_segments, parking=self._parking
+            self._stage,
+            self._first,
+            tapes,
+            retention=retention,
+            kept=self._kept_segments,
+            parking=self._parking,
+            weights_of=weights_of,
         )
         self._memory.run(visits, worker, then=[self._first + block for block in then])
         for tape in tapes:

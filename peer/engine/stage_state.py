@@ -19,7 +19,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from peer.engine.anchored import Anchored, Mean
 from peer.engine.optimizer import AdamW, OptimizerSpec
+from peer.engine.outer import OuterSpec
 from peer.engine.passes import InitialPass, OnShard, ShardPass, StepPass
 from peer.engine.state import check_computed, is_finite, shard_digest, state_digest
 from peer.engine.statefiles import Sink, StateFormat, StateReader, StateWriter
@@ -45,9 +47,21 @@ class Step:
 class StageState:
     """The training state of one stage. `StageEngine` is one with microbatches."""
 
-    def __init__(self, stage: Stage, spec: OptimizerSpec, memory: Executor, *, first_block: int = 0) -> None:
-        """`memory` holds the stage's blocks from `first_block` on; what is in it counts as the state of version 0."""
+    def __init__(
+        self,
+        stage: Stage,
+        spec: OptimizerSpec,
+        memory: Executor,
+        *,
+        first_block: int = 0,
+        outer: OuterSpec | None = None,
+    ) -> None:
+        """`memory` holds the stage's blocks from `first_block` on; what is in it counts as the state of version 0.
+
+        With `outer`, replicas share an anchor, and optimizer steps are this one's own.
+        """
         self.version = Version(0)
+        """Of the shared state."""
         self.shards: tuple[ShardLayout, ...] = tuple(shard for layout in stage.layouts for shard in layout.shards())
         self.steps = 0
         """How many steps the optimizer has taken: after a restored state this may differ from the version."""
@@ -57,6 +71,9 @@ class StageState:
         self._blocks = range(first_block, first_block + len(stage.blocks))
         self._gradient_units = tuple(self._units(Section.GRADIENT))
         self._spec, self._optimizer = spec, AdamW(spec, stage.device)
+        self.anchored = None
+        if outer is not None:
+            self.anchored = Anchored(stage, memory, self._optimizer, outer, first_block=first_block)
         self._digest: Digest | None = None  # of the present state, if it is known
         self._fresh = set(self._blocks)  # blocks whose gradient sum is zero, whatever their buffers hold
 
@@ -68,6 +85,8 @@ class StageState:
             shard_visits(self._blocks, Kind.FILL), InitialPass(self._stage, self._first, self._optimizer, seed=seed)
         )
         self.steps, self.version = 0, Version(0)
+        if self.anchored is not None:
+            self.anchored.begin()
 
     @property
     def is_first(self) -> bool:
@@ -92,6 +111,13 @@ class StageState:
         May be called from any thread while nothing is added, and holds until something is.
         """
         return self._gradient_of(self._gradient_units[number])
+
+    def contribution_shard(self, number: int) -> Tensor:
+        """Return what a shard contributes to an average: the gradient sum, or how far its weights have come.
+
+        Flat fp32 in host memory; may be called from any thread between the end of a round and what follows it.
+        """
+        return self.gradient_shard(number) if self.anchored is None else self.anchored.contribution(number)
 
     def gradient_shards(self) -> list[Tensor]:
         """Return the gradient sums of all shards: for small stages only."""
@@ -133,6 +159,16 @@ class StageState:
         self._finish_step()
         self._digest = None if digests is None else state_digest(self.steps, digests)
 
+    def turn(self, mean: Mean | None) -> None:
+        """End a round of local steps (`Anchored`); with the mean of a group the stage goes to the next version."""
+        assert self.anchored is not None, "without an anchor there is nothing to turn"
+        if mean is not None:
+            self._before_change()
+            self._note_change()
+        self.anchored.turn(mean, local_step=self.steps + 1)
+        if mean is not None:
+            self.version = Version(self.version + 1)
+
     # --- state ---------------------------------------------------------------------------------------
 
     @property
@@ -152,7 +188,12 @@ class StageState:
         return {name: rows[0] if len(rows) == 1 else torch.cat(rows) for name, rows in parts.items()}
 
     def state_digest(self) -> Digest:
-        """Hash weights and optimizer state. At hand after a step with sums from elsewhere, else all shards are read."""
+        """Hash the shared state: weights and optimizer state, or anchor and velocity.
+
+        At hand after a step with sums from elsewhere, or a turn, else all shards are read.
+        """
+        if self.anchored is not None:
+            return self.anchored.digest()
         if self._digest is None:
             digests: list[Digest] = []
             self._read_shards(lambda block, layout, weights, moments: digests.append(shard_digest(weights, moments)))
@@ -160,8 +201,11 @@ class StageState:
         return self._digest
 
     def write_state(self, files: Mapping[str, Sink]) -> None:
-        """Write weights and optimizer state into open files (by part), one shard at a time."""
-        writer = StateWriter(files, self._format(), steps=self.steps)
+        """Write the shared state into open files (by part), one shard at a time."""
+        writer = StateWriter(files, self._format(), steps=0 if self.anchored is not None else self.steps)
+        if self.anchored is not None:
+            self.anchored.write(writer)
+            return
         self._read_shards(lambda block, layout, weights, moments: writer.write(layout, weights, moments))
 
     def read_state(self, files: Mapping[str, BinaryIO], *, version: Version) -> None:
@@ -169,14 +213,17 @@ class StageState:
         reader = StateReader(files, self._format())
         self._begin_anew()  # before the first byte changes: reading may fail half-way
         self._memory.let_go()
-        self._memory.run(
-            shard_visits(self._blocks, Kind.FILL),
-            ShardPass(
-                self._stage,
-                self._first,
-                lambda block, layout, weights, moments: reader.read(layout, weights, moments),
-            ),
-        )
+        if self.anchored is not None:
+            self.anchored.read(reader)
+        else:
+            self._memory.run(
+                shard_visits(self._blocks, Kind.FILL),
+                ShardPass(
+                    self._stage,
+                    self._first,
+                    lambda block, layout, weights, moments: reader.read(layout, weights, moments),
+                ),
+            )
         self.steps, self.version = reader.steps, version
 
     def resume(self, *, version: Version, steps: int) -> None:
@@ -213,7 +260,8 @@ class StageState:
 
     def _finish_step(self) -> None:
         self.steps += 1
-        self.version = Version(self.version + 1)
+        if self.anchored is None:
+            self.version = Version(self.version + 1)
         self.zero_gradients()
 
     def _read_shards(self, on_shard: OnShard) -> None:
@@ -236,7 +284,9 @@ class StageState:
         return self._memory.look(unit).view(torch.float32).cpu()
 
     def _format(self) -> StateFormat:
-        return StateFormat(self._stage.layouts, self._spec.name, self._spec.master)
+        return StateFormat(
+            self._stage.layouts, self._spec.name, self._spec.master, is_anchored=self.anchored is not None
+        )
 
     def _begin_anew(self) -> None:
         """Let go of everything that belonged to another state."""

@@ -40,7 +40,15 @@ class Sink(Protocol):
 class StateFormat:
     """What the files of one stage hold."""
 
-    def __init__(self, blocks: Sequence[BlockLayout], optimizer: OptimizerName, master: MasterName = "fp32") -> None:
+    def __init__(
+        self,
+        blocks: Sequence[BlockLayout],
+        optimizer: OptimizerName,
+        master: MasterName = "fp32",
+        *,
+        is_anchored: bool = False,
+    ) -> None:
+        """The state of a stage that `is_anchored` is its anchor, and one fp32 number of momentum for each weight."""
         weights: dict[str, Shape] = {}
         moments: dict[str, Shape] = {}
         for block in blocks:
@@ -48,7 +56,8 @@ class StateFormat:
                 rows, *others = slot.shape
                 weights[slot.name] = (slot.first_row + rows, *others)
             for shard in block.shards():
-                moments[f"optimizer.{shard.name}"] = (moment_bytes(shard, optimizer, master),)
+                size = 4 * shard.num_elements if is_anchored else moment_bytes(shard, optimizer, master)
+                moments[f"optimizer.{shard.name}"] = (size,)
         self.weights = {name: ("F32", shape) for name, shape in weights.items()}
         self.moments = {STEPS: ("I64", ()), **{name: ("U8", shape) for name, shape in moments.items()}}
 

@@ -150,6 +150,10 @@ class Executor:
             future.result()
         return self.pool.home(unit)
 
+    def put(self, unit: Unit, source: Tensor) -> None:
+        """Write a unit that never comes to the device, from flat bytes in host memory. May wait for the disk."""
+        self.pool.put_home(unit, source)
+
     def settle(self) -> None:
         """Wait until everything that was begun is done; raises what went wrong."""
         for future in self._under_way():

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from peer.memory.pages import padded
-from peer.memory.units import Inventory, Section, Unit
+from peer.memory.units import OUTER, Inventory, Section, Unit
 
 
 class Tier(IntEnum):
@@ -35,7 +35,8 @@ class Slots:
     moments: int = 0
 
     def of(self, section: Section) -> int:
-        return {Section.WEIGHTS: self.weights, Section.GRADIENT: self.gradient, Section.MOMENTS: self.moments}[section]
+        slots = {Section.WEIGHTS: self.weights, Section.GRADIENT: self.gradient, Section.MOMENTS: self.moments}
+        return slots.get(section, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +68,7 @@ def check_placement(inventory: Inventory, placement: Placement) -> None:
             on_device = {placement.is_on_device(unit) for unit in inventory.block_units(block, section)}
             if len(on_device) > 1:
                 raise ValueError(f"the {section} of block {block} are on the device in part; a layer needs all of it")
-    for unit in (*inventory.units(Section.WEIGHTS), *inventory.units(Section.MOMENTS)):
+    for unit in (unit for section in Section if section is not Section.GRADIENT for unit in inventory.units(section)):
         if unit not in placement.homes:
             raise ValueError(f"{unit} has no home")
     for section in Section:
@@ -77,6 +78,8 @@ def check_placement(inventory: Inventory, placement: Placement) -> None:
 
 def slot_bytes(inventory: Inventory, placement: Placement, section: Section) -> int:
     """Return the size of one slot: that of the largest thing that has to fit. 0 if everything lives on the device."""
+    if section in OUTER:
+        return 0
     elsewhere = [unit for unit in inventory.units(section) if not placement.is_on_device(unit)]
     if section is Section.MOMENTS:
         return padded(max((inventory.device_bytes(unit) for unit in elsewhere), default=0))

@@ -23,10 +23,13 @@ from peer.memory.disk.store import NvmeStore, UnitSpec
 from peer.memory.pages import packed, padded
 from peer.memory.placement import Placement, Tier, check_placement, slot_bytes
 from peer.memory.schedule import AT_HOME
-from peer.memory.units import ELEMENT_BYTES, Inventory, Section, Unit
+from peer.memory.units import ELEMENT_BYTES, OUTER, Inventory, Section, Unit
 
-DURABLE = (Section.WEIGHTS, Section.MOMENTS)
+DURABLE = (Section.WEIGHTS, Section.MOMENTS, *OUTER)
 """What is the state; the rest is work in progress."""
+
+IN_BLOCKS = (Section.WEIGHTS, Section.GRADIENT)
+"""What a block computes with in one piece: on the device the shards of these lie one behind the other."""
 
 
 @dataclass(slots=True)
@@ -106,7 +109,7 @@ class Pool:
             if tier is Tier.DEVICE
             else backend.allocate_host(inventory.num_bytes(unit))
             for unit, tier in placement.homes.items()
-            if tier is Tier.HOST or (tier is Tier.DEVICE and unit.section is Section.MOMENTS)
+            if tier is Tier.HOST or (tier is Tier.DEVICE and unit.section not in IN_BLOCKS)
         }
         self._slots = {
             section: [
@@ -133,6 +136,16 @@ class Pool:
             self._read(unit, copy)
             return copy
         return self._in_memory(unit)
+
+    def put_home(self, unit: Unit, source: Tensor) -> None:
+        """Write a unit's bytes, as they lie outside the device, to where it lives. Not for what may be narrow."""
+        tier = self.placement.homes[unit]
+        if tier is Tier.NVME:
+            self._write(unit, source)
+        elif tier is Tier.DEVICE:
+            self._bring_in(unit, self._in_memory(unit), source, self._backend.record())
+        elif source.data_ptr() != self._in_memory(unit).data_ptr():
+            self._in_memory(unit).copy_(source)
 
     def fetch(self, unit: Unit, slot: int, after: Event) -> None:
         """Copy a unit from its home into a slot of the device."""
@@ -181,8 +194,7 @@ class Pool:
     @property
     def round_bytes(self) -> int:
         """Return what the drive takes in a round of few waves: everything that lives there once, sums twice."""
-        times = {Section.WEIGHTS: 1, Section.GRADIENT: 2, Section.MOMENTS: 1}
-        return sum(times[unit.section] * self.nvme_bytes(unit) for unit in self._in_store)
+        return sum((1 + (unit.section is Section.GRADIENT)) * self.nvme_bytes(unit) for unit in self._in_store)
 
     @property
     def keeps_state(self) -> bool:
@@ -273,7 +285,7 @@ class Pool:
         self.store.write(self._in_store[unit], source.numpy().data)
 
     def _in_memory(self, unit: Unit) -> Tensor:
-        if self.placement.homes[unit] is Tier.DEVICE and unit.section is not Section.MOMENTS:
+        if self.placement.homes[unit] is Tier.DEVICE and unit.section in IN_BLOCKS:
             return self._part(self._blocks[unit.block, unit.section], unit)
         is_on_device = self.placement.homes[unit] is Tier.DEVICE
         size = self.inventory.device_bytes(unit) if is_on_device else self.inventory.num_bytes(unit)
@@ -284,13 +296,13 @@ class Pool:
 
     def _part(self, buffer: Tensor, unit: Unit) -> Tensor:
         """Return where a unit lies in a buffer: in a block's if it is a part of one, else at its start."""
-        start = 0 if unit.section is Section.MOMENTS else ELEMENT_BYTES * self.inventory.layout(unit).start
+        start = ELEMENT_BYTES * self.inventory.layout(unit).start if unit.section in IN_BLOCKS else 0
         return buffer[start : start + self.inventory.device_bytes(unit)]
 
     def _allocate_blocks(self) -> dict[tuple[int, Section], Tensor]:
         return {
             (unit.block, unit.section): self._backend.allocate(self.inventory.block_bytes(unit.block, unit.section))
-            for section in (Section.WEIGHTS, Section.GRADIENT)
+            for section in IN_BLOCKS
             for unit in self.inventory.units(section)
             if unit.shard == 0 and self.placement.is_on_device(unit)
         }

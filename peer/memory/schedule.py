@@ -43,13 +43,15 @@ class Kind(StrEnum):
     """Begin to bring it back. Of the visit to come: the block need not be entered yet."""
     STEP = "step"
     """Update one shard: its weights, gradient and moments are in place."""
+    MERGE = "merge"
+    """Bring what replicas have averaged into the weights of one shard."""
     FILL = "fill"
     """Write new contents (initial weights, a saved state)."""
     READ = "read"
     """Look at one shard (to save or hash it)."""
 
 
-CHANGING = (Kind.STEP, Kind.FILL)
+CHANGING = (Kind.STEP, Kind.MERGE, Kind.FILL)
 """Work after which weights and moments of a shard are others."""
 
 PARK_BUFFERS = 2

@@ -6,7 +6,7 @@ computes with it. Planner, schedule, simulator and executor all speak of the sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -23,6 +23,21 @@ class Section(StrEnum):
     WEIGHTS = "weights"
     GRADIENT = "gradient"
     MOMENTS = "moments"
+    ANCHOR = "anchor"
+    """The weights that all replicas of a stage agree on, while each trains on from them."""
+    VELOCITY = "velocity"
+    """The momentum of the anchor."""
+    ERROR = "error"
+    """What a codec has not sent yet of our drift from the anchor."""
+    SYNC = "sync"
+    """The weights as they were when our drift was last taken."""
+
+
+SLOTTED = (Section.WEIGHTS, Section.GRADIENT, Section.MOMENTS)
+"""What computing needs on the device: it comes into a slot there unless it lives there."""
+
+OUTER = (Section.ANCHOR, Section.VELOCITY, Section.ERROR, Section.SYNC)
+"""What is touched once in a round, where it lives: it never comes to the device. fp32."""
 
 
 class Unit(NamedTuple):
@@ -36,9 +51,18 @@ class Unit(NamedTuple):
 class Inventory:
     """The blocks of a peer's span in forward order, and how many bytes their parts take."""
 
-    def __init__(self, blocks: Sequence[BlockLayout], optimizer: OptimizerName, master: MasterName = "fp32") -> None:
+    def __init__(
+        self,
+        blocks: Sequence[BlockLayout],
+        optimizer: OptimizerName,
+        master: MasterName = "fp32",
+        *,
+        outer: Collection[Section] = (),
+    ) -> None:
+        """`outer` names those of the sections in OUTER that there are."""
         self.blocks = tuple(blocks)
         self.optimizer, self.master = optimizer, master
+        self._absent = {*OUTER} - {*outer}
         self.shards: tuple[tuple[ShardLayout, ...], ...] = tuple(block.shards() for block in blocks)
 
     def units(self, section: Section) -> Iterator[Unit]:
@@ -48,6 +72,8 @@ class Inventory:
 
     def block_units(self, block: int, section: Section) -> tuple[Unit, ...]:
         """Return the units of one section of one block."""
+        if section in self._absent:
+            return ()
         return tuple(Unit(block, section, shard) for shard in range(len(self.shards[block])))
 
     def layout(self, unit: Unit) -> ShardLayout:

@@ -16,8 +16,8 @@ from typing import Any
 from safetensors.torch import save_file
 
 from coordinator.rundir import TOKENS, RunDir
-from peer.averaging.rules import clip_threshold
-from peer.engine.build import build_span, learning_rate
+from peer.engine.build import build_span
+from peer.engine.schedule import clip_threshold, learning_rate
 from peer.settings import PeerSettings
 from protocol.architecture import stage_tensors
 from protocol.batches import TaskKind, plan_round

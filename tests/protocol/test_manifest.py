@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from protocol.errors import SignatureError, WireError
 from protocol.manifest import MANIFEST_CONTEXT, Manifest, OptimizerName, TokenFileSpec
 from protocol.signing import SigningKey, seal, unseal
+from protocol.wire import PROTOCOL_VERSION
 from tests.protocol.manifests import KEY, batch_spec, manifest, token_file
 
 
@@ -32,7 +33,7 @@ def test_a_manifest_survives_the_wire() -> None:
         {"batch": batch_spec(data_seed=8)},
         {"data": manifest().data.model_copy(update={"unigram_loss": 3.2})},
         {"model": manifest().model.model_copy(update={"was_tied": True})},
-        {"protocol": 4},
+        {"protocol": PROTOCOL_VERSION + 1},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -80,6 +81,11 @@ def test_only_the_coordinator_can_sign_it() -> None:
         ("optimizer.final_lr_fraction", 1.1),
         ("optimizer.name", "sgd"),
         ("averaging.mode", "gossip"),
+        ("averaging.codec", "zip"),
+        ("averaging.microbatches_per_step", 0),
+        ("averaging.outer_learning_rate", 0.0),
+        ("averaging.outer_learning_rate", 2.5),
+        ("averaging.outer_momentum", 1.0),
         ("timing.beat_s", 0.0),
         ("optimizer.warmup_rounds", 1 << 70),
         ("keeping.checkpoints_kept", 0),
@@ -146,3 +152,13 @@ def test_the_last_chunk_counts_even_if_short(tokens: int, chunks: int) -> None:
 def test_tokens_per_round_are_all_targets_of_a_round() -> None:
     """Oracle: by hand."""
     assert batch_spec().tokens_per_round == 4 * 2 * 32
+
+
+@pytest.mark.parametrize("codec", ["int4", "sparse"])
+def test_a_codec_that_leaves_much_out_wants_a_mode_that_sends_it_later(codec: str) -> None:
+    fields = manifest().model_dump()
+    fields["averaging"] |= {"codec": codec}
+    with pytest.raises(WireError, match="diloco"):
+        Manifest.from_plain(fields)
+    fields["averaging"] |= {"mode": "diloco"}
+    assert Manifest.from_plain(fields).averaging.codec == codec

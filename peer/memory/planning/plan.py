@@ -24,7 +24,7 @@ from peer.memory.planning.simulate import Recomputation, Simulated, recomputed_s
 from peer.memory.planning.ways import STREAMING_SLOTS, Needs, Order, Row, Way
 from peer.memory.planning.workload import Mode, Phase, Workload, parts_of
 from peer.memory.segments import Segment, segments_of
-from peer.memory.units import Inventory, Section
+from peer.memory.units import SLOTTED, Inventory
 from protocol.errors import ConfigError
 from protocol.layout import BlockKind
 
@@ -53,8 +53,8 @@ FEW_ROUNDS = 10
 """Fewer rounds than these on a day, as the drive's budget would have it, are warned of."""
 
 _WHOLE = tuple(
-    frozenset(section for section, is_in in zip(Section, mask, strict=True) if is_in)
-    for mask in product((False, True), repeat=len(Section))
+    frozenset(section for section, is_in in zip(SLOTTED, mask, strict=True) if is_in)
+    for mask in product((False, True), repeat=len(SLOTTED))
 )
 _ORDERS: tuple[Order, ...] = ("both", "in", "out")
 
@@ -212,7 +212,7 @@ class _Search:
         for kept, inputs, whole, order in product(_eighths(num_segments), tiers, _WHOLE, _ORDERS):
             if kept == num_segments and inputs is not Tier.DEVICE:
                 continue
-            if len(whole) == len(Section) and order != _ORDERS[0]:
+            if len(whole) == len(SLOTTED) and order != _ORDERS[0]:
                 continue
             yield Way(wave=wave, waves_in_flight=waves_in_flight, kept=kept, inputs=inputs, whole=whole, order=order)
 

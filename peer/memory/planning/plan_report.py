@@ -152,6 +152,7 @@ def _blocks(plan: Plan) -> Iterator[dict[str, Any]]:
                     for unit in plan.inventory.block_units(index, section)
                 ]
                 for section in Section
+                if plan.inventory.block_units(index, section)
             },
             "activation": activation
             and {

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from peer.averaging.absorb import Update, absorb, update_bytes, update_norm
 from peer.averaging.history import SNAPSHOTS_KEPT, History, kept_snapshots
-from peer.averaging.reduce import decode_shard, encoded_shard_bytes
+from peer.averaging.reduce import decoded_parts, encoded_shard_bytes
 from peer.codecs import Buffer, codec
 from peer.engine.optimizer import OptimizerSpec
 from peer.engine.schedule import LearningRate
@@ -27,6 +29,7 @@ SCHEDULE = LearningRate(peak=1e-2, warmup=0, total=10)
 STAGE = StageId(0)
 LINEAGE = Lineage(bytes(32))
 MICROBATCH = (1, 4)  # sequences, tokens
+TOKENS = (20, 30)  # of the contributors
 
 
 def engine() -> StageEngine:
@@ -42,14 +45,14 @@ def update(target: StageEngine, name: str = "fp16", seed: int = 0) -> Update:
         encoded = codec(name).encode(values)
         assert len(encoded) == encoded_shard_bytes(name, len(values)), "tiny shards are one part each"
         data += encoded
-    return Update(name, data)
+    return Update(name, data, TOKENS)
 
 
 def test_two_replicas_that_absorb_the_same_bytes_are_equal() -> None:
     """Oracle: digests over weights and moments; a different clip scale must show."""
     one, two, other = engine(), engine(), engine()
     for target, scale in ((one, 0.5), (two, 0.5), (other, 0.25)):
-        absorb(target, update(target), total_tokens=100, clip_scale=scale, schedule=SCHEDULE)
+        absorb(target, update(target), clip_scale=scale, schedule=SCHEDULE)
     assert one.version == 1
     assert one.state_digest() == two.state_digest()
     assert one.state_digest() != other.state_digest()
@@ -72,10 +75,10 @@ def test_an_update_of_the_wrong_length_changes_nothing() -> None:
     """Oracle: the digest before and after."""
     target = engine()
     before = target.state_digest()
-    broken = Update("fp16", update(target).data[:-1])
-    assert update_bytes(target, "fp16") == len(broken.data) + 1
+    broken = Update("fp16", update(target).data[:-1], TOKENS)
+    assert update_bytes(target, "fp16", len(TOKENS)) == len(broken.data) + 1
     with pytest.raises(WireError):
-        absorb(target, broken, total_tokens=1, clip_scale=1.0, schedule=SCHEDULE)
+        absorb(target, broken, clip_scale=1.0, schedule=SCHEDULE)
     assert target.state_digest() == before
 
 
@@ -86,11 +89,11 @@ def test_an_update_whose_last_number_is_none_changes_nothing(name: str) -> None:
     before = target.state_digest()
     endings = {"fp32": b"\x00\x00\x80\x7f", "bf16": b"\x80\x7f", "fp16": b"\x7f", "int8": b"\x00\x00\xc0\x7f"}
     good = bytes(update(target, name).data)
-    broken = Update(name, good[: -len(endings[name])] + endings[name])
+    broken = Update(name, good[: -len(endings[name])] + endings[name], TOKENS)
     with pytest.raises(WireError):
-        absorb(target, broken, total_tokens=1, clip_scale=1.0, schedule=SCHEDULE)
+        absorb(target, broken, clip_scale=1.0, schedule=SCHEDULE)
     assert (target.state_digest(), target.version) == (before, 0)
-    absorb(target, Update(name, good), total_tokens=1, clip_scale=1.0, schedule=SCHEDULE)
+    absorb(target, Update(name, good, TOKENS), clip_scale=1.0, schedule=SCHEDULE)
     assert target.version == 1
 
 
@@ -101,17 +104,17 @@ def test_an_update_is_decoded_once_if_it_was_looked_at_before(
     """Oracle: how many shards were decoded; the digest of a step that looks at them again."""
     own, other = engine(), engine()
     sum_ = update(own)
-    absorb(other, sum_, total_tokens=1, clip_scale=1.0, schedule=SCHEDULE)
+    absorb(other, sum_, clip_scale=1.0, schedule=SCHEDULE)
     if is_checked:
         sum_ = replace(sum_, norm=update_norm(own, sum_))
     decoded: list[int] = []
 
-    def decode(name: str, data: Buffer, out: torch.Tensor) -> None:
-        decoded.append(len(out))
-        decode_shard(name, data, out)
+    def decode(name: str, data: Sequence[Buffer], length: int, **options: Any) -> Iterator[tuple[slice, torch.Tensor]]:
+        decoded.append(length)
+        return decoded_parts(name, data, length, **options)
 
-    monkeypatch.setattr("peer.averaging.absorb.decode_shard", decode)
-    absorb(own, sum_, total_tokens=1, clip_scale=1.0, schedule=SCHEDULE)
+    monkeypatch.setattr("peer.averaging.absorb.decoded_parts", decode)
+    absorb(own, sum_, clip_scale=1.0, schedule=SCHEDULE)
     assert len(decoded) == len(own.shards) * (1 if is_checked else 2)
     assert own.state_digest() == other.state_digest()
 
@@ -127,8 +130,8 @@ def test_a_step_is_the_one_from_the_decoded_sums() -> None:
         piece = sum_.data[ends[number] : ends[number + 1]]
         out.copy_(codec("fp16").decode(piece, absorbed.shards[number].num_elements))
 
-    absorb(absorbed, sum_, total_tokens=50, clip_scale=0.5, schedule=SCHEDULE)
-    stepped.step(SCHEDULE.at(0), scale=0.01, load=load)
+    absorb(absorbed, sum_, clip_scale=0.5, schedule=SCHEDULE)
+    stepped.step(SCHEDULE.at(0), scale=0.5 / 50, load=load)
     assert absorbed.state_digest() == stepped.state_digest()
 
 
@@ -154,7 +157,7 @@ def test_a_snapshot_and_its_log_lead_to_the_same_state(tmp_path: Path) -> None:
         if version == 1:
             snap(history, span, 1)
         step = update(target, seed=version)
-        absorb(target, step, total_tokens=50, clip_scale=1.0, schedule=SCHEDULE)
+        absorb(target, step, clip_scale=1.0, schedule=SCHEDULE)
         history.append(Version(version), step.data, signed())
     again, reopened = engine(), History(tmp_path, stage=STAGE)
     (snapshot,) = reopened.snapshots()
@@ -165,7 +168,7 @@ def test_a_snapshot_and_its_log_lead_to_the_same_state(tmp_path: Path) -> None:
     for version in (1, 2):
         path = reopened.resolve("update", Version(version), "")
         assert path is not None
-        absorb(again, Update("fp16", path.read_bytes()), total_tokens=50, clip_scale=1.0, schedule=SCHEDULE)
+        absorb(again, Update("fp16", path.read_bytes(), TOKENS), clip_scale=1.0, schedule=SCHEDULE)
     assert again.state_digest() == target.state_digest()
     assert kept_snapshots(tmp_path.parent) == ()
 

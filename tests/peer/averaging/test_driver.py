@@ -26,6 +26,7 @@ from peer.reports import ReportQueue
 from protocol.errors import BusyError, LocalFault, PeerFault, StorageError, UnreachableError
 from protocol.history import LogRequest
 from protocol.ids import Digest, Lineage, PeerId, RoundId, RunId, StageId, Version, digest
+from protocol.manifest import AveragingMode
 from protocol.rounds import events
 from protocol.rounds.messages import Hello
 
@@ -57,8 +58,9 @@ class Machine:
 class Engine:
     version: int = 5
     shards: tuple[Any, ...] = ()
+    anchored = None
 
-    def gradient_shard(self, number: int) -> Any:
+    def contribution_shard(self, number: int) -> Any:
         raise AssertionError("there are no shards")
 
     def state_digest(self) -> Digest:
@@ -85,7 +87,7 @@ class Sync:
             self._missing = 0
             raise UnreachableError("nobody has it")
         await self.found.wait()
-        return Update("fp32", self.data)
+        return Update("fp32", self.data, (1,))
 
     async def absorb(self, commit: Any, update: Update) -> None:
         def step() -> None:
@@ -158,7 +160,7 @@ class Reduces:
 
 
 MANIFEST = SimpleNamespace(
-    averaging=SimpleNamespace(codec="fp32"),
+    averaging=SimpleNamespace(codec="fp32", mode=AveragingMode.GRADIENT),
     batch=SimpleNamespace(num_rounds=9),
     keeping=SimpleNamespace(checkpoint_every=9),
     timing=SimpleNamespace(beat_s=4 * BEAT_S, hop_silence_s=1.0, reduce_timeout_s=1.0, round_deadline_s=1.0),
@@ -237,7 +239,7 @@ async def running(case: Case) -> AsyncIterator[None]:
 
 def step(version: int, *contributors: PeerId) -> events.CommitStep:
     """A commit of which only this is looked at."""
-    given = tuple(SimpleNamespace(peer=peer) for peer in contributors)
+    given = tuple(SimpleNamespace(peer=peer, tokens=1) for peer in contributors)
     commit = SimpleNamespace(
         version=Version(version), round=RoundId(version), digest=digest(b"sum"), contributors=given
     )
@@ -340,7 +342,7 @@ async def test_an_update_that_does_not_follow_is_told_to_the_machine() -> None:
     case = Case()
     async with running(case):
         for version, kind in ((6, events.Applied), (9, events.ApplyFailed)):
-            case.driver._stage_update(digest(b"sum"), Update("fp32", b"sum"))
+            case.driver._stage_update(digest(b"sum"), Update("fp32", b"sum", (1,)))
             target = step(version)
             await case.perform(events.Apply(target.commit, target.signed, target.lineage))
             await until(partial(case.machine.has_seen, kind))
@@ -372,7 +374,7 @@ async def test_a_step_that_needs_a_pause_ends_nothing_and_is_not_tried_again(way
     """
     case, target = Case(), step(6, ANNE)
     case.sync.fault = fault
-    case.driver._stage_update(digest(b"sum"), Update("fp32", b"sum"))
+    case.driver._stage_update(digest(b"sum"), Update("fp32", b"sum", (1,)))
     actions = {
         "apply": events.Apply(target.commit, target.signed, target.lineage),
         "replay": events.Replay((target,), ()),
@@ -394,7 +396,7 @@ async def test_who_alone_has_the_bytes_does_not_leave_at_once() -> None:
     """Oracle: the way out, which the session waits for."""
     case, target = Case(), step(6, PeerId("me"))
     case.sync.fault = SPENT
-    case.driver._stage_update(digest(b"sum"), Update("fp32", b"sum"))
+    case.driver._stage_update(digest(b"sum"), Update("fp32", b"sum", (1,)))
     async with running(case):
         await case.perform(events.Apply(target.commit, target.signed, target.lineage))
         await until(lambda: case.faults)
@@ -406,7 +408,7 @@ async def test_what_no_pause_helps_ends_the_peer(fault: Exception) -> None:
     """Oracle: the very error comes out of the driver."""
     case, target = Case(), step(6, ANNE)
     case.sync.fault = fault
-    case.driver._stage_update(digest(b"sum"), Update("fp32", b"sum"))
+    case.driver._stage_update(digest(b"sum"), Update("fp32", b"sum", (1,)))
     case.machine.answers = [[events.Apply(target.commit, target.signed, target.lineage)]]
     with pytest.raises(ExceptionGroup) as caught:
         await case.driver.run()
@@ -418,7 +420,7 @@ REDUCING = events.StartReduce(
     round=RoundId(5),
     version=Version(5),
     ballot=1,
-    group=cast(Any, (SimpleNamespace(peer=PeerId("me")), SimpleNamespace(peer=ANNE))),
+    group=cast(Any, (SimpleNamespace(peer=PeerId("me"), tokens=1), SimpleNamespace(peer=ANNE, tokens=1))),
     num_asked=2,
 )
 
@@ -452,7 +454,7 @@ async def test_any_other_reduce_that_fails_is_told_to_the_steward(fault: Excepti
 async def test_the_rest_of_the_peer_hears_of_a_step_before_it_is_written_down() -> None:
     """A local checkpoint may take a minute. Oracle: the order."""
     case, target = Case(), step(6)
-    case.driver._stage_update(digest(b"sum"), Update("fp32", b"sum"))
+    case.driver._stage_update(digest(b"sum"), Update("fp32", b"sum", (1,)))
     async with running(case):
         await case.perform(events.Apply(target.commit, target.signed, target.lineage))
         await until(lambda: case.machine.has_seen(events.Applied))

@@ -339,7 +339,7 @@ def build(seed: int = 1) -> StageEngine:
 
 
 def train(engine: StageEngine, data: bytes) -> Digest:
-    absorb(engine, Update("fp32", data), total_tokens=10, clip_scale=1.0, schedule=RATE)
+    absorb(engine, Update("fp32", data, (10,)), clip_scale=1.0, schedule=RATE)
     return engine.state_digest()
 
 

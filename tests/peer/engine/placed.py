@@ -198,7 +198,7 @@ def mixed(inventory: Inventory) -> Placement:
             Section.GRADIENT: unit.block % 2 == 1,
             Section.MOMENTS: (unit.block + unit.shard) % 3 == 0,
         }
-        return Tier.DEVICE if on_device[unit.section] else Tier.HOST
+        return Tier.DEVICE if on_device.get(unit.section) else Tier.HOST
 
     return Placement(homes=homes(inventory, tier), slots=Slots(weights=1, gradient=2, moments=1))
 

@@ -20,7 +20,7 @@ from peer.engine.rounding import join
 from peer.engine.stage_engine import StageEngine
 from peer.memory.moments import MasterName, OptimizerName, groups, moment_bytes, moment_fields
 from peer.memory.placement import Placement, Tier, all_on_device, footprint
-from peer.memory.units import Inventory, Section, Unit
+from peer.memory.units import SLOTTED, Inventory, Section, Unit
 from peer.model.blocks import named_views
 from protocol import architecture
 from protocol import layout as layouts
@@ -311,7 +311,7 @@ def test_bytes_per_element_are_those_of_the_table(master: MasterName, optimizer:
     inventory = Inventory([layer], optimizer, master)
     weights, gradient, in_8_bit, in_32_bit = BYTES[master]
     moments = in_8_bit if optimizer == "adamw8bit" else in_32_bit
-    for section, expected in zip(Section, (weights, gradient, moments), strict=True):
+    for section, expected in zip(SLOTTED, (weights, gradient, moments), strict=True):
         units = inventory.block_units(0, section)
         found = sum(map(inventory.num_bytes, units)) / layer.num_elements
         assert found == pytest.approx(expected, rel=0.02 if section is Section.MOMENTS else 1e-9)

@@ -24,7 +24,7 @@ from peer.memory.backend import CpuBackend, Event
 from peer.memory.placement import Tier
 from peer.memory.schedule import Residency
 from peer.memory.segments import segments_of
-from peer.memory.units import Section, Unit
+from peer.memory.units import SLOTTED, Section, Unit
 from peer.model.stage import Stage
 from protocol import architecture, layout
 from protocol.architecture import stage_blocks
@@ -388,7 +388,7 @@ def test_a_fetch_that_fails_is_heard_of_and_the_next_pass_goes_well(
     assert same(train(engine, wave=2), yardstick(1, cut))
 
 
-@pytest.mark.parametrize("section", list(Section))
+@pytest.mark.parametrize("section", SLOTTED)
 @pytest.mark.parametrize("number", [0, -1])
 def test_a_flush_that_fails_is_heard_of_and_a_restored_state_goes_well(
     make: Make, section: Section, number: int, transfers: Transfers, cut: str

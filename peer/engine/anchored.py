@@ -1,0 +1,185 @@
+"""The anchor of a stage that is trained by local steps: what its replicas agree on, and how far one has gone from it.
+
+Owns: anchor, velocity, error and sync point of every shard, their arithmetic when a round ends, the hash of what is
+shared. Must not know: codecs, who takes part, what agreed on the mean (`peer/averaging/` does), where buffers live.
+
+Between two rounds a replica's weights move away from the anchor by local steps (`peer/engine/outer.py` has the idea).
+A *turn* ends a round. In it, in this order and shard by shard:
+
+    contribution C = E + (A - S)          what was to be averaged since the turn before
+    A, V    <- outer step by the mean of all contributions
+    E       <- C - what the codec has sent of it        error feedback (arXiv 1809.07599)
+    W       <- A + (W - S)                              our steps since then stay on top of the new anchor
+    S       <- W                                        from now on: the next contribution
+
+with anchor A, velocity V, error E, sync point S, weights W. Without a mean (none was agreed on, or it is still on its
+way) only the last line happens, and the next contribution has our drift of both rounds. So nothing has to be taken back
+after a round that came to nothing. If a mean was agreed on without us, E stays, and our drift of that round is lost.
+
+When averaging waits (no overlap) the turn with the mean comes right after one without: W is S then, and becomes A.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peer.engine.optimizer import AdamW
+from peer.engine.outer import OuterSpec, outer_step
+from peer.engine.passes import ShardPass
+from peer.engine.state import shard_digest, state_digest
+from peer.engine.statefiles import StateReader, StateWriter
+from peer.memory.executor import Executor
+from peer.memory.schedule import Kind, shard_visits
+from peer.memory.units import OUTER, Section, Unit
+from peer.model.stage import Stage
+from protocol.ids import Digest
+from protocol.layout import ShardLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """What a group has agreed on."""
+
+    pieces: Callable[[int], Iterable[tuple[slice, Tensor]]]
+    """The mean drift of the stage's shard with this number: ranges of it in order, and their values, flat fp32."""
+    not_sent: Callable[[Tensor], Tensor] | None
+    """What our codec did not send of one of these pieces of our contribution; None if we are not in the mean."""
+
+
+class Anchored:
+    """Anchor and drift of one stage. Synchronous; what is no pass may be called from any thread."""
+
+    def __init__(
+        self, stage: Stage, memory: Executor, optimizer: AdamW, spec: OuterSpec, *, first_block: int = 0
+    ) -> None:
+        self._stage, self._memory, self._optimizer, self._spec = stage, memory, optimizer, spec
+        self._first = first_block
+        self._blocks = range(first_block, first_block + len(stage.blocks))
+        self._units = [unit for block in self._blocks for unit in memory.pool.inventory.block_units(block, OUTER[0])]
+        self._layouts = [memory.pool.inventory.layout(unit) for unit in self._units]
+        self._digest: Digest | None = None
+
+    def begin(self) -> None:
+        """Take the present weights for the anchor, and forget what was before."""
+
+        def start(number: int, weights: Tensor, _layout: ShardLayout) -> None:
+            for section in (Section.ANCHOR, Section.SYNC):
+                self._put(section, number, weights)
+            nothing = torch.zeros_like(weights)
+            for section in (Section.VELOCITY, Section.ERROR):
+                self._put(section, number, nothing)
+
+        self._digest = None
+        self._run(Kind.READ, start)
+
+    def contribution(self, number: int) -> Tensor:
+        """Return what shard `number` has to contribute, flat fp32. Holds until the next turn."""
+        anchor, error, sync = (self._look(section, number) for section in (Section.ANCHOR, Section.ERROR, Section.SYNC))
+        return (anchor - sync).add_(error)
+
+    def turn(self, mean: Mean | None, *, local_step: int) -> None:
+        """End a round, with the mean of the contributions of the turn before if there is one.
+
+        `local_step` is the number of the next step that the optimizer will take.
+        """
+        digests: list[Digest] = []
+
+        def merge(number: int, weights: Tensor, layout: ShardLayout) -> None:
+            if mean is not None:
+                digests.append(self._merge(number, weights, layout, mean))
+            self._put(Section.SYNC, number, weights)
+
+        if mean is None:
+            self._run(Kind.READ, merge)
+            return
+        self._digest = None
+        self._run(Kind.MERGE, merge, local_step=local_step)
+        self._digest = state_digest(0, digests)
+
+    def block_weights(self, block: int) -> Tensor:
+        """Return a copy of the anchor's weights of a block of the memory, flat fp32 on the device."""
+        shards = [self._look(Section.ANCHOR, number) for number, unit in enumerate(self._units) if unit.block == block]
+        return torch.cat(shards).to(self._stage.device)
+
+    def digest(self) -> Digest:
+        """Hash what is shared: anchor and velocity."""
+        if self._digest is None:
+            shards = (
+                shard_digest(self._look(Section.ANCHOR, number), self._look(Section.VELOCITY, number))
+                for number in range(len(self._units))
+            )
+            self._digest = state_digest(0, shards)
+        return self._digest
+
+    def write(self, writer: StateWriter) -> None:
+        """Write what is shared, the anchor in the place of weights and the velocity in that of moments."""
+        for number, layout in enumerate(self._layouts):
+            velocity = self._look(Section.VELOCITY, number).view(torch.uint8)
+            writer.write(layout, self._look(Section.ANCHOR, number), velocity)
+
+    def read(self, reader: StateReader) -> None:
+        """Begin anew from what `write` has written: from here our weights are the anchor."""
+        self._digest = None
+        numbers = itertools.count()
+
+        def fill(block: int, layout: ShardLayout, weights: Tensor, moments: Tensor) -> None:
+            anchor, velocity, number = torch.empty(weights.shape), torch.empty(weights.shape), next(numbers)
+            reader.read(layout, anchor, velocity.view(torch.uint8))
+            self._put(Section.VELOCITY, number, velocity)
+            self._put(Section.ERROR, number, torch.zeros_like(anchor))
+            for section in (Section.ANCHOR, Section.SYNC):
+                self._put(section, number, anchor)
+            weights.copy_(anchor)
+            self._optimizer.begin(layout, weights, moments)
+
+        self._memory.run(shard_visits(self._blocks, Kind.FILL), ShardPass(self._stage, self._first, fill))
+
+    # --- inside --------------------------------------------------------------------------------------
+
+    def _merge(self, number: int, weights: Tensor, layout: ShardLayout, mean: Mean) -> Digest:
+        anchor, velocity, error, sync = (self._look(section, number) for section in OUTER)
+        end = 0
+        for part, drift in mean.pieces(number):
+            assert part.start == end, "the pieces of a mean cover a shard from front to back"
+            end = part.stop
+            if mean.not_sent is not None:
+                error[part] = mean.not_sent((anchor[part] - sync[part]).add_(error[part]))
+            outer_step(anchor[part], velocity[part], drift, self._spec)
+        assert end == len(anchor)
+        for start, stop in layout.padding:  # bytes from elsewhere may carry anything there
+            for each in (anchor, velocity, error):
+                each[start:stop].zero_()
+        weights.sub_(sync).add_(anchor)
+        for section, values in zip(OUTER[:3], (anchor, velocity, error), strict=True):
+            self._put(section, number, values)
+        return shard_digest(anchor, velocity)
+
+    def _run(self, kind: Kind, on_shard: Callable[[int, Tensor, ShardLayout], None], *, local_step: int = 0) -> None:
+        """Go through the shards with their master weights in host memory; MERGE keeps what becomes of them."""
+
+        numbers = itertools.count()
+
+        def visit(block: int, layout: ShardLayout, weights: Tensor, moments: Tensor) -> None:
+            own = weights if kind is Kind.MERGE else weights.clone()
+            self._optimizer.widen(layout, own, moments)
+            in_host = own.cpu()
+            on_shard(next(numbers), in_host, layout)
+            if kind is Kind.MERGE:
+                own.copy_(in_host)  # what rounding adds to it now counts as a step of ours
+                self._optimizer.narrow(layout, own, moments, step=-local_step)
+
+        self._memory.run(shard_visits(self._blocks, kind), ShardPass(self._stage, self._first, visit))
+
+    def _unit(self, section: Section, number: int) -> Unit:
+        return self._units[number]._replace(section=section)
+
+    def _look(self, section: Section, number: int) -> Tensor:
+        return self._memory.look(self._unit(section, number)).view(torch.float32).cpu()
+
+    def _put(self, section: Section, number: int, values: Tensor) -> None:
+        self._memory.put(self._unit(section, number), values.view(torch.uint8))

@@ -1,0 +1,70 @@
+"""A replica's own optimizer steps between two averagings: when one is due, and from what.
+
+Owns: what each stage has added up since its last step. Must not know: rounds, the anchor (`anchored.py`), who else
+trains.
+
+A step is taken every so many microbatches, not every so many seconds: a faster card takes more steps in a round, and
+nobody waits for the slowest (DiLoCo with dynamic local updates, arXiv 2401.09135). Sums are divided by their target
+tokens and clipped by their own norm: no other replica has to agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from peer.engine.schedule import LearningRate
+from peer.engine.stage_engine import StageEngine
+from protocol.ids import StageId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalRules:
+    """What the manifest says about local steps."""
+
+    every: int
+    """Microbatches per step."""
+    clip: Mapping[StageId, float]
+    """The largest norm of a stage's mean gradient."""
+    schedule: LearningRate
+
+
+@dataclass(slots=True)
+class _Sum:
+    tokens: int = 0
+    microbatches: int = 0
+
+
+@dataclass(slots=True)
+class LocalSteps:
+    """The local steps of all stages of a span."""
+
+    rules: LocalRules
+    taken: int = 0
+    _sums: dict[StageId, _Sum] = field(default_factory=dict)
+
+    def note(self, stage: StageId, engine: StageEngine, target_tokens: int) -> None:
+        """Take note of a microbatch that was added to a stage's gradient; take the step if it is due.
+
+        Raises `LocalFault`, with the sum as it was, if it is not finite.
+        """
+        found = self._sums.setdefault(stage, _Sum())
+        found.tokens += target_tokens
+        found.microbatches += 1
+        if found.microbatches >= self.rules.every:
+            self.finish(stage, engine)
+
+    def finish(self, stage: StageId, engine: StageEngine) -> None:
+        """Take a step from what has been added up so far, if there is anything."""
+        found = self._sums.get(stage, _Sum())
+        if found.tokens:
+            norm = engine.gradient_norm() / found.tokens
+            threshold = self.rules.clip[stage]
+            clip_scale = 1.0 if norm <= threshold else threshold / norm
+            engine.step(self.rules.schedule.at(engine.version), scale=clip_scale / found.tokens)
+            self.taken += 1
+        self.drop(stage)
+
+    def drop(self, stage: StageId) -> int:
+        """Forget what has been added up since the last step; return how many target tokens that were."""
+        return self._sums.pop(stage, _Sum()).tokens
