@@ -24,9 +24,9 @@ ELEMENTS = 1 << 22
 SHARDS = (ELEMENTS // 2, ELEMENTS // 2)
 CODECS = {"bytes_int8": ("int8", "<= 0.27"), "bytes_int4": ("int4", "<= 0.14"), "bytes_sparse": ("sparse", "<= 0.015")}
 PER_TOKEN = {  # codec, inner steps between averagings, bar
-    "bytes_token_int8": ("int8", 50, f"<= {1 / 95}"),
-    "bytes_token_int4": ("int4", 50, f"<= {1 / 175}"),
-    "bytes_token_sparse": ("sparse", 30, f"<= {1 / 100}"),
+    "bytes_token_int8": ("int8", 50, f"<= {1 / 95:.4g}"),
+    "bytes_token_int4": ("int4", 50, f"<= {1 / 175:.4g}"),
+    "bytes_token_sparse": ("sparse", 30, f"<= {1 / 100:.4g}"),
 }
 
 
