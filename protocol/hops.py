@@ -67,7 +67,7 @@ class OpenTask(Message):
     lineage: Lineage
     version: Version
     local_step: Count
-    """0 in `gradient` mode; which local step the caller's weights are at in `diloco`."""
+    """Which local step the caller's weights are at. Always 0 for now, also in `diloco` mode."""
     time_left_s: Annotated[float, Field(ge=0, le=MAX_TIME_LEFT_S)]
     retries_left: Count
     tensors: Annotated[tuple[TensorSpec, ...], Field(min_length=1, max_length=8)]

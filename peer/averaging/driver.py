@@ -418,6 +418,9 @@ class StageDriver:
         engine = self._engine.engines[self.stage]
         try:
             with self._pausing(steps[-1].commit):
+                if self._engine.is_open(self.stage):  # nobody has told us that the round is over
+                    self._gate.freeze(self.stage)
+                    await self._compute.run(lambda: self._engine.freeze(self.stage), priority=Priority.CONTROL)
                 for step in steps:
                     if step.commit.version > engine.version:
                         update = await self._sync.fetch_update(step.commit, self._known(sources, step.commit))
@@ -487,7 +490,7 @@ class StageDriver:
         """
         least = 0 if signed is None else Charter.from_bytes(signed.payload).generation
         self._gate.freeze(self.stage)
-        await self._compute.run(lambda: self._engine.freeze(self.stage), priority=Priority.CONTROL)
+        await self._compute.run(lambda: self._engine.freeze(self.stage, contributes=False), priority=Priority.CONTROL)
         self._staged.clear()
         give_up_s = time.monotonic() + RESYNC_PATIENCE_S
         while time.monotonic() < give_up_s:

@@ -2,7 +2,7 @@
 
 Of a sparse contribution a few values are sent, and no two members send the same ones: their sum has more of them than
 the codec has room for. So the result is the contributions themselves, in member order, and whoever decodes it
-adds them up in that order (`peer.averaging.reduce.decode_shard`).
+adds them up in that order (`peer.averaging.reduce.decoded_parts`).
 
 Owns: who makes which part of the result: each member its own. `runner.py` has the talk. Must not know: streams, what
 the shards mean.
@@ -14,12 +14,16 @@ import asyncio
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
+import torch
 from hivemind.proto.averaging_pb2 import AveragingData
+from torch import Tensor
 
 from peer.averaging.link import Inbox, Link
 from peer.averaging.parts import Part, cut_for_each
 from peer.averaging.reduce import ReduceGroup, Shards
 from peer.averaging.runner import GroupRunner
+from peer.codecs.codec import largest
+from protocol.errors import WireError
 
 
 class ExchangeRunner(GroupRunner):
@@ -32,6 +36,12 @@ class ExchangeRunner(GroupRunner):
         parts = cut_for_each(shards.lengths, num_members=len(group.members))
         super().__init__(link, group=group, shards=shards, parts=parts, namespace=namespace, folder=folder)
         self._grown = asyncio.Event()
+        self.acceptance_timeout_s = None  # nobody waits for anybody's parts, so links of all speeds end when they do
+        self._limit = torch.finfo(torch.float32).max / (2 * len(group.members))  # that many of these still add up
+
+    def _check(self, values: Tensor) -> None:
+        if largest(values) > self._limit:
+            raise WireError(f"values beyond {self._limit:.1e} would overflow the sum")
 
     def finalize(self, *, cancel: bool = False, exception: BaseException | None = None) -> None:
         super().finalize(cancel=cancel, exception=exception)

@@ -95,7 +95,7 @@ class Reduced:
     codec: str
     shard_elements: tuple[int, ...]
     data: memoryview
-    """The encoded shards, one behind the other: what the update log stores."""
+    """The encoded shards, one behind the other, of an exchange those of every member: what the update log stores."""
     digest: Digest
     """Over all bytes, in order."""
     bytes_sent: int

@@ -2,7 +2,7 @@
 
 Owns: routing an incoming stream to the live reduce that its first message names, letting calls that come a
 little too early wait, and bounding what callers can occupy. Must not know: tensors, sums. The runners in
-`group_reduce.py` do the talking.
+`runner.py` do the talking.
 """
 
 from __future__ import annotations

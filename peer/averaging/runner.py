@@ -100,6 +100,7 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
         self._someone_accepted = asyncio.Event()
         self._serving: set[asyncio.Task[Any]] = set()
         self.bytes_sent = self.bytes_received = 0
+        self.acceptance_timeout_s = group.timeouts.reducer_s
 
     async def reduce(self) -> Digest:
         """Run to the end and return the digest of `result`. Raises `ReduceError` or `LocalFault`."""
@@ -161,6 +162,12 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
     @abstractmethod
     def _own_parts(self, inbox: Inbox[AveragingData], member: int) -> AsyncGenerator[bytes, None]:
         """Yield the parts that we make, for a member, from whose stream comes what we need of it."""
+
+    acceptance_timeout_s: float | None
+    """How long everybody may take to accept once we have the result; None: until the deadline."""
+
+    def _check(self, values: Tensor) -> None:
+        """Raise `WireError` for decoded values that a maker should not have sent."""
 
     # --- our own side ---------------------------------------------------------------------------------
 
@@ -239,7 +246,7 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
             raise self._blame(reducer, "ended the stream before its last sum")
         data: bytes = answer.tensor_part.buffer
         try:
-            self._codec.decode(data, part.length)  # now, while nothing depends on it: exact length, finite values
+            self._check(self._codec.decode(data, part.length))  # now, while nothing depends on it
         except WireError as error:
             raise self._blame(reducer, f"sent a bad sum ({error})") from None
         return data
@@ -272,7 +279,7 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
 
     async def _wait_until_all_accepted(self) -> None:
         try:
-            async with asyncio.timeout(self.reducer_timeout):
+            async with asyncio.timeout(self.acceptance_timeout_s):
                 while len(self._accepted) < self.group_size - 1:
                     self._someone_accepted.clear()
                     await self._someone_accepted.wait()

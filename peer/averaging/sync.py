@@ -242,7 +242,7 @@ class StageSync:
                 update,
                 clip_scale=commit.clip_scale,
                 schedule=self._schedule,
-                is_ours=any(each.peer == self._me for each in commit.contributors),
+                is_ours=any(each.peer == self._me and each.tokens > 0 for each in commit.contributors),
             )
 
         await self._compute.run(take_step, priority=Priority.CONTROL)

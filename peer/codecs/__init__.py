@@ -1,6 +1,6 @@
 """Codecs by name: how tensors become bytes on the wire and in the update log.
 
-A new codec is a class with the four members of `Codec` and one line in `_CODECS`; no caller changes.
+A new codec is a class with the members of `Codec` and one line in `_CODECS`; no caller changes.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ When averaging waits (no overlap) the turn with the mean comes right after one w
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from peer.engine.state import shard_digest, state_digest
 from peer.engine.statefiles import StateReader, StateWriter
 from peer.memory.executor import Executor
 from peer.memory.schedule import Kind, shard_visits
-from peer.memory.units import OUTER, Section, Unit
+from peer.memory.units import ELEMENT_BYTES, OUTER, Section, Unit
 from peer.model.stage import Stage
 from protocol.ids import Digest
 from protocol.layout import ShardLayout
@@ -63,6 +63,9 @@ class Anchored:
         self._units = [unit for block in self._blocks for unit in memory.pool.inventory.block_units(block, OUTER[0])]
         self._layouts = [memory.pool.inventory.layout(unit) for unit in self._units]
         self._digest: Digest | None = None
+        self._scratch: Tensor | None = None
+        self._has_moved = self._has_contributed = False
+        """Whether local steps were taken since the last turn, and whether that left what they did as a contribution."""
 
     def begin(self) -> None:
         """Take the present weights for the anchor, and forget what was before."""
@@ -75,7 +78,24 @@ class Anchored:
                 self._put(section, number, nothing)
 
         self._digest = None
-        self._run(Kind.READ, start)
+        self._has_moved = self._has_contributed = False
+        self._run(Kind.READ, start, puts=OUTER)
+
+    def forget_drift(self, *, and_error: bool = False) -> None:
+        """Go back to the anchor: what was learnt since does not count. The error stays to be sent, or goes as well."""
+
+        def go_back(number: int, weights: Tensor, _layout: ShardLayout) -> None:
+            weights.copy_(self._look(Section.ANCHOR, number))
+            self._put(Section.SYNC, number, weights)
+            if and_error:
+                self._put(Section.ERROR, number, torch.zeros_like(weights))
+
+        self._has_moved = self._has_contributed = False
+        self._run(Kind.MERGE, go_back, puts=(Section.SYNC, Section.ERROR) if and_error else (Section.SYNC,))
+
+    def note_step(self) -> None:
+        """Take note that the weights have moved."""
+        self._has_moved = True
 
     def contribution(self, number: int) -> Tensor:
         """Return what shard `number` has to contribute, flat fp32. Holds until the next turn."""
@@ -95,16 +115,30 @@ class Anchored:
             self._put(Section.SYNC, number, weights)
 
         if mean is None:
-            self._run(Kind.READ, merge)
+            self._run(Kind.READ, merge, puts=(Section.SYNC,))
+            self._has_moved, self._has_contributed = False, self._has_contributed or self._has_moved
             return
+        if not self._has_contributed:  # it is of a contribution that an earlier life of this peer has made
+            mean = replace(mean, not_sent=None)
         self._digest = None
-        self._run(Kind.MERGE, merge, local_step=local_step)
+        self._has_moved, self._has_contributed = False, self._has_moved
+        self._run(Kind.MERGE, merge, local_step=local_step, puts=OUTER)
         self._digest = state_digest(0, digests)
 
     def block_weights(self, block: int) -> Tensor:
-        """Return a copy of the anchor's weights of a block of the memory, flat fp32 on the device."""
-        shards = [self._look(Section.ANCHOR, number) for number, unit in enumerate(self._units) if unit.block == block]
-        return torch.cat(shards).to(self._stage.device)
+        """Return a copy of the anchor's weights of a block of the memory, flat fp32 on the device, until the next one.
+
+        All blocks get the same buffer in turn: they would hold on to buffers of their own.
+        """
+        inventory = self._memory.pool.inventory
+        if self._scratch is None:
+            longest = max(inventory.block_bytes(each, Section.WEIGHTS) for each in self._blocks)
+            self._scratch = torch.empty(longest // ELEMENT_BYTES, device=self._stage.device)
+        copy = self._scratch[: inventory.block_bytes(block, Section.WEIGHTS) // ELEMENT_BYTES]
+        for number, (unit, layout) in enumerate(zip(self._units, self._layouts, strict=True)):
+            if unit.block == block:
+                copy[layout.start : layout.stop].copy_(self._look(Section.ANCHOR, number))
+        return copy
 
     def digest(self) -> Digest:
         """Hash what is shared: anchor and velocity."""
@@ -125,6 +159,7 @@ class Anchored:
     def read(self, reader: StateReader) -> None:
         """Begin anew from what `write` has written: from here our weights are the anchor."""
         self._digest = None
+        self._has_moved = self._has_contributed = False
         numbers = itertools.count()
 
         def fill(block: int, layout: ShardLayout, weights: Tensor, moments: Tensor) -> None:
@@ -159,8 +194,18 @@ class Anchored:
             self._put(section, number, values)
         return shard_digest(anchor, velocity)
 
-    def _run(self, kind: Kind, on_shard: Callable[[int, Tensor, ShardLayout], None], *, local_step: int = 0) -> None:
-        """Go through the shards with their master weights in host memory; MERGE keeps what becomes of them."""
+    def _run(
+        self,
+        kind: Kind,
+        on_shard: Callable[[int, Tensor, ShardLayout], None],
+        *,
+        puts: Collection[Section],
+        local_step: int = 0,
+    ) -> None:
+        """Go through the shards with their master weights in host memory; MERGE keeps what becomes of them.
+
+        `puts` names the sections that `on_shard` writes.
+        """
 
         numbers = itertools.count()
 
@@ -173,7 +218,12 @@ class Anchored:
                 own.copy_(in_host)  # what rounding adds to it now counts as a step of ours
                 self._optimizer.narrow(layout, own, moments, step=-local_step)
 
-        self._memory.run(shard_visits(self._blocks, kind), ShardPass(self._stage, self._first, visit))
+        units = (unit._replace(section=section) for section in puts for unit in self._units)
+        self._memory.run(
+            shard_visits(self._blocks, kind),
+            ShardPass(self._stage, self._first, visit),
+            drive_bytes=sum(map(self._memory.pool.nvme_bytes, units)),
+        )
 
     def _unit(self, section: Section, number: int) -> Unit:
         return self._units[number]._replace(section=section)

@@ -43,21 +43,29 @@ class LocalSteps:
     taken: int = 0
     _sums: dict[StageId, _Sum] = field(default_factory=dict)
 
-    def note(self, stage: StageId, engine: StageEngine, target_tokens: int) -> None:
-        """Take note of a microbatch that was added to a stage's gradient; take the step if it is due.
-
-        Raises `LocalFault`, with the sum as it was, if it is not finite.
-        """
+    def note(self, stage: StageId, *, target_tokens: int, microbatches: int) -> None:
+        """Take note of a wave that was added to a stage's gradient."""
         found = self._sums.setdefault(stage, _Sum())
         found.tokens += target_tokens
-        found.microbatches += 1
-        if found.microbatches >= self.rules.every:
-            self.finish(stage, engine)
+        found.microbatches += microbatches
+
+    def is_due(self, stage: StageId) -> bool:
+        """Tell whether enough has been added up for a step."""
+        return stage in self._sums and self._sums[stage].microbatches >= self.rules.every
+
+    def has_rest(self, stage: StageId) -> bool:
+        """Tell whether anything has been added up since the last step."""
+        return stage in self._sums
 
     def finish(self, stage: StageId, engine: StageEngine) -> None:
-        """Take a step from what has been added up so far, if there is anything."""
+        """Take a step from what has been added up so far, if there is anything.
+
+        Raises `LocalFault`, with the sum as it was, if it is not finite or the drive takes no more today.
+        """
         found = self._sums.get(stage, _Sum())
-        if found.tokens:
+        if not found.tokens:
+            engine.zero_gradients()  # of microbatches without a single target
+        else:
             norm = engine.gradient_norm() / found.tokens
             threshold = self.rules.clip[stage]
             clip_scale = 1.0 if norm <= threshold else threshold / norm

@@ -29,7 +29,7 @@ from peer.memory.segments import Segment
 from peer.memory.units import SLOTTED, Inventory, Section
 from peer.settings import PeerSettings
 from protocol.ids import StageId
-from protocol.manifest import Manifest
+from protocol.manifest import AveragingMode, Manifest
 
 log = structlog.get_logger()
 
@@ -94,7 +94,7 @@ def choose(
     """
     workload = Workload(
         mode=Mode.AVERAGED,
-        microbatches=manifest.batch.microbatches_per_round,
+        microbatches=_per_step(manifest),
         stages_behind=manifest.model.num_stages - 1 - max(stages),
         stages=len(stages),
         longest_pass_s=manifest.timing.hop_silence_s / 2,
@@ -121,6 +121,12 @@ def choose(
         if nvme is not None:
             _write(_memo(nvme), chosen, inventory, key=key)
     return chosen
+
+
+def _per_step(manifest: Manifest) -> int:
+    """Return how many microbatches go into an optimizer step."""
+    spec, per_round = manifest.averaging, manifest.batch.microbatches_per_round
+    return per_round if spec.mode is AveragingMode.GRADIENT else min(per_round, spec.microbatches_per_step)
 
 
 def _whole(

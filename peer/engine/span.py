@@ -25,10 +25,11 @@ from peer.engine.local_steps import LocalRules, LocalSteps
 from peer.engine.stage_engine import StageEngine, Ticket
 from peer.engine.statefiles import Sink
 from peer.engine.wave import run_wave, settled
+from peer.memory.disk.wear import WriteBudgetSpent
 from peer.memory.executor import Executor, Pause
 from peer.tasks import RoundOver
 from protocol.errors import LocalFault, SwarmError, WireError
-from protocol.ids import RoundId, StageId
+from protocol.ids import RoundId, StageId, Version
 
 if TYPE_CHECKING:
     import numpy
@@ -102,30 +103,48 @@ class SpanEngine:
         self.resumed = {} if self._checkpoint is None else self._checkpoint.recover()
         """Stages whose state was on this peer's own NVMe, and where they stand. The others have no state yet."""
         self._open: dict[StageId, RoundId] = {}
+        self._opened_at: dict[StageId, Version] = {}
         self._waiting: dict[int, SpanTicket] = {}
         self.accumulated_tokens: dict[StageId, int] = dict.fromkeys(self.engines, 0)
 
     # -- rounds ---------------------------------------------------------------------------------------
 
     def open(self, stage: StageId, round_id: RoundId, *, fresh: bool = True) -> None:
-        """Begin a round at one stage: gradients of `round_id` count. After a void round the old sum stays."""
+        """Begin a round at one stage: gradients of `round_id` count. After a void round the old sum stays.
+
+        What was added up for a round that is begun anew does not count; neither do local steps that nothing has merged
+        since.
+        """
+        engine = self.engines[stage]
         if fresh:
-            self.engines[stage].zero_gradients()
+            engine.zero_gradients()
+            if self._local is not None:
+                self._local.drop(stage)
+                if self.accumulated_tokens[stage] and self._opened_at.get(stage) == engine.version:
+                    engine.forget_drift()
             self.accumulated_tokens[stage] = 0
+        self._opened_at[stage] = engine.version
         self._open[stage] = round_id
 
-    def freeze(self, stage: StageId) -> int:
+    def is_open(self, stage: StageId) -> bool:
+        """Tell whether a round is under way at a stage."""
+        return stage in self._open
+
+    def freeze(self, stage: StageId, *, contributes: bool = True) -> int:
         """End a stage's contribution to its round; return the target tokens in it: none if the sum overflowed.
 
-        With local steps, what was added up since the last one becomes one more.
+        With local steps, what was added up since the last one becomes one more; unless the stage does not contribute,
+        because its state is about to be replaced. A stage that is frozen already stays as it is.
         """
         frozen = self._open.pop(stage, None)
         for ticket in [t for t in self._waiting.values() if t.round == frozen and t.entry <= stage]:
             self.discard(ticket)  # their backward would be refused; who asked for it may be gone already
         if not self.engines[stage].has_finite_gradients():  # one overflow, and nobody could average the sum
             self._drop_sum(stage)
-        if self._local is not None:
-            self._local.finish(stage, self.engines[stage])
+        if self._local is not None and frozen is not None and contributes:
+            self._step_locally(stage, self._local)
+            if self._local.has_rest(stage):
+                self._drop_sum(stage)
             self.engines[stage].turn(None)
         return self.accumulated_tokens[stage]
 
@@ -230,8 +249,7 @@ class SpanEngine:
             kept = [ticket.tickets for ticket in tickets]
             with self._discarding(first.entry, kept), self._adding(first.entry), self.headroom.guarding(len(numbers)):
                 results = self._run_down(engines, kept, gradients)
-            for number in numbers:
-                self._count(first.entry, wave[number][3])
+            self._count(first.entry, [wave[number][3] for number in numbers])
             return [None if each is None else self._encode(each) for each in results]
 
         return run_wave(len(wave), start, run)
@@ -265,8 +283,7 @@ class SpanEngine:
                 with self._adding(entry), self.headroom.guarding(len(numbers)):
                     losses = last.loss_wave([(each, labels) for each, (_, labels) in zip(inputs, started, strict=True)])
                     results = self._run_down(before, tickets, [loss.grad_inputs for loss in losses])
-            for loss in losses:
-                self._count(entry, loss.target_tokens)
+            self._count(entry, [loss.target_tokens for loss in losses])
             return [
                 SpanLoss(loss.loss_sum, loss.target_tokens, None if each is None else self._encode(each))
                 for loss, each in zip(losses, results, strict=True)
@@ -397,15 +414,26 @@ class SpanEngine:
         self.engines[stage].zero_gradients()
         self.accumulated_tokens[stage] -= dropped
 
-    def _count(self, entry: StageId, target_tokens: int) -> None:
+    def _count(self, entry: StageId, target_tokens: Sequence[int]) -> None:
+        """Book a wave that was added to the sums of all stages from `entry` on."""
         for stage in self.stages_from(entry):
-            self.accumulated_tokens[stage] += target_tokens
+            self.accumulated_tokens[stage] += sum(target_tokens)
             if self._local is not None:
-                try:
-                    self._local.note(stage, self.engines[stage], target_tokens)
-                except LocalFault:
-                    self._drop_sum(stage)
-                    raise
+                self._local.note(stage, target_tokens=sum(target_tokens), microbatches=len(target_tokens))
+        for stage in self.stages_from(entry):
+            if self._local is not None and self._local.is_due(stage):
+                self._step_locally(stage, self._local)
+
+    def _step_locally(self, stage: StageId, local: LocalSteps) -> None:
+        """Take a local step. If it fails, that costs what it was to be taken from: the wave itself is done."""
+        try:
+            with self.headroom.guarding(1):
+                local.finish(stage, self.engines[stage])
+        except WriteBudgetSpent as error:
+            self.headroom.note_fault(error)  # nothing has happened yet, and the sum may still be of use
+        except LocalFault as error:
+            log.warning("local_step.failed", stage=stage, error=error.one_line())
+            self._drop_sum(stage)
 
     def _entering(self, source: Source, shape: tuple[int, ...], *, entry: StageId) -> Tensor:
         """Return what enters stage `entry`, once it is known to be something that can."""

@@ -187,6 +187,12 @@ class StageState:
                 parts.setdefault(name, []).append(view)
         return {name: rows[0] if len(rows) == 1 else torch.cat(rows) for name, rows in parts.items()}
 
+    def forget_drift(self) -> None:
+        """Go back to the anchor."""
+        assert self.anchored is not None, "without an anchor there is no drift"
+        self._before_change()
+        self.anchored.forget_drift()
+
     def state_digest(self) -> Digest:
         """Hash the shared state: weights and optimizer state, or anchor and velocity.
 
@@ -227,9 +233,15 @@ class StageState:
         self.steps, self.version = reader.steps, version
 
     def resume(self, *, version: Version, steps: int) -> None:
-        """Take note that the memory holds the state of `version`."""
+        """Take note that the memory holds the state of `version`.
+
+        With an anchor, training goes on from there: what local steps had added stands for tokens that nobody knows any
+        more, and what the error holds may have been sent since.
+        """
         self.steps, self.version = steps, version
         self._begin_anew()
+        if self.anchored is not None:
+            self.anchored.forget_drift(and_error=True)
 
     # --- inside --------------------------------------------------------------------------------------
 
@@ -255,13 +267,16 @@ class StageState:
             scale=step.scale,
             load=load,
             digests=digests,
-            before_changing=self._note_change,
+            # local steps do not touch what is shared
+            before_changing=self._note_change if self.anchored is None else lambda: None,
         )
 
     def _finish_step(self) -> None:
         self.steps += 1
         if self.anchored is None:
             self.version = Version(self.version + 1)
+        else:
+            self.anchored.note_step()
         self.zero_gradients()
 
     def _read_shards(self, on_shard: OnShard) -> None:

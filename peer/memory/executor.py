@@ -128,10 +128,13 @@ class Executor:
         self._writing: deque[tuple[Future[Any], int]] = deque()
         """What is on its way to the drive, and its bytes."""
 
-    def run(self, visits: Sequence[Visit], worker: Worker, *, then: Sequence[int] = ()) -> None:
-        """Perform a pass. If anything fails, what is under way is waited for and the slots count as empty."""
+    def run(self, visits: Sequence[Visit], worker: Worker, *, then: Sequence[int] = (), drive_bytes: int = 0) -> None:
+        """Perform a pass. If anything fails, what is under way is waited for and the slots count as empty.
+
+        `drive_bytes` is what the worker itself will write to the drive (`put`).
+        """
         ops, residency = schedule(visits, self.pool.inventory, self.pool.placement, self._residency, then=then)
-        self._check_write_budget(ops)
+        self._check_write_budget(ops, drive_bytes)
         try:
             for op in ops:
                 self._perform(op, worker)
@@ -319,10 +322,10 @@ class Executor:
             self._writing.append((future, num_bytes))
         return future
 
-    def _check_write_budget(self, ops: Sequence[Op]) -> None:
+    def _check_write_budget(self, ops: Sequence[Op], more_bytes: int) -> None:
         """Raise `WriteBudgetSpent` before a pass that the drive's budget of the day does not cover to its end."""
         if self.pool.store is not None:
-            needed_bytes = sum(self.pool.nvme_bytes(op.unit) for op in ops if isinstance(op, Flush))
+            needed_bytes = more_bytes + sum(self.pool.nvme_bytes(op.unit) for op in ops if isinstance(op, Flush))
             self.wait_counted(needed_bytes)
             self.pool.store.require_budget(needed_bytes)
 

@@ -193,8 +193,9 @@ class Pool:
 
     @property
     def round_bytes(self) -> int:
-        """Return what the drive takes in a round of few waves: everything that lives there once, sums twice."""
-        return sum((1 + (unit.section is Section.GRADIENT)) * self.nvme_bytes(unit) for unit in self._in_store)
+        """Return what the drive takes in a round of few waves: everything that lives there once, some of it twice."""
+        twice = (Section.GRADIENT, Section.SYNC)
+        return sum((1 + (unit.section in twice)) * self.nvme_bytes(unit) for unit in self._in_store)
 
     @property
     def keeps_state(self) -> bool:

@@ -98,7 +98,7 @@ class Work:
     kind: Kind
     block: int
     index: int
-    """Of the microbatch in its wave; of the shard for STEP, FILL and READ."""
+    """Of the microbatch in its wave; of the shard for STEP, MERGE, FILL and READ."""
     moments: int = NOT_NEEDED
 
 
@@ -125,7 +125,7 @@ class Visit:
     work: tuple[tuple[Kind, int], ...] = ()
     """On microbatches: what, and on which."""
     shard_work: Kind | None = None
-    """Afterwards, on every shard with its moments: STEP and FILL change weights and moments, READ does not."""
+    """Afterwards, on every shard with its moments: all but READ change weights and moments."""
     parks: bool = False
     """What each microbatch's work has left, or some of it, goes to another tier until its backward pass."""
     recalls: bool = False

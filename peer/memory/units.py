@@ -37,7 +37,7 @@ SLOTTED = (Section.WEIGHTS, Section.GRADIENT, Section.MOMENTS)
 """What computing needs on the device: it comes into a slot there unless it lives there."""
 
 OUTER = (Section.ANCHOR, Section.VELOCITY, Section.ERROR, Section.SYNC)
-"""What is touched once in a round, where it lives: it never comes to the device. fp32."""
+"""What is touched when a round ends, where it lives: it takes no slots. fp32."""
 
 
 class Unit(NamedTuple):

@@ -100,6 +100,8 @@ class Voter:
         tokens = {contribution.peer: contribution.tokens for contribution in begin.group}
         if len(tokens) != len(begin.group) or not tokens.keys() <= set(slot.order):
             return "the group names somebody twice, or who is no member"
+        if not any(tokens.values()):
+            return "the group has nothing to average"
         if begin.group_id != group_id(slot, slot.promised, begin.group):
             return "the group does not have the name that its ballot and list give it"
         mine = tokens.get(self._settings.me.peer)

@@ -178,6 +178,7 @@ class Case:
         self.reduces = Reduces()
         self.faults: list[Exception] = []
         self.committed: list[int] = []
+        self.is_open = False
         self.driver = StageDriver(
             STAGE,
             manifest=cast(Any, MANIFEST),
@@ -188,7 +189,8 @@ class Case:
                 SimpleNamespace(
                     engines={STAGE: self.engine},
                     open=lambda *_, **__: None,
-                    freeze=lambda *_: 0,
+                    freeze=lambda *_, **__: self._freeze(),
+                    is_open=lambda _: self.is_open,
                     note_standing=lambda stage, standing: self.log.append(f"standing {standing.version}"),
                     note_fault=self._note_fault,
                 ),
@@ -215,6 +217,12 @@ class Case:
     def _committed(self, version: int) -> None:
         self.committed.append(version)
         self.log.append(f"told {version}")
+
+    def _freeze(self) -> int:
+        if self.is_open:
+            self.log.append("frozen")
+        self.is_open = False
+        return 0
 
     def _note_fault(self, error: Exception) -> bool:
         self.faults.append(error)
@@ -493,6 +501,20 @@ async def test_a_replay_goes_on_where_the_last_attempt_ended() -> None:
         await case.perform(replay)
         await until(lambda: case.machine.has_seen(events.Applied))
         assert case.committed == [6, 7, 8]
+
+
+async def test_a_replay_ends_a_round_of_which_nobody_has_told_us_that_it_is_over() -> None:
+    """Local steps of an open round would be taken for what follows the replayed commits."""
+    case = Case()
+    case.is_open = True
+    async with running(case):
+        await case.perform(events.Replay((step(6), step(7)), ()))
+        await until(lambda: case.machine.has_seen(events.Applied))
+        assert [entry for entry in case.log if "frozen" in entry or "absorbed" in entry] == [
+            "frozen",
+            "absorbed 6",
+            "absorbed 7",
+        ]
 
 
 async def test_a_replay_of_what_is_there_already_is_answered() -> None:

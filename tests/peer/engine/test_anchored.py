@@ -192,6 +192,31 @@ def test_what_is_measured_is_the_anchor(placement: str) -> None:
         assert not torch.equal(trained, before)
 
 
+def test_measuring_holds_one_block_of_the_anchor() -> None:
+    """Blocks refer to what they were last bound to. Oracle: how many buffers that is after a pass."""
+    engine = build()
+    with closing(engine):
+        engine.forward_only(torch.randn(2, 8, int(TINY["hidden_size"])))
+        storages = {block._weights.untyped_storage().data_ptr() for block in engine._stage.blocks}
+        assert len(storages) == 1
+
+
+def test_what_an_earlier_life_has_contributed_is_not_fed_back() -> None:
+    """A peer that comes back replays commits that it has helped to make. Oracle: the error before."""
+    engine = build()
+    with closing(engine):
+        train(engine, versions=range(1))
+        engine.turn(None)
+        engine.turn(mean_of(drawn(engine, 1)))
+        error = section(engine, ERROR)
+        assert any(bool(shard.any()) for shard in error)
+        engine.turn(mean_of(drawn(engine, 2)))
+        assert same(section(engine, ERROR), error)
+        engine.resume(version=Version(2), steps=5)
+        assert not any(bool(shard.any()) for shard in (*section(engine, ERROR), *contributions(engine)))
+        assert same(weights(engine), section(engine, ANCHOR))
+
+
 @pytest.mark.parametrize("placement", ["device", "host"])
 def test_a_saved_anchor_is_where_another_replica_begins(placement: str) -> None:
     """Oracle: the anchor's hash, and a contribution of nothing; moments and error are everybody's own."""
