@@ -88,10 +88,11 @@ def _encode_alone(name: str, shards: Shards, folder: Path | None) -> memoryview:
     """Sum over ourselves: nothing is added to what we have, so it is encoded once. Takes long; not for the loop."""
     spool = Spool(sum(encoded_shard_bytes(name, length) for length in shards.lengths), folder)
     offset = 0
-    for shard, length in enumerate(shards.lengths):  # each is read once
-        data = encode_shard(name, shards.part(shard, 0, length))
-        spool.put(offset, data)
-        offset += len(data)
+    for shard, length in enumerate(shards.lengths):  # each is read once, and not at all if nothing is in it
+        if length:
+            data = encode_shard(name, shards.part(shard, 0, length))
+            spool.put(offset, data)
+            offset += len(data)
     return spool.view
 
 
