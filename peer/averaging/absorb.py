@@ -8,14 +8,15 @@ equal. Must not know: how the bytes were agreed on. Runs in the compute thread.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from peer.averaging.reduce import decoded_parts, encoded_shard_bytes, shares_of
+from peer.averaging.reduce import contribution, decoded_parts, encoded_shard_bytes, shares_of
 from peer.codecs import codec
 from peer.engine.anchored import Mean
 from peer.engine.schedule import LearningRate
@@ -39,7 +40,8 @@ class Update:
 
 def update_bytes(engine: StageEngine, codec_name: str, num_contributors: int) -> int:
     """Return the exact size of a stage's updates."""
-    return _num_pieces(codec_name, num_contributors) * _contribution_bytes(engine, codec_name)
+    each = sum(encoded_shard_bytes(codec_name, shard.num_elements) for shard in engine.shards)
+    return _num_pieces(codec_name, num_contributors) * each
 
 
 def update_norm(engine: StageEngine, update: Update) -> float:
@@ -49,8 +51,8 @@ def update_norm(engine: StageEngine, update: Update) -> float:
     clip scale travels in the commit, and others check it with a tolerance. Raises `WireError` if the bytes do not fit.
     """
     total = 0.0
-    for number in range(len(engine.shards)):
-        for _, values in _pieces(engine, update, number):
+    for shard in _split(engine, update):
+        for _, values in shard():
             for piece in torch.split(values, NORM_ELEMENTS):
                 total += float(piece.double().square().sum())
     return math.sqrt(total) * (1 if engine.anchored is None else sum(update.tokens))
@@ -65,45 +67,50 @@ def absorb(
     nothing changed, unless the bytes fit this stage. Without their norm they are decoded twice: no shard may change
     before the last one was looked at.
     """
+    shards = _split(engine, update)
     norm = update_norm(engine, update) if update.norm is None else update.norm
     if not math.isfinite(norm):
         raise WireError("an update that holds numbers which are none")
     if engine.anchored is not None:
-        engine.turn(Mean(partial(_pieces, engine, update), partial(_not_sent, update.codec) if is_ours else None))
+        engine.turn(Mean(lambda number: shards[number](), partial(_not_sent, update.codec) if is_ours else None))
         return
 
     def load(number: int, out: Tensor) -> None:
-        for part, values in _pieces(engine, update, number):
+        for part, values in shards[number]():
             out[part].copy_(values)
 
     engine.step(schedule.at(engine.version), scale=clip_scale / sum(update.tokens), load=load)
 
 
-def _pieces(engine: StageEngine, update: Update, number: int) -> Iterator[tuple[slice, Tensor]]:
-    """Decode one shard; raises `WireError` unless the update is exactly as long as it must be."""
-    if len(update.data) != update_bytes(engine, update.codec, len(update.tokens)):
-        raise WireError(f"an update of {len(update.data)} bytes does not fit this stage")
+def _split(engine: StageEngine, update: Update) -> list[Callable[[], Iterator[tuple[slice, Tensor]]]]:
+    """Cut an update into the engine's shards, each of which decodes its parts when it is called.
+
+    Raises `WireError` unless the update is exactly as long as it must be.
+    """
     sizes = [encoded_shard_bytes(update.codec, shard.num_elements) for shard in engine.shards]
-    start, view = sum(sizes[:number]), memoryview(update.data)
-    starts = [start + member * sum(sizes) for member in range(_num_pieces(update.codec, len(update.tokens)))]
-    is_mean = engine.anchored is not None and len(starts) > 1  # what is dense has been averaged already
-    return decoded_parts(
-        update.codec,
-        [view[start : start + sizes[number]] for start in starts],
-        engine.shards[number].num_elements,
-        shares=shares_of(update.tokens) if is_mean else (),
-    )
+    num_pieces = _num_pieces(update.codec, len(update.tokens))
+    if len(update.data) != num_pieces * sum(sizes):
+        raise WireError(f"an update of {len(update.data)} bytes does not fit this stage")
+    is_mean = engine.anchored is not None and num_pieces > 1  # what is dense has been averaged already
+    view, starts = memoryview(update.data), range(0, len(update.data), sum(sizes) or 1)
+    return [
+        partial(
+            decoded_parts,
+            update.codec,
+            [view[start + offset : start + offset + size] for start in starts],
+            shard.num_elements,
+            shares=shares_of(update.tokens) if is_mean else (),
+        )
+        for shard, size, offset in zip(
+            engine.shards, sizes, accumulate(sizes, initial=0), strict=False
+        )  # the last end is nobody's start
+    ]
 
 
 def _not_sent(codec_name: str, values: Tensor) -> Tensor:
     """Return what a codec leaves out of one piece of a contribution."""
-    used = codec(codec_name)
-    return torch.sub(values, used.decode(used.encode(values), len(values)))
+    return torch.sub(values, contribution(values, using=codec(codec_name)))
 
 
 def _num_pieces(codec_name: str, num_contributors: int) -> int:
     return 1 if codec(codec_name).is_dense else num_contributors
-
-
-def _contribution_bytes(engine: StageEngine, codec_name: str) -> int:
-    return sum(encoded_shard_bytes(codec_name, shard.num_elements) for shard in engine.shards)

@@ -14,16 +14,15 @@ import asyncio
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
-import torch
 from hivemind.proto.averaging_pb2 import AveragingData
+from hivemind.utils.asyncio import as_aiter
 from torch import Tensor
 
 from peer.averaging.link import Inbox, Link
+from peer.averaging.merge import check_summable
 from peer.averaging.parts import Part, cut_for_each
 from peer.averaging.reduce import ReduceGroup, Shards
 from peer.averaging.runner import GroupRunner
-from peer.codecs.codec import largest
-from protocol.errors import WireError
 
 
 class ExchangeRunner(GroupRunner):
@@ -37,11 +36,9 @@ class ExchangeRunner(GroupRunner):
         super().__init__(link, group=group, shards=shards, parts=parts, namespace=namespace, folder=folder)
         self._grown = asyncio.Event()
         self.acceptance_timeout_s = None  # nobody waits for anybody's parts, so links of all speeds end when they do
-        self._limit = torch.finfo(torch.float32).max / (2 * len(group.members))  # that many of these still add up
 
     def _check(self, values: Tensor) -> None:
-        if largest(values) > self._limit:
-            raise WireError(f"values beyond {self._limit:.1e} would overflow the sum")
+        check_summable(values, num_senders=self.group_size)
 
     def finalize(self, *, cancel: bool = False, exception: BaseException | None = None) -> None:
         super().finalize(cancel=cancel, exception=exception)
@@ -53,10 +50,9 @@ class ExchangeRunner(GroupRunner):
             self._take_result(part, await asyncio.to_thread(self._codec.encode, values))
             self._grown.set()
 
-    async def _parts_for(self, maker: int) -> AsyncGenerator[bytes, None]:
-        nothing: tuple[bytes, ...] = ()
-        for part in nothing:
-            yield part
+    def _parts_for(self, maker: int) -> AsyncGenerator[bytes, None]:
+        nothing: AsyncGenerator[bytes, None] = as_aiter()
+        return nothing
 
     async def _own_parts(self, inbox: Inbox[AveragingData], member: int) -> AsyncGenerator[bytes, None]:
         for part in self._parts_of(self._me):

@@ -22,6 +22,13 @@ class MergeStopped(Exception):
     """The reduce ended while somebody was waiting for a sum. Never leaves this package."""
 
 
+def check_summable(values: Tensor, *, num_senders: int) -> None:
+    """Raise `WireError` for values of which so many might not add up any more."""
+    limit = torch.finfo(torch.float32).max / (2 * num_senders)
+    if largest(values) > limit:
+        raise WireError(f"values beyond {limit:.1e} would overflow the sum")
+
+
 class OrderedMerger:
     """Sums the parts of which we are the reducer, one at a time, or averages them."""
 
@@ -31,7 +38,6 @@ class OrderedMerger:
         self._codec, self._shares = codec, tuple(shares)
         self._lengths = tuple(lengths)
         self._num_senders = num_senders
-        self._limit = torch.finfo(torch.float32).max / (2 * num_senders)  # that many of these still add up
         self._stopped = False
         self._sum: Tensor | None = None
         self._early: dict[int, Tensor] = {}
@@ -50,8 +56,7 @@ class OrderedMerger:
         assert len(values) == self._lengths[part_index]
         if self._stopped:
             raise MergeStopped
-        if largest(values) > self._limit:
-            raise WireError(f"values beyond {self._limit:.1e} would overflow the sum")
+        check_summable(values, num_senders=self._num_senders)
         self._early[sender_index] = values
         merged = self._merged
         self._add_in_order()

@@ -1,7 +1,7 @@
 """Summing shards over the members of a group: the interface, its result, and its one kind of failure.
 
 Owns: `Reduce` (what the steward calls), `ReduceGroup`, `Reduced`, `ReduceError`, and the reading of encoded
-shards (`decode_shard`), which the history uses to replay them. Must not know: hivemind, sockets, stewards.
+shards (`decoded_parts`), which the history uses to replay them. Must not know: hivemind, sockets, stewards.
 `group_reduce.py` implements `Reduce`.
 
 The promise: the result is the fp32 sum of what the members sent, or their mean, added in member order. With a dense
@@ -173,15 +173,6 @@ def shares_of(weights: Sequence[int]) -> tuple[float, ...]:
 def encoded_shard_bytes(name: str, num_elements: int) -> int:
     """Return the exact number of bytes of an encoded shard."""
     return sum(codec(name).encoded_bytes(length) for _, length in spans_of(num_elements))
-
-
-def decode_shard(name: str, data: Buffer, out: Tensor) -> None:
-    """Write an encoded shard (its parts joined) into `out`, flat fp32 of the shard's length.
-
-    Raises `WireError` unless `data` is exactly such a shard.
-    """
-    for part, values in decoded_parts(name, [data], len(out)):
-        out[part].copy_(values)
 
 
 def decoded_parts(

@@ -76,6 +76,10 @@ class Fp16Codec:
         return 2 * num_elements + num_blocks(num_elements, FP16_BLOCK)
 
 
+def _max_scale(top: int) -> float:
+    return float(torch.nextafter(torch.tensor(torch.finfo(torch.float32).max / top), torch.tensor(0.0)))
+
+
 class _LevelsCodec:
     """Whole levels from `-top` to `top` and an fp32 scale per block: `round(value / scale)`, half to even."""
 
@@ -83,6 +87,8 @@ class _LevelsCodec:
     is_dense: ClassVar[bool] = True
     block: ClassVar[int]
     top: ClassVar[int]
+    max_scale: ClassVar[float]
+    """The largest of which `top` times is still a finite fp32."""
     levels_per_byte: ClassVar[int]
 
     def encode(self, values: Tensor) -> bytes:
@@ -92,7 +98,7 @@ class _LevelsCodec:
         blocks = to_blocks(values, self.block)
         top_B1 = blocks.abs().amax(dim=1, keepdim=True)
         refuse_non_finite(top_B1.view(-1))
-        scale_B1 = (top_B1 / self.top).clamp(max=self._max_scale)
+        scale_B1 = (top_B1 / self.top).clamp(max=self.max_scale)
         scale_B1 = torch.where(scale_B1 < MIN_SCALE, 0.0, scale_B1)
         divisor_B1 = torch.where(scale_B1 == 0, torch.inf, scale_B1)
         levels = (blocks / divisor_B1).round_().clamp_(-self.top, self.top).to(torch.int8).view(-1)
@@ -105,7 +111,7 @@ class _LevelsCodec:
         view, size = memoryview(data), self._level_bytes(num_elements)
         levels = self._unpack(from_bytes(view[:size], torch.int8, size))
         scale_B = from_bytes(view[size:], torch.float32, num_blocks(num_elements, self.block))
-        if not (bool(scale_B.amin() >= 0) and bool(scale_B.amax() <= self._max_scale)):  # also false for NaN
+        if not (bool(scale_B.amin() >= 0) and bool(scale_B.amax() <= self.max_scale)):  # also false for NaN
             raise WireError(f"{self.name}: a block's scale is negative, too large or not a number")
         if int(levels.amin()) < -self.top:
             raise WireError(f"{self.name}: level {-self.top - 1} is never written")
@@ -118,11 +124,6 @@ class _LevelsCodec:
 
     def _level_bytes(self, num_elements: int) -> int:
         return -(-num_elements // self.levels_per_byte)
-
-    @property
-    def _max_scale(self) -> float:
-        """The largest scale of which `top` times is still a finite fp32."""
-        return float(torch.nextafter(torch.tensor(torch.finfo(torch.float32).max / self.top), torch.tensor(0.0)))
 
     def _pack(self, levels: Tensor) -> Tensor:
         return levels
@@ -140,6 +141,7 @@ class Int8Codec(_LevelsCodec):
     name = "int8"
     block = INT8_BLOCK
     top = 127
+    max_scale = _max_scale(127)
     levels_per_byte = 1
 
 
@@ -153,6 +155,7 @@ class Int4Codec(_LevelsCodec):
     name = "int4"
     block = INT4_BLOCK
     top = 7
+    max_scale = _max_scale(7)
     levels_per_byte = 2
 
     def _pack(self, levels: Tensor) -> Tensor:

@@ -71,14 +71,9 @@ class Anchored:
         """Take the present weights for the anchor, and forget what was before."""
 
         def start(number: int, weights: Tensor, _layout: ShardLayout) -> None:
-            for section in (Section.ANCHOR, Section.SYNC):
-                self._put(section, number, weights)
-            nothing = torch.zeros_like(weights)
-            for section in (Section.VELOCITY, Section.ERROR):
-                self._put(section, number, nothing)
+            self._start(number, weights, torch.zeros_like(weights))
 
-        self._digest = None
-        self._has_moved = self._has_contributed = False
+        self._forget()
         self._run(Kind.READ, start, puts=OUTER)
 
     def forget_drift(self, *, and_error: bool = False) -> None:
@@ -92,6 +87,11 @@ class Anchored:
 
         self._has_moved = self._has_contributed = False
         self._run(Kind.MERGE, go_back, puts=(Section.SYNC, Section.ERROR) if and_error else (Section.SYNC,))
+
+    @property
+    def has_drift(self) -> bool:
+        """Tell whether local steps were taken that no turn with a mean has dealt with."""
+        return self._has_moved or self._has_contributed
 
     def note_step(self) -> None:
         """Take note that the weights have moved."""
@@ -158,23 +158,28 @@ class Anchored:
 
     def read(self, reader: StateReader) -> None:
         """Begin anew from what `write` has written: from here our weights are the anchor."""
-        self._digest = None
-        self._has_moved = self._has_contributed = False
+        self._forget()
         numbers = itertools.count()
 
         def fill(block: int, layout: ShardLayout, weights: Tensor, moments: Tensor) -> None:
             anchor, velocity, number = torch.empty(weights.shape), torch.empty(weights.shape), next(numbers)
             reader.read(layout, anchor, velocity.view(torch.uint8))
-            self._put(Section.VELOCITY, number, velocity)
-            self._put(Section.ERROR, number, torch.zeros_like(anchor))
-            for section in (Section.ANCHOR, Section.SYNC):
-                self._put(section, number, anchor)
+            self._start(number, anchor, velocity)
             weights.copy_(anchor)
             self._optimizer.begin(layout, weights, moments)
 
         self._memory.run(shard_visits(self._blocks, Kind.FILL), ShardPass(self._stage, self._first, fill))
 
     # --- inside --------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        self._digest = None
+        self._has_moved = self._has_contributed = False
+
+    def _start(self, number: int, anchor: Tensor, velocity: Tensor) -> None:
+        """Put a shard's first state: no error, and no drift."""
+        for section, values in zip(OUTER, (anchor, velocity, torch.zeros_like(anchor), anchor), strict=True):
+            self._put(section, number, values)
 
     def _merge(self, number: int, weights: Tensor, layout: ShardLayout, mean: Mean) -> Digest:
         anchor, velocity, error, sync = (self._look(section, number) for section in OUTER)

@@ -59,7 +59,9 @@ def build_span(
     with _torch_errors(stages, device), ExitStack() as undo:
         models = {stage: _model(manifest, stage, device) for stage in stages}
         layouts = [layout for model in models.values() for layout in model.layouts]
-        inventory = Inventory(layouts, optimizer.name, optimizer.master, outer=OUTER if _outer(manifest) else ())
+        outer = _outer(manifest)
+        sections = () if outer is None else OUTER
+        inventory = Inventory(layouts, optimizer.name, optimizer.master, outer=sections)
         backend = backend_for(device)
         undo.callback(backend.close)
         chosen = choose(
@@ -84,7 +86,7 @@ def build_span(
             activations=chosen.places.get(Tier.NVME, ()),
         )
         undo.callback(memory.close)  # or the drive's folder would stay locked
-        engines = _engines(models, optimizer, memory, chosen, outer=_outer(manifest))
+        engines = _engines(models, optimizer, memory, chosen, outer=outer)
         span = SpanEngine(
             engines,
             codec=codec(manifest.averaging.activation_codec),
@@ -95,7 +97,7 @@ def build_span(
             wave_patience_s=chosen.patience_s,
             in_flight=chosen.in_flight,
             memory=memory,
-            local=_local_rules(manifest, stages),
+            local=None if outer is None else _local_rules(manifest, stages),
         )
         if nvme is not None and not chosen.placement.uses(Tier.NVME) and (nvme / TABLE_FILE).exists():
             span.resumed = move_in(memory, engines, folder=nvme, fingerprint=fingerprint)
@@ -158,13 +160,10 @@ def _outer(manifest: Manifest) -> OuterSpec | None:
     return OuterSpec(learning_rate=spec.outer_learning_rate, momentum=spec.outer_momentum)
 
 
-def _local_rules(manifest: Manifest, stages: Sequence[StageId]) -> LocalRules | None:
-    """Return when replicas take steps of their own, if they do."""
-    spec = manifest.averaging
-    if spec.mode is not AveragingMode.DILOCO:
-        return None
+def _local_rules(manifest: Manifest, stages: Sequence[StageId]) -> LocalRules:
+    """Return when replicas take steps of their own, and how large those are."""
     return LocalRules(
-        every=spec.microbatches_per_step,
+        every=manifest.averaging.microbatches_per_step,
         clip={stage: clip_threshold(manifest, stage) for stage in stages},
         schedule=learning_rate(manifest),
     )

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from peer.engine.schedule import LearningRate
 from peer.engine.stage_engine import StageEngine
 from protocol.ids import StageId
+from protocol.rounds.records import clip_scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,10 +67,8 @@ class LocalSteps:
         if not found.tokens:
             engine.zero_gradients()  # of microbatches without a single target
         else:
-            norm = engine.gradient_norm() / found.tokens
-            threshold = self.rules.clip[stage]
-            clip_scale = 1.0 if norm <= threshold else threshold / norm
-            engine.step(self.rules.schedule.at(engine.version), scale=clip_scale / found.tokens)
+            scale = clip_scale(engine.gradient_norm() / found.tokens, self.rules.clip[stage])
+            engine.step(self.rules.schedule.at(engine.version), scale=scale / found.tokens)
             self.taken += 1
         self.drop(stage)
 

@@ -29,7 +29,7 @@ from peer.memory.disk.wear import WriteBudgetSpent
 from peer.memory.executor import Executor, Pause
 from peer.tasks import RoundOver
 from protocol.errors import LocalFault, SwarmError, WireError
-from protocol.ids import RoundId, StageId, Version
+from protocol.ids import RoundId, StageId
 
 if TYPE_CHECKING:
     import numpy
@@ -103,7 +103,6 @@ class SpanEngine:
         self.resumed = {} if self._checkpoint is None else self._checkpoint.recover()
         """Stages whose state was on this peer's own NVMe, and where they stand. The others have no state yet."""
         self._open: dict[StageId, RoundId] = {}
-        self._opened_at: dict[StageId, Version] = {}
         self._waiting: dict[int, SpanTicket] = {}
         self.accumulated_tokens: dict[StageId, int] = dict.fromkeys(self.engines, 0)
 
@@ -120,10 +119,8 @@ class SpanEngine:
             engine.zero_gradients()
             if self._local is not None:
                 self._local.drop(stage)
-                if self.accumulated_tokens[stage] and self._opened_at.get(stage) == engine.version:
-                    engine.forget_drift()
+                engine.forget_drift()
             self.accumulated_tokens[stage] = 0
-        self._opened_at[stage] = engine.version
         self._open[stage] = round_id
 
     def is_open(self, stage: StageId) -> bool:

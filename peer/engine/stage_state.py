@@ -188,10 +188,11 @@ class StageState:
         return {name: rows[0] if len(rows) == 1 else torch.cat(rows) for name, rows in parts.items()}
 
     def forget_drift(self) -> None:
-        """Go back to the anchor."""
+        """Go back to the anchor, unless we are there."""
         assert self.anchored is not None, "without an anchor there is no drift"
-        self._before_change()
-        self.anchored.forget_drift()
+        if self.anchored.has_drift:
+            self._before_change()
+            self.anchored.forget_drift()
 
     def state_digest(self) -> Digest:
         """Hash the shared state: weights and optimizer state, or anchor and velocity.

@@ -92,7 +92,7 @@ def draw_commit(settings: Settings, chain: Chain, slot: Slot, draft: Draft) -> C
         contributors=draft.contributors,
         digest=draft.staged.digest,
         norm=norm,
-        clip_scale=clip_scale(norm, settings.rules),
+        clip_scale=clip_scale(norm, settings.rules.clip_threshold),
         seats=draft.seats,
         joiners=draft.joiners,
         summary=_summary(draft.heard),
@@ -101,9 +101,9 @@ def draw_commit(settings: Settings, chain: Chain, slot: Slot, draft: Draft) -> C
     )
 
 
-def clip_scale(norm: float, rules: RoundRules) -> float:
+def clip_scale(norm: float, threshold: float) -> float:
     """Return the factor that brings a gradient of this norm under the threshold; 1 if it is."""
-    return 1.0 if norm <= rules.clip_threshold else rules.clip_threshold / norm
+    return 1.0 if norm <= threshold else threshold / norm
 
 
 def count_losses(stage: StageId, contributors: Sequence[Contribution], closings: Iterable[Closing]) -> tuple[int, int]:
@@ -151,7 +151,7 @@ def check_proposal(
 
 def check_scale(rules: RoundRules, commit: Commit, staged: StagedBytes) -> None:
     """Raise `PeerFault` unless the commit's scale fits our own norm of the same bytes."""
-    own = clip_scale(staged.norm / commit.total_tokens, rules)
+    own = clip_scale(staged.norm / commit.total_tokens, rules.clip_threshold)
     if abs(commit.clip_scale - own) > rules.scale_tolerance * own:
         raise PeerFault(f"its clip scale is {commit.clip_scale:.6g}, ours is {own:.6g}")
 

@@ -41,24 +41,17 @@ def bytes_on_the_wire(options: Options) -> Iterator[Row]:
     wanted = [row for row in (*CODECS, *PER_TOKEN) if options.wants(row)]
     if not wanted:
         return
-    names = {"fp32", "fp16", *(CODECS[row][0] for row in wanted if row in CODECS)}
-    names |= {PER_TOKEN[row][0] for row in wanted if row in PER_TOKEN}
+    names = {"fp32", "fp16"} | {CODECS[row][0] if row in CODECS else PER_TOKEN[row][0] for row in wanted}
     sent = asyncio.run(_sent_bytes(sorted(names)))
-    for row, (name, bar) in CODECS.items():
-        ours, reference = sent[name] / ELEMENTS if name in sent else 0.0, sent["fp32"] / ELEMENTS
-        if row in wanted:
-            yield figure(row, ours, reference, unit="bytes per parameter", bar=bar, note=f"{MEMBERS} members, up")
-    for row, (name, steps, bar) in PER_TOKEN.items():
-        if row in wanted:
+    for row in wanted:
+        if row in CODECS:
+            name, bar = CODECS[row]
+            steps, yardstick, unit, note = 1, "fp32", "bytes per parameter", f"{MEMBERS} members, up"
+        else:
+            name, steps, bar = PER_TOKEN[row]
+            yardstick, unit = "fp16", "bytes per parameter and step"
             note = f"an averaging every {steps} inner steps against fp16 gradients at each"
-            yield figure(
-                row,
-                sent[name] / ELEMENTS / steps,
-                sent["fp16"] / ELEMENTS,
-                unit="bytes per parameter and step",
-                bar=bar,
-                note=note,
-            )
+        yield figure(row, sent[name] / ELEMENTS / steps, sent[yardstick] / ELEMENTS, unit=unit, bar=bar, note=note)
 
 
 async def _sent_bytes(names: Sequence[str]) -> dict[str, float]:

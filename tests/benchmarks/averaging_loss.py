@@ -37,8 +37,10 @@ from peer.engine.optimizer import OptimizerSpec
 from peer.engine.outer import OuterSpec
 from peer.engine.schedule import LearningRate
 from peer.engine.stage_engine import StageEngine
+from protocol.architecture import preset
 from protocol.batches import TaskKind, plan_round
 from protocol.ids import RoundId
+from protocol.rounds.records import clip_scale
 from tests.benchmarks.harness import Options, Row, figure
 from tests.e2e.plain_loop import batch, read_tokens
 
@@ -51,26 +53,14 @@ CLIP = 1.0
 SEEDS, QUICK_SEEDS = (0, 1, 2), (0,)
 NESTEROV = OuterSpec(learning_rate=0.7, momentum=0.9)
 NO_MOMENTUM = OuterSpec(learning_rate=1.0, momentum=0.0)
-CONFIG = {
-    "model_type": "llama",
+CONFIG = preset("demo") | {
     "hidden_size": 128,
-    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "head_dim": 32,
     "intermediate_size": 256,
-    "vocab_size": 1024,
     "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
     "initializer_range": 0.04,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
 }
 
 
@@ -195,8 +185,7 @@ def _train_apart(engines: Sequence[StageEngine], task: Task, schedule: LearningR
 
 
 def _take_step(engine: StageEngine, target_tokens: int, rate: float) -> None:
-    norm = engine.gradient_norm() / target_tokens
-    engine.step(rate, scale=min(1.0, CLIP / norm) / target_tokens)
+    engine.step(rate, scale=clip_scale(engine.gradient_norm() / target_tokens, CLIP) / target_tokens)
 
 
 def _turn(engines: Sequence[StageEngine], update: Update | None, schedule: LearningRate) -> None:

@@ -15,9 +15,8 @@ from typing import Any
 
 from coordinator.init import init_run
 from coordinator.rundir import TOKENS, RunDir
-from peer.averaging.rules import round_rules
 from peer.engine.build import build_span
-from peer.engine.schedule import LearningRate, learning_rate
+from peer.engine.schedule import LearningRate, clip_threshold, learning_rate
 from peer.engine.span import SpanEngine
 from peer.settings import PeerSettings
 from protocol.batches import TaskKind, plan_round
@@ -94,7 +93,7 @@ def _train_round(
         span.loss_and_backward(inputs, inputs.shape, labels, entry=FIRST, round_id=round_id)
     for stage, engine in span.engines.items():
         num_tokens = span.freeze(stage)
-        scale = clip_scale(engine.gradient_norm() / num_tokens, round_rules(manifest, stage))
+        scale = clip_scale(engine.gradient_norm() / num_tokens, clip_threshold(manifest, stage))
         engine.step(schedule.at(engine.version), scale=scale / num_tokens)
 
 

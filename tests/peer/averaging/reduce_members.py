@@ -16,9 +16,9 @@ from torch import Tensor
 from peer.averaging.group_reduce import GroupReduce
 from peer.averaging.link import from_hivemind
 from peer.averaging.parts import PART_ELEMENTS, cut
-from peer.averaging.reduce import Reduced, ReduceGroup, ReduceTimeouts, Shards
+from peer.averaging.reduce import Reduced, ReduceGroup, ReduceTimeouts, Shards, decoded_parts
 from peer.averaging.reduce_service import ReduceService
-from peer.codecs import codec
+from peer.codecs import Buffer, codec
 from protocol.ids import PeerId
 
 NAMESPACE = "test"
@@ -78,6 +78,12 @@ def reference(name: str, inputs: Sequence[Sequence[Tensor]]) -> list[bytes]:
             total = total + used.decode(used.encode(values), part.length)
         expected.append(used.encode(total))
     return expected
+
+
+def decode_shard(name: str, data: Buffer, out: Tensor) -> None:
+    """Write an encoded shard into `out`, flat fp32 of its length."""
+    for part, values in decoded_parts(name, [data], len(out)):
+        out[part].copy_(values)
 
 
 async def reduce_all(

@@ -19,7 +19,6 @@ from peer.averaging.reduce import (
     ReduceGroup,
     ReduceTimeouts,
     Shards,
-    decode_shard,
     encoded_shard_bytes,
 )
 from peer.averaging.reduce_service import ReduceService
@@ -32,6 +31,7 @@ from tests.peer.averaging.reduce_members import (
     SHARDS,
     Member,
     call,
+    decode_shard,
     hello,
     joined,
     make_group,

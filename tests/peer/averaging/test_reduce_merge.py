@@ -15,7 +15,6 @@ from peer.averaging.parts import PART_ELEMENTS, cut, cut_for_each
 from peer.averaging.reduce import (
     ReduceGroup,
     ReduceTimeouts,
-    decode_shard,
     decoded_parts,
     encode_shard,
     encoded_shard_bytes,
@@ -23,6 +22,7 @@ from peer.averaging.reduce import (
 from peer.codecs import codec
 from protocol.errors import WireError
 from protocol.ids import PeerId
+from tests.peer.averaging.reduce_members import decode_shard
 
 shard_lists = st.lists(st.integers(0, 5 * PART_ELEMENTS), max_size=6)
 

@@ -108,8 +108,8 @@ def test_who_had_to_begin_its_sum_anew_has_dropped_what_it_was_credited_with() -
 
 def test_the_clip_scale_brings_the_average_to_the_threshold() -> None:
     """And leaves alone what is below."""
-    assert clip_scale(0.5, RULES) == clip_scale(1.0, RULES) == 1.0
-    assert clip_scale(4.0, RULES) == 0.25
+    assert clip_scale(0.5, RULES.clip_threshold) == clip_scale(1.0, RULES.clip_threshold) == 1.0
+    assert clip_scale(4.0, RULES.clip_threshold) == 0.25
 
 
 def test_a_commit_divides_the_norm_of_the_sum_by_all_tokens() -> None:
