@@ -153,12 +153,16 @@ def _plan(
 def _override(preset: Preset, values: Mapping[str, Any]) -> Preset:
     """Return the preset with fields replaced, or raise `ConfigError` naming the one that cannot be."""
     specs: dict[str, Any] = {section: getattr(preset, section) for section in SECTIONS}
+    changes: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         section, _, field = key.partition(".")
         if section not in specs or field not in type(specs[section]).model_fields:
             known = ", ".join(type(specs[section]).model_fields) if section in specs else ", ".join(SECTIONS)
             raise ConfigError(f"there is no setting '{key}'.", hint=f"Known there are {known}.")
-        specs[section] = _checked(type(specs[section]), {**specs[section].model_dump(), field: value}, key)
+        changes.setdefault(section, {})[field] = value
+    for section, fields in changes.items():  # together: whether one can be may depend on another, not on their order
+        what = " with ".join(f"{section}.{field}" for field in fields)
+        specs[section] = _checked(type(specs[section]), {**specs[section].model_dump(), **fields}, what)
     return replace(preset, **specs)
 
 

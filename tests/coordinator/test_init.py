@@ -112,6 +112,16 @@ def test_choices_and_overrides_reach_the_manifest(tmp_path: Path, text: Path) ->
     assert (manifest.batch.eval_every, manifest.averaging.codec, manifest.timing.beat_s) == (1, "int8", 3.0)
 
 
+@pytest.mark.parametrize("order", [("averaging.mode", "averaging.codec"), ("averaging.codec", "averaging.mode")])
+def test_settings_that_need_each_other_may_come_in_any_order(
+    tmp_path: Path, text: Path, order: tuple[str, str]
+) -> None:
+    """Oracle: by hand; either of the two alone would be refused, or mean something else."""
+    values = {"averaging.mode": "diloco", "averaging.codec": "int4"}
+    manifest = _init(tmp_path / "run", text, overrides={key: values[key] for key in order})
+    assert (manifest.averaging.mode.value, manifest.averaging.codec) == ("diloco", "int4")
+
+
 def test_a_model_of_ones_own_is_untied_and_told_about(tmp_path: Path, text: Path) -> None:
     """Oracle: the notes, and a config that fits the tokenizer and forgets the checkpoint it came with."""
     notes: list[str] = []
