@@ -15,6 +15,7 @@ Legend: B blocks of N = 4,096 values, of which K = 64 are kept.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -129,13 +130,11 @@ def _indices(low_BK: Tensor, bitmap: Tensor) -> Tensor:  # -> (B, K) int64
 
 def _pack(numbers: Tensor, bits: int) -> Tensor:
     """Pack uint8 numbers of `bits` bits each, row by row, the first into the lowest bits."""
-    shifts = torch.arange(bits, dtype=torch.uint8, device=numbers.device)
-    stream = ((numbers[:, :, None] >> shifts) & 1).view(len(numbers), -1, 8)
-    weights = 1 << torch.arange(8, dtype=torch.uint8, device=numbers.device)
-    return (stream * weights).sum(dim=2, dtype=torch.uint8)
+    each = np.unpackbits(numbers.cpu().numpy()[:, :, None], axis=2, count=bits, bitorder="little")
+    return torch.from_numpy(np.packbits(each.reshape(len(each), -1), axis=1, bitorder="little"))
 
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:  # -> int64
     """Undo `_pack`."""
-    stream = ((packed[:, :, None] >> torch.arange(8, dtype=torch.uint8)) & 1).view(len(packed), -1, bits)
-    return (stream.to(torch.int64) << torch.arange(bits)).sum(dim=2)
+    each = np.unpackbits(packed.numpy(), axis=1, bitorder="little").reshape(len(packed), -1, bits)
+    return torch.from_numpy(np.packbits(each, axis=2, bitorder="little")[:, :, 0]).to(torch.int64)
