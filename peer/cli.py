@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
+MBPS = click.FloatRange(min=0.1)
 LEVELS = click.Choice(["debug", "info", "warning", "error"])
 
 
@@ -47,6 +49,8 @@ def peer() -> None:
 @click.option("--nvme", metavar="DIR", type=FOLDER, default=None, help="For what memory cannot hold. [default: none]")
 @click.option("--nvme-limit", metavar="SIZE", default=None, help="Of the files there. [default: free space]")
 @click.option("--nvme-writes-per-day", metavar="SIZE", default=None, help="Spares the drive. [default: no cap]")
+@click.option("--upload-mbps", metavar="X", type=MBPS, default=None, help="Megabits per second. [default: no cap]")
+@click.option("--download-mbps", metavar="X", type=MBPS, default=None, help="The same for what comes in.")
 @click.option("--listen", multiple=True, help="Multiaddr to listen on; repeatable. [default: any TCP port]")
 @click.option("--announce", multiple=True, help="Multiaddr that others should dial; repeatable.")
 @click.option("--log-file", type=click.Path(path_type=Path, dir_okay=False), default=None, help="JSON lines go here.")
@@ -64,6 +68,8 @@ def join(
     nvme: Path | None,
     nvme_limit: str | None,
     nvme_writes_per_day: str | None,
+    upload_mbps: float | None,
+    download_mbps: float | None,
     listen: tuple[str, ...],
     announce: tuple[str, ...],
     log_file: Path | None,
@@ -81,6 +87,7 @@ def join(
         limits = _limits(device_memory, host_memory, nvme, nvme_limit, nvme_writes_per_day)
         check_limits(limits)
         settings = _settings(name, data_dir, device, threads, stages, limits, listen, announce)
+        settings = replace(settings, upload_mbps=upload_mbps, download_mbps=download_mbps)
         parsed = Invite.from_text(invite)
         set_up_logging(level=log_level, file=log_file)
         from peer.app import join_run  # imports torch and hivemind

@@ -22,6 +22,7 @@ from protocol.transport.blobs import Blobs
 from protocol.transport.calls import Calls
 from protocol.transport.node import Node
 from protocol.transport.streams import Streams
+from protocol.transport.throttle import Line, Throttle
 
 log = structlog.get_logger()
 
@@ -33,6 +34,7 @@ class Link:
     """A live connection to a swarm."""
 
     node: Node
+    line: Line
     streams: Streams
     calls: Calls
     blobs: Blobs
@@ -87,10 +89,12 @@ async def connected(invite: Invite, settings: PeerSettings) -> AsyncIterator[Lin
         run=invite.run,
         coordinator=invite.coordinator,
     )
-    streams = Streams(node.p2p)
+    line = Line(up=Throttle(mbps=settings.upload_mbps), down=Throttle(mbps=settings.download_mbps))
+    streams = Streams(node.p2p, line=line)
     try:
         yield Link(
             node=node,
+            line=line,
             streams=streams,
             calls=Calls(streams, run=invite.run, coordinator=invite.coordinator),
             blobs=Blobs(streams, run=invite.run),

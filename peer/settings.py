@@ -45,6 +45,9 @@ class PeerSettings:
     """Memory for kept activations; beyond it they are recomputed."""
     limits: Limits = field(default_factory=Limits)
     """Of memory, and of an NVMe drive for what fits nowhere else."""
+    upload_mbps: float | None = None
+    download_mbps: float | None = None
+    """How much of the home's line the peer may take, in megabits (10^6) per second; None: all of it."""
 
     def nvme_folder(self, run: RunId, peer: PeerId) -> Path | None:
         """Return where this peer's state of a run belongs on the NVMe drive, if it may use one."""

@@ -158,7 +158,7 @@ class SpanParts:
             num_numbers=lambda round_id: len(self._batches.plan(round_id)),
             round_deadline_s=manifest.timing.round_deadline_s,
         )
-        self._reduce = GroupReduce(link.node.p2p, namespace=run, folder=folder)
+        self._reduce = GroupReduce(link.node.p2p, namespace=run, folder=folder, line=link.line)
         self._feeder = Feeder(
             run=run,
             me=link.peer_id,

@@ -138,6 +138,8 @@ class AveragingReport(Message):
     stage: StageId
     round: RoundId
     ballot: Count
+    group: Digest
+    """Names the ballot and who takes part with what: equal for all who averaged together."""
     members: Count
     asked: Count
     ok: bool
@@ -145,6 +147,8 @@ class AveragingReport(Message):
     bytes_sent: Count
     bytes_received: Count
     seconds: Seconds
+    hidden_seconds: Seconds = 0.0
+    """How many of them the stage took tasks in."""
 
 
 class WorkReport(Message):

@@ -139,6 +139,8 @@ class AveragingSpec(Message):
     mode: Annotated[AveragingMode, Field(strict=False)] = AveragingMode.GRADIENT
     codec: Literal["fp32", "fp16", "int8", "int4", "sparse"]
     """What is averaged travels in it. The last two leave out much, and are for `diloco`, which sends that later."""
+    overlap: bool = False
+    """Average one round while the next one computes: its result comes a round late."""
     microbatches_per_step: Positive = 1
     """`diloco`: how many a replica adds up for a step of its own."""
     outer_learning_rate: Annotated[float, Field(gt=0, le=2)] = 0.7

@@ -69,9 +69,11 @@ def _stage(stage: Mapping[str, Any]) -> str:
     last = stage["last_averaging"]
     if last is None:
         return text
-    how = "" if last["ok"] else "failed, "
-    size = f"{num_bytes(last['num_bytes'])} in {last['seconds']:.1f} s"
-    return f"{text}  averaged {how}{last['took_part']} of {last['asked']}, {size}"
+    if not last["ok"]:
+        return f"{text}  averaging of {last['took_part']} of {last['asked']} failed: {_plain(last['reason'])}"
+    size = f"{num_bytes(last['bytes_sent'])} up, {num_bytes(last['bytes_received'])} down in {last['seconds']:.1f} s"
+    hidden = f" ({last['hidden_share']:.0%} hidden)" if last["hidden_share"] else ""
+    return f"{text}  averaged {last['took_part']} of {last['asked']}, {size}{hidden}, group {last['group'][:8]}"
 
 
 def _peers(document: Mapping[str, Any]) -> Iterator[str]:

@@ -196,7 +196,7 @@ def add_averaging(
 ) -> None:
     """Add one member's view of one attempt to average."""
     db.execute(
-        "INSERT OR IGNORE INTO averagings VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT OR IGNORE INTO averagings VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             peer,
             sequence,
@@ -211,6 +211,8 @@ def add_averaging(
             report.bytes_received,
             report.seconds,
             received_s,
+            report.group,
+            report.hidden_seconds,
         ),
     )
 

@@ -201,6 +201,11 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX commits_by_stage ON commits (stage, round);
     CREATE INDEX commits_by_closing ON commits (closing);
     """,
+    # Which members averaged together, and how much of that cost nobody any time.
+    """
+    ALTER TABLE averagings ADD COLUMN reduce_group BLOB NOT NULL DEFAULT x'';
+    ALTER TABLE averagings ADD COLUMN hidden_seconds REAL NOT NULL DEFAULT 0;
+    """,
 )
 
 SCHEMA_VERSION = len(MIGRATIONS)

@@ -100,8 +100,13 @@ class LastAveraging:
     reason: str
     took_part: int
     asked: int
-    num_bytes: int
+    group: str
+    """Its hash, in hex: the same for all who averaged together. Empty if they do not agree on it."""
+    bytes_sent: int
+    bytes_received: int
     seconds: float
+    hidden_share: float
+    """Of the seconds: for how many the stage went on training."""
 
 
 _REPORTED = """
@@ -251,12 +256,14 @@ def tokens_per_s(db: sqlite3.Connection) -> float | None:
 def last_averagings(db: sqlite3.Connection) -> list[LastAveraging]:
     """Return the newest attempt of every stage that ever tried.
 
-    Bytes are what the members sent, so each crossed the network once; seconds are the slowest member's.
+    Bytes are those of all members together; seconds are the slowest member's, and what is hidden is the mean.
     """
     rows = db.execute(
         """
         SELECT a.stage, a.round, a.ballot, max(a.ok), max(CASE WHEN a.ok THEN '' ELSE a.reason END), max(a.members),
-               max(a.asked), CAST(TOTAL(a.bytes_sent) AS INTEGER), max(a.seconds)
+               max(a.asked), CASE WHEN count(DISTINCT a.reduce_group) = 1 THEN hex(max(a.reduce_group)) ELSE '' END,
+               CAST(TOTAL(a.bytes_sent) AS INTEGER), CAST(TOTAL(a.bytes_received) AS INTEGER), max(a.seconds),
+               CASE WHEN TOTAL(a.seconds) > 0 THEN TOTAL(a.hidden_seconds) / TOTAL(a.seconds) ELSE 0 END
         FROM averagings AS a
         JOIN (
             SELECT stage, round, max(ballot) AS ballot FROM averagings AS b
@@ -274,10 +281,13 @@ def last_averagings(db: sqlite3.Connection) -> list[LastAveraging]:
             reason="" if ok else reason,
             took_part=members,
             asked=asked,
-            num_bytes=num_bytes,
+            group=group.lower(),
+            bytes_sent=sent,
+            bytes_received=received,
             seconds=seconds,
+            hidden_share=min(1.0, hidden_share),
         )
-        for stage, round_id, ballot, ok, reason, members, asked, num_bytes, seconds in rows
+        for stage, round_id, ballot, ok, reason, members, asked, group, sent, received, seconds, hidden_share in rows
     ]
 
 

@@ -219,9 +219,9 @@ class StageDriver:
                 self._send(to, message)
             case events.OpenRound():
                 await self._open_round(action)
-            case events.Freeze(closing, signed):
+            case events.Freeze(closing, signed, replaces):
                 self._reports.add(ClosingReport(closing=signed))
-                self._freeze(closing)
+                self._freeze(closing, replaces=replaces)
             case events.StartReduce():
                 task = self._start(self._run_reduce(action), name=f"reduce-{self.stage}-{action.round}")
                 self._reducing[action.group_id] = task
@@ -249,8 +249,8 @@ class StageDriver:
 
     async def _open_round(self, action: events.OpenRound) -> None:
         # Before anybody is let in: a task would only wait behind the writing, and its caller's patience with it.
-        if self._is_snapshot_due(action.round):
-            self._snapshot = await self.take_snapshot(action.round, action.version, action.lineage)
+        if self._is_snapshot_due(action.first_round):
+            self._snapshot = await self.take_snapshot(action.first_round, action.version, action.lineage)
         await self._compute.run(
             lambda: self._engine.open(self.stage, action.round, fresh=action.fresh), priority=Priority.CONTROL
         )
@@ -260,7 +260,7 @@ class StageDriver:
             self._gate.open(self.stage, round_id=action.round, version=action.version, lineage=action.lineage)
         log.info("round.open", stage=self.stage, round=action.round, version=action.version, peers=len(action.members))
 
-    def _freeze(self, closing: Closing) -> None:
+    def _freeze(self, closing: Closing, *, replaces: bool) -> None:
         """Stop adding to the sum, in the thread that adds; tell the machine afterwards what the sum stands for.
 
         The microbatch at hand may take longer than others have patience, so the machine goes on answering meanwhile.
@@ -268,7 +268,9 @@ class StageDriver:
         self._gate.freeze(self.stage)
         self._hooks.on_freeze(closing)
         # queued at once: nothing that comes after this in the compute thread may come before it
-        freezing = self._compute.submit(lambda: self._engine.freeze(self.stage), priority=Priority.CONTROL)
+        freezing = self._compute.submit(
+            lambda: self._engine.freeze(self.stage, replaces=replaces), priority=Priority.CONTROL
+        )
 
         async def tell() -> None:
             with self._pausing():
@@ -280,6 +282,7 @@ class StageDriver:
         """Sum what was frozen with the group, or average it; stage the bytes; report how it went."""
         engine = self._engine.engines[self.stage]
         shards = Shards([layout.num_elements for layout in engine.shards], engine.contribution_shard)
+        open_before_s = self._gate.open_s(self.stage)
         try:
             try:
                 reduced = await self._reduce.reduce(self._group_of(action), shards)
@@ -292,11 +295,12 @@ class StageDriver:
             if is_ours and not self._engine.note_fault(error):
                 raise  # a full disk, say: every further ballot would fail as well, and nobody would learn why
             suspect = error.peer if isinstance(error, ReduceError) and error.peer != self._me else None
-            self._reported(action, None, _reason(error))
+            self._reported(action, None, reason=_reason(error))
             self.post(events.ReduceFailed(action.group_id, _reason(error), suspect))
             return
         self._stage_update(reduced.digest, update)
-        self._reported(action, reduced, "")
+        hidden_s = self._gate.open_s(self.stage) - open_before_s
+        self._reported(action, reduced, hidden_s=min(hidden_s, reduced.seconds))
         self.post(events.ReduceDone(action.group_id, reduced.digest, norm))
 
     def _group_of(self, action: events.StartReduce) -> ReduceGroup:
@@ -317,7 +321,9 @@ class StageDriver:
         norm = await self._compute.run(lambda: update_norm(engine, update), priority=Priority.CONTROL)
         return replace(update, norm=norm), norm
 
-    def _reported(self, action: events.StartReduce, reduced: Reduced | None, reason: str) -> None:
+    def _reported(
+        self, action: events.StartReduce, reduced: Reduced | None, *, reason: str = "", hidden_s: float = 0.0
+    ) -> None:
         """Count an attempt; a stage with one member averages nothing and reports nothing."""
         self.statistics.last_group, self.statistics.last_asked = len(action.group), action.num_asked
         if len(action.group) == 1 and action.num_asked == 1:
@@ -329,6 +335,7 @@ class StageDriver:
                 stage=self.stage,
                 round=action.round,
                 ballot=action.ballot,
+                group=action.group_id,
                 members=len(action.group),
                 asked=action.num_asked,
                 ok=reduced is not None,
@@ -336,6 +343,7 @@ class StageDriver:
                 bytes_sent=0 if reduced is None else reduced.bytes_sent,
                 bytes_received=0 if reduced is None else reduced.bytes_received,
                 seconds=0.0 if reduced is None else reduced.seconds,
+                hidden_seconds=hidden_s,
             )
         )
 
@@ -420,7 +428,9 @@ class StageDriver:
             with self._pausing(steps[-1].commit):
                 if self._engine.is_open(self.stage):  # nobody has told us that the round is over
                     self._gate.freeze(self.stage)
-                    await self._compute.run(lambda: self._engine.freeze(self.stage), priority=Priority.CONTROL)
+                    await self._compute.run(
+                        lambda: self._engine.freeze(self.stage, replaces=True), priority=Priority.CONTROL
+                    )
                 for step in steps:
                     if step.commit.version > engine.version:
                         update = await self._sync.fetch_update(step.commit, self._known(sources, step.commit))

@@ -30,6 +30,7 @@ from peer.averaging.spool import Spool
 from peer.codecs import codec
 from protocol.errors import LocalFault
 from protocol.ids import Digest, digest
+from protocol.transport.throttle import Line
 
 log = structlog.get_logger()
 
@@ -40,10 +41,16 @@ class GroupReduce:
     """Sums shards over groups. One per process and namespace; any number of groups at a time."""
 
     def __init__(
-        self, p2p: P2P, *, namespace: str, folder: Path | None = None, early_wait_s: float = EARLY_WAIT_S
+        self,
+        p2p: P2P,
+        *,
+        namespace: str,
+        folder: Path | None = None,
+        line: Line | None = None,
+        early_wait_s: float = EARLY_WAIT_S,
     ) -> None:
         """Long results are put into `folder` while they come in; without one they are in memory."""
-        self._link = Link(p2p)
+        self._link = Link(p2p, line)
         self._namespace, self._folder = namespace, folder
         self._service = ReduceService(from_hivemind(p2p.peer_id), early_wait_s=early_wait_s)
 

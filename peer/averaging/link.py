@@ -25,6 +25,7 @@ from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from protocol.errors import RefusedError, SwarmError, UnreachableError, WireError
 from protocol.ids import PeerId
 from protocol.transport.dial import dial, hang_up
+from protocol.transport.throttle import Lane, Line
 
 log = structlog.get_logger()
 
@@ -55,8 +56,9 @@ def from_hivemind(peer: PeerID) -> PeerId:
 class Link:
     """One p2p daemon, shared by all groups of this process."""
 
-    def __init__(self, p2p: P2P) -> None:
-        self._p2p = p2p
+    def __init__(self, p2p: P2P, line: Line | None = None) -> None:
+        """What goes over `line` takes turns with the rest of this peer, which goes first."""
+        self._p2p, self._line = p2p, line or Line()
         self._served: Counter[PeerID] = Counter()
         self._serving: set[asyncio.Task[Any]] = set()
 
@@ -82,7 +84,7 @@ class Link:
         Raises `UnreachableError` if the peer or the handler is not there, `DeadlineError` if it takes too long.
         """
         reader, writer = await dial(self._p2p, peer, name)
-        return Exchange(peer, BoundedReader(reader), writer, requests, answer_type)
+        return Exchange(peer, LinkReader(reader, self._line), LinkWriter(writer, self._line), requests, answer_type)
 
     async def add_protobuf_handler(
         self,
@@ -102,9 +104,8 @@ class Link:
             try:
                 with self._admission(info.peer_id) as admitted:
                     if admitted:
-                        await _serve(
-                            handler, _requests(BoundedReader(reader), request_type, info.peer_id), context, writer
-                        )
+                        requests = _requests(LinkReader(reader, self._line), request_type, info.peer_id)
+                        await _serve(handler, requests, context, LinkWriter(writer, self._line))
                         await hang_up(writer)
             except asyncio.CancelledError:  # by the runner that is done with this stream, or by `remove_...`
                 return  # asyncio 3.11 stumbles over a connection whose task ends as cancelled
@@ -145,17 +146,39 @@ class Link:
         return self._p2p._client.control.daemon_connector
 
 
-class BoundedReader:
-    """The one method of a stream reader that hivemind's protobuf streams use, with a limit."""
+class LinkReader:
+    """The one method of a stream reader that hivemind's protobuf streams use: bounded, and in turn with others."""
 
-    def __init__(self, reader: asyncio.StreamReader) -> None:
-        self._reader = reader
+    def __init__(self, reader: asyncio.StreamReader, line: Line) -> None:
+        self._reader, self._line = reader, line
 
     async def readexactly(self, num_bytes: int) -> bytes:
         """Read exactly `num_bytes`, or raise `WireError` before reading if they are too many."""
         if num_bytes > MAX_REDUCE_MESSAGE_BYTES:
             raise WireError(f"message of {num_bytes} bytes is over the limit of {MAX_REDUCE_MESSAGE_BYTES}")
-        return await self._reader.readexactly(num_bytes)
+        data = await self._reader.readexactly(num_bytes)
+        await self._line.down.take(num_bytes, Lane.BULK)  # unread, what follows stays where it is
+        return data
+
+
+class LinkWriter:
+    """A stream writer, for whole messages: in turn with others."""
+
+    def __init__(self, writer: asyncio.StreamWriter, line: Line) -> None:
+        self._writer, self._line = writer, line
+
+    @property
+    def transport(self) -> asyncio.WriteTransport:
+        return self._writer.transport
+
+    async def send(self, message: Message) -> bool:
+        """Send a message; False if nobody is listening any more."""
+        await self._line.up.take(message.ByteSize(), Lane.BULK)
+        try:
+            await P2P.send_protobuf(message, self._writer)
+        except WRITE_ENDED:
+            return False
+        return True
 
 
 class Exchange:
@@ -164,8 +187,8 @@ class Exchange:
     def __init__(
         self,
         peer: PeerID,
-        reader: BoundedReader,
-        writer: asyncio.StreamWriter,
+        reader: LinkReader,
+        writer: LinkWriter,
         requests: AsyncGenerator[Message, None],
         answer_type: type[Message],
     ) -> None:
@@ -208,9 +231,9 @@ class Exchange:
     async def _write(self) -> None:
         try:
             async for request in self._requests:
-                if not await _send(request, self._writer):
+                if not await self._writer.send(request):
                     return  # nobody is listening any more; the reading side sees the same end
-            await _send(P2P.END_OF_STREAM, self._writer)
+            await self._writer.send(P2P.END_OF_STREAM)
         finally:
             await self._requests.aclose()
 
@@ -257,17 +280,15 @@ class Inbox(Generic[T]):
 
 
 async def _serve(
-    handler: Handler, requests: AsyncGenerator[Message, None], context: P2PContext, writer: asyncio.StreamWriter
+    handler: Handler, requests: AsyncGenerator[Message, None], context: P2PContext, writer: LinkWriter
 ) -> None:
     async with aclosing(requests), aclosing(handler(requests, context)) as answers:
         async for answer in answers:
-            if not await _send(answer, writer):
+            if not await writer.send(answer):
                 return
 
 
-async def _requests(
-    reader: BoundedReader, request_type: type[Message], caller: PeerID
-) -> AsyncGenerator[Message, None]:
+async def _requests(reader: LinkReader, request_type: type[Message], caller: PeerID) -> AsyncGenerator[Message, None]:
     """Yield what a caller sends until it ends the stream properly. Raises `UnreachableError` if it just vanishes."""
     while True:
         try:
@@ -279,12 +300,3 @@ async def _requests(
         if request is None:  # hivemind's end-of-stream message
             return
         yield request
-
-
-async def _send(message: Message, writer: asyncio.StreamWriter) -> bool:
-    """Send a message; False if nobody is listening any more."""
-    try:
-        await P2P.send_protobuf(message, writer)
-    except WRITE_ENDED:
-        return False
-    return True

@@ -68,6 +68,7 @@ def round_rules(manifest: Manifest, stage: StageId) -> RoundRules:
         # in diloco mode every local step was clipped already
         clip_threshold=math.inf if is_diloco else clip_threshold(manifest, stage),
         last_round=RoundId(manifest.batch.num_rounds),
+        overlap=manifest.averaging.overlap,
     )
 
 

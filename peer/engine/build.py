@@ -26,7 +26,7 @@ from peer.memory.disk.durable_files import allocated_bytes
 from peer.memory.disk.store_folder import TABLE_FILE
 from peer.memory.executor import Executor, open_memory
 from peer.memory.placement import Tier
-from peer.memory.units import OUTER, Inventory
+from peer.memory.units import OUTER, Inventory, Section
 from peer.model.stage import Stage, build_stage
 from peer.settings import PeerSettings
 from protocol.errors import LocalFault
@@ -60,8 +60,7 @@ def build_span(
         models = {stage: _model(manifest, stage, device) for stage in stages}
         layouts = [layout for model in models.values() for layout in model.layouts]
         outer = _outer(manifest)
-        sections = () if outer is None else OUTER
-        inventory = Inventory(layouts, optimizer.name, optimizer.master, outer=sections)
+        inventory = Inventory(layouts, optimizer.name, optimizer.master, apart=sections_apart(manifest))
         backend = backend_for(device)
         undo.callback(backend.close)
         chosen = choose(
@@ -98,6 +97,7 @@ def build_span(
             in_flight=chosen.in_flight,
             memory=memory,
             local=None if outer is None else _local_rules(manifest, stages),
+            overlap=manifest.averaging.overlap,
         )
         if nvme is not None and not chosen.placement.uses(Tier.NVME) and (nvme / TABLE_FILE).exists():
             span.resumed = move_in(memory, engines, folder=nvme, fingerprint=fingerprint)
@@ -150,6 +150,13 @@ def _engines(
         )
         first_block = own.stop
     return engines
+
+
+def sections_apart(manifest: Manifest) -> tuple[Section, ...]:
+    """Return what a run keeps besides weights, gradients and moments."""
+    if manifest.averaging.mode is AveragingMode.DILOCO:
+        return OUTER
+    return (Section.HELD,) if manifest.averaging.overlap else ()
 
 
 def _outer(manifest: Manifest) -> OuterSpec | None:

@@ -78,15 +78,18 @@ class SpanEngine:
         in_flight: int | None = None,
         memory: Executor | None = None,
         local: LocalRules | None = None,
+        overlap: bool = False,
     ) -> None:
         """`microbatch` is the run's (B, T), which no body may exceed; `wave` how many should pass the span together,
         and `wave_patience_s` how long the first of them should wait for the others. `in_flight` is how many
         may be between their forward and backward pass (None: as many as like). `memory` is what the engines share;
         without it, nothing of theirs is kept on NVMe. With `local`, stages take optimizer steps of their own within a
-        round, and contribute how far they have come by them.
+        round, and contribute how far they have come by them. With `overlap`, a round may be open while what the one
+        before has contributed is averaged.
         """
         self.engines = dict(sorted(engines.items()))
         self._local = None if local is None else LocalSteps(local)
+        self._overlap = overlap
         self.first = StageId(min(self.engines))
         self.last = StageId(max(self.engines))
         self.is_first = self.first == 0
@@ -105,14 +108,17 @@ class SpanEngine:
         self._open: dict[StageId, RoundId] = {}
         self._waiting: dict[int, SpanTicket] = {}
         self.accumulated_tokens: dict[StageId, int] = dict.fromkeys(self.engines, 0)
+        """The target tokens of what was added up since the last freeze."""
+        self._contributed_tokens: dict[StageId, int] = dict.fromkeys(self.engines, 0)
+        """Those of what was frozen, and is in no average yet as far as we know."""
 
     # -- rounds ---------------------------------------------------------------------------------------
 
     def open(self, stage: StageId, round_id: RoundId, *, fresh: bool = True) -> None:
-        """Begin a round at one stage: gradients of `round_id` count. After a void round the old sum stays.
+        """Begin a round at one stage: gradients of `round_id` count.
 
-        What was added up for a round that is begun anew does not count; neither do local steps that nothing has merged
-        since.
+        With `fresh` all that was added up before does not, and neither do local steps that nothing has merged since.
+        Otherwise what was frozen stays: its average is under way, or the round was void and the sum goes on.
         """
         engine = self.engines[stage]
         if fresh:
@@ -120,18 +126,22 @@ class SpanEngine:
             if self._local is not None:
                 self._local.drop(stage)
                 engine.forget_drift()
-            self.accumulated_tokens[stage] = 0
+            self.accumulated_tokens[stage] = self._contributed_tokens[stage] = 0
+        elif not self._overlap:
+            self.accumulated_tokens[stage] += self._contributed_tokens[stage]
+            self._contributed_tokens[stage] = 0
         self._open[stage] = round_id
 
     def is_open(self, stage: StageId) -> bool:
         """Tell whether a round is under way at a stage."""
         return stage in self._open
 
-    def freeze(self, stage: StageId, *, contributes: bool = True) -> int:
-        """End a stage's contribution to its round; return the target tokens in it: none if the sum overflowed.
+    def freeze(self, stage: StageId, *, contributes: bool = True, replaces: bool = False) -> int:
+        """End a stage's work on its round; return the target tokens of its contribution: none if the sum overflowed.
 
         With local steps, what was added up since the last one becomes one more; unless the stage does not contribute,
-        because its state is about to be replaced. A stage that is frozen already stays as it is.
+        because its state is about to be replaced. `replaces` says that the mean of what was contributed before is
+        absorbed next: this is a new contribution. Else it is added. A stage that is frozen already stays as it is.
         """
         frozen = self._open.pop(stage, None)
         for ticket in [t for t in self._waiting.values() if t.round == frozen and t.entry <= stage]:
@@ -142,8 +152,14 @@ class SpanEngine:
             self._step_locally(stage, self._local)
             if self._local.has_rest(stage):
                 self._drop_sum(stage)
-            self.engines[stage].turn(None)
-        return self.accumulated_tokens[stage]
+            if not replaces:  # or else the turn with the mean takes the contribution
+                self.engines[stage].turn(None)
+        if self.engines[stage].holds:
+            self.engines[stage].hold_gradients(on_top=not replaces and self._contributed_tokens[stage] > 0)
+        before = 0 if replaces else self._contributed_tokens[stage]
+        self._contributed_tokens[stage] = before + self.accumulated_tokens[stage]
+        self.accumulated_tokens[stage] = 0
+        return self._contributed_tokens[stage]
 
     # -- tasks ----------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ from peer.memory.executor import Executor, open_memory
 from peer.memory.placement import Placement, Tier, all_on_device
 from peer.memory.schedule import Kind, Visit, backward_visits, forward_visits
 from peer.memory.segments import Segment
-from peer.memory.units import OUTER, Inventory
+from peer.memory.units import OUTER, Inventory, Section
 from peer.model.loss import count_targets
 from peer.model.stage import Stage, build_stage
 from protocol.architecture import ModelConfig
@@ -119,15 +119,16 @@ class StageEngine(StageState):
         graphs: Mapping[Segment, Tier] = MappingProxyType({}),
         places: Mapping[Tier, Sequence[int]] = MappingProxyType({}),
         outer: OuterSpec | None = None,
+        holds: bool = False,
     ) -> Self:
         """Build one stage in memory of its own, on the CPU, with initial weights from `seed` (None: as they are).
 
         `nvme` is the folder for what `placement` puts there. What of `inputs` and `graphs` waits elsewhere (`Parking`)
-        gets `places` of these sizes in bytes.
+        gets `places` of these sizes in bytes. With `holds` gradient sums can be set aside (`hold_gradients`).
         """
         built = build_stage(config, num_stages=num_stages, stage=stage)
-        sections = () if outer is None else OUTER
-        inventory = Inventory(built.layouts, optimizer.name, optimizer.master, outer=sections)
+        apart = (*(() if outer is None else OUTER), *((Section.HELD,) if holds else ()))
+        inventory = Inventory(built.layouts, optimizer.name, optimizer.master, apart=apart)
         memory = open_memory(
             inventory,
             placement(inventory),

@@ -76,6 +76,7 @@ class StageState:
             self.anchored = Anchored(stage, memory, self._optimizer, outer, first_block=first_block)
         self._digest: Digest | None = None  # of the present state, if it is known
         self._fresh = set(self._blocks)  # blocks whose gradient sum is zero, whatever their buffers hold
+        self._held_units = tuple(self._units(Section.HELD))
 
     def initialise(self, seed: int) -> None:
         """Start from the weights that a run's seed defines, with an optimizer that has seen nothing."""
@@ -115,9 +116,27 @@ class StageState:
     def contribution_shard(self, number: int) -> Tensor:
         """Return what a shard contributes to an average: the gradient sum, or how far its weights have come.
 
-        Flat fp32 in host memory; may be called from any thread between the end of a round and what follows it.
+        Flat fp32 in host memory; may be called from any thread between the end of a round and what follows it, which
+        is the end of the next round if gradients are held or steps are our own.
         """
-        return self.gradient_shard(number) if self.anchored is None else self.anchored.contribution(number)
+        if self.anchored is not None:
+            return self.anchored.contribution(number)
+        return self._held(self._held_units[number]) if self._held_units else self.gradient_shard(number)
+
+    def hold_gradients(self, *, on_top: bool) -> None:
+        """Set the gradient sums aside for an average, and begin new ones.
+
+        They take the place of what was held, or are added to it (`on_top`).
+        """
+        for held, own in zip(self._held_units, self._gradient_units, strict=True):
+            gradient = self._gradient_of(own)
+            self._memory.put(held, (self._held(held).add(gradient) if on_top else gradient).view(torch.uint8))
+        self.zero_gradients()
+
+    @property
+    def holds(self) -> bool:
+        """Tell whether gradient sums are set aside to be averaged."""
+        return bool(self._held_units)
 
     def gradient_shards(self) -> list[Tensor]:
         """Return the gradient sums of all shards: for small stages only."""
@@ -297,6 +316,9 @@ class StageState:
     def _gradient_of(self, unit: Unit) -> Tensor:
         if not self._has(unit):
             return torch.zeros(self._memory.pool.inventory.layout(unit).num_elements)
+        return self._memory.look(unit).view(torch.float32).cpu()
+
+    def _held(self, unit: Unit) -> Tensor:
         return self._memory.look(unit).view(torch.float32).cpu()
 
     def _format(self) -> StateFormat:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from peer.memory.pages import padded
-from peer.memory.units import OUTER, Inventory, Section, Unit
+from peer.memory.units import APART, Inventory, Section, Unit
 
 
 class Tier(IntEnum):
@@ -78,7 +78,7 @@ def check_placement(inventory: Inventory, placement: Placement) -> None:
 
 def slot_bytes(inventory: Inventory, placement: Placement, section: Section) -> int:
     """Return the size of one slot: that of the largest thing that has to fit. 0 if everything lives on the device."""
-    if section in OUTER:
+    if section in APART:
         return 0
     elsewhere = [unit for unit in inventory.units(section) if not placement.is_on_device(unit)]
     if section is Section.MOMENTS:

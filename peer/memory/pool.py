@@ -23,9 +23,9 @@ from peer.memory.disk.store import NvmeStore, UnitSpec
 from peer.memory.pages import packed, padded
 from peer.memory.placement import Placement, Tier, check_placement, slot_bytes
 from peer.memory.schedule import AT_HOME
-from peer.memory.units import ELEMENT_BYTES, OUTER, Inventory, Section, Unit
+from peer.memory.units import APART, ELEMENT_BYTES, Inventory, Section, Unit
 
-DURABLE = (Section.WEIGHTS, Section.MOMENTS, *OUTER)
+DURABLE = (Section.WEIGHTS, Section.MOMENTS, *APART)
 """What is the state; the rest is work in progress."""
 
 IN_BLOCKS = (Section.WEIGHTS, Section.GRADIENT)

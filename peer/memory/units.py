@@ -31,12 +31,17 @@ class Section(StrEnum):
     """What a codec has not sent yet of our drift from the anchor."""
     SYNC = "sync"
     """The weights as they were when our drift was last taken."""
+    HELD = "held"
+    """The gradient sum of a round that is averaged while the next one adds up."""
 
 
 SLOTTED = (Section.WEIGHTS, Section.GRADIENT, Section.MOMENTS)
 """What computing needs on the device: it comes into a slot there unless it lives there."""
 
 OUTER = (Section.ANCHOR, Section.VELOCITY, Section.ERROR, Section.SYNC)
+"""What replicas with steps of their own keep."""
+
+APART = (*OUTER, Section.HELD)
 """What is touched when a round ends, where it lives: it takes no slots. fp32."""
 
 
@@ -57,12 +62,12 @@ class Inventory:
         optimizer: OptimizerName,
         master: MasterName = "fp32",
         *,
-        outer: Collection[Section] = (),
+        apart: Collection[Section] = (),
     ) -> None:
-        """`outer` names those of the sections in OUTER that there are."""
+        """`apart` names those of the sections in APART that there are."""
         self.blocks = tuple(blocks)
         self.optimizer, self.master = optimizer, master
-        self._absent = {*OUTER} - {*outer}
+        self._absent = {*APART} - {*apart}
         self.shards: tuple[tuple[ShardLayout, ...], ...] = tuple(block.shards() for block in blocks)
 
     def units(self, section: Section) -> Iterator[Unit]:

@@ -8,6 +8,8 @@ The rounds driver opens and freezes; the hop server and the feeder ask.
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import defaultdict
 from dataclasses import dataclass
 
 from protocol.hops import OpenTask, RefusalCode, Refused
@@ -24,6 +26,7 @@ class Opening:
     round: RoundId
     version: Version
     lineage: Lineage
+    opened_s: float
     is_open: bool = True
 
 
@@ -35,26 +38,32 @@ class Gate:
         self._stages: dict[StageId, Opening] = {}
         self._changed = asyncio.Event()
         self._left: set[StageId] = set()
+        self._open_s: defaultdict[StageId, float] = defaultdict(float)
+        """How long each stage was open, but for the present opening."""
         self.is_leaving = False
         """The whole span goes."""
 
     def open(self, stage: StageId, *, round_id: RoundId, version: Version, lineage: Lineage) -> None:
         """Let tasks of `round_id` in."""
-        if stage in self._stages:
-            self._stages[stage].is_open = False
-        self._stages[stage] = Opening(round_id, version, lineage)
+        self._close(stage)
+        self._stages[stage] = Opening(round_id, version, lineage, time.monotonic())
         self._notify()
 
     def freeze(self, stage: StageId) -> None:
         """Let nothing more of the current round in."""
-        if stage in self._stages:
-            self._stages[stage].is_open = False
-            self._notify()
+        self._close(stage)
+        self._notify()
 
     def leave(self, stage: StageId) -> None:
         """Let nothing in any more: this replica goes with the round that it has ended."""
         self._left.add(stage)
         self.freeze(stage)
+
+    def open_s(self, stage: StageId) -> float:
+        """Return for how many seconds a stage was open, all its openings together."""
+        known = self._stages.get(stage)
+        present_s = time.monotonic() - known.opened_s if known is not None and known.is_open else 0.0
+        return self._open_s[stage] + present_s
 
     def version_of(self, stage: StageId) -> Version:
         """Return a hosted stage's version (0 before it has begun)."""
@@ -111,6 +120,12 @@ class Gate:
         if (header.version, header.lineage) != (known.version, known.lineage):
             return Refused(code=RefusalCode.LINEAGE, detail=f"here it is version {known.version}")
         return None
+
+    def _close(self, stage: StageId) -> None:
+        known = self._stages.get(stage)
+        if known is not None and known.is_open:
+            self._open_s[stage] += time.monotonic() - known.opened_s
+            known.is_open = False
 
     def _notify(self) -> None:
         self._changed.set()

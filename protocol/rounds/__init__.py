@@ -28,13 +28,13 @@ for the same stage and peer, also within one process: promises are kept in memor
     machine wants (action)             answered by
     Resync(charter, sources)           Synced, as often as it takes; replaces everything that is in flight
     NewLineage                         -  (same state, new name: label snapshots with it)
-    OpenRound(round, version, fresh)   -  (take and feed tasks; `fresh`: accumulator to zero, else keep it)
-    Freeze(closing)                    Frozen(round, tokens), when nothing is added any more
+    OpenRound(round, version, fresh)   -  (take and feed tasks; `fresh`: accumulator to zero, else keep what is frozen)
+    Freeze(closing, replaces)          Frozen(round, tokens), when nothing is added any more
     StartReduce(group)                 ReduceDone(digest, norm of the sum) | ReduceFailed(reason, suspect)
     AbortReduce(group_id)              -
     Fetch(commit, sources)             Fetched(digest, norm) | FetchFailed: bytes into staging, not applied
-    Apply(commit)                      Applied | ApplyFailed: staged bytes * clip_scale / total_tokens, log, zero
-    Replay(steps, sources)             Applied | ApplyFailed, for the last step; zero the accumulator
+    Apply(commit)                      Applied | ApplyFailed: staged bytes * clip_scale / total_tokens, log
+    Replay(steps, sources)             Applied | ApplyFailed, for the last step
     BitsChanged(round, done)           -  (stage 0: numbers that nobody need feed)
     Send(to, message)                  -  (lost is lost; ClosingNotice to ourselves: for our other machines)
     Left                               Quit, once every machine of this peer has said it

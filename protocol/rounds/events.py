@@ -55,7 +55,7 @@ class TaskDone:
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """Answers `Freeze`: nothing is added any more; the accumulator stands for so many target tokens."""
+    """Answers `Freeze`: nothing is added any more; the contribution stands for so many target tokens."""
 
     round: RoundId
     tokens: int
@@ -175,10 +175,13 @@ class Send:
 class OpenRound:
     """Take tasks of this round at this version, from now on.
 
-    With `fresh` the accumulator starts at zero; otherwise the last round was void and it keeps what it has.
+    With `fresh` the accumulator starts at zero. Otherwise what was frozen is kept: the last round was void, or its
+    averaging is hidden behind this one.
     """
 
     round: RoundId
+    first_round: RoundId
+    """The state is what all rounds before this one have led to; that of `round` but for an averaging under way."""
     version: Version
     lineage: Lineage
     members: tuple[PeerId, ...]
@@ -187,15 +190,20 @@ class OpenRound:
 
 @dataclass(frozen=True, slots=True)
 class Freeze:
-    """Refuse new tasks, end those that are running, then report `Frozen`. The accumulator stays."""
+    """Refuse new tasks, end those that are running, then report `Frozen`.
+
+    What was added up becomes the contribution: instead of the one before, if a commit of that is about to be applied
+    (`replaces`), else on top of it.
+    """
 
     closing: Closing
     signed: Signed
+    replaces: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartReduce:
-    """Sum the frozen accumulators of `group` in its order into staging."""
+    """Sum the frozen contributions of `group` in its order into staging."""
 
     group_id: Digest
     round: RoundId
@@ -223,7 +231,7 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Apply:
-    """Apply the staged bytes (scaled by `clip_scale / total_tokens`), log them, clear the accumulator."""
+    """Apply the staged bytes (scaled by `clip_scale / total_tokens`), and log them."""
 
     commit: Commit
     signed: Signed
@@ -241,7 +249,7 @@ class CommitStep:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """Fetch and apply the bytes of these commits, oldest first; clear the accumulator; answer for the last."""
+    """Fetch and apply the bytes of these commits, oldest first; answer for the last."""
 
     steps: tuple[CommitStep, ...]
     sources: tuple[PeerId, ...]

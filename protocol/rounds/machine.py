@@ -154,7 +154,7 @@ class RoundMachine:
         failed = member.steward.num_failed if member.steward is not None else 0
         return RoundStatistics(
             standing=member.standing,
-            round=slot.round if slot is not None else None,
+            round=member.round,
             version=member.applied.version if member.applied is not None else None,
             lineage=member.applied.lineage if member.applied is not None else None,
             generation=member.chain.generation if member.chain is not None else 0,
@@ -209,7 +209,7 @@ class RoundMachine:
                 if member.clock is not None and member.clock.round == round_id:
                     return member.clock.on_task_done(task)
             case Frozen():
-                return member.on_frozen(event)
+                return member.on_frozen(event, now_s)
             case ReduceDone() | ReduceFailed():
                 return member.voter.on_reduced(event) if member.voter is not None else []
             case Fetched() | FetchFailed():
@@ -327,7 +327,7 @@ class RoundMachine:
         slot, voter = member.slot, member.voter
         if slot is None or voter is None or any(isinstance(each, Report) for each in actions):
             return actions
-        if slot.newest_closing is None:  # we know that its round was void
+        if slot.due_closing is None:  # we know that its round was void
             void = VoidRound(stage=ping.stage, parent=ping.parent, ballot=ping.ballot, round=RoundId(slot.round - 1))
             proof = self._gossip.on_ask_closing(sender, slot.round - 2)
             return [*actions, *proof, Send(sender, void)]

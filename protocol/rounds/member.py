@@ -9,6 +9,16 @@ messages), gossip, repetition of announcements.
      ^                       ^ ^------------ void --------------'                          |
      |                       '-------------------- Applied, seated ------------------------|
      '-- cannot catch up --  LISTENING <---------- Applied, not seated --------------------'
+
+With overlap the next round is opened, at the version that is there, as soon as one is frozen, and averages travel while
+it computes. The commit that becomes final meanwhile waits for the end of that round: then it is frozen, the commit is
+applied, and so on. All members apply it at this boundary, so a task knows its version; who has no tasks of that round
+(a joiner, or one that was away) need not wait.
+
+    round r         | round r+1       | round r+2
+    tasks at v      | tasks at v      | tasks at v+1
+                    | ballots of r    | ballots of r+1
+               Freeze            Freeze, Apply v+1
 """
 
 from __future__ import annotations
@@ -75,6 +85,15 @@ class LastCommit:
     double_counted: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Late:
+    """A final commit that has to wait: how to get there."""
+
+    apply: Apply | None
+    """The bytes are staged; None: they have to be fetched from `sources`."""
+    sources: tuple[PeerId, ...]
+
+
 class Member:
     """The replica itself."""
 
@@ -97,6 +116,9 @@ class Member:
         self.num_failed_ballots = 0
         self._generation = 0
         self._awaiting: Lineage | None = None  # what the driver is applying
+        self._opened: RoundId | None = None  # the round whose tasks we take, or took last
+        self._late: _Late | None = None  # waits for the end of that round
+        self._keeps_work = False  # what is being applied was late: what was frozen since then stays
         self._stood_generation = 0
         self._given_up: Lineage | None = None
         self._syncing = False
@@ -109,11 +131,23 @@ class Member:
     def standing(self) -> Standing:
         if self.chain is None or self.applied is None:
             return Standing.OUT
-        if self.applied.lineage != self.chain.head.lineage:
+        if self.applied.lineage != self.chain.head.lineage and self._late is None:
             return Standing.APPLYING
         if self.slot is None:
             return Standing.LISTENING
-        return Standing.FROZEN if self.slot.frozen else Standing.OPEN
+        return Standing.FROZEN if self.slot.frozen and not self._is_ahead else Standing.OPEN
+
+    @property
+    def round(self) -> RoundId | None:
+        """The round whose tasks we take, or would take as a member if its time had come."""
+        if self.slot is None:
+            return None
+        return self._opened if self._opened is not None and self._is_ahead else self.slot.round
+
+    @property
+    def _is_ahead(self) -> bool:
+        """Tell whether tasks are taken of the round after the one that is averaged."""
+        return self.slot is not None and self._opened is not None and self._opened > self.slot.round
 
     # -- charter and state -------------------------------------------------------------------------
 
@@ -166,6 +200,7 @@ class Member:
             charter = self.chain.signed_charter
         sources = self._neighbours.hosts(self._settings.stage)
         self.chain = self.applied = self._awaiting = self._retry_from = self.state_digest = None
+        self._opened, self._late, self._keeps_work = None, None, False
         self._syncing, self._attempts = True, 0
         return [*actions, Resync(charter, sources)]
 
@@ -205,15 +240,18 @@ class Member:
         if self.chain is None:
             return Word(sender, now_s)
         head = self.chain.head
-        return Word(sender, now_s, head.members, head.next_round if self.slot is None else self.slot.round)
+        return Word(sender, now_s, head.members, head.next_round if self.round is None else self.round)
 
-    def on_frozen(self, event: Frozen) -> list[Step]:
-        """Answer the pings that waited for it. A void round's answer may come when the next is frozen already."""
+    def on_frozen(self, event: Frozen, now_s: float) -> list[Step]:
+        """Go on to averaging, or to what had to wait for the end of the round.
+
+        A void round's answer may come when the next is frozen already.
+        """
         slot = self.slot
-        if slot is None or self.voter is None or slot.freezing != event.round:
+        if slot is None or slot.freezing != event.round:
             return []
-        slot.freezing, slot.tokens = None, event.tokens
-        return self.voter.on_frozen()
+        slot.freezing, slot.contribution = None, event.tokens
+        return self._average(now_s) if slot.applied else self._apply_late()
 
     def on_void(self, sender: PeerId, void: VoidRound, now_s: float) -> list[Step]:
         """Go on to the next round with what we have: nothing was there to be averaged."""
@@ -228,10 +266,11 @@ class Member:
         if self.steward is not None:
             self.steward.stop()
         self.num_voids += 1
-        if self.leaving.is_wanted and not slot.tokens:
+        if self.leaving.is_wanted and not slot.tokens and not self._is_ahead:
             actions.append(Left())
-        slot.round, slot.frozen, slot.freezing, slot.tokens = RoundId(void.round + 1), False, None, None
-        return [*actions, *self._open(now_s, fresh=False)] if slot.applied else actions
+        slot.leaving = self.leaving.is_wanted
+        slot.round, slot.frozen, slot.freezing, slot.contribution = RoundId(void.round + 1), False, None, None
+        return [*actions, *(self._open(now_s, fresh=False) if slot.applied else self._apply_late())]
 
     # -- commits -----------------------------------------------------------------------------------
 
@@ -250,6 +289,7 @@ class Member:
         if slot is not None and slot.staged is not None and slot.staged.digest == commit.digest:
             check_scale(self._settings.rules, commit, slot.staged)  # final or not: we apply nothing that is wrong
         actions = self._report_if_left_out(signed)
+        clock, self._keeps_work = self.clock, False
         actions += self._end_slot()
         link = self.chain.extend(signed)
         self.leaving.forget_heirs()
@@ -263,10 +303,11 @@ class Member:
             commit.double_counted,
         )
         self._new_slot(now_s)
-        if can_apply:
-            self._awaiting = link.lineage
-            return [*actions, Apply(commit, signed, link.lineage)]
-        return [*actions, *self._replay(sources)]
+        apply = Apply(commit, signed, link.lineage) if can_apply else None
+        if self.slot is not None and self._awaiting is None and self._opened == self.slot.round:
+            self._late, self.clock = _Late(apply, sources), clock
+            return [*actions, *self._freeze(now_s)]
+        return [*actions, *self._apply(apply, sources)]
 
     def on_applied(self, event: Applied, now_s: float) -> list[Step]:
         """Open the next round, or go on if the chain has grown meanwhile."""
@@ -278,7 +319,8 @@ class Member:
             return self.resync(None)
         if event.lineage != self.chain.head.lineage:
             return self._replay(())
-        return self._open(now_s, fresh=True)
+        keeps_work, self._keeps_work = self._keeps_work, False
+        return self._open(now_s, fresh=not keeps_work)
 
     def on_apply_failed(self, event: ApplyFailed) -> list[Step]:
         """Try again from anybody who may have the bytes; then give up and fetch the whole state."""
@@ -292,11 +334,11 @@ class Member:
         return []
 
     def on_drain(self, _event: Drain) -> list[Step]:
-        """Leave with the next commit; at once if no work of ours is waiting for one."""
+        """Leave with the next commit that has all our work in it; at once if none is waiting for one."""
         self.leaving.is_wanted = True
         if self.slot is None:
             return self.leaving.if_safe(self.chain, self.applied)
-        self.slot.leaving = True
+        self.slot.leaving = not self._is_ahead
         return []
 
     def note_heir(self, peer: PeerId) -> list[Step]:
@@ -315,7 +357,7 @@ class Member:
         if self.slot is None:
             return actions
         self.refresh_slot(now_s)
-        if self.clock is not None and self.standing is Standing.OPEN:
+        if self.clock is not None:
             actions += self.clock.tick(now_s)
         if self.steward is not None:
             actions += self.steward.tick(now_s)
@@ -374,7 +416,14 @@ class Member:
         if settings.me not in head.seats or head.lineage == self._given_up:
             return
         order = steward_order(settings.run, settings.stage, head.lineage, head.members)
-        slot = Slot(parent=head, order=order, round=head.next_round, heard_s=now_s, leaving=self.leaving.is_wanted)
+        slot = Slot(
+            parent=head,
+            order=order,
+            round=head.next_round,
+            heard_s=now_s,
+            one_by_one=settings.rules.overlap,
+            leaving=self.leaving.is_wanted,
+        )
         slot.closings.update(self.closings.since(slot.round))
         self.slot = slot
         self.voter = Voter(settings, slot, self.chain)
@@ -385,39 +434,84 @@ class Member:
         slot = self.slot
         if self.steward is not None:
             self.num_failed_ballots += self.steward.num_failed
-        self.slot = self.voter = self.steward = self.clock = None
+        self.slot = self.voter = self.steward = self.clock = self._late = None
         return [AbortReduce(slot.reducing.group_id)] if slot is not None and slot.reducing else []
 
     def _open(self, now_s: float, *, fresh: bool) -> list[Step]:
-        """Take tasks of the slot's round; freeze again at once if that round is already over."""
+        """Take tasks of the slot's round; freeze again at once if that round is already over.
+
+        If it was frozen before its parent could be applied, all that is left is to average.
+        """
         slot = self.slot
         left = self.leaving.if_safe(self.chain, self.applied) if fresh else []
         if slot is None:
             return left
         slot.applied = True  # also when leaving: until the process ends, a stage may have nobody else
+        if slot.frozen:
+            return [*left, *self._average(now_s)]
+        if fresh or self._opened != slot.round:
+            left += self._take_tasks(slot.round, now_s, fresh=fresh)
+        return [*left, *self._freeze(now_s)]
+
+    def _take_tasks(self, round_id: RoundId, now_s: float, *, fresh: bool) -> list[Step]:
+        """Open a round at the version that is there."""
+        assert self.slot is not None
+        parent = self.slot.parent
+        self._opened = round_id
         if self._settings.stage == FIRST_STAGE:
-            self.clock = Clock(self._settings, slot.round, slot.living, now_s)
+            self.clock = Clock(self._settings, round_id, self.slot.living, now_s)
         opened = OpenRound(
-            round=slot.round,
-            version=slot.parent.version,
-            lineage=slot.parent.lineage,
-            members=slot.parent.members,
+            round=round_id,
+            first_round=self.slot.round,
+            version=parent.version,
+            lineage=parent.lineage,
+            members=parent.members,
             fresh=fresh,
         )
-        return [*left, opened, *self._freeze(now_s)]
+        return [opened]
 
     def _freeze(self, now_s: float) -> list[Step]:
         slot = self.slot
-        if slot is None or not slot.applied or slot.frozen:
+        if slot is None or slot.frozen or not (slot.applied or self._late):
             return []
-        heard = slot.newest_closing
+        heard = slot.due_closing
         if heard is None:
             return []
         slot.frozen, slot.frozen_s, slot.heard_s = True, now_s, now_s
         slot.freezing = heard.closing.round
-        if self.clock is not None:
+        if self.clock is not None and self.clock.round <= heard.closing.round:
             self.clock.is_closed = True
-        return [Freeze(heard.closing, heard.signed), *self.conduct_if_due(now_s)]
+        freeze = Freeze(heard.closing, heard.signed, replaces=not slot.applied)
+        return [freeze, *self.conduct_if_due(now_s)]
+
+    def _average(self, now_s: float) -> list[Step]:
+        """Our contribution is there and stays as it is: tell a steward that has asked, and compute on meanwhile.
+
+        Not if the next round is over already. Nor if we leave: all our work is in this contribution.
+        """
+        slot = self.slot
+        if slot is None or self.voter is None or slot.contribution is None:
+            return []
+        ready, following = self.voter.on_frozen(), RoundId(slot.round + 1)
+        is_hidden = self._settings.rules.is_hidden(slot.round) and not slot.leaving
+        if is_hidden and self.closings.newest_round < following:
+            return [*ready, *self._take_tasks(following, now_s, fresh=False)]
+        return ready
+
+    def _apply_late(self) -> list[Step]:
+        """Apply the commit that has waited for the end of the round."""
+        late, self._late = self._late, None
+        if late is None:
+            return []
+        self._keeps_work = True
+        return self._apply(late.apply, late.sources)
+
+    def _apply(self, apply: Apply | None, sources: tuple[PeerId, ...]) -> list[Step]:
+        """Bring the state to our chain's head: from staged bytes if `apply` is there, else from others."""
+        if apply is None:
+            return self._replay(sources)
+        self._awaiting = apply.lineage
+        return [apply]
 
     def _replay(self, sources: tuple[PeerId, ...]) -> list[Step]:
         if self.chain is None or self.applied is None or self._awaiting is not None:

@@ -79,7 +79,8 @@ def draw_commit(settings: Settings, chain: Chain, slot: Slot, draft: Draft) -> C
     parent, closing = slot.parent, draft.heard.closing
     total = sum(contribution.tokens for contribution in draft.contributors)
     norm = draft.staged.norm / total
-    dropped, doubled = count_losses(settings.stage, draft.contributors, (h.closing for h in slot.closings.values()))
+    covered = [heard.closing for number, heard in slot.closings.items() if number <= closing.round]
+    dropped, doubled = count_losses(settings.stage, draft.contributors, covered)
     return Commit(
         run=settings.run,
         stage=settings.stage,

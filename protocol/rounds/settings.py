@@ -91,6 +91,12 @@ class RoundRules:
     """Later ones do not exist; None: the run has no end."""
     commits_kept: int = 64
     """How far back a member that was away can be brought up to date without fetching a snapshot."""
+    overlap: bool = False
+    """Average one round while the next one computes, and take the result over when that has ended, too."""
+
+    def is_hidden(self, round_id: RoundId) -> bool:
+        """Tell whether the averaging of a round runs while the next one computes: not if that trains nothing."""
+        return self.overlap and self.size_of(RoundId(round_id + 1)).num_train > 0
 
 
 class Notary(Protocol):

@@ -38,17 +38,19 @@ class Slot:
     order: tuple[PeerId, ...]
     """Its members, the first steward first."""
     round: RoundId
-    """The round whose tasks are taken; void rounds move it up."""
+    """The round that the commit will cover last, and whose tasks are taken first; void rounds move it up."""
     heard_s: float
     """When a closing or a steward was last heard."""
+    one_by_one: bool = False
+    """Its commit shall not cover a second round, whose tasks may be under way already."""
     applied: bool = False
     """The state of `parent` is in place."""
     frozen: bool = False
     frozen_s: float = 0.0
     freezing: RoundId | None = None
     """The round that the driver is asked to freeze, until it has."""
-    tokens: int | None = None
-    """Known once the driver has frozen the accumulator."""
+    contribution: int | None = None
+    """The target tokens of what the driver has frozen, once it has."""
     closings: dict[RoundId, HeardClosing] = field(default_factory=dict)
     """All closings heard since the parent; void rounds leave theirs, because credits add up."""
     promised: Ballot | None = None
@@ -72,10 +74,17 @@ class Slot:
     """We want to leave with the next commit."""
 
     @property
-    def newest_closing(self) -> HeardClosing | None:
-        """The closing that this slot's commit will be made under, if the round we take tasks of is over."""
-        newest = max(self.closings, default=RoundId(-1))
-        return self.closings[newest] if newest >= self.round else None
+    def tokens(self) -> int | None:
+        """What we bring, in target tokens. Not known before what came before it is in place."""
+        return self.contribution if self.applied else None
+
+    @property
+    def due_closing(self) -> HeardClosing | None:
+        """The closing that this slot's commit will be made under, if its round is over."""
+        over = [number for number in self.closings if number >= self.round]
+        if not over:
+            return None
+        return self.closings[min(over) if self.one_by_one else max(over)]
 
     @property
     def living(self) -> tuple[PeerId, ...]:

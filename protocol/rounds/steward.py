@@ -95,7 +95,7 @@ class Steward:
 
     def start(self, now_s: float) -> list[Step]:
         """Open a ballot newer than any we know of. Needs a closing. Nothing happens once the numbers are used up."""
-        heard = self._slot.newest_closing
+        heard = self._slot.due_closing
         assert heard is not None
         if self.newest_number >= MAX_BALLOT:
             self.stop()

@@ -17,6 +17,7 @@ from pydantic import Field
 from protocol.errors import TransientError, UnreachableError, WireError
 from protocol.ids import PeerId
 from protocol.transport.streams import Stream, Streams
+from protocol.transport.throttle import Lane
 from protocol.wire import PROTOCOL_VERSION, Message
 
 MAX_RANGE_BYTES = 8 * 1024 * 1024  # what one request may bring; bounds memory on both sides
@@ -60,7 +61,7 @@ class Blobs:
     async def serve(self, resolve: Resolver) -> None:
         """Serve what `resolve(caller, name)` returns: a file, bytes, what loads them, or None for "not here"."""
         self._resolve = resolve
-        await self._streams.serve(self._name, self._answer)
+        await self._streams.serve(self._name, self._answer, lane=Lane.BULK)
 
     def retire(self) -> None:
         """Serve nothing any more."""
@@ -72,7 +73,7 @@ class Blobs:
 
         Raises `MissingBlobError` if the peer does not have it, other `TransientError`s if the link fails.
         """
-        async with self._streams.open(peer, self._name) as stream:
+        async with self._streams.open(peer, self._name, lane=Lane.BULK) as stream:
             await stream.send(RangeRequest(name=name, offset=offset, length=length))
             answer = await stream.receive(RangeAnswer, timeout_s=ANSWER_TIMEOUT_S)
             if not answer.found:

@@ -24,6 +24,7 @@ from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from protocol.errors import DeadlineError, PeerFault, SwarmError, TransientError, UnreachableError, WireError
 from protocol.ids import Digest, PeerId
 from protocol.transport.dial import OPEN_TIMEOUT_S, dial, hang_up
+from protocol.transport.throttle import Lane, Line
 from protocol.wire import (
     HEADER,
     MAX_CHUNK_BYTES,
@@ -53,10 +54,20 @@ def _ignore() -> None:
 class Stream:
     """One two-way stream to `remote`, whose identity libp2p has authenticated."""
 
-    def __init__(self, remote: PeerId, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self,
+        remote: PeerId,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        *,
+        line: Line | None = None,
+        lane: Lane = Lane.PROMPT,
+    ) -> None:
+        """Bodies take turns on `line`, where `lane` says what goes first. Messages do not wait."""
         self.remote = remote
         self._reader = reader
         self._writer = writer
+        self._line, self._lane = line or Line(), lane
         self.bytes_sent = 0
         self.bytes_received = 0
 
@@ -65,6 +76,7 @@ class Stream:
         payload = pack_tagged(message)
         if len(payload) > MAX_MESSAGE_BYTES:  # the other side would only hang up
             raise WireError(f"a {type(message).__name__} of {len(payload)} bytes is too large to be sent")
+        self._line.up.spend(len(payload))
         await self._write(frame_header(FrameKind.MESSAGE, len(payload)) + payload)
 
     async def receive(self, *classes: type[M], timeout_s: float) -> M:
@@ -77,6 +89,7 @@ class Stream:
                 payload = await self._read_frame(FrameKind.MESSAGE)
         except TimeoutError:
             raise DeadlineError(f"{self.remote} sent nothing for {timeout_s:g} s") from None
+        self._line.down.spend(len(payload))
         return unpack_tagged(payload, classes)
 
     async def send_body(self, body: memoryview, *, on_chunk: Callable[[], None] = _ignore) -> Digest:
@@ -85,6 +98,7 @@ class Stream:
         for start in range(0, len(body), MAX_CHUNK_BYTES):
             chunk = body[start : start + MAX_CHUNK_BYTES]
             hasher.update(chunk)
+            await self._line.up.take(len(chunk), self._lane)
             self._writer.write(frame_header(FrameKind.CHUNK, len(chunk)))
             await self._write(chunk)
             on_chunk()
@@ -106,6 +120,7 @@ class Stream:
                 raise DeadlineError(f"{self.remote} stopped in the middle of a body") from None
             if len(chunk) != min(MAX_CHUNK_BYTES, num_bytes - filled):
                 raise WireError(f"body chunk of {len(chunk)} bytes at {filled} of {num_bytes}")
+            await self._line.down.take(len(chunk), self._lane)  # unread, what follows stays where it is
             hasher.update(chunk)
             body[filled : filled + len(chunk)] = chunk
             filled += len(chunk)
@@ -152,8 +167,11 @@ class Stream:
 class Streams:
     """Opens and serves named streams on one p2p daemon."""
 
-    def __init__(self, p2p: P2P) -> None:
+    def __init__(self, p2p: P2P, *, line: Line | None = None) -> None:
+        """`line` limits how fast all of them together are."""
         self._p2p = p2p
+        self._line = line or Line()
+        self._lanes: dict[str, Lane] = {}
         self._open_by_caller: dict[PeerId, int] = {}
         self._num_open = 0
         self._handlers: dict[str, Handler] = {}
@@ -162,22 +180,24 @@ class Streams:
         self._is_stopping = False
 
     @asynccontextmanager
-    async def open(self, peer: PeerId, name: str, *, timeout_s: float = OPEN_TIMEOUT_S) -> AsyncIterator[Stream]:
+    async def open(
+        self, peer: PeerId, name: str, *, timeout_s: float = OPEN_TIMEOUT_S, lane: Lane = Lane.PROMPT
+    ) -> AsyncIterator[Stream]:
         """Open a stream to `peer`'s handler `name`; it is closed when the block is left.
 
         Raises `UnreachableError` if the peer or its handler is not there, `DeadlineError` if it takes too long.
         """
         reader, writer = await dial(self._p2p, _peer_id(peer), name, timeout_s=timeout_s)
         async with _ending(writer):
-            yield Stream(peer, reader, writer)
+            yield Stream(peer, reader, writer, line=self._line, lane=lane)
 
-    async def serve(self, name: str, handler: Handler) -> None:
+    async def serve(self, name: str, handler: Handler, *, lane: Lane = Lane.PROMPT) -> None:
         """Let `handler` serve streams called `name`, instead of whoever did before.
 
         Its errors end that stream and nothing else. A daemon takes one registration per name for its whole
         life, so a peer that changes its stages changes the handler behind it.
         """
-        self._handlers[name] = handler
+        self._handlers[name], self._lanes[name] = handler, lane
         if name not in self._registered:
             self._registered.add(name)
             await self._register(name)
@@ -224,7 +244,7 @@ class Streams:
         self._open_by_caller[caller] = self._open_by_caller.get(caller, 0) + 1
         try:
             async with _ending(writer):
-                await handler(Stream(caller, reader, writer))
+                await handler(Stream(caller, reader, writer, line=self._line, lane=self._lanes[name]))
         except PeerFault as error:
             log.info("stream.fault", name=name, caller=caller, error=error.one_line())
         except TransientError as error:

@@ -250,13 +250,17 @@ async def test_the_last_averaging_of_a_stage_is_its_newest_attempt(tmp_path: Pat
             office,
             A,
             averaging(0, 3, ballot=1, ok=False, reason="late"),
-            averaging(0, 3, ballot=2, members=3, asked=4, bytes_sent=100, seconds=1.5),
+            averaging(0, 3, ballot=2, members=3, asked=4, bytes_sent=100, seconds=1.5, hidden_seconds=1.0),
             averaging(1, 2, ok=False, reason="nobody there", members=1, asked=2, bytes_sent=0, seconds=0.0),
         )
-        await report(office, C, averaging(0, 3, ballot=2, members=3, asked=4, bytes_sent=50, seconds=1.0))
+        await report(
+            office, C, averaging(0, 3, ballot=2, members=3, asked=4, bytes_sent=50, bytes_received=7, seconds=1.0)
+        )
         zero, one = await office.services.database.run(tallies.last_averagings)
         assert (zero.round, zero.ballot, zero.ok, zero.took_part, zero.asked) == (3, 2, True, 3, 4)
-        assert (zero.num_bytes, zero.seconds) == (150, 1.5)
+        assert (zero.bytes_sent, zero.bytes_received, zero.seconds) == (150, 1007, 1.5)
+        assert zero.group == "03" * 32
+        assert zero.hidden_share == pytest.approx(1.0 / 2.5)
         assert (one.ok, one.reason) == (False, "nobody there")
 
 

@@ -86,7 +86,7 @@ async def test_a_training_run_shows_who_does_what_and_how_it_goes(tmp_path: Path
     assert (by_name["c"]["presence"], by_name["c"]["state"]) == ("left", PeerState.STOPPED)
     text = "\n".join(render(found))
     assert "round      5 of 10  512 tok/s" in text
-    assert "averaged 2 of 3, 2.0 KiB in 0.2 s" in text
+    assert "averaged 2 of 3, 2.0 KiB up, 1000 B down in 0.2 s, group 04040404" in text
     assert "2 here, 1 gone" in text
     assert "rolled back" not in text
     found["ledger"]["rounds_rolled_back"] = 3

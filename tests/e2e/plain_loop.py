@@ -10,7 +10,8 @@ and it prints one line of JSON per SPEC: `losses` (nats per target token, one pe
 
 SPEC holds: model_dir, tokens (path), token_bytes, sequence_length, microbatches (rounds -> microbatches ->
 window numbers; no rounds: only the held-out loss), learning_rates (one per round), weight_decay, beta1, beta2,
-eps, clip_groups (list of {names, threshold}), threads, optional heldout ({tokens, windows}).
+eps, clip_groups (list of {names, threshold}), threads, optional heldout ({tokens, windows}), optional delayed (take
+the step of each round after the next round's gradients, as who averages meanwhile does).
 """
 
 from __future__ import annotations
@@ -42,7 +43,20 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     optimizer = make_optimizer(model, spec)
     tokens = read_tokens(spec["tokens"], spec["token_bytes"])
     losses, seconds, clip_scales = [], [], []
-    for microbatches, learning_rate in zip(spec["microbatches"], spec["learning_rates"], strict=True):
+    delay = int(spec.get("delayed", False))
+    waiting: list[list[Tensor | None]] = []
+    rates = iter(spec["learning_rates"])
+
+    def step() -> None:
+        gradients, learning_rate = waiting.pop(0), next(rates)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        for settings in optimizer.param_groups:
+            settings["lr"] = learning_rate
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for microbatches in spec["microbatches"]:
         started = time.perf_counter()
         loss_sum, target_tokens = 0.0, 0
         for windows in microbatches:
@@ -57,12 +71,14 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
                 for group in spec["clip_groups"]
             ]
         )
-        for settings in optimizer.param_groups:
-            settings["lr"] = learning_rate
-        optimizer.step()
+        waiting.append([parameter.grad for parameter in model.parameters()])
         optimizer.zero_grad()
+        if len(waiting) > delay:
+            step()
         losses.append(loss_sum / target_tokens)
         seconds.append(time.perf_counter() - started)
+    while waiting:
+        step()
     result: dict[str, Any] = {"losses": losses, "seconds": seconds, "clip_scales": clip_scales}
     if "heldout" in spec:
         result["heldout_loss"] = held_out_loss(model, spec)

@@ -46,8 +46,13 @@ PR_SET_PDEATHSIG = 1
 class Command:
     """One running (or ended) command."""
 
-    def __init__(self, program: Program, arguments: Sequence[str], *, name: str, folder: Path) -> None:
-        """Start it; its output goes to files in `folder` that several lives of one name share."""
+    def __init__(
+        self, program: Program, arguments: Sequence[str], *, name: str, folder: Path, netns: str | None = None
+    ) -> None:
+        """Start it; its output goes to files in `folder` that several lives of one name share.
+
+        `netns` names the network namespace that it is to live in.
+        """
         self.name = name
         self.out = folder / f"{name}.out"
         self.err = folder / f"{name}.err"
@@ -56,7 +61,7 @@ class Command:
         self._said_before = len(_text(self.out))
         self._helpers: list[psutil.Process] = []
         start = _start_cold if IS_COLD else _start_warm
-        self._child = start(program, list(arguments), self.out, self.err)
+        self._child = start(program, list(arguments), self.out, self.err, netns)
 
     @property
     def pid(self) -> int:
@@ -149,10 +154,13 @@ def stop_server() -> None:
     forkserver._forkserver._stop()  # type: ignore[attr-defined]  # multiprocessing itself only does so at exit
 
 
-def _start_cold(program: Program, arguments: list[str], out: Path, err: Path) -> subprocess.Popen[bytes]:
+def _start_cold(
+    program: Program, arguments: list[str], out: Path, err: Path, netns: str | None
+) -> subprocess.Popen[bytes]:
+    prefix = [] if netns is None else ["ip", "netns", "exec", netns]
     with out.open("ab") as out_file, err.open("ab") as err_file:
         return subprocess.Popen(
-            [sys.executable, "-m", ENTRY_POINTS[program], *arguments],
+            [*prefix, sys.executable, "-m", ENTRY_POINTS[program], *arguments],
             stdin=subprocess.DEVNULL,
             stdout=out_file,
             stderr=err_file,
@@ -160,17 +168,21 @@ def _start_cold(program: Program, arguments: list[str], out: Path, err: Path) ->
         )
 
 
-def _start_warm(program: Program, arguments: list[str], out: Path, err: Path) -> multiprocessing.process.BaseProcess:
+def _start_warm(
+    program: Program, arguments: list[str], out: Path, err: Path, netns: str | None
+) -> multiprocessing.process.BaseProcess:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    child = context.Process(target=_run_entry_point, args=(program, arguments, str(out), str(err)))
+    child = context.Process(target=_run_entry_point, args=(program, arguments, str(out), str(err), netns))
     child.start()
     return child
 
 
-def _run_entry_point(program: Program, arguments: list[str], out: str, err: str) -> None:
+def _run_entry_point(program: Program, arguments: list[str], out: str, err: str, netns: str | None) -> None:
     """Become the command; in the child."""
     os.setsid()
+    if netns is not None:
+        _enter_namespace(netns)
     if sys.platform == "linux":  # the server ends with the tests, however they end
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for descriptor, path in ((1, out), (2, err)):
@@ -179,6 +191,15 @@ def _run_entry_point(program: Program, arguments: list[str], out: str, err: str)
         os.close(file)
     sys.argv = [program, *arguments]
     importlib.import_module(ENTRY_POINTS[program]).main()
+
+
+def _enter_namespace(netns: str) -> None:
+    """Move this thread, the only one yet, to a network namespace; what it starts will be there too."""
+    descriptor = os.open(f"/run/netns/{netns}", os.O_RDONLY)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(descriptor, 0):
+        raise OSError(ctypes.get_errno(), f"cannot enter network namespace {netns}")
+    os.close(descriptor)
 
 
 def _descendants(pid: int) -> list[psutil.Process]:

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,6 +27,15 @@ INIT_TIMEOUT_S = 60.0
 START_TIMEOUT_S = 90.0  # cold starts of five processes on two busy cores take half of that
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a process of a swarm lives, if not on loopback."""
+
+    netns: str
+    address: str
+    """IPv4."""
+
+
 class Swarm:
     """One run and its processes. Use it as a context: nothing outlives the block."""
 
@@ -39,10 +49,12 @@ class Swarm:
         settings: Sequence[str] = (),
         preset: str = "tiny",
         model: Path | None = None,
+        places: Mapping[str, Place] | None = None,
     ) -> None:
         """Make the run in `folder`; `settings` are `section.field=value` on top of the preset.
 
-        `model` is a folder with another model than the preset's.
+        `model` is a folder with another model than the preset's. `places` say where the coordinator, under this name,
+        and peers live.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
@@ -51,6 +63,7 @@ class Swarm:
         self.coordinator: Command | None = None
         self.peers: dict[str, Command] = {}
         self._ended: list[Command] = []
+        self._places = places or {}
         flags = ["--corpus", str(corpus), "--preset", preset, "--stages", str(stages), "--rounds", str(rounds)]
         flags += [] if model is None else ["--model", str(model)]
         for setting in settings:
@@ -71,7 +84,7 @@ class Swarm:
 
     def start_coordinator(self, *flags: str, again: bool = False) -> Command:
         """Start the coordinator and wait for its invite; `again` lets it listen where it did before."""
-        where = () if again else ("--host-maddr", LOOPBACK)
+        where = () if again else ("--host-maddr", self._listen_at("coordinator"))
         coordinator = self._start("coordinator", "coordinator", "run", str(self.directory), *where, *flags)
         self.coordinator = coordinator
         self.wait("the invite", lambda: coordinator.stdout().startswith(PREFIX))
@@ -80,7 +93,7 @@ class Swarm:
 
     def start_peer(self, name: str, *flags: str) -> Command:
         """Start `peer join`; a name that was used before comes back with its data folder."""
-        place = ("--data-dir", str(self.folder / f"{name}.data"), "--listen", LOOPBACK, "--threads", "1")
+        place = ("--data-dir", str(self.folder / f"{name}.data"), "--listen", self._listen_at(name), "--threads", "1")
         peer = self._start("peer", name, "join", self.invite, "--name", name, *place, *flags)
         self.peers[name] = peer
         return peer
@@ -104,7 +117,12 @@ class Swarm:
         if name in self.peers:
             self._ended.append(self.peers.pop(name))
         log = ("--log-file", str(self.folder / f"{name}.jsonl"), "--log-level", "debug", "--debug")
-        return Command(program, [*arguments, *log], name=name, folder=self.folder)
+        place = self._places.get(name)
+        netns = None if place is None else place.netns
+        return Command(program, [*arguments, *log], name=name, folder=self.folder, netns=netns)
+
+    def _listen_at(self, name: str) -> str:
+        return f"/ip4/{self._places[name].address}/tcp/0" if name in self._places else LOOPBACK
 
     # -- waiting ----------------------------------------------------------------------------------------
 

@@ -27,10 +27,11 @@ SETTINGS = (
 RUN_TIMEOUT_S = 150.0
 
 
-@pytest.mark.parametrize("codec", ["int8", "sparse"])
-def test_replicas_share_an_anchor_and_nothing_else(codec: str, tmp_path: Path, corpus: Path) -> None:
+@pytest.mark.parametrize(("codec", "overlap"), [("int8", False), ("sparse", True)])
+def test_replicas_share_an_anchor_and_nothing_else(codec: str, overlap: bool, tmp_path: Path, corpus: Path) -> None:
     """Two stages of two replicas. Oracles: the hash of anchor and velocity at every version; the exported model."""
-    settings = (*SETTINGS, f"averaging.codec={codec}", f"batch.eval_every={ROUNDS}")
+    more = (f"averaging.codec={codec}", f"averaging.overlap={str(overlap).lower()}", f"batch.eval_every={ROUNDS}")
+    settings = (*SETTINGS, *more)
     with Swarm(tmp_path, corpus=corpus, rounds=ROUNDS, settings=settings) as swarm:
         swarm.start_coordinator("--start-peers", "4", "--until-finished")
         swarm.start_peers(["p0", "p1", "p2", "p3"])
@@ -71,3 +72,19 @@ def test_alone_with_one_step_per_round_it_is_plain_training(tmp_path: Path, corp
         assert [tally.loss for tally in trained] == pytest.approx(plain["losses"], rel=1e-4)
         assert last.heldout_loss == pytest.approx(plain["heldout_loss"], rel=1e-4)
         assert plain["losses"][-1] < plain["losses"][0], "a run that learns nothing compares nothing"
+
+
+def test_gradients_that_are_averaged_meanwhile_come_a_round_late(tmp_path: Path, corpus: Path) -> None:
+    """Two stages of two replicas, overlapping. Oracle: the plain loop that takes each step a round late."""
+    settings = ("averaging.overlap=true", "averaging.codec=fp32", *SETTINGS[1:], f"batch.eval_every={PLAIN_ROUNDS}")
+    with Swarm(tmp_path, corpus=corpus, rounds=PLAIN_ROUNDS, settings=settings) as swarm:
+        swarm.start_coordinator("--start-peers", "4", "--until-finished")
+        swarm.start_peers(["p0", "p1", "p2", "p3"])
+        swarm.wait_finished(timeout_s=RUN_TIMEOUT_S)
+        spec = training_spec(swarm.run_dir(), tmp_path / "initial")
+        late, prompt = ask_plain_loop(tmp_path, {**spec, "delayed": True}, spec)
+        *trained, last = swarm.rounds()
+        assert [tally.loss for tally in trained] == pytest.approx(late["losses"], rel=1e-4)
+        assert last.heldout_loss == pytest.approx(late["heldout_loss"], rel=1e-4)
+        assert late["losses"] != pytest.approx(prompt["losses"], rel=1e-3), "or the delay makes no difference"
+        assert all(len(set(by_peer.values())) == 1 for by_peer in swarm.states().values())

@@ -31,7 +31,13 @@ class Node:
 def link(node: Node) -> Link:
     nothing = cast(Any, None)
     return Link(
-        node=cast(Any, node), streams=nothing, calls=nothing, blobs=nothing, coordinator=ANNE, coordinator_addresses=()
+        node=cast(Any, node),
+        line=nothing,
+        streams=nothing,
+        calls=nothing,
+        blobs=nothing,
+        coordinator=ANNE,
+        coordinator_addresses=(),
     )
 
 

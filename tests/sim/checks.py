@@ -54,9 +54,9 @@ class Checks:
                 self._closing_is_true(closing)
             case OpenRound():
                 self._opens_where_it_stands(replica, action)
-            case StartReduce(group=group):
+            case StartReduce(group=group, round=round_id):
                 mine = {each.peer: each.tokens for each in group}[replica.process.name]
-                assert replica.is_frozen, "reduced while tasks were still taken"
+                assert not replica.takes(round_id), "reduced while tasks were still taken"
                 assert mine == replica.tokens, "reduced another amount than announced"
 
     def on_applied(self, replica: Replica, step: CommitStep, state: Digest) -> None:

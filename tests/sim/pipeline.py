@@ -98,7 +98,8 @@ class Pipeline:
     # -- feeding -----------------------------------------------------------------------------------
 
     def open_round(self, replica: Replica, opened: OpenRound) -> None:
-        """Stage 0: begin with our own numbers."""
+        """Stage 0: begin with our own numbers. What belongs to another opening, frozen or not, is over."""
+        self.end_round(replica, opened.round)
         if replica.stage != 0:
             return
         size = self._world.rules.size_of(opened.round)

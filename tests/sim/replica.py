@@ -69,6 +69,8 @@ class Replica:
         self.opened: OpenRound | None = None
         self.is_frozen = True
         self.entries: list[Entry] = []
+        """What was added up since the last freeze."""
+        self.contribution: list[Entry] = []
         self.staged: set[Digest] = set()
         self.logged: set[Digest] = set()
         self.reports: list[Report] = []
@@ -96,7 +98,7 @@ class Replica:
 
     @property
     def tokens(self) -> int:
-        return sum(tokens for _, _, tokens in self.entries)
+        return sum(tokens for _, _, tokens in self.contribution)
 
     # -- actions -----------------------------------------------------------------------------------
 
@@ -109,11 +111,10 @@ class Replica:
             case OpenRound():
                 self._open(action)
             case Freeze(closing):
-                self.is_frozen = True
-                self.process.pipeline.end_round(self, closing.round)
+                self._freeze(action)
                 later(rng.uniform(0.0, options.drain_s), lambda: self.feed(Frozen(closing.round, self.tokens)))
             case StartReduce():
-                self.world.reduces.join(self, action, tuple(self.entries))
+                self.world.reduces.join(self, action, tuple(self.contribution))
             case AbortReduce(group_id):
                 self.world.reduces.abort(self, group_id)
             case Fetch(commit, sources):
@@ -147,9 +148,15 @@ class Replica:
 
     def _open(self, action: OpenRound) -> None:
         if action.fresh:
-            self.entries.clear()
+            self.entries, self.contribution = [], []
         self.opened, self.is_frozen = action, False
         self.process.pipeline.open_round(self, action)
+
+    def _freeze(self, action: Freeze) -> None:
+        self.is_frozen = True
+        self.process.pipeline.end_round(self, action.closing.round)
+        self.contribution = [*([] if action.replaces else self.contribution), *self.entries]
+        self.entries = []
 
     def _start(self, took_s: float, job: object) -> None:
         self._work += 1
@@ -177,7 +184,6 @@ class Replica:
             RoundId(commit.round + 1),
             state,
         )
-        self.entries.clear()
         self.logged.add(commit.digest)
         self.world.checks.on_applied(self, step, state)
 

@@ -101,7 +101,8 @@ class Adversary:
         self.slow_kinds = () if torn else self.rng.choice(SLOW_KINDS)
         self.torn = torn
         self.flying: list[tuple[PeerId, PeerId, StageMessage]] = []
-        self.peers = {seat.peer: Peer(seat.peer, RoundMachine(_settings(seat))) for seat in seats}
+        self.overlap = seed % 2 == 1
+        self.peers = {seat.peer: Peer(seat.peer, RoundMachine(_settings(seat, self.overlap))) for seat in seats}
         self.started: dict[Digest, set[PeerId]] = {}
         self.children: dict[Lineage, dict[Lineage, set[PeerId]]] = {}
         """Who has followed which commit of a lineage."""
@@ -216,7 +217,8 @@ class Adversary:
     def _close(self, peer: Peer) -> None:
         if peer.awake:
             newest = max(len(each.lineages) for each in self.peers.values())
-            notice = self.closings[min(self.rng.randint(0, newest), ROUNDS - 1)]
+            last = newest + self.overlap  # with overlap a commit is followed once the next round is over
+            notice = self.closings[min(self.rng.randint(0, last), ROUNDS - 1)]
             self.feed(peer, Received(CLOCK, notice))
 
     def _stop_or_go(self, peer: Peer) -> None:
@@ -243,8 +245,8 @@ class Adversary:
             self.feed(peer, PeerGone(self.rng.choice(dead)))
 
 
-def _settings(seat: Seat) -> Settings:
-    rules = RoundRules(size_of=lambda _round: RoundSize(1))
+def _settings(seat: Seat, overlap: bool) -> Settings:
+    rules = RoundRules(size_of=lambda _round: RoundSize(1), overlap=overlap)
     return Settings(
         run=RUN,
         stage=STAGE,

@@ -34,10 +34,16 @@ SWARMS = (
 )
 
 
+def overlaps(seed: int) -> bool:
+    """Every other swarm averages one round while the next one computes."""
+    return seed % 2 == 1
+
+
 def trial(seed: int) -> World:
     """Eight seconds of trouble, then peace; at least one more round of every stage has to be committed."""
     rng = Random(seed)
-    world = World(seed, Options(spans=rng.choice(SWARMS), hosts_refuse=rng.random() < 0.5))
+    options = Options(spans=rng.choice(SWARMS), hosts_refuse=rng.random() < 0.5, overlap=overlaps(seed))
+    world = World(seed, options)
     ends_s = torment(world, random_plan(rng, world, until_s=8.0, num_faults=8))
     world.run(max(8.0, ends_s) + 0.01)
     world.run_rounds(2, within_s=60.0)
@@ -62,7 +68,7 @@ def test_random_plans_end_in_one_lineage(first: int) -> None:
 def kill_trial(seed: int) -> str:
     """Kill and replace one peer at a moment that is uniform over two rounds; return the phase that it hit."""
     rng = Random(seed)
-    world = World(seed, Options(spans=TRIPLES))
+    world = World(seed, Options(spans=TRIPLES, overlap=overlaps(seed)))
     world.run_rounds(2, within_s=60.0)
     world.run(rng.uniform(0.0, world.run_rounds(2, within_s=60.0)))
     victim = rng.choice(sorted(world.processes))
@@ -93,7 +99,9 @@ def test_kills_at_any_moment_of_two_rounds_hit_every_phase() -> None:
 def wild_trial(seed: int) -> bool:
     """As above, but with cuts and stops that may last for half a minute; return whether a stage forked."""
     rng = Random(seed)
-    options = Options(spans=rng.choice(SWARMS), hosts_refuse=rng.random() < 0.5, allow_forks=True)
+    options = Options(
+        spans=rng.choice(SWARMS), hosts_refuse=rng.random() < 0.5, allow_forks=True, overlap=overlaps(seed)
+    )
     world = World(seed, options)
     world.coordinator.resolves_forks = True
     names = sorted(world.processes)

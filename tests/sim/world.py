@@ -47,6 +47,8 @@ class Options:
     num_train: int = 8
     num_eval: int = 1
     eval_every: int = 3
+    last_round: int | None = None
+    """Which trains nothing and only evaluates, as in a run; None: no end."""
     tokens_per_number: int = 64
     task_s: float = 0.15
     drain_s: float = 0.1
@@ -67,6 +69,8 @@ class Options:
     commits_kept: int = 64
     norm_noise: float = 0.0
     """How differently members compute the norm of the same bytes, relative."""
+    overlap: bool = False
+    """Average a round while the next one computes."""
     through_wire: bool = False
     """Encode and decode every message, as a real network does."""
 
@@ -101,6 +105,8 @@ class World:
             check_done=self._check_done,
             clip_threshold=options.clip_threshold,
             commits_kept=options.commits_kept,
+            overlap=options.overlap,
+            last_round=None if options.last_round is None else RoundId(options.last_round),
         )
         self.checks = Checks(self)
         self.reduces = Reduces(self)
@@ -205,6 +211,8 @@ class World:
         options = self.options
         first = 0 if options.num_train == 0 else 1
         evaluates = options.eval_every > 0 and round_id >= first and round_id % options.eval_every == 0
+        if options.last_round is not None and round_id >= options.last_round:
+            return RoundSize(0, options.num_eval if round_id == options.last_round else 0)
         return RoundSize(options.num_train, options.num_eval if evaluates else 0)
 
     def evidence_of(self, round_id: RoundId, number: int) -> bytes:

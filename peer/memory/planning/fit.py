@@ -20,7 +20,7 @@ from peer.memory.planning.budgets import Budgets
 from peer.memory.planning.simulate import Recomputation
 from peer.memory.planning.ways import Needs, Row, Way, spread
 from peer.memory.planning.workload import Phase, Trips, parts_of, total, trips
-from peer.memory.units import OUTER, SLOTTED, Section, Unit
+from peer.memory.units import APART, SLOTTED, Section, Unit
 from protocol.layout import BlockKind
 
 Thread = tuple[Tier, str]
@@ -156,7 +156,7 @@ class Fitting:
             streaming = [piece for piece in self._pieces[section] if homes.get(piece.units[0]) is not Tier.DEVICE]
             counts[section.value] = self._num_slots(way, section, len(streaming))
             slots_bytes += counts[section.value] * max((piece.num_bytes for piece in streaming), default=0)
-        for section in (*SLOTTED, *self._outer):
+        for section in (*SLOTTED, *self._apart):
             rows[section.value] = dict.fromkeys(Tier, 0)
         for unit, tier in homes.items():
             size = self.needs.device_sizes[unit] if tier is Tier.DEVICE else self.needs.sizes[unit]
@@ -193,8 +193,8 @@ class Fitting:
     def _sections(self, way: Way) -> tuple[Section, ...]:
         """Return the sections that have homes."""
         if self.needs.workload.keeps_sums(way.wave):
-            return (*SLOTTED, *self._outer)
-        return (Section.WEIGHTS, Section.MOMENTS, *self._outer)
+            return (*SLOTTED, *self._apart)
+        return (Section.WEIGHTS, Section.MOMENTS, *self._apart)
 
     def _for_device(self, way: Way) -> list[Section]:
         return self._by_density(way, Tier.HOST if self.budgets.host_bytes else Tier.NVME, onto_device=True)
@@ -241,13 +241,13 @@ class Fitting:
             section: [piece(*self.needs.inventory.block_units(block, section)) for block in (*others, *spread(layers))]
             for section in (Section.WEIGHTS, Section.GRADIENT)
         }
-        alone = (Section.MOMENTS, *self._outer)
+        alone = (Section.MOMENTS, *self._apart)
         return pieces | {section: [piece(unit) for unit in self._spread_units[section]] for section in alone}
 
     @cached_property
-    def _outer(self) -> tuple[Section, ...]:
-        """The sections that only replicas with steps of their own have."""
-        return tuple(section for section in OUTER if self._spread_units[section])
+    def _apart(self) -> tuple[Section, ...]:
+        """The sections that this run has besides those that computing needs."""
+        return tuple(section for section in APART if self._spread_units[section])
 
     @cached_property
     def _spread_units(self) -> Mapping[Section, list[Unit]]:

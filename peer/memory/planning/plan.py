@@ -56,6 +56,9 @@ _WHOLE = tuple(
     frozenset(section for section, is_in in zip(SLOTTED, mask, strict=True) if is_in)
     for mask in product((False, True), repeat=len(SLOTTED))
 )
+SPILLING = (Tier.HOST, Tier.NVME)
+"""Where graphs may wait, the nearest first."""
+
 _ORDERS: tuple[Order, ...] = ("both", "in", "out")
 
 
@@ -204,7 +207,12 @@ class _Search:
         priced = [each for fit in islice(in_time, NUM_SIMULATED) if (each := self._price(fit)) is not None]
         if not priced:
             return None
-        return self._with_spilled_graphs(self._with_more_slots(_gentlest(priced)))
+        best = self._with_spilled_graphs(self._with_more_slots(_gentlest(priced)))
+        keeping_none = next((fit for fit in ranked if not fit.way.kept and not self.is_late(fit)), None)
+        if keeping_none is None or not best.fit.way.kept or not any(map(self._may_be_used, SPILLING)):
+            return best
+        start = self._price(keeping_none)
+        return best if start is None else _gentlest([best, self._with_spilled_graphs(start)])
 
     def _ways(self, wave: int, waves_in_flight: int) -> Iterator[Way]:
         num_segments = len(self.fitting.needs.preferred)
@@ -318,9 +326,12 @@ class _Search:
 
         Whether bringing one back is faster than making it again depends on the card, the link, and on how much of the
         link weights leave idle (LoHan, arXiv 2403.06504): so a step is simulated each time.
+
+        It only adds to what a way keeps on the device. Where that took room that weights would need, spilling instead
+        may be better, so it is tried from a way that keeps nothing as well.
         """
         start, num_left = best, len(self.fitting.needs.preferred) - best.fit.way.kept
-        for tier in filter(self._may_be_used, (Tier.HOST, Tier.NVME)):
+        for tier in filter(self._may_be_used, SPILLING):
             for spilled in _eighths(num_left)[1:]:
                 priced = self._try(replace(start.fit.way, spilled=spilled, spill=tier))
                 if priced is None or priced.seconds >= best.seconds * (1 - WORTH_A_SPILL):

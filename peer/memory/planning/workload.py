@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from peer.memory.schedule import Gradient, Kind, Visit, backward_visits, forward_visits, shard_visits
-from peer.memory.units import OUTER, Inventory, Section
+from peer.memory.units import APART, Inventory, Section
 from protocol.layout import BlockKind
 
 
@@ -126,7 +126,7 @@ def trips(inventory: Inventory, block: int, section: Section, workload: Workload
     num_waves, head = len(workload.waves(wave)), parts_of(inventory).head
     is_local = workload.mode is Mode.LOCAL
     step = Phase.DOWN if is_local else Phase.STEP
-    if section in OUTER:
+    if section in APART:
         return {}
     if section is Section.MOMENTS:
         return {step: Trips(1, 1)}

@@ -200,7 +200,12 @@ class Case:
             reduce=cast(Any, self.reduces),
             sync=cast(Any, self.sync),
             history=cast(Any, self.history),
-            gate=cast(Any, SimpleNamespace(open=lambda *_, **__: self.log.append("open"), freeze=lambda *_: None)),
+            gate=cast(
+                Any,
+                SimpleNamespace(
+                    open=lambda *_, **__: self.log.append("open"), freeze=lambda *_: None, open_s=lambda *_: 0.0
+                ),
+            ),
             view=cast(Any, SimpleNamespace(learn=lambda membership: None)),
             reports=ReportQueue(),
             hooks=Hooks(
@@ -279,7 +284,12 @@ async def test_strangers_cannot_fill_the_memory_of_a_stage_that_is_busy() -> Non
 
 
 OPENING = events.OpenRound(
-    round=RoundId(1), version=Version(5), lineage=Lineage(bytes(32)), members=(ANNE,), fresh=True
+    round=RoundId(1),
+    first_round=RoundId(1),
+    version=Version(5),
+    lineage=Lineage(bytes(32)),
+    members=(ANNE,),
+    fresh=True,
 )
 
 
@@ -473,7 +483,7 @@ async def test_a_snapshot_is_written_before_anybody_is_let_in() -> None:
     """Oracle: the order."""
     case = Case()
     async with running(case):
-        await case.perform(replace(OPENING, round=RoundId(9)))
+        await case.perform(replace(OPENING, round=RoundId(9), first_round=RoundId(9)))
         await until(lambda: "open" in case.log)
     assert case.log == ["snapshot", "open"]
 

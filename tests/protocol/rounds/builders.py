@@ -99,7 +99,8 @@ def slot(lineages: Chain, *, tokens: int | None = 10, **fields: Any) -> Slot:
     head = lineages.head
     order = steward_order(RUN, STAGE, head.lineage, head.members)
     signed = closing(head.next_round)
-    made = Slot(parent=head, order=order, round=head.next_round, heard_s=0.0, applied=True, frozen=True, tokens=tokens)
+    made = Slot(parent=head, order=order, round=head.next_round, heard_s=0.0, applied=True, frozen=True)
+    made.contribution = tokens
     made.closings[head.next_round] = heard(signed)
     for name, value in fields.items():
         setattr(made, name, value)

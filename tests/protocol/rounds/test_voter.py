@@ -103,7 +103,7 @@ def test_who_is_still_finishing_tasks_says_that_it_is_there() -> None:
     """And tells the tokens as soon as they are known, without being asked again."""
     case = Case(tokens=None)
     (busy,) = sent(case.ping())
-    case.slot.tokens = 7
+    case.slot.contribution = 7
     (pong,) = sent(case.voter.on_frozen())
     assert isinstance(busy, Pong)
     assert isinstance(pong, Pong)

@@ -1,0 +1,134 @@
+"""How much of its time a peer computes on a home line: the rows `link_*` of `averaging.py`.
+
+Four peers, two stages of two replicas, real processes. Each lives in a network namespace of its own behind a token
+bucket (tc's tbf) of 20 Mbit/s up and 100 Mbit/s down; all meet on a bridge in one more namespace, where the coordinator
+lives too. What is compared is compute seconds over wall seconds of every peer and round, by what peers report, against
+the same swarm without token buckets: on two cores four peers compute half of the time at best.
+
+`link_baseline`: gradients of fp16 at every step, averaged while everybody waits. `link_utilisation`: local steps, the
+drift in a low codec, averaged while the next round computes.
+
+Owns: the namespaces, which need root, and which are gone when the rows are there.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sysconfig
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from coordinator.store.database import DATABASE_FILE, open_readonly
+from tests.benchmarks.harness import Options, Row, figure
+from tests.e2e.swarm import Place, Swarm
+
+PEERS = ("p0", "p1", "p2", "p3")
+HUB = "coordinator"
+UP_MBPS, DOWN_MBPS = 20, 100
+BURST_BYTES = 64 * 1024
+ROUNDS, WARM_ROUNDS = 7, 2
+RUN_TIMEOUT_S = 400.0
+COMMON = (
+    "batch.sequence_length=128",
+    "batch.sequences_per_microbatch=4",
+    "batch.microbatches_per_round=12",
+    "batch.heldout_sequences=4",
+    f"batch.eval_every={ROUNDS}",
+)
+GRADIENTS = ("averaging.mode=gradient", "averaging.codec=fp16")
+HIDDEN = (
+    "averaging.mode=diloco",
+    "averaging.codec=int8",
+    "averaging.overlap=true",
+    "averaging.microbatches_per_step=1",
+)
+
+
+def links(options: Options) -> Iterator[Row]:
+    """Train the same swarm three times, and compare how much of their time its peers compute."""
+    rows = [row for row in ("link_baseline", "link_utilisation") if options.wants(row)]
+    if not rows:
+        return
+    if os.geteuid() != 0:
+        for row in rows:
+            yield figure(row, 0, unit="share", note="not run: network namespaces need root")
+        return
+    with tempfile.TemporaryDirectory(prefix="handcar-bench-") as name:
+        folder = Path(name)
+        for row, settings, bar in (
+            ("link_baseline", GRADIENTS, "< 0.60"),
+            ("link_utilisation", HIDDEN, ">= 0.95"),
+        ):
+            if row not in rows:
+                continue
+            free = _utilisation(folder / f"{row}-free", settings, is_limited=False)
+            home = _utilisation(folder / f"{row}-home", settings, is_limited=True)
+            worst = min(home, key=lambda peer: home[peer] / free[peer])
+            each = ", ".join(f"{peer} {home[peer] / free[peer]:.3f}" for peer in sorted(home))
+            note = f"{UP_MBPS}/{DOWN_MBPS} Mbit/s; the worst of {each}; {' '.join(settings)}"
+            yield figure(row, home[worst], free[worst], unit="share", bar=bar, note=note)
+
+
+def _utilisation(folder: Path, settings: tuple[str, ...], *, is_limited: bool) -> Mapping[str, float]:
+    """Return compute seconds per wall second of every peer, the median of its rounds, by name."""
+    corpus = Path(sysconfig.get_path("stdlib")) / "asyncio"
+    with _namespaces(is_limited=is_limited) as places:
+        with Swarm(
+            folder, corpus=corpus, rounds=ROUNDS, settings=(*COMMON, *settings), preset="bench", places=places
+        ) as swarm:
+            swarm.start_coordinator("--start-peers", str(len(PEERS)), "--until-finished")
+            swarm.start_peers(PEERS)
+            swarm.wait_finished(timeout_s=RUN_TIMEOUT_S)
+        with closing(open_readonly(swarm.directory / DATABASE_FILE)) as db:
+            rows = db.execute(
+                "SELECT p.name, w.compute_seconds / w.seconds FROM work AS w JOIN peers AS p ON p.peer = w.peer "
+                "WHERE w.round >= ? AND w.round < ?",
+                (WARM_ROUNDS, ROUNDS - 1),
+            ).fetchall()
+    shares: defaultdict[str, list[float]] = defaultdict(list)
+    for peer, share in rows:
+        shares[peer].append(share)
+    return {peer: statistics.median(found) for peer, found in shares.items()}
+
+
+@contextmanager
+def _namespaces(*, is_limited: bool) -> Iterator[Mapping[str, Place]]:
+    """Make a hub and one namespace per peer; remove them all at the end, whatever happens."""
+    prefix = f"handcar-{os.getpid()}-"
+    places = {name: Place(prefix + name, f"10.77.0.{number}") for number, name in enumerate((HUB, *PEERS), start=1)}
+    hub = places[HUB].netns
+    try:
+        for place in places.values():
+            _ip("netns", "add", place.netns)
+            _ip("-n", place.netns, "link", "set", "lo", "up")
+        _ip("-n", hub, "link", "add", "bridge", "type", "bridge")
+        _ip("-n", hub, "addr", "add", f"{places[HUB].address}/24", "dev", "bridge")
+        _ip("-n", hub, "link", "set", "bridge", "up")
+        for name in PEERS:
+            place = places[name]
+            _ip("-n", hub, "link", "add", name, "type", "veth", "peer", "name", "home", "netns", place.netns)
+            _ip("-n", hub, "link", "set", name, "master", "bridge", "up")
+            _ip("-n", place.netns, "addr", "add", f"{place.address}/24", "dev", "home")
+            _ip("-n", place.netns, "link", "set", "home", "up")
+            if is_limited:
+                _limit(place.netns, "home", UP_MBPS)
+                _limit(hub, name, DOWN_MBPS)
+        yield places
+    finally:
+        for place in places.values():
+            subprocess.run(["ip", "netns", "del", place.netns], check=False, capture_output=True, timeout=30)
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, timeout=30)
+
+
+def _limit(netns: str, device: str, mbps: int) -> None:
+    bucket = ("rate", f"{mbps}mbit", "burst", str(BURST_BYTES), "latency", "200ms")
+    argv = ["tc", "-n", netns, "qdisc", "add", "dev", device, "root", "tbf", *bucket]
+    subprocess.run(argv, check=True, timeout=30)
