@@ -1,9 +1,12 @@
 """How much of its time a peer computes on a home line: the rows `link_*` of `averaging.py`.
 
-Four peers, two stages of two replicas, real processes. Each lives in a network namespace of its own behind a token
-bucket (tc's tbf) of 20 Mbit/s up and 100 Mbit/s down; all meet on a bridge in one more namespace, where the coordinator
-lives too. What is compared is compute seconds over wall seconds of every peer and round, by what peers report, against
-the same swarm without token buckets: on two cores four peers compute half of the time at best.
+Two replicas of a model of 7M parameters, real processes with a thread each. Each lives in a network namespace of its
+own behind a token bucket (tc's tbf) of 20 Mbit/s up and 100 Mbit/s down; they meet on a bridge in one more namespace,
+where the coordinator lives too. What is compared is compute seconds over wall seconds of every peer and round, by what
+peers report, against the same swarm without token buckets.
+
+One stage, because two cores hold two threads: replicas that share a core divide the work anew in every round, and then
+no peer's share means anything.
 
 `link_baseline`: gradients of fp16 at every step, averaged while everybody waits. `link_utilisation`: local steps, the
 drift in a low codec, averaged while the next round computes.
@@ -13,6 +16,7 @@ Owns: the namespaces, which need root, and which are gone when the rows are ther
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
@@ -24,19 +28,27 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from coordinator.store.database import DATABASE_FILE, open_readonly
+from protocol.architecture import preset
 from tests.benchmarks.harness import Options, Row, figure
 from tests.e2e.swarm import Place, Swarm
 
-PEERS = ("p0", "p1", "p2", "p3")
+PEERS = ("p0", "p1")
+CONFIG = preset("bench") | {
+    "hidden_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 688,
+}
 HUB = "coordinator"
 UP_MBPS, DOWN_MBPS = 20, 100
 BURST_BYTES = 64 * 1024
-ROUNDS, WARM_ROUNDS = 7, 2
+ROUNDS, WARM_ROUNDS = 10, 2
 RUN_TIMEOUT_S = 400.0
 COMMON = (
     "batch.sequence_length=128",
     "batch.sequences_per_microbatch=4",
-    "batch.microbatches_per_round=12",
+    "batch.microbatches_per_round=24",
     "batch.heldout_sequences=4",
     f"batch.eval_every={ROUNDS}",
 )
@@ -76,10 +88,19 @@ def links(options: Options) -> Iterator[Row]:
 
 def _utilisation(folder: Path, settings: tuple[str, ...], *, is_limited: bool) -> Mapping[str, float]:
     """Return compute seconds per wall second of every peer, the median of its rounds, by name."""
-    corpus = Path(sysconfig.get_path("stdlib")) / "asyncio"
+    corpus, model = Path(sysconfig.get_path("stdlib")) / "asyncio", folder / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text(json.dumps(CONFIG))
     with _namespaces(is_limited=is_limited) as places:
         with Swarm(
-            folder, corpus=corpus, rounds=ROUNDS, settings=(*COMMON, *settings), preset="bench", places=places
+            folder,
+            corpus=corpus,
+            rounds=ROUNDS,
+            stages=1,
+            settings=(*COMMON, *settings),
+            preset="bench",
+            model=model,
+            places=places,
         ) as swarm:
             swarm.start_coordinator("--start-peers", str(len(PEERS)), "--until-finished")
             swarm.start_peers(PEERS)
@@ -98,7 +119,7 @@ def _utilisation(folder: Path, settings: tuple[str, ...], *, is_limited: bool) -
 
 @contextmanager
 def _namespaces(*, is_limited: bool) -> Iterator[Mapping[str, Place]]:
-    """Make a hub and one namespace per peer; remove them all at the end, whatever happens."""
+    """Make a hub and one namespace per peer; remove them all at the end, whatever happens short of SIGKILL."""
     prefix = f"handcar-{os.getpid()}-"
     places = {name: Place(prefix + name, f"10.77.0.{number}") for number, name in enumerate((HUB, *PEERS), start=1)}
     hub = places[HUB].netns

@@ -21,11 +21,13 @@ import argparse
 import gc
 import json
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Literal, Protocol
 
 from tests.benchmarks.machine import machine_facts
@@ -226,6 +228,7 @@ def run(title: str, measure: Measure, argv: Sequence[str] | None = None) -> int:
     options = Options(quick=arguments.quick, repeats=arguments.repeats, only=frozenset(arguments.only))
     rows: list[Row] = []
     exit_code = 0
+    signal.signal(signal.SIGTERM, _interrupt)  # or what was started would be left behind
     try:
         for row in measure(options):
             if options.wants(row.row):
@@ -238,6 +241,10 @@ def run(title: str, measure: Measure, argv: Sequence[str] | None = None) -> int:
     if arguments.json is not None:
         write_json(arguments.json, machine | {"quick": arguments.quick}, [row.to_json() for row in rows])
     return exit_code
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def parse_arguments(title: str, argv: Sequence[str] | None) -> argparse.Namespace:
