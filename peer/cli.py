@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peer.memory.planning.budgets import Limits, check_limits, parse_size
+from peer.memory.planning.budgets import Limits, check_limits
 from peer.settings import PeerSettings, default_data_dir, default_name
 from protocol.console import run_command, set_up_logging
 from protocol.control import NAME_PATTERN
 from protocol.errors import ConfigError
 from protocol.invite import Invite
 from protocol.process import run_loop
+from protocol.sizes import parse_size
 
 if TYPE_CHECKING:
     from peer.planning import Question

@@ -14,7 +14,7 @@ from typing import Any
 
 from peer.memory.moments import MasterName, OptimizerName
 from peer.memory.planning import machines
-from peer.memory.planning.budgets import Budgets, Limits, budgets_here, check_limits, free_host_bytes, size_text
+from peer.memory.planning.budgets import Budgets, Limits, budgets_here, check_limits, free_host_bytes
 from peer.memory.planning.plan import Plan, plan
 from peer.memory.planning.profile import Profile, calculated
 from peer.memory.planning.workload import Mode, Workload
@@ -22,6 +22,7 @@ from peer.memory.units import Inventory
 from protocol.architecture import check_config, preset, stage_blocks, untie
 from protocol.errors import ConfigError
 from protocol.layout import BlockLayout
+from protocol.sizes import size_text
 
 DEFAULT_PRESET = "demo"
 DEFAULT_LENGTH = 1024

@@ -20,21 +20,18 @@ from peer.codecs.codec import (
     check_length,
     from_bytes,
     largest,
-    num_blocks,
     refuse_non_finite,
     to_blocks,
     to_bytes,
 )
+from protocol.encoding import FP16_BLOCK, INT4_BLOCK, INT8_BLOCK, encoded_bytes, num_blocks
 from protocol.errors import WireError
 
-FP16_BLOCK = 1024  # one exponent byte per 1,024 values: 0.05 % on top
 FP16_TOP = 32_752.0  # largest fp16 below 2**15; keeps a block that holds fp32's maximum finite after decoding
 FP16_TOP_EXPONENT = 15
 MIN_SHIFT = FP16_TOP_EXPONENT - 128  # frexp of fp32's largest value gives exponent 128
 MAX_SHIFT = 126  # 2**126 and 2**-126 are both normal fp32 numbers, so scaling is exact
 
-INT8_BLOCK = 256  # bitsandbytes' block: small enough that one outlier spoils few neighbours
-INT4_BLOCK = 128  # with 15 levels an outlier spoils more, so there are fewer neighbours
 MIN_SCALE = torch.finfo(torch.float32).tiny  # below it a scale loses bits; such a block is zeros
 
 
@@ -73,7 +70,7 @@ class Fp16Codec:
         return _scale_blocks(values, _power_of_two(-shift_B.to(torch.int32)), FP16_BLOCK)
 
     def encoded_bytes(self, num_elements: int) -> int:
-        return 2 * num_elements + num_blocks(num_elements, FP16_BLOCK)
+        return encoded_bytes(self.name, num_elements)
 
 
 def _max_scale(top: int) -> float:
@@ -120,7 +117,7 @@ class _LevelsCodec:
         return _scale_blocks(levels[:num_elements].to(torch.float32), scale_B, self.block)
 
     def encoded_bytes(self, num_elements: int) -> int:
-        return self._level_bytes(num_elements) + 4 * num_blocks(num_elements, self.block)
+        return encoded_bytes(self.name, num_elements)
 
     def _level_bytes(self, num_elements: int) -> int:
         return -(-num_elements // self.levels_per_byte)

@@ -93,8 +93,3 @@ def to_blocks(values: Tensor, block: int) -> Tensor:  # -> (blocks, block)
     """View flat values as rows of `block`, the last one filled up with zeros."""
     missing = -len(values) % block
     return (torch.nn.functional.pad(values, (0, missing)) if missing else values).view(-1, block)
-
-
-def num_blocks(num_elements: int, block: int) -> int:
-    """Return how many blocks hold `num_elements` values, the last of them perhaps not full."""
-    return -(-num_elements // block)

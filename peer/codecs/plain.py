@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from peer.codecs.codec import Buffer, check_flat, check_length, from_bytes, largest, refuse_non_finite, to_bytes
+from protocol.encoding import encoded_bytes
 from protocol.errors import WireError
 
 BF16_MAX = torch.finfo(torch.bfloat16).max
@@ -36,7 +37,7 @@ class Fp32Codec:
         return values
 
     def encoded_bytes(self, num_elements: int) -> int:
-        return 4 * num_elements
+        return encoded_bytes(self.name, num_elements)
 
 
 class Bf16Codec:
@@ -58,4 +59,4 @@ class Bf16Codec:
         return values
 
     def encoded_bytes(self, num_elements: int) -> int:
-        return 2 * num_elements
+        return encoded_bytes(self.name, num_elements)

@@ -24,14 +24,14 @@ from peer.codecs.codec import (
     check_flat,
     check_length,
     from_bytes,
-    num_blocks,
     refuse_non_finite,
     to_blocks,
     to_bytes,
 )
+from protocol.encoding import SPARSE_BLOCK as BLOCK
+from protocol.encoding import encoded_bytes, num_blocks
 from protocol.errors import WireError
 
-BLOCK = 4096
 KEPT = 64
 LOW_BITS = 6  # of an index: log2(BLOCK / KEPT), which is where Elias-Fano is shortest
 TOP_LEVEL = 7
@@ -40,7 +40,6 @@ LOW_BYTES = KEPT * LOW_BITS // 8
 HIGH_BITS = KEPT + (BLOCK >> LOW_BITS)
 HIGH_BYTES = HIGH_BITS // 8
 CODE_BYTES = KEPT // 2
-BLOCK_BYTES = LOW_BYTES + HIGH_BYTES + CODE_BYTES + 2 * 4
 
 
 class SparseCodec:
@@ -103,7 +102,7 @@ class SparseCodec:
         return values[:num_elements].clone() if num_elements < len(values) else values
 
     def encoded_bytes(self, num_elements: int) -> int:
-        return BLOCK_BYTES * num_blocks(num_elements, BLOCK)
+        return encoded_bytes(self.name, num_elements)
 
 
 def _largest(blocks_BN: Tensor) -> Tensor:  # -> (B, K) int64

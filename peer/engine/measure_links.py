@@ -24,10 +24,11 @@ from peer.engine.stopwatch import once_s, run_s
 from peer.memory.backend import Backend
 from peer.memory.disk.store import NvmeStore, UnitSpec, required_bytes
 from peer.memory.pages import PAGE_BYTES
-from peer.memory.planning.budgets import free_disk_bytes, size_text
+from peer.memory.planning.budgets import free_disk_bytes
 from peer.memory.planning.profile import Link
 from peer.memory.units import ELEMENT_BYTES
 from protocol.errors import ConfigError
+from protocol.sizes import size_text
 
 COPY_BYTES = 64 << 20
 DRIVE_UNIT_BYTES = 32 << 20

@@ -19,7 +19,7 @@ from peer.engine.measure import free_device_bytes, measure
 from peer.memory.disk.durable_files import allocated_bytes, make_folder, publish, write_temporary
 from peer.memory.disk.store_folder import TABLE_FILE
 from peer.memory.placement import Placement, Slots, Tier, all_on_device, check_placement, footprint
-from peer.memory.planning.budgets import Budgets, budgets_here, free_disk_bytes, size_text, total_host_bytes
+from peer.memory.planning.budgets import Budgets, budgets_here, free_disk_bytes, total_host_bytes
 from peer.memory.planning.machines import machine
 from peer.memory.planning.plan import Plan, plan
 from peer.memory.planning.profile import STEP_WORKSPACE_BYTES, Profile, calculated
@@ -30,6 +30,7 @@ from peer.memory.units import SLOTTED, Inventory, Section
 from peer.settings import PeerSettings
 from protocol.ids import StageId
 from protocol.manifest import AveragingMode, Manifest
+from protocol.sizes import size_text
 
 log = structlog.get_logger()
 

@@ -1,7 +1,7 @@
 """How much of each tier training may take: what the user says, else what this machine has free.
 
-Owns: `Budgets`, how sizes are written, and asking the system for free memory. Must not know: torch (a card's free
-memory is passed in), what the memory is used for.
+Owns: `Budgets`, and asking the system for free memory. Must not know: torch (a card's free memory is passed in), what
+the memory is used for.
 
 Budgets are for state, activations and working space. The process itself (Python and its libraries, some 700 MB) stands
 beside them; the defaults leave room for it.
@@ -9,7 +9,6 @@ beside them; the defaults leave room for it.
 
 from __future__ import annotations
 
-import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,8 +26,6 @@ RESERVE_SHARE = 0.1
 """Left alone besides, of what is free."""
 DISK_MARGIN_BYTES = 1 << 29  # as much as `store_folder.py` insists on
 
-_UNITS = {"": 1 << 10, "i": 1 << 10, "b": 1000, "ib": 1 << 10}
-_EXAMPLE = "Write it like 6GiB, 8GB or 512MiB."
 _UNLIMITED_BYTES = 1 << 60  # version 1 of cgroups writes "no limit" as a very large number
 
 
@@ -55,32 +52,6 @@ class Limits:
     nvme: Path | None = None
     nvme_bytes: int | None = None
     nvme_writes_per_day_bytes: int | None = None
-
-
-def parse_size(text: str, *, what: str = "a size") -> int:
-    """Read a number of bytes with its unit: KB, MB, GB, TB are decimal; KiB, MiB, GiB, TiB and K, M, G, T binary.
-
-    Raises `ConfigError` for anything else, naming `what` it was for; a bare number is taken only for 0.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?b?)|(b))?", text.strip().lower(), re.ASCII)
-    if match is None:
-        raise ConfigError(f"{what}: '{text[:40]}' is no size.", hint=_EXAMPLE)
-    number, prefix, rest, is_bytes = float(match[1]), match[2], match[3], match[4]
-    if prefix is None and not is_bytes and number:
-        raise ConfigError(f"{what}: '{text[:40]}' has no unit.", hint=_EXAMPLE)
-    num_bytes = number if prefix is None else number * _UNITS[rest] ** ("kmgt".index(prefix) + 1)
-    if num_bytes >= _UNLIMITED_BYTES:
-        raise ConfigError(f"{what}: '{text[:40]}' is more than any machine has.", hint=_EXAMPLE)
-    return int(num_bytes)
-
-
-def size_text(num_bytes: float) -> str:
-    """Write a number of bytes for people, in the units of memory."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(num_bytes) < 1 << 10:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1 << 10
-    return f"{num_bytes:,.1f} GiB"
 
 
 def default_budgets(

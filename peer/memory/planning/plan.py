@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import islice, product
 
 from peer.memory.placement import Placement, Slots, Tier
-from peer.memory.planning.budgets import Budgets, size_text
+from peer.memory.planning.budgets import Budgets
 from peer.memory.planning.fit import Fit, Fitting, Shortage, Thread
 from peer.memory.planning.profile import Profile
 from peer.memory.planning.simulate import Recomputation, Simulated, recomputed_s, simulate_step
@@ -27,6 +27,7 @@ from peer.memory.segments import Segment, segments_of
 from peer.memory.units import SLOTTED, Inventory
 from protocol.errors import ConfigError
 from protocol.layout import BlockKind
+from protocol.sizes import size_text
 
 DAY_S = 86_400
 RATED_BYTES = 600e12  # what a drive of 1 TB is warranted for; consumer drives range about this (Samsung, WD, 2020-2025)

@@ -12,11 +12,11 @@ from dataclasses import asdict
 from typing import Any
 
 from peer.memory.placement import Tier
-from peer.memory.planning.budgets import size_text
 from peer.memory.planning.plan import Plan
 from peer.memory.segments import NAMES as SEGMENT_NAMES
 from peer.memory.units import Section
 from protocol.layout import BlockKind
+from protocol.sizes import size_text
 
 SCHEMA = "peer.plan/1"
 PLACES = {Tier.DEVICE: "on the device", Tier.HOST: "in host memory", Tier.NVME: "on NVMe"}

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peer.codecs import codec, codec_names, sparse
-from peer.codecs.blocks import FP16_BLOCK, INT4_BLOCK, INT8_BLOCK
 from peer.codecs.codec import largest
+from protocol.encoding import FP16_BLOCK, INT4_BLOCK, INT8_BLOCK, SPARSE_BLOCK, SPARSE_BLOCK_BYTES
 from protocol.errors import ConfigError, LocalFault, WireError
 
 FP32_MAX = torch.finfo(torch.float32).max
@@ -22,7 +22,7 @@ names = pytest.mark.parametrize("name", codec_names())
 fp32s = st.floats(width=32, allow_nan=False, allow_infinity=False)
 magnitudes = st.sampled_from([1e-45, 1e-38, 1e-20, 1e-6, 1.0, 7e4, 1e20, FP32_MAX])
 lengths = st.integers(0, 3 * FP16_BLOCK)
-sparse_lengths = lengths | st.integers(sparse.BLOCK - 2, 2 * sparse.BLOCK + 2)
+sparse_lengths = lengths | st.integers(SPARSE_BLOCK - 2, 2 * SPARSE_BLOCK + 2)
 
 
 @st.composite
@@ -64,8 +64,8 @@ def allowed_error(name: str, values: Tensor) -> Tensor:
 def sparse_error(values: Tensor) -> Tensor:
     """A 14th of the kept magnitudes' span for what is kept, everything for the rest; by sorting, block by block."""
     allowed = values.double().abs()
-    for start in range(0, len(values), sparse.BLOCK):
-        block = allowed[start : start + sparse.BLOCK]
+    for start in range(0, len(values), SPARSE_BLOCK):
+        block = allowed[start : start + SPARSE_BLOCK]
         order = block.sort(descending=True, stable=True).indices[: sparse.KEPT]
         kept = block[order]
         least = kept[-1] if len(block) >= sparse.KEPT else torch.zeros(())  # the rest of the block counts as zeros
@@ -208,8 +208,8 @@ def test_int4_refuses_what_no_encoder_writes(levels: bytes, message: str) -> Non
 def test_sparse_keeps_the_largest_of_every_block(values: Tensor) -> None:
     """Oracle: a stable sort by magnitude; what is not among the first 64 of a block comes back as zero."""
     back = codec("sparse").decode(codec("sparse").encode(values), len(values))
-    for start in range(0, len(values), sparse.BLOCK):
-        block, got = values[start : start + sparse.BLOCK], back[start : start + sparse.BLOCK]
+    for start in range(0, len(values), SPARSE_BLOCK):
+        block, got = values[start : start + SPARSE_BLOCK], back[start : start + SPARSE_BLOCK]
         rest = block.abs().sort(descending=True, stable=True).indices[sparse.KEPT :]
         assert not bool(got[rest].any())
         assert bool((got * block >= 0).all())
@@ -223,9 +223,9 @@ def test_sparse_takes_a_hundredth_of_fp32() -> None:
 
 def sparse_parts() -> tuple[bytearray, int, int]:
     """A valid encoding of one block, and where its bitmap and its magnitudes start."""
-    values = torch.randn(sparse.BLOCK, generator=torch.Generator().manual_seed(1))
+    values = torch.randn(SPARSE_BLOCK, generator=torch.Generator().manual_seed(1))
     bitmap = sparse.LOW_BYTES
-    return bytearray(codec("sparse").encode(values)), bitmap, sparse.BLOCK_BYTES - 8
+    return bytearray(codec("sparse").encode(values)), bitmap, SPARSE_BLOCK_BYTES - 8
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_sparse_refuses_magnitudes_that_no_encoder_writes(least: float, most: fl
     data, _, magnitudes = sparse_parts()
     data[magnitudes:] = struct.pack("<ff", least, most)
     with pytest.raises(WireError, match="magnitudes"):
-        codec("sparse").decode(data, sparse.BLOCK)
+        codec("sparse").decode(data, SPARSE_BLOCK)
 
 
 def test_sparse_refuses_indices_that_no_encoder_writes() -> None:
@@ -244,16 +244,16 @@ def test_sparse_refuses_indices_that_no_encoder_writes() -> None:
     few = bytearray(data)
     few[bitmap : bitmap + sparse.HIGH_BYTES] = bytes(sparse.HIGH_BYTES)
     with pytest.raises(WireError, match="64 indices"):
-        codec("sparse").decode(few, sparse.BLOCK)
+        codec("sparse").decode(few, SPARSE_BLOCK)
     same = bytearray(data)
     same[:bitmap] = bytes(bitmap)
     same[bitmap : bitmap + sparse.HIGH_BYTES] = b"\xff" * 8 + bytes(8)  # 64 indices, all of them 0
     with pytest.raises(WireError, match="do not grow"):
-        codec("sparse").decode(same, sparse.BLOCK)
+        codec("sparse").decode(same, SPARSE_BLOCK)
     beyond = bytearray(data)
     beyond[bitmap : bitmap + sparse.HIGH_BYTES] = bytes(8) + b"\xff" * 8
     with pytest.raises(WireError, match="do not grow"):
-        codec("sparse").decode(beyond, sparse.BLOCK)
+        codec("sparse").decode(beyond, SPARSE_BLOCK)
     with pytest.raises(WireError, match="behind"):
         codec("sparse").decode(data, 100)
 

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from peer.memory.pages import padded
 from peer.memory.placement import Tier, check_placement, footprint
-from peer.memory.planning.budgets import parse_size
 from peer.memory.planning.plan import Plan, plan
 from peer.memory.planning.simulate import Recomputation, simulate_step
 from peer.memory.planning.ways import spread
@@ -24,6 +23,7 @@ from peer.memory.planning.workload import Mode
 from peer.memory.units import Inventory, Section
 from protocol.architecture import stage_blocks
 from protocol.errors import ConfigError
+from protocol.sizes import parse_size
 from tests.peer.memory.planning.plans import GB, GIB, LLAMA_8B, MIB, inventory, planned
 
 LAYERS = {"num_hidden_layers": 24}
