@@ -5,39 +5,35 @@ Heavy libraries are imported inside the commands that need them, so that `coordi
 
 from __future__ import annotations
 
-import json
 import shlex
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from protocol.console import run_command, set_up_logging
+from coordinator.commandline import (
+    SETTING,
+    Command,
+    finish,
+    parse_settings,
+    print_document,
+    with_debug,
+    with_json,
+)
+from coordinator.forecast.cli import plan
+from protocol.console import set_up_logging
 from protocol.errors import ConfigError
 
 LEVELS = click.Choice(["debug", "info", "warning", "error"])
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 ANY = click.Path(path_type=Path)
-SETTING = "SECTION.FIELD=VALUE"
-
-Command = Callable[..., None]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="handcar")
 def coordinator() -> None:
     """Organise a Handcar run: make it, serve it, take its model home."""
-
-
-def _debug(command: Command) -> Command:
-    return click.option("--debug", is_flag=True, help="Show a traceback if something unexpected happens.")(command)
-
-
-def _json(command: Command) -> Command:
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)
 
 
 def _logging(command: Command) -> Command:
@@ -67,8 +63,8 @@ def _making(command: Command) -> Command:
 @click.option("--model", type=ANY, default=None, help="Folder with a Hugging Face config.json.")
 @click.option("--tokenizer", default=None, help="bytes, train:N, or a folder.")
 @click.option("--name", default=None, help="The run's name. [default: the directory's]")
-@_json
-@_debug
+@with_json
+@with_debug
 def init(
     directory: Path,
     corpus: tuple[Path, ...],
@@ -114,9 +110,9 @@ def init(
             err=True,
         )
         if as_json:
-            _print("coordinator.init/1", {"run": manifest.run_id, "directory": str(directory.resolve())})
+            print_document("coordinator.init/1", {"run": manifest.run_id, "directory": str(directory.resolve())})
 
-    _finish(command, "init", debug)
+    finish(command, "init", debug)
 
 
 @coordinator.command()
@@ -130,7 +126,7 @@ def init(
 @click.option("--lost-after", "lost_after_s", type=float, default=None, help="Seconds of silence. [default: 10]")
 @click.option("--until-finished", is_flag=True, help="Exit when the run is over.")
 @_logging
-@_debug
+@with_debug
 def run(
     directory: Path,
     host_maddrs: tuple[str, ...],
@@ -172,13 +168,13 @@ def run(
 
         run_loop(run_coordinator(directory, settings, on_invite=on_invite, until_finished=until_finished))
 
-    _finish(command, "run", debug)
+    finish(command, "run", debug)
 
 
 @coordinator.command()
 @click.argument("directory", type=DIRECTORY)
-@_json
-@_debug
+@with_json
+@with_debug
 def invite(directory: Path, as_json: bool, debug: bool) -> None:
     """Print the invite that `coordinator run` last served.
 
@@ -194,17 +190,17 @@ def invite(directory: Path, as_json: bool, debug: bool) -> None:
         if text is None:
             raise ConfigError(f"{directory} was never served.", hint=f"Start it: coordinator run {directory}")
         if as_json:
-            _print("coordinator.invite/1", {"invite": text})
+            print_document("coordinator.invite/1", {"invite": text})
         else:
             click.echo(text)
 
-    _finish(command, "invite", debug)
+    finish(command, "invite", debug)
 
 
 @coordinator.command()
 @click.argument("directory", type=DIRECTORY)
-@_json
-@_debug
+@with_json
+@with_debug
 def checkpoints(directory: Path, as_json: bool, debug: bool) -> None:
     """List the checkpoints in DIRECTORY, newest first, each with its files checked.
 
@@ -217,7 +213,7 @@ def checkpoints(directory: Path, as_json: bool, debug: bool) -> None:
 
         rows = list_checkpoints(RunDir.open(directory))
         if as_json:
-            _print("coordinator.checkpoints/1", {"checkpoints": rows})
+            print_document("coordinator.checkpoints/1", {"checkpoints": rows})
             return
         if not rows:
             click.echo("no checkpoints yet", err=True)
@@ -225,14 +221,14 @@ def checkpoints(directory: Path, as_json: bool, debug: bool) -> None:
             size = "?" if row["bytes"] is None else f"{row['bytes']:,}"
             click.echo(f"round {row['round']:>6}  {size:>16} bytes  {row['problem'] or 'sound'}")
 
-    _finish(command, "checkpoints", debug)
+    finish(command, "checkpoints", debug)
 
 
 @coordinator.command()
 @click.argument("directory", type=DIRECTORY)
 @click.option("--to", "target", type=DIRECTORY, required=True, help="New folder for the model.")
-@_json
-@_debug
+@with_json
+@with_debug
 def export(directory: Path, target: Path, as_json: bool, debug: bool) -> None:
     """Turn the newest checkpoint into a Hugging Face model folder.
 
@@ -247,9 +243,9 @@ def export(directory: Path, target: Path, as_json: bool, debug: bool) -> None:
         click.echo(f"{exported.num_parameters:,} parameters of round {exported.round} in {exported.path}", err=True)
         if as_json:
             data = {"path": str(exported.path.resolve()), "round": exported.round}
-            _print("coordinator.export/1", {**data, "num_parameters": exported.num_parameters})
+            print_document("coordinator.export/1", {**data, "num_parameters": exported.num_parameters})
 
-    _finish(command, "export", debug)
+    finish(command, "export", debug)
 
 
 @coordinator.command()
@@ -266,8 +262,8 @@ def export(directory: Path, target: Path, as_json: bool, debug: bool) -> None:
 )
 @click.option("--threads-per-peer", type=click.IntRange(1, 1024), default=None, help="[default: cores / peers]")
 @click.option("--peer-options", default="", metavar="TEXT", help="Passed on, as '--device-memory 20MB --nvme DIR'.")
-@_json
-@_debug
+@with_json
+@with_debug
 def demo(
     corpus: tuple[Path, ...],
     preset: str | None,
@@ -312,9 +308,12 @@ def demo(
         summary = run_loop(run_demo(plan, say=lambda line: click.echo(line, err=True)))
         show_summary(summary, say=lambda line: click.echo(line, err=True))
         if as_json:
-            _print(SCHEMA, summary.data)
+            print_document(SCHEMA, summary.data)
 
-    _finish(command, "demo", debug)
+    finish(command, "demo", debug)
+
+
+coordinator.add_command(plan)
 
 
 def main() -> None:
@@ -327,28 +326,6 @@ def _split(options: str) -> tuple[str, ...]:
         return tuple(shlex.split(options))
     except ValueError as error:
         raise ConfigError(f"--peer-options cannot be read: {error}.") from None
-
-
-def parse_settings(words: tuple[str, ...]) -> dict[str, Any]:
-    """Parse `SECTION.FIELD=VALUE` words; values are JSON, or text where they are not."""
-    parsed: dict[str, Any] = {}
-    for word in words:
-        key, separator, value = word.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"'{word}' is not a setting.", hint=f"Write it like --set {SETTING}.")
-        try:
-            parsed[key] = json.loads(value)
-        except ValueError:
-            parsed[key] = value
-    return parsed
-
-
-def _finish(command: Callable[[], None], name: str, debug: bool) -> None:
-    sys.exit(run_command(command, program=f"coordinator {name}", debug=debug))
-
-
-def _print(schema: str, data: dict[str, Any]) -> None:
-    click.echo(json.dumps({"schema": schema, "ok": True, "data": data}, allow_nan=False))
 
 
 if __name__ == "__main__":

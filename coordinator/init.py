@@ -78,7 +78,8 @@ def init_run(
     settings = {"batch.data_seed": seed, **(overrides or {})}
     if rounds is not None:
         settings["batch.num_rounds"] = rounds
-    chosen = _override(find_preset(preset), settings)
+    base = find_preset(preset)
+    chosen = replace(base, **overridden(sections_of(base), settings))
     name = directory.resolve().name if name is None else name
     plan = _plan(chosen, model=model, tokenizer=tokenizer, stages=stages, name=name, seed=seed, note=note)
     text = stdlib_corpus() if corpus is None else open_corpus(corpus)
@@ -99,6 +100,27 @@ def readable(manifest: Manifest) -> str:
     fields["model"]["config"] = json.loads(fields["model"].pop("config_json"))
     about = f"For reading only. What counts is {SIGNED_MANIFEST}; a changed run is a new run."
     return json.dumps({"about": about, "run": manifest.run_id, **fields}, indent=2) + "\n"
+
+
+def sections_of(owner: Preset | Manifest) -> dict[str, Any]:
+    """Return the sections whose fields `--set` changes."""
+    return {section: getattr(owner, section) for section in SECTIONS}
+
+
+def overridden(sections: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return sections of a manifest with fields replaced, or raise `ConfigError` naming the one that cannot be."""
+    changes: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, _, field = key.partition(".")
+        if section not in sections or field not in type(sections[section]).model_fields:
+            known = ", ".join(type(sections[section]).model_fields) if section in sections else ", ".join(SECTIONS)
+            raise ConfigError(f"there is no setting '{key}'.", hint=f"Known there are {known}.")
+        changes.setdefault(section, {})[field] = value
+    found = dict(sections)
+    for section, fields in changes.items():  # together: whether one can be may depend on another, not on their order
+        what = " with ".join(f"{section}.{field}" for field in fields)
+        found[section] = _checked(type(found[section]), {**found[section].model_dump(), **fields}, what)
+    return found
 
 
 def read_model_config(path: Path) -> dict[str, Any]:
@@ -148,22 +170,6 @@ def _plan(
         tokenizer=tokenizer or preset.tokenizer,
         seed=seed,
     )
-
-
-def _override(preset: Preset, values: Mapping[str, Any]) -> Preset:
-    """Return the preset with fields replaced, or raise `ConfigError` naming the one that cannot be."""
-    specs: dict[str, Any] = {section: getattr(preset, section) for section in SECTIONS}
-    changes: dict[str, dict[str, Any]] = {}
-    for key, value in values.items():
-        section, _, field = key.partition(".")
-        if section not in specs or field not in type(specs[section]).model_fields:
-            known = ", ".join(type(specs[section]).model_fields) if section in specs else ", ".join(SECTIONS)
-            raise ConfigError(f"there is no setting '{key}'.", hint=f"Known there are {known}.")
-        changes.setdefault(section, {})[field] = value
-    for section, fields in changes.items():  # together: whether one can be may depend on another, not on their order
-        what = " with ".join(f"{section}.{field}" for field in fields)
-        specs[section] = _checked(type(specs[section]), {**specs[section].model_dump(), **fields}, what)
-    return replace(preset, **specs)
 
 
 def _checked(kind: type[M], fields: Mapping[str, Any], what: str) -> M:

@@ -88,6 +88,13 @@ def make_tokenizer(choice: str, corpus: Corpus, *, model_max_length: int) -> Tex
     return load_tokenizer(Path(choice), model_max_length=model_max_length)
 
 
+def foreseen_size(choice: str) -> int | None:
+    """Return how many tokens a choice of `make_tokenizer` will have; None if that takes reading a file."""
+    if choice == "bytes":
+        return NUM_BYTE_VALUES + 1
+    return _wanted_size(choice) if choice.startswith("train:") else None
+
+
 def load_tokenizer(path: Path, *, model_max_length: int | None = None) -> TextTokenizer:
     """Read a `tokenizer.json` or a Hugging Face folder that holds one, or raise `ConfigError`."""
     folder = path if path.is_dir() else path.parent

@@ -15,14 +15,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from coordinator.cli import coordinator, parse_settings
+from coordinator.cli import coordinator
+from coordinator.commandline import parse_settings
 from coordinator.monitor.cli import swarm
 from coordinator.store.database import DATABASE_FILE, Database
 from protocol.errors import ConfigError
 from protocol.ids import RoundId
 from tests.coordinator.runs import make_run, random_weights, stage_files, write_prose
 
-COMMANDS = ("init", "run", "invite", "checkpoints", "export", "demo")
+COMMANDS = ("init", "run", "invite", "checkpoints", "export", "demo", "plan")
 
 
 def call(*arguments: str | Path, program: object = coordinator) -> Result:
