@@ -98,6 +98,7 @@ class SpanParts:
         self._folder = folder
         self._errands: set[asyncio.Task[None]] = set()
         run = manifest.run_id
+        forward_codec, gradient_codec = manifest.averaging.hop_codecs
         self.stages = tuple(engine.engines)
         self.num_stages = manifest.model.num_stages
         self.sources_of: Callable[[StageId], tuple[PeerId, ...]] = lambda stage: ()
@@ -114,7 +115,8 @@ class SpanParts:
         self._batches = BatchSource(data=manifest.data, batch=manifest.batch, files=self._token_files)
         self._caller = HopCaller(
             run=run,
-            codec=manifest.averaging.activation_codec,
+            codec=forward_codec,
+            gradient_codec=gradient_codec,
             num_stages=self.num_stages,
             streams=link.streams,
             view=self.view,
@@ -146,7 +148,7 @@ class SpanParts:
         )
         self._server = HopServer(
             run=run,
-            codec=manifest.averaging.activation_codec,
+            codec=forward_codec,
             streams=link.streams,
             gate=self.gate,
             work=self._work,

@@ -41,6 +41,7 @@ _SIZES: Mapping[str, Callable[[int], int]] = MappingProxyType(
         "bf16": lambda n: 2 * n,
         "int8": lambda n: n + _SCALE_BYTES * num_blocks(n, INT8_BLOCK),
         "int4": lambda n: num_blocks(n, 2) + _SCALE_BYTES * num_blocks(n, INT4_BLOCK),
+        "int4-turned": lambda n: (INT4_BLOCK // 2 + _SCALE_BYTES) * num_blocks(n, INT4_BLOCK),
         "sparse": lambda n: SPARSE_BLOCK_BYTES * num_blocks(n, SPARSE_BLOCK),
     }
 )

@@ -146,13 +146,26 @@ class AveragingSpec(Message):
     outer_learning_rate: Annotated[float, Field(gt=0, le=2)] = 0.7
     outer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """`diloco`: the Nesterov step of the anchor."""
-    activation_codec: Literal["fp32", "fp16", "bf16", "int8"]
+    activation_codec: Literal["fp32", "fp16", "bf16", "int8", "int4"]
+    """Activations travel in it from stage to stage. Blocks of int4 are turned before they are rounded."""
+    activation_gradient_codec: Literal["same", "fp32", "fp16", "bf16", "int8", "int4"] = "same"
+    """The gradients by them travel back in it; they bear less rounding."""
+
+    @property
+    def hop_codecs(self) -> tuple[str, str]:
+        """The names of the codecs of bodies on a hop: there, and back."""
+        there, back = self.activation_codec, self.activation_gradient_codec
+        return _on_hops(there), _on_hops(there if back == "same" else back)
 
     @model_validator(mode="after")
     def _feeds_errors_back(self) -> Self:
         if self.codec in ("int4", "sparse") and self.mode is not AveragingMode.DILOCO:
             raise ValueError(f"codec {self.codec} is for mode diloco, not {self.mode}")
         return self
+
+
+def _on_hops(name: str) -> str:
+    return "int4-turned" if name == "int4" else name
 
 
 class TimingSpec(Message):

@@ -22,7 +22,7 @@ ENOUGH = 0.9
 TOLERANCE = 0.95
 """What is so close to the fastest counts as fast as it, if nothing is enough."""
 
-ACTIVATION_CODECS = ("fp32", "fp16", "bf16", "int8")
+ACTIVATION_CODECS = ("fp32", "fp16", "bf16", "int8", "int4")
 AVERAGING_CODECS = {
     AveragingMode.GRADIENT: ("fp32", "fp16", "int8"),
     AveragingMode.DILOCO: ("fp32", "fp16", "int8", "int4", "sparse"),

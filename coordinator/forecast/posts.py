@@ -145,7 +145,7 @@ def posts_of(swarm: Swarm, model: Model, recipe: Recipe) -> tuple[Post, ...]:
 def hops_of(model: Model, recipe: Recipe, num_spans: int, *, trains: bool = True) -> tuple[Hop, ...]:
     """Return what a microbatch costs between each span and the next."""
     num_elements = recipe.tokens_per_microbatch * model.width
-    return hops(recipe.averaging.activation_codec, num_elements, num_spans=num_spans, trains=trains)
+    return hops(recipe.averaging.hop_codecs, num_elements, num_spans=num_spans, trains=trains)
 
 
 def way_s(posts: Sequence[Post], between: Sequence[Hop], *, ping_s: float) -> float:

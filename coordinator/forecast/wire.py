@@ -49,16 +49,17 @@ def body_bytes(codec: str, num_elements: int) -> int:
     return num_bytes + HEADER.size * num_blocks(num_bytes, MAX_CHUNK_BYTES)
 
 
-def hops(codec: str, num_elements: int, *, num_spans: int, trains: bool = True) -> tuple[Hop, ...]:
+def hops(codecs: tuple[str, str], num_elements: int, *, num_spans: int, trains: bool = True) -> tuple[Hop, ...]:
     """Return what a microbatch of so many numbers costs on each way from one span to the next.
 
-    Activations go there, and the gradient by them comes back, as large; of an evaluation only the loss comes back.
+    Activations go there in the first codec, and the gradient by them comes back in the second one; of an evaluation
+    only the loss comes back.
     """
-    body = body_bytes(codec, num_elements)
+    activations, gradients = (body_bytes(codec, num_elements) for codec in codecs)
     return tuple(
         Hop(
-            forward=body + HOP_REQUEST_BYTES,
-            backward=body * trains + HOP_ANSWER_BYTES + PATH_ENTRY_BYTES * (num_spans - 1 - span),
+            forward=activations + HOP_REQUEST_BYTES,
+            backward=gradients * trains + HOP_ANSWER_BYTES + PATH_ENTRY_BYTES * (num_spans - 1 - span),
         )
         for span in range(num_spans - 1)
     )

@@ -9,12 +9,22 @@ from peer.codecs.blocks import Fp16Codec, Int4Codec, Int8Codec
 from peer.codecs.codec import Buffer, Codec
 from peer.codecs.plain import Bf16Codec, Fp32Codec
 from peer.codecs.sparse import SparseCodec
+from peer.codecs.turned import TurnedInt4Codec
 from protocol.errors import ConfigError
 
 __all__ = ["Buffer", "Codec", "codec", "codec_names"]
 
 _CODECS: dict[str, Codec] = {
-    made.name: made for made in (Fp32Codec(), Fp16Codec(), Bf16Codec(), Int8Codec(), Int4Codec(), SparseCodec())
+    made.name: made
+    for made in (
+        Fp32Codec(),
+        Fp16Codec(),
+        Bf16Codec(),
+        Int8Codec(),
+        Int4Codec(),
+        TurnedInt4Codec(),
+        SparseCodec(),
+    )
 }
 
 

@@ -86,9 +86,11 @@ def build_span(
         )
         undo.callback(memory.close)  # or the drive's folder would stay locked
         engines = _engines(models, optimizer, memory, chosen, outer=outer)
+        forward_codec, gradient_codec = manifest.averaging.hop_codecs
         span = SpanEngine(
             engines,
-            codec=codec(manifest.averaging.activation_codec),
+            codec=codec(forward_codec),
+            gradient_codec=codec(gradient_codec),
             hidden_size=manifest.model.config["hidden_size"],
             num_stages=manifest.model.num_stages,
             microbatch=(manifest.batch.sequences_per_microbatch, manifest.batch.sequence_length),

@@ -70,6 +70,7 @@ class SpanEngine:
         engines: Mapping[StageId, StageEngine],
         *,
         codec: Codec,
+        gradient_codec: Codec | None = None,
         hidden_size: int,
         num_stages: int,
         microbatch: tuple[int, int],
@@ -80,7 +81,9 @@ class SpanEngine:
         local: LocalRules | None = None,
         overlap: bool = False,
     ) -> None:
-        """`microbatch` is the run's (B, T), which no body may exceed; `wave` how many should pass the span together,
+        """Bodies of hidden states are in `codec`, those of gradients in `gradient_codec` (None: the same).
+
+        `microbatch` is the run's (B, T), which no body may exceed; `wave` how many should pass the span together,
         and `wave_patience_s` how long the first of them should wait for the others. `in_flight` is how many
         may be between their forward and backward pass (None: as many as like). `memory` is what the engines share;
         without it, nothing of theirs is kept on NVMe. With `local`, stages take optimizer steps of their own within a
@@ -96,7 +99,7 @@ class SpanEngine:
         self.is_last = self.last == num_stages - 1
         self.wave_patience_s, self.in_flight = wave_patience_s, in_flight
         self.headroom = Headroom(wave=wave, memory=memory)
-        self._codec = codec
+        self._codec, self._gradient_codec = codec, gradient_codec or codec
         self._hidden_size = hidden_size
         self._microbatch = microbatch
         self._memory = memory
@@ -205,7 +208,7 @@ class SpanEngine:
                     inputs = [hidden_BTD for hidden_BTD, _ in passed]
                     for kept, (_, ticket) in zip(tickets, passed, strict=True):
                         kept.append(ticket)
-                encoded = [self._encode(hidden_BTD) for hidden_BTD in inputs]
+                encoded = [self._encode(hidden_BTD, using=self._codec) for hidden_BTD in inputs]
             self._waiting |= {id(tasks[number]): tasks[number] for number in numbers}
             return [
                 (body, tuple(hidden_BTD.shape), tasks[number])
@@ -227,7 +230,7 @@ class SpanEngine:
             with self.headroom.guarding(len(numbers)):
                 for engine in self._engines_from(entry):
                     inputs = engine.forward_only_wave(inputs)
-                return [(self._encode(hidden_BTD), tuple(hidden_BTD.shape)) for hidden_BTD in inputs]
+                return [(self._encode(hidden_BTD, using=self._codec), tuple(hidden_BTD.shape)) for hidden_BTD in inputs]
 
         return run_wave(len(wave), lambda number: self._entering(*wave[number], entry=entry), run, one_by_one=True)
 
@@ -251,7 +254,7 @@ class SpanEngine:
 
         def start(number: int) -> Tensor:
             ticket, gradient, shape, _ = wave[number]
-            grad_BTD = self._decode(gradient, shape)
+            grad_BTD = self._decode(gradient, shape, using=self._gradient_codec)
             engines[-1].check_gradient(ticket.tickets[-1], grad_BTD)
             return grad_BTD
 
@@ -263,7 +266,7 @@ class SpanEngine:
             with self._discarding(first.entry, kept), self._adding(first.entry), self.headroom.guarding(len(numbers)):
                 results = self._run_down(engines, kept, gradients)
             self._count(first.entry, [wave[number][3] for number in numbers])
-            return [None if each is None else self._encode(each) for each in results]
+            return [self._encode_gradient(each) for each in results]
 
         return run_wave(len(wave), start, run)
 
@@ -298,7 +301,11 @@ class SpanEngine:
                     results = self._run_down(before, tickets, [loss.grad_inputs for loss in losses])
             self._count(entry, [loss.target_tokens for loss in losses])
             return [
-                SpanLoss(loss.loss_sum, loss.target_tokens, None if each is None else self._encode(each))
+                SpanLoss(
+                    loss.loss_sum,
+                    loss.target_tokens,
+                    self._encode_gradient(each),
+                )
                 for loss, each in zip(losses, results, strict=True)
             ]
 
@@ -450,7 +457,7 @@ class SpanEngine:
 
     def _entering(self, source: Source, shape: tuple[int, ...], *, entry: StageId) -> Tensor:
         """Return what enters stage `entry`, once it is known to be something that can."""
-        hidden_BTD = self._decode(source, shape)
+        hidden_BTD = self._decode(source, shape, using=self._codec)
         self.engines[entry].check_inputs(hidden_BTD)
         return hidden_BTD
 
@@ -462,12 +469,15 @@ class SpanEngine:
         self.engines[self.last].check_labels(hidden_BTD.shape[:2], labels_BT)
         return hidden_BTD, labels_BT
 
-    def _decode(self, source: Source, shape: tuple[int, ...]) -> Tensor:
+    def _decode(self, source: Source, shape: tuple[int, ...], *, using: Codec) -> Tensor:
         """Return token ids (B, T) for a token array, hidden values (B, T, D) for a body."""
         if not isinstance(source, (bytes, bytearray)):
             return torch.from_numpy(source)
         size = shape[0] * shape[1] * shape[2]
-        return self._codec.decode(source, size).reshape(shape)
+        return using.decode(source, size).reshape(shape)
 
-    def _encode(self, hidden_BTD: Tensor) -> bytes:
-        return self._codec.encode(hidden_BTD.reshape(-1).contiguous())
+    def _encode_gradient(self, gradient_BTD: Tensor | None) -> bytes | None:
+        return None if gradient_BTD is None else self._encode(gradient_BTD, using=self._gradient_codec)
+
+    def _encode(self, hidden_BTD: Tensor, *, using: Codec) -> bytes:
+        return using.encode(hidden_BTD.reshape(-1).contiguous())

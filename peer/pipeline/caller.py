@@ -20,6 +20,7 @@ from peer.pipeline.router import Router
 from peer.pipeline.view import Membership, View
 from peer.tasks import Body, DownstreamFailed, Outcome, Pulse, RoundOver, TaskId
 from protocol.batches import TaskKind
+from protocol.encoding import encoded_bytes
 from protocol.errors import DeadlineError, PeerFault, SwarmError, UnreachableError, WireError
 from protocol.hops import (
     ENTRY_CONTEXT,
@@ -98,6 +99,7 @@ class HopCaller:
         *,
         run: RunId,
         codec: str,
+        gradient_codec: str,
         num_stages: int,
         streams: Streams,
         view: View,
@@ -105,7 +107,7 @@ class HopCaller:
         hop_silence_s: float,
     ) -> None:
         self._run = run
-        self._codec = codec
+        self._codec, self._gradient_codec = codec, gradient_codec
         self._num_stages = num_stages
         self._name = hop_protocol(run)
         self._streams = streams
@@ -264,8 +266,9 @@ class HopCaller:
         if answer.status is AnswerStatus.FAILED:
             await stream.send(Received())
             raise PeerFault(f"{peer} failed at stage {errand.stage}: {answer.detail}")
-        # a gradient looks like what it is the gradient of; anything else would be memory that a stranger makes us take
-        expected = len(errand.body.data) if errand.task.kind is TaskKind.TRAIN else 0
+        # a gradient has the shape of what it is the gradient of; else a stranger would make us take any memory
+        size = encoded_bytes(self._gradient_codec, math.prod(errand.body.shape))
+        expected = size if errand.task.kind is TaskKind.TRAIN else 0
         if answer.body_bytes != expected:
             raise WireError(f"{peer} answers with {answer.body_bytes} bytes where {expected} are due")
         gradient, gradient_digest = await stream.receive_body(answer.body_bytes, on_chunk=errand.moved)

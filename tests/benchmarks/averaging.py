@@ -17,6 +17,7 @@ import torch
 from peer.averaging.reduce import Reduced
 from tests.benchmarks.averaging_links import links
 from tests.benchmarks.averaging_loss import losses
+from tests.benchmarks.averaging_plan import plans
 from tests.benchmarks.harness import Options, Row, figure, run
 from tests.peer.averaging.reduce_members import make_group, reduce_all, start_members
 
@@ -34,6 +35,7 @@ PER_TOKEN = {  # codec, inner steps between averagings, bar
 def measure(options: Options) -> Iterator[Row]:
     yield from bytes_on_the_wire(options)
     yield from links(options)
+    yield from plans(options)
     with tempfile.TemporaryDirectory() as folder:
         yield from losses(Path(folder), options)
 

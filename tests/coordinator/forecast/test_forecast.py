@@ -146,7 +146,7 @@ def test_bytes_per_token_are_counted_once() -> None:
     """Oracle: two bodies per microbatch and hop, whoever sends them."""
     found = forecast(swarm(replace(FAST, count=3)), model(3), recipe())
     assert found.activation_bytes_per_token == pytest.approx(2 * 2 * BODY_BYTES / TOKENS, rel=ABOUT)
-    exact = sum(hop.forward + hop.backward for hop in hops("fp32", NUMBERS, num_spans=3)) / TOKENS
+    exact = sum(hop.forward + hop.backward for hop in hops(("fp32", "fp32"), NUMBERS, num_spans=3)) / TOKENS
     assert found.activation_bytes_per_token == pytest.approx(exact)
     sent = sum(peers.peers.count * peers.traffic.up for peers in found.peers)
     assert sent / found.tokens_per_round == pytest.approx(found.bytes_per_token)

@@ -105,20 +105,20 @@ def test_a_body_comes_in_chunks_of_a_mebibyte() -> None:
 
 def test_every_way_carries_activations_there_and_gradients_back() -> None:
     """Oracle: on paper, for three spans."""
-    first, second = hops("fp16", 1024, num_spans=3)
+    first, second = hops(("fp16", "fp16"), 1024, num_spans=3)
     body = 2 * 1024 + 1 + 5
     assert first.forward == second.forward == body + wire.HOP_REQUEST_BYTES
     assert first.backward == body + wire.HOP_ANSWER_BYTES + 2 * wire.PATH_ENTRY_BYTES
     assert second.backward == body + wire.HOP_ANSWER_BYTES + wire.PATH_ENTRY_BYTES
-    (evaluated, _) = hops("fp16", 1024, num_spans=3, trains=False)
+    (evaluated, _) = hops(("fp16", "fp16"), 1024, num_spans=3, trains=False)
     assert evaluated.forward == first.forward
     assert evaluated.backward == first.backward - body
-    assert hops("fp16", 1024, num_spans=1) == ()
+    assert hops(("fp16", "fp16"), 1024, num_spans=1) == ()
 
 
 @given(num_spans=st.integers(1, 9))
 def test_what_one_sends_another_receives(num_spans: int) -> None:
-    between = hops("int8", 5000, num_spans=num_spans)
+    between = hops(("int8", "fp16"), 5000, num_spans=num_spans)
     each = [at_span(between, span) for span in range(num_spans)]
     assert sum(traffic.up for traffic in each) == sum(traffic.down for traffic in each)
     assert sum(traffic.up for traffic in each) == sum(hop.forward + hop.backward for hop in between)

@@ -141,6 +141,7 @@ async def hosts(folder: Path, count: int, *, hop_silence_s: float = 5.0) -> Asyn
             caller = HopCaller(
                 run=RUN,
                 codec="fp32",
+                gradient_codec="fp32",
                 num_stages=2,
                 streams=streams,
                 view=view,

@@ -1,0 +1,160 @@
+"""What `coordinator plan` says of a swarm against what that swarm does: the rows `plan_*` of `averaging.py`.
+
+Two peers on loopback with a thread each. One run gives the machine's figures: seconds per microbatch and stage, and
+with them what a round takes beside its microbatches (the optimizer's step, the hash, ballots), so that the plan of this
+run comes out right. The plans of the other runs take these figures and are compared with what happened: other
+activations and a longer round; replicas that average gradients instead of stages; and the same behind compute.
+
+Owns: the runs, and the way from their figures to the plan's options. Bytes are what peers and coordinator count.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from coordinator.store.database import DATABASE_FILE, open_readonly
+from tests.benchmarks.harness import Options, Row, figure
+from tests.e2e.processes import run_to_end
+from tests.e2e.swarm import Swarm
+
+ROUNDS, WARM_ROUNDS = 9, 2
+RUN_TIMEOUT_S = 300.0
+FAST_LINK = ("--upload-mbps", "4000", "--download-mbps", "4000", "--latency-ms", "0")
+COMMON = (
+    "batch.sequences_per_microbatch=1",
+    "batch.heldout_sequences=2",
+    f"batch.eval_every={ROUNDS}",
+    f"keeping.checkpoint_every={ROUNDS}",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One run of two peers."""
+
+    name: str
+    stages: int
+    settings: tuple[str, ...]
+
+
+MEASURED = Case("two stages, fp16", 2, ("batch.microbatches_per_round=8",))
+PLANNED = (
+    Case("two stages, int8, 16", 2, ("batch.microbatches_per_round=16", "averaging.activation_codec=int8")),
+    Case("two replicas, fp16, 16", 1, ("batch.microbatches_per_round=16",)),
+    Case(
+        "two replicas, int8, 24, overlap",
+        1,
+        ("batch.microbatches_per_round=24", "averaging.codec=int8", "averaging.overlap=true"),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a run did, in its rounds in the middle."""
+
+    directory: Path
+    tokens_per_s: float
+    bytes_per_token: float
+    stage_s: tuple[float, ...]
+    """Computing per microbatch, by stage."""
+    num_microbatches: int
+    round_s: float
+
+
+def plans(options: Options) -> Iterator[Row]:
+    """Compare plans with runs, one row for tokens per second and one for bytes per token of each."""
+    if not options.wants("plan_tokens_s", "plan_bytes"):
+        return
+    with tempfile.TemporaryDirectory(prefix="handcar-bench-") as name:
+        folder = Path(name)
+        measured = _run(folder / "measured", MEASURED)
+        beside_s = _beside_s(measured)
+        speeds, sizes = [], []
+        for number, case in enumerate(PLANNED):
+            found = _run(folder / f"planned-{number}", case)
+            whole = case.stages == 1  # one peer has all stages, and all of what is stepped and hashed
+            stage_s = (sum(measured.stage_s),) if whole else measured.stage_s
+            said = _plan(found.directory, stage_s, beside_s * (MEASURED.stages if whole else 1))
+            bytes_per_token = said["activation_bytes_per_token"] + said["averaging_bytes_per_token"]
+            speeds.append((case.name, said["tokens_per_s"], found.tokens_per_s))
+            sizes.append((case.name, bytes_per_token, found.bytes_per_token))
+    yield _row("plan_tokens_s", speeds, unit="tokens/s")
+    yield _row("plan_bytes", sizes, unit="bytes per token")
+
+
+def _row(row: str, compared: Sequence[tuple[str, float, float]], *, unit: str) -> Row:
+    """Show the plan that is farthest off; all of them in the note."""
+    _, said, was = max(compared, key=lambda each: abs(each[1] / each[2] - 1))
+    note = "; ".join(f"{name}: {said:.4g} for {was:.4g} ({said / was - 1:+.1%})" for name, said, was in compared)
+    bar = "<= 1.15" if said >= was else ">= 0.85"
+    return figure(row, said, was, unit=unit, bar=bar, note=f"plan for run, the worst of: {note}")
+
+
+def _run(folder: Path, case: Case) -> Found:
+    corpus = Path(sysconfig.get_path("stdlib")) / "asyncio"
+    settings = (*COMMON, *case.settings)
+    with Swarm(folder, corpus=corpus, rounds=ROUNDS, settings=settings, preset="bench", stages=case.stages) as swarm:
+        swarm.start_coordinator("--start-peers", "2", "--until-finished")
+        swarm.start_peers(["first", "second"])
+        swarm.wait_finished(timeout_s=RUN_TIMEOUT_S)
+        batch = swarm.run_dir().manifest.batch
+        feeder = next(peer for peer in swarm.peers.values() if _opened(peer.events("round.open")))
+        seconds = [later - earlier for earlier, later in itertools.pairwise(_opened(feeder.events("round.open")))]
+        round_s = statistics.median(seconds[WARM_ROUNDS : ROUNDS - 1])
+        with closing(open_readonly(swarm.directory / DATABASE_FILE)) as db:
+            stage_s = tuple(
+                statistics.median(share for (share,) in rows) / batch.microbatches_per_round
+                for rows in (
+                    db.execute(
+                        "SELECT w.compute_seconds FROM work AS w JOIN replicas AS r ON r.peer = w.peer "
+                        "WHERE r.stage = ? AND w.round >= ? AND w.round < ?",
+                        (stage, WARM_ROUNDS, ROUNDS - 1),
+                    ).fetchall()
+                    for stage in range(case.stages)
+                )
+            )
+            rounds = ROUNDS - 1 - WARM_ROUNDS
+            span = (WARM_ROUNDS, ROUNDS - 1)
+            moved = "SELECT TOTAL(activation_bytes) FROM work WHERE round >= ? AND round < ?"
+            averaged = "SELECT TOTAL(bytes_sent) FROM averagings WHERE ok AND round >= ? AND round < ?"
+            num_bytes = db.execute(moved, span).fetchone()[0] / 2 + db.execute(averaged, span).fetchone()[0]
+    return Found(
+        directory=swarm.directory,
+        tokens_per_s=batch.tokens_per_round / round_s,
+        bytes_per_token=num_bytes / rounds / batch.tokens_per_round,
+        stage_s=stage_s,
+        num_microbatches=batch.microbatches_per_round,
+        round_s=round_s,
+    )
+
+
+def _beside_s(measured: Found) -> float:
+    """Return what a round takes beside its microbatches: what the plan lacks if it is told that this is nothing."""
+    said = _plan(measured.directory, measured.stage_s, 0.0)
+    return max(0.0, measured.round_s - float(said["round_s"]))
+
+
+def _plan(directory: Path, stage_s: Sequence[float], beside_s: float) -> dict[str, Any]:
+    machine = ("--stage-seconds", "/".join(f"{seconds:.6f}" for seconds in stage_s), "--round-seconds", str(beside_s))
+    flags = ["plan", str(directory), "--peers", "2", *machine, *FAST_LINK, "--keep-activations", "--json"]
+    said = run_to_end("coordinator", flags, name="plan", folder=directory.parent, timeout_s=60.0)
+    answer: dict[str, Any] = json.loads(said.strip().split("\n")[-1])
+    asked: dict[str, Any] = answer["data"]["asked"]
+    return asked
+
+
+def _opened(events: list[dict[str, Any]]) -> list[float]:
+    """Return when rounds of stage 0 were opened, in seconds."""
+    times = [event["timestamp"] for event in events if event["stage"] == 0]
+    return [datetime.fromisoformat(str(each)).timestamp() for each in times]
