@@ -17,7 +17,7 @@ FITS := import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 
 HAS_TORCH := import importlib.metadata as m; raise SystemExit([int(n) for n in m.version("torch").split(".")[:2]] < [2, 10])
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint bench chaos-memory lock clean
+.PHONY: help setup demo test check lint bench chaos-memory chaos-averaging lock clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -50,6 +50,9 @@ bench-%: $(STAMP) ## run one benchmark, for example make bench-pipeline
 
 chaos-memory: $(STAMP) ## kill -9 training with its state on disk, 100 times
 	@$(BIN)/python -m tests.e2e.memory_chaos $(ARGS)
+
+chaos-averaging: $(STAMP) ## kill -9 members of a stage while they average, 100 times
+	@$(BIN)/python -m tests.e2e.averaging_chaos $(ARGS)
 
 lock: $(STAMP) ## resolve the locked dependency set again
 	@$(PIP) install 'uv>=0.9'

@@ -274,7 +274,9 @@ class StageDriver:
 
         async def tell() -> None:
             with self._pausing():
-                self.post(events.Frozen(closing.round, await freezing))
+                tokens = await freezing
+                log.debug("round.frozen", stage=self.stage, round=closing.round, tokens=tokens)
+                self.post(events.Frozen(closing.round, tokens))
 
         self._start(tell(), name=f"freeze-{self.stage}-{closing.round}")
 
@@ -283,6 +285,7 @@ class StageDriver:
         engine = self._engine.engines[self.stage]
         shards = Shards([layout.num_elements for layout in engine.shards], engine.contribution_shard)
         open_before_s = self._gate.open_s(self.stage)
+        log.debug("averaging.begun", stage=self.stage, round=action.round, peers=len(action.group))
         try:
             try:
                 reduced = await self._reduce.reduce(self._group_of(action), shards)
@@ -299,6 +302,7 @@ class StageDriver:
             self.post(events.ReduceFailed(action.group_id, _reason(error), suspect))
             return
         self._stage_update(reduced.digest, update)
+        log.debug("averaging.done", stage=self.stage, round=action.round, seconds=round(reduced.seconds, 3))
         hidden_s = self._gate.open_s(self.stage) - open_before_s
         self._reported(action, reduced, hidden_s=min(hidden_s, reduced.seconds))
         self.post(events.ReduceDone(action.group_id, reduced.digest, norm))
@@ -527,7 +531,7 @@ class StageDriver:
             self._outbox.put(to, message)
 
     def _on_gone(self, peer: PeerId) -> None:
-        self._view.suspect(peer, now_s=time.monotonic())  # the coordinator hears of it, and may found anew
+        self._view.note_gone(peer, now_s=time.monotonic())  # the coordinator hears of it, and may found anew
         self.post(events.PeerGone(peer))
 
     async def _beat(self) -> None:

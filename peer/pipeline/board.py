@@ -5,7 +5,8 @@ numbers. Pure but for the time that is passed in. Must not know: how a microbatc
 bits travel to the clock (`peer/averaging/driver.py` carries them).
 
 Takeover: a number may be fed by somebody else once its owner has not moved for a while. The peers next in
-the number's rendezvous order get their turn one after the other, so that they do not all jump at once.
+the number's rendezvous order get their turn one after the other, so that they do not all jump at once. Who is
+certainly gone is passed over at once.
 """
 
 from __future__ import annotations
@@ -44,11 +45,13 @@ class Board:
         me: PeerId,
         feeders: Mapping[PeerId, float],
         takeover_s: Callable[[PeerId], float],
+        is_gone: Callable[[PeerId], bool] = lambda peer: False,
         now_s: float,
     ) -> None:
         """`feeders` have rendezvous weights; `takeover_s` says how long to leave the owner of a number in peace."""
         self.round = round_id
         self._takeover_s = takeover_s
+        self._is_gone = is_gone
         self._me = me
         self._plan = {microbatch.number: microbatch for microbatch in sorted(plan, key=lambda one: one.number)}
         self._orders = {number: rendezvous(f"{seed}/{round_id}/{number}", feeders) for number in self._plan}
@@ -130,6 +133,6 @@ class Board:
     def _is_takeable(self, number: int, *, now_s: float) -> bool:
         if number in self._done or number in self._in_flight or self._not_before_s.get(number, 0.0) > now_s:
             return False
-        order = self._orders[number]
+        order = [peer for peer in self._orders[number] if peer == self._me or not self._is_gone(peer)]
         rank = order.index(self._me) if self._me in order else len(order)
         return rank == 0 or now_s - self._moved_s[order[0]] >= rank * self._takeover_s(order[0])

@@ -87,6 +87,7 @@ class Feeder:
             me=self._me,
             feeders=feeders,
             takeover_s=self._takeover_s,
+            is_gone=self._view.is_gone,
             now_s=time.monotonic(),
         )
         self._on_board(board)

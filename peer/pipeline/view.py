@@ -41,6 +41,7 @@ class View:
         self._stages: dict[StageId, Membership] = {}
         self._suspects: dict[PeerId, float] = {}
         self._passed_over: dict[PeerId, float] = {}
+        self._gone: set[PeerId] = set()
         self._changed = asyncio.Event()
         self.on_change: Callable[[], None] = lambda: None
         """Called after every newly learnt membership."""
@@ -54,6 +55,7 @@ class View:
         for peer in membership.members:  # a peer that took part in a commit is alive
             self._suspects.pop(peer, None)
             self._passed_over.pop(peer, None)
+            self._gone.discard(peer)
         self._notify()
         self.on_change()
         return True
@@ -79,6 +81,15 @@ class View:
         """Note that `peer` did not answer: others should hear of it."""
         self._suspects[peer] = now_s + SUSPECT_S
         self.pass_over(peer, now_s=now_s)
+
+    def note_gone(self, peer: PeerId, *, now_s: float) -> None:
+        """Note that `peer`'s own machine says that its process is gone. It is until a commit names it again."""
+        self._gone.add(peer)
+        self.suspect(peer, now_s=now_s)
+
+    def is_gone(self, peer: PeerId) -> bool:
+        """Tell whether there is certainly nobody who works under that name."""
+        return peer in self._gone
 
     def pass_over(self, peer: PeerId, *, now_s: float) -> None:
         """Try others first for a while: `peer` answers, but does not take tasks."""

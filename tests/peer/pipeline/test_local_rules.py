@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 import pytest
@@ -32,6 +32,7 @@ def board(
     feeders: tuple[PeerId, ...] = (ANNE, BERT),
     count: int = 12,
     waves: Mapping[PeerId, int] = MappingProxyType({}),
+    gone: Collection[PeerId] = (),
 ) -> Board:
     return Board(
         RoundId(0),
@@ -40,6 +41,7 @@ def board(
         me=me,
         feeders=dict.fromkeys(feeders, 1.0),
         takeover_s=lambda owner: TAKEOVER_S * waves.get(owner, 1),
+        is_gone=lambda peer: peer in gone,
         now_s=0.0,
     )
 
@@ -64,6 +66,23 @@ def test_a_silent_owner_loses_its_numbers_after_a_while_and_not_before() -> None
     mine = take_all(anne, now_s=0.0)
     assert take_all(anne, now_s=TAKEOVER_S * 0.9) == set()
     assert take_all(anne, now_s=TAKEOVER_S) == set(range(12)) - mine
+
+
+def test_what_a_dead_owner_has_left_is_divided_at_once() -> None:
+    """Nobody waits for who cannot come back in this round. Oracle: two of three have everything between them."""
+    three = (ANNE, BERT, CARA)
+    shares = [take_all(board(me, feeders=three, gone={CARA}), now_s=0.0) for me in (ANNE, BERT)]
+    assert shares[0] | shares[1] == set(range(12))
+    assert not shares[0] & shares[1]
+    assert take_all(board(ANNE, feeders=(BERT,), gone={BERT}), now_s=0.0) == set(range(12))
+
+
+def test_who_is_gone_is_back_once_a_commit_names_it() -> None:
+    view = View()
+    view.note_gone(BERT, now_s=0.0)
+    assert (view.is_gone(BERT), view.is_gone(ANNE)) == (True, False)
+    view.learn(membership(2))
+    assert not view.is_gone(BERT)
 
 
 def test_every_owner_is_left_in_peace_for_as_long_as_its_own_wave_takes() -> None:
