@@ -113,19 +113,20 @@ def _run(folder: Path, case: Case) -> Found:
         seconds = [later - earlier for earlier, later in itertools.pairwise(_opened(feeder.events("round.open")))]
         round_s = statistics.median(seconds[WARM_ROUNDS : ROUNDS - 1])
         with closing(open_readonly(swarm.directory / DATABASE_FILE)) as db:
-            stage_s = tuple(
-                statistics.median(share for (share,) in rows) / batch.microbatches_per_round
-                for rows in (
-                    db.execute(
-                        "SELECT w.compute_seconds FROM work AS w JOIN replicas AS r ON r.peer = w.peer "
-                        "WHERE r.stage = ? AND w.round >= ? AND w.round < ?",
-                        (stage, WARM_ROUNDS, ROUNDS - 1),
-                    ).fetchall()
-                    for stage in range(case.stages)
-                )
+            span, rounds = (WARM_ROUNDS, ROUNDS - 1), ROUNDS - 1 - WARM_ROUNDS
+            computed = dict(
+                db.execute(
+                    "SELECT p.name, TOTAL(w.compute_seconds) FROM work AS w JOIN peers AS p ON p.peer = w.peer "
+                    "WHERE w.round >= ? AND w.round < ? GROUP BY p.name",
+                    span,
+                ).fetchall()
             )
-            rounds = ROUNDS - 1 - WARM_ROUNDS
-            span = (WARM_ROUNDS, ROUNDS - 1)
+            hosts = [
+                {peer.name for peer in swarm.peers.values() if _opened(peer.events("round.open"), stage=stage)}
+                for stage in range(case.stages)
+            ]
+            num_computed = rounds * batch.microbatches_per_round
+            stage_s = tuple(sum(computed[name] for name in names) / num_computed for names in hosts)
             moved = "SELECT TOTAL(activation_bytes) FROM work WHERE round >= ? AND round < ?"
             averaged = "SELECT TOTAL(bytes_sent) FROM averagings WHERE ok AND round >= ? AND round < ?"
             num_bytes = db.execute(moved, span).fetchone()[0] / 2 + db.execute(averaged, span).fetchone()[0]
@@ -154,7 +155,7 @@ def _plan(directory: Path, stage_s: Sequence[float], beside_s: float) -> dict[st
     return asked
 
 
-def _opened(events: list[dict[str, Any]]) -> list[float]:
-    """Return when rounds of stage 0 were opened, in seconds."""
-    times = [event["timestamp"] for event in events if event["stage"] == 0]
+def _opened(events: list[dict[str, Any]], *, stage: int = 0) -> list[float]:
+    """Return when rounds of a stage were opened, in seconds."""
+    times = [event["timestamp"] for event in events if event["stage"] == stage]
     return [datetime.fromisoformat(str(each)).timestamp() for each in times]
