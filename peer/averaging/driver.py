@@ -222,6 +222,8 @@ class StageDriver:
             case events.Freeze(closing, signed, replaces):
                 self._reports.add(ClosingReport(closing=signed))
                 self._freeze(closing, replaces=replaces)
+            case events.Shut():
+                self._gate.freeze(self.stage)
             case events.StartReduce():
                 task = self._start(self._run_reduce(action), name=f"reduce-{self.stage}-{action.round}")
                 self._reducing[action.group_id] = task
@@ -419,6 +421,7 @@ class StageDriver:
         try:
             async with self._engine_lock:
                 with self._pausing(commit):
+                    await self._stop_adding()
                     state_digest = await self._take_step(commit, signed, lineage, update)
                     self.post(events.Applied(lineage, state_digest))
         except PeerFault as error:
@@ -430,11 +433,7 @@ class StageDriver:
         engine = self._engine.engines[self.stage]
         try:
             with self._pausing(steps[-1].commit):
-                if self._engine.is_open(self.stage):  # nobody has told us that the round is over
-                    self._gate.freeze(self.stage)
-                    await self._compute.run(
-                        lambda: self._engine.freeze(self.stage, replaces=True), priority=Priority.CONTROL
-                    )
+                await self._stop_adding()
                 for step in steps:
                     if step.commit.version > engine.version:
                         update = await self._sync.fetch_update(step.commit, self._known(sources, step.commit))
@@ -442,6 +441,12 @@ class StageDriver:
                 self.post(events.Applied(steps[-1].lineage, self.state_digest))
         except (TransientError, PeerFault) as error:
             self.post(events.ApplyFailed(steps[-1].lineage, _reason(error)))
+
+    async def _stop_adding(self) -> None:
+        """End the round at hand if nobody has told us that it is over: its work belongs to the state that is left."""
+        if self._engine.is_open(self.stage):
+            self._gate.freeze(self.stage)
+            await self._compute.run(lambda: self._engine.freeze(self.stage, replaces=True), priority=Priority.CONTROL)
 
     async def _take_step(self, commit: Commit, signed: Signed, lineage: Lineage, update: Update) -> Digest:
         """Absorb an update, log it, and tell the rest of the peer; return the digest of the new state."""

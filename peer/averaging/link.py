@@ -33,6 +33,7 @@ T = TypeVar("T")
 Handler = Callable[[AsyncGenerator[Message, None], P2PContext], AsyncGenerator[Message, None]]
 
 MAX_REDUCE_MESSAGE_BYTES = 1024 * 1024  # the largest honest one is one fp32 part (512 KiB) and a few bytes
+FRAMING_BYTES = 64  # what hivemind puts before a message has nine
 MAX_STREAMS_PER_CALLER = 32  # an honest peer has one per stage that we share
 MAX_STREAMS = 1024  # of all callers: as many as the members of a large stage, each with one
 
@@ -157,7 +158,10 @@ class LinkReader:
         if num_bytes > MAX_REDUCE_MESSAGE_BYTES:
             raise WireError(f"message of {num_bytes} bytes is over the limit of {MAX_REDUCE_MESSAGE_BYTES}")
         data = await self._reader.readexactly(num_bytes)
-        await self._line.down.take(num_bytes, Lane.BULK)  # unread, what follows stays where it is
+        if num_bytes <= FRAMING_BYTES:  # a message is read in three pieces, and takes one turn
+            self._line.down.spend(num_bytes)
+        else:
+            await self._line.down.take(num_bytes, Lane.BULK)  # unread, what follows stays where it is
         return data
 
 

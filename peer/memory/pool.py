@@ -23,9 +23,9 @@ from peer.memory.disk.store import NvmeStore, UnitSpec
 from peer.memory.pages import packed, padded
 from peer.memory.placement import Placement, Tier, check_placement, slot_bytes
 from peer.memory.schedule import AT_HOME
-from peer.memory.units import APART, ELEMENT_BYTES, Inventory, Section, Unit
+from peer.memory.units import ELEMENT_BYTES, OUTER, PASSING, Inventory, Section, Unit
 
-DURABLE = (Section.WEIGHTS, Section.MOMENTS, *APART)
+DURABLE = (Section.WEIGHTS, Section.MOMENTS, *OUTER)
 """What is the state; the rest is work in progress."""
 
 IN_BLOCKS = (Section.WEIGHTS, Section.GRADIENT)
@@ -47,7 +47,9 @@ def stored_units(inventory: Inventory, placement: Placement) -> tuple[Unit, ...]
     """
     if not placement.uses(Tier.NVME):
         return ()
-    passing = [unit for unit in inventory.units(Section.GRADIENT) if placement.homes.get(unit) is Tier.NVME]
+    passing = [
+        unit for section in PASSING for unit in inventory.units(section) if placement.homes.get(unit) is Tier.NVME
+    ]
     return (*lasting_units(inventory), *passing)
 
 

@@ -41,6 +41,9 @@ SLOTTED = (Section.WEIGHTS, Section.GRADIENT, Section.MOMENTS)
 OUTER = (Section.ANCHOR, Section.VELOCITY, Section.ERROR, Section.SYNC)
 """What replicas with steps of their own keep."""
 
+PASSING = (Section.GRADIENT, Section.HELD)
+"""What nobody needs after a restart."""
+
 APART = (*OUTER, Section.HELD)
 """What is touched when a round ends, where it lives: it takes no slots. fp32."""
 

@@ -102,7 +102,7 @@ class Board:
             return
         self._left = [microbatch for number, microbatch in self._plan.items() if number not in self._done]
         for number in news:
-            self._moved_s[self._orders[number][0]] = now_s
+            self._moved_s[next(iter(self._living(number)), self._me)] = now_s
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -130,9 +130,13 @@ class Board:
         except TimeoutError:
             return
 
+    def _living(self, number: int) -> list[PeerId]:
+        """Return whose number it is, and who comes after, without those that are certainly gone."""
+        return [peer for peer in self._orders[number] if peer == self._me or not self._is_gone(peer)]
+
     def _is_takeable(self, number: int, *, now_s: float) -> bool:
         if number in self._done or number in self._in_flight or self._not_before_s.get(number, 0.0) > now_s:
             return False
-        order = [peer for peer in self._orders[number] if peer == self._me or not self._is_gone(peer)]
+        order = self._living(number)
         rank = order.index(self._me) if self._me in order else len(order)
         return rank == 0 or now_s - self._moved_s[order[0]] >= rank * self._takeover_s(order[0])

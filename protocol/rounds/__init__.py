@@ -30,6 +30,7 @@ for the same stage and peer, also within one process: promises are kept in memor
     NewLineage                         -  (same state, new name: label snapshots with it)
     OpenRound(round, version, fresh)   -  (take and feed tasks; `fresh`: accumulator to zero, else keep what is frozen)
     Freeze(closing, replaces)          Frozen(round, tokens), when nothing is added any more
+    Shut(round)                        -  (let no more tasks in; Freeze comes later)
     StartReduce(group)                 ReduceDone(digest, norm of the sum) | ReduceFailed(reason, suspect)
     AbortReduce(group_id)              -
     Fetch(commit, sources)             Fetched(digest, norm) | FetchFailed: bytes into staging, not applied

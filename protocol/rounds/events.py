@@ -201,6 +201,13 @@ class Freeze:
     replaces: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Shut:
+    """That round is over: let nothing more in. What it has added up stays as it is until it is frozen."""
+
+    round: RoundId
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartReduce:
     """Sum the frozen contributions of `group` in its order into staging."""
@@ -325,6 +332,7 @@ Action = (
     Send
     | OpenRound
     | Freeze
+    | Shut
     | StartReduce
     | AbortReduce
     | Fetch

@@ -44,6 +44,7 @@ from protocol.rounds.events import (
     Replay,
     Report,
     Resync,
+    Shut,
     Step,
     Synced,
     Trouble,
@@ -135,7 +136,8 @@ class Member:
             return Standing.APPLYING
         if self.slot is None:
             return Standing.LISTENING
-        return Standing.FROZEN if self.slot.frozen and not self._is_ahead else Standing.OPEN
+        is_over = self.closings.newest_round >= (self.slot.round if self.round is None else self.round)
+        return Standing.FROZEN if self.slot.frozen and (is_over or not self._is_ahead) else Standing.OPEN
 
     @property
     def round(self) -> RoundId | None:
@@ -146,7 +148,7 @@ class Member:
 
     @property
     def _is_ahead(self) -> bool:
-        """Tell whether tasks are taken of the round after the one that is averaged."""
+        """Tell whether the round after the one that is averaged was opened: it may be over as well by now."""
         return self.slot is not None and self._opened is not None and self._opened > self.slot.round
 
     # -- charter and state -------------------------------------------------------------------------
@@ -168,7 +170,7 @@ class Member:
         )
         if not same:
             return self.resync(signed)
-        actions = self._end_slot()
+        actions, self._opened = self._end_slot(), None
         chain = Chain.of_charter(self._settings, signed)
         self._stand_at(chain, now_s)
         renamed = NewLineage(signed, chain.head.lineage, charter.round)
@@ -234,6 +236,8 @@ class Member:
         if slot is None or closing.round < slot.round or closing.round in slot.closings:
             return []
         slot.closings[closing.round] = heard
+        if slot.frozen and self._opened is not None and slot.round < self._opened <= closing.round:
+            return [Shut(self._opened)]  # it is over before the average of the one before is there
         return self._freeze(now_s)
 
     def _word_of(self, sender: PeerId, now_s: float) -> Word:
@@ -266,7 +270,7 @@ class Member:
         if self.steward is not None:
             self.steward.stop()
         self.num_voids += 1
-        if self.leaving.is_wanted and not slot.tokens and not self._is_ahead:
+        if self.leaving.is_wanted and slot.contribution == 0 and not self._is_ahead:
             actions.append(Left())
         slot.leaving = self.leaving.is_wanted
         slot.round, slot.frozen, slot.freezing, slot.contribution = RoundId(void.round + 1), False, None, None
@@ -307,6 +311,7 @@ class Member:
         if self.slot is not None and self._awaiting is None and self._opened == self.slot.round:
             self._late, self.clock = _Late(apply, sources), clock
             return [*actions, *self._freeze(now_s)]
+        self._opened = None
         return [*actions, *self._apply(apply, sources)]
 
     def on_applied(self, event: Applied, now_s: float) -> list[Step]:

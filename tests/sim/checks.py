@@ -150,7 +150,7 @@ class Checks:
         assert (opened.lineage, opened.version) == (held.lineage, held.version), "opened another version"
 
     def _commit_is_true(self, stage: StageId, commit: Commit) -> None:
-        """The weights are the tokens that were really summed, each microbatch once per contributor."""
+        """The weights are the tokens that were really summed, of the rounds that the commit covers."""
         total = self._world.sums[commit.digest]
         sums = {peer: sum(tokens for _, _, tokens in entries) for peer, entries in total.parts}
         assert sums == {each.peer: each.tokens for each in commit.contributors}, "the weights are not the sums"

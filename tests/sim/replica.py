@@ -31,6 +31,7 @@ from protocol.rounds.events import (
     Report,
     Resync,
     Send,
+    Shut,
     StartReduce,
     Synced,
     Trouble,
@@ -89,7 +90,8 @@ class Replica:
         """Add a microbatch's gradient, which was computed at `version`."""
         assert self.takes(round_id), "a gradient was added to a closed round"
         assert self.opened is not None
-        assert self.opened.version == version, "an optimizer step came between forward and backward"
+        assert self.held is not None
+        assert self.held.version == version, "an optimizer step came between forward and backward"
         self.entries.append((round_id, number, tokens))
 
     def takes(self, round_id: RoundId) -> bool:
@@ -113,6 +115,9 @@ class Replica:
             case Freeze(closing):
                 self._freeze(action)
                 later(rng.uniform(0.0, options.drain_s), lambda: self.feed(Frozen(closing.round, self.tokens)))
+            case Shut(round_id):
+                self.is_frozen = True
+                self.process.pipeline.end_round(self, round_id)
             case StartReduce():
                 self.world.reduces.join(self, action, tuple(self.contribution))
             case AbortReduce(group_id):
@@ -120,8 +125,10 @@ class Replica:
             case Fetch(commit, sources):
                 later(options.fetch_s, lambda: self._fetch(commit, sources))
             case Apply(commit, signed, lineage):
+                self.is_frozen = True  # as a driver does if nobody has told it that the round is over
                 self._start(options.apply_s, lambda: self._apply((CommitStep(commit, signed, lineage),)))
             case Replay(steps, sources):
+                self.is_frozen = True
                 self._start(options.fetch_s * len(steps), lambda: self._replay(steps, sources))
             case Resync(charter):
                 self.world.checks.on_given_up(self)

@@ -65,6 +65,16 @@ def test_a_slow_average_costs_time_only_as_far_as_it_is_longer_than_a_round(seed
 
 
 @seeds
+def test_nothing_is_fed_twice_while_everybody_waits_for_a_late_average(seed: int) -> None:
+    """The next round is over long before: it is shut, though it cannot be frozen yet. Oracle: the books.
+
+    One stage: with two, who waits for the other one's average for long takes numbers over, with or without overlap.
+    """
+    world = suffer(seed, [], rounds=5, reduce_s=8.0, within_s=200.0, overlap=True, spans=((0,), (0,), (0,)))
+    assert world.checks.total("double_counted") == world.checks.total("tokens_dropped") == 0
+
+
+@seeds
 def test_the_last_average_is_there_before_the_round_that_only_evaluates(seed: int) -> None:
     """Nothing trains in that one, so there is nothing to hide behind: what is measured has all the work in it."""
     world = World(seed, Options(spans=PAIRS, overlap=True, last_round=4))

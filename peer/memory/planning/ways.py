@@ -21,7 +21,7 @@ from peer.memory.planning.simulate import Recomputation
 from peer.memory.planning.workload import Workload, parts_of
 from peer.memory.schedule import PARK_BUFFERS
 from peer.memory.segments import Segment, segments_of
-from peer.memory.units import Inventory, Section, Unit
+from peer.memory.units import PASSING, Inventory, Section, Unit
 from protocol.layout import BlockKind
 
 STREAMING_SLOTS = Slots(weights=2, gradient=2, moments=2)
@@ -135,7 +135,7 @@ class Needs:
         specs: list[UnitSpec] = []
         if Tier.NVME in homes.values():
             for unit in self.sizes:
-                is_durable = unit.section is not Section.GRADIENT
+                is_durable = unit.section not in PASSING
                 if is_durable or homes.get(unit) is Tier.NVME:
                     specs.append(UnitSpec("", self.inventory.num_bytes(unit), durable=is_durable))
         specs += [UnitSpec("", size, durable=False) for size in self.places(way).get(Tier.NVME, ())]

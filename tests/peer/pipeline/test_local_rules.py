@@ -77,6 +77,16 @@ def test_what_a_dead_owner_has_left_is_divided_at_once() -> None:
     assert take_all(board(ANNE, feeders=(BERT,), gone={BERT}), now_s=0.0) == set(range(12))
 
 
+def test_who_works_through_what_it_has_inherited_is_left_in_peace() -> None:
+    """Oracle: a third feeder takes nothing of the heir's while the heir shows something new now and then."""
+    one = board(ANNE, feeders=(ANNE, BERT, CARA), count=60, gone={CARA})
+    own = take_all(one, now_s=0.0)
+    others = sorted(set(range(60)) - own)
+    for step, number in enumerate(others[:-1]):
+        one.learn_done(others[: step + 1], now_s=0.5 * TAKEOVER_S * (step + 1))
+        assert take_all(one, now_s=0.5 * TAKEOVER_S * (step + 1) + 0.1) == set(), number
+
+
 def test_who_is_gone_is_back_once_a_commit_names_it() -> None:
     view = View()
     view.note_gone(BERT, now_s=0.0)
