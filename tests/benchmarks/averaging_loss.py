@@ -75,7 +75,7 @@ class Recipe:
     overlaps: bool = False
 
 
-SYNCHRONOUS = Recipe(codec=None, rate=6e-3)
+SYNCHRONOUS = Recipe(codec=None, rate=3e-3)
 RECIPES = {
     "loss_int8": (Recipe(codec="int8", rate=6e-3), "<= 1.01"),
     "loss_int4": (Recipe(codec="int4", rate=6e-3), "<= 1.015"),
