@@ -81,7 +81,7 @@ def test_a_config_file_is_a_model(tmp_path: Path) -> None:
     [
         (("--machine", "cray"), "E-CFG there is no machine 'cray'"),
         ((*ELSEWHERE, "--host-memory", "lots"), "E-CFG --host-memory: 'lots' is no size."),
-        ((*ELSEWHERE, "--nvme", "/tmp/x"), "E-CFG a folder on this machine"),
+        ((*ELSEWHERE, "--nvme", "no-folder-yet"), "E-CFG a folder on this machine"),
         (("--nvme-limit", "3GB"), "E-CFG --nvme-limit needs a folder"),
         ((*ELSEWHERE, "--stages", "4", "--stage", "4"), "E-CFG there is no stage 4"),
         ((*ELSEWHERE, "--stages", "4", "--stage", "0", "--stage", "2"), "E-CFG the stages of one peer follow"),
