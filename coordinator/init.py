@@ -20,7 +20,7 @@ from coordinator.presets import DEFAULT_PRESET, Preset, find_preset
 from coordinator.rundir import KEY, READABLE_MANIFEST, SIGNED_MANIFEST, TOKENIZER, TOKENS
 from coordinator.tokenfiles import write_token_files
 from coordinator.tokenizer import DEFINITION, TextTokenizer, make_tokenizer
-from protocol.architecture import check_config, stage_layers, untie
+from protocol.architecture import ModelConfig, check_config, stage_blocks, stage_layers, untie
 from protocol.batches import check_enough_tokens, num_windows
 from protocol.errors import ConfigError, ModelError, WireError
 from protocol.manifest import MANIFEST_CONTEXT, BatchSpec, DataSpec, Manifest, ModelSpec
@@ -149,6 +149,12 @@ def _plan(
     num_layers = config["num_hidden_layers"]
     num_stages = min(preset.num_stages, num_layers) if stages is None else stages
     stage_layers(config, num_stages)
+    fewest, fragments = _fewest_blocks(config, num_stages), preset.averaging.fragments
+    if fragments > fewest:
+        raise ConfigError(
+            f"a stage of {fewest} layers and tables cannot be averaged in {fragments} fragments.",
+            hint=f"Set averaging.fragments to at most {fewest}, or cut the model into fewer stages.",
+        )
     positions = config.get("max_position_embeddings")
     if positions is not None and preset.batch.sequence_length > positions:
         raise ModelError(
@@ -170,6 +176,10 @@ def _plan(
         tokenizer=tokenizer or preset.tokenizer,
         seed=seed,
     )
+
+
+def _fewest_blocks(config: ModelConfig, num_stages: int) -> int:
+    return min(len(stage_blocks(config, num_stages, stage)) for stage in range(num_stages))
 
 
 def _checked(kind: type[M], fields: Mapping[str, Any], what: str) -> M:

@@ -141,6 +141,8 @@ class AveragingSpec(Message):
     """What is averaged travels in it. The last two leave out much, and are for `diloco`, which sends that later."""
     overlap: bool = False
     """Average one round while the next one computes: its result comes a round late."""
+    fragments: Annotated[int, Field(ge=1, le=64)] = 1
+    """`diloco`: a stage is averaged in so many turns, a part of it in each round."""
     microbatches_per_step: Positive = 1
     """`diloco`: how many a replica adds up for a step of its own."""
     outer_learning_rate: Annotated[float, Field(gt=0, le=2)] = 0.7
@@ -161,6 +163,8 @@ class AveragingSpec(Message):
     def _feeds_errors_back(self) -> Self:
         if self.codec in ("int4", "sparse") and self.mode is not AveragingMode.DILOCO:
             raise ValueError(f"codec {self.codec} is for mode diloco, not {self.mode}")
+        if self.fragments > 1 and self.mode is not AveragingMode.DILOCO:
+            raise ValueError(f"fragments are for mode diloco, not {self.mode}")
         return self
 
 

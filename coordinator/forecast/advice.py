@@ -134,7 +134,9 @@ def _ways(recipe: Recipe) -> Iterator[Recipe]:
     for overlap in (False, True):
         for mode, codecs in AVERAGING_CODECS.items():
             for codec in codecs:
-                spec = recipe.averaging.model_copy(update={"mode": mode, "codec": codec, "overlap": overlap})
+                fragments = recipe.averaging.fragments if mode is AveragingMode.DILOCO else 1
+                changed = {"mode": mode, "codec": codec, "overlap": overlap, "fragments": fragments}
+                spec = recipe.averaging.model_copy(update=changed)
                 yield replace(recipe, averaging=spec)
 
 

@@ -134,7 +134,7 @@ def posts_of(swarm: Swarm, model: Model, recipe: Recipe) -> tuple[Post, ...]:
                 replicas=_replicas(swarm, recipe, span, crew),
                 training=at_span(training, index),
                 evaluating=at_span(evaluating, index),
-                averaging=averaging(recipe.averaging.codec, span, members=count),
+                averaging=averaging(recipe.averaging.codec, span, members=count, fragments=recipe.averaging.fragments),
                 checkpoint_bytes=shared_bytes(span, recipe) / recipe.keeping.checkpoint_every / count,
                 is_averaging_hidden=recipe.averaging.overlap,
             )

@@ -271,7 +271,8 @@ def _tokens(tokens: float) -> str:
 
 def _way(recipe: Recipe) -> str:
     spec = recipe.averaging
-    return f"{spec.mode.value} {spec.codec}{' overlap' * spec.overlap}"
+    turns = f" in {spec.fragments} fragments" if spec.fragments > 1 else ""
+    return f"{spec.mode.value} {spec.codec}{turns}{' overlap' * spec.overlap}"
 
 
 def _activations(recipe: Recipe) -> str:

@@ -79,8 +79,8 @@ class Averaging(NamedTuple):
     busiest: float
 
 
-def averaging(codec: str, span: Span, *, members: int) -> Averaging:
-    """Return what averaging a span among so many members costs each of them.
+def averaging(codec: str, span: Span, *, members: int, fragments: int = 1) -> Averaging:
+    """Return what averaging a span among so many members costs each of them, in a round with an average turn.
 
     Dense codecs (a butterfly, `peer/averaging/butterfly.py`): of N parts each member makes an equal share. It sends
     the others' shares of its contribution to them, and what it has made to each of them: N - own + (n - 1) own =
@@ -90,7 +90,7 @@ def averaging(codec: str, span: Span, *, members: int) -> Averaging:
     if members < 2:
         return Averaging(0.0, 0.0)
     num_parts = span.num_parts
-    num_bytes = span.encoded_bytes(codec) + PART_MESSAGE_BYTES * num_parts
+    num_bytes = (span.encoded_bytes(codec) + PART_MESSAGE_BYTES * num_parts) / fragments
     if not is_dense(codec):
         return Averaging(num_bytes * (members - 1), num_bytes * (members - 1))
     most = num_blocks(num_parts, members) / num_parts

@@ -8,7 +8,7 @@ equal. Must not know: how the bytes were agreed on. Runs in the compute thread.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -36,11 +36,17 @@ class Update:
     """How many target tokens each contribution stands for, in the order in which they are added."""
     norm: float | None = None
     """As `update_norm` has found it, if it was asked: then every number has been looked at."""
+    shards: tuple[int, ...] | None = None
+    """The stage's shards that it has, ascending; None: all of them."""
+
+    def shards_of(self, engine: StageEngine) -> Sequence[int]:
+        """Return their numbers."""
+        return range(len(engine.shards)) if self.shards is None else self.shards
 
 
-def update_bytes(engine: StageEngine, codec_name: str, num_contributors: int) -> int:
-    """Return the exact size of a stage's updates."""
-    each = sum(encoded_shard_bytes(codec_name, shard.num_elements) for shard in engine.shards)
+def update_bytes(engine: StageEngine, codec_name: str, num_contributors: int, shards: Iterable[int]) -> int:
+    """Return the exact size of an update of some of a stage's shards."""
+    each = sum(encoded_shard_bytes(codec_name, engine.shards[number].num_elements) for number in shards)
     return _num_pieces(codec_name, num_contributors) * each
 
 
@@ -51,7 +57,7 @@ def update_norm(engine: StageEngine, update: Update) -> float:
     clip scale travels in the commit, and others check it with a tolerance. Raises `WireError` if the bytes do not fit.
     """
     total = 0.0
-    for shard in _split(engine, update):
+    for shard in _split(engine, update).values():
         for _, values in shard():
             for piece in torch.split(values, NORM_ELEMENTS):
                 total += float(piece.double().square().sum())
@@ -59,11 +65,18 @@ def update_norm(engine: StageEngine, update: Update) -> float:
 
 
 def absorb(
-    engine: StageEngine, update: Update, *, clip_scale: float, schedule: LearningRate, is_ours: bool = False
+    engine: StageEngine,
+    update: Update,
+    *,
+    clip_scale: float,
+    schedule: LearningRate,
+    is_ours: bool = False,
+    following: Collection[int] | None = None,
 ) -> None:
     """Take the step that leads from `engine.version` to the next one, one shard at a time.
 
-    `clip_scale` comes with the commit; `is_ours` tells whether we are among the contributors. Raises `WireError`, with
+    `clip_scale` comes with the commit; `is_ours` tells whether we are among the contributors. `following` are the
+    shards of the update after this one (None: all), which may be read before it is there. Raises `WireError`, with
     nothing changed, unless the bytes fit this stage. Without their norm they are decoded twice: no shard may change
     before the last one was looked at.
     """
@@ -72,8 +85,10 @@ def absorb(
     if not math.isfinite(norm):
         raise WireError("an update that holds numbers which are none")
     if engine.anchored is not None:
-        engine.turn(Mean(lambda number: shards[number](), partial(_not_sent, update.codec) if is_ours else None))
+        not_sent = partial(_not_sent, update.codec) if is_ours else None
+        engine.turn(Mean(lambda number: shards[number](), not_sent, update.shards), sync=following)
         return
+    assert len(shards) == len(engine.shards), "an optimizer step is one of the whole stage"
 
     def load(number: int, out: Tensor) -> None:
         for part, values in shards[number]():
@@ -82,29 +97,31 @@ def absorb(
     engine.step(schedule.at(engine.version), scale=clip_scale / sum(update.tokens), load=load)
 
 
-def _split(engine: StageEngine, update: Update) -> list[Callable[[], Iterator[tuple[slice, Tensor]]]]:
-    """Cut an update into the engine's shards, each of which decodes its parts when it is called.
+def _split(engine: StageEngine, update: Update) -> dict[int, Callable[[], Iterator[tuple[slice, Tensor]]]]:
+    """Cut an update into shards of the engine, each of which decodes its parts when it is called.
 
     Raises `WireError` unless the update is exactly as long as it must be.
     """
-    sizes = [encoded_shard_bytes(update.codec, shard.num_elements) for shard in engine.shards]
+    numbers = update.shards_of(engine)
+    lengths = [engine.shards[number].num_elements for number in numbers]
+    sizes = [encoded_shard_bytes(update.codec, length) for length in lengths]
     num_pieces = _num_pieces(update.codec, len(update.tokens))
     if len(update.data) != num_pieces * sum(sizes):
         raise WireError(f"an update of {len(update.data)} bytes does not fit this stage")
     is_mean = engine.anchored is not None and num_pieces > 1  # what is dense has been averaged already
     view, starts = memoryview(update.data), range(0, len(update.data), sum(sizes) or 1)
-    return [
-        partial(
+    return {
+        number: partial(
             decoded_parts,
             update.codec,
             [view[start + offset : start + offset + size] for start in starts],
-            shard.num_elements,
+            length,
             shares=shares_of(update.tokens) if is_mean else (),
         )
-        for shard, size, offset in zip(
-            engine.shards, sizes, accumulate(sizes, initial=0), strict=False
+        for number, length, size, offset in zip(
+            numbers, lengths, sizes, accumulate(sizes, initial=0), strict=False
         )  # the last end is nobody's start
-    ]
+    }
 
 
 def _not_sent(codec_name: str, values: Tensor) -> Tensor:

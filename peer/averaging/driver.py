@@ -285,7 +285,9 @@ class StageDriver:
     async def _run_reduce(self, action: events.StartReduce) -> None:
         """Sum what was frozen with the group, or average it; stage the bytes; report how it went."""
         engine = self._engine.engines[self.stage]
-        shards = Shards([layout.num_elements for layout in engine.shards], engine.contribution_shard)
+        due = engine.due(Version(action.version + 1), action.round)
+        lengths = [engine.shards[number].num_elements for number in due]
+        shards = Shards(lengths, lambda index: engine.contribution_shard(due[index]))
         open_before_s = self._gate.open_s(self.stage)
         log.debug("averaging.begun", stage=self.stage, round=action.round, peers=len(action.group))
         try:
@@ -294,7 +296,7 @@ class StageDriver:
             finally:
                 self._reducing.pop(action.group_id, None)  # what is summed may be of use, whatever the machine wants
             tokens = tuple(contribution.tokens for contribution in action.group)
-            update, norm = await self._checked(Update(reduced.codec, reduced.data, tokens))
+            update, norm = await self._checked(Update(reduced.codec, reduced.data, tokens, shards=due))
         except (SwarmError, *OUR_FAULTS) as error:
             is_ours = isinstance(error, StorageError) or not isinstance(error, SwarmError)
             if is_ours and not self._engine.note_fault(error):

@@ -214,7 +214,8 @@ class StageSync:
 
         Raises `UnreachableError` if nobody has, `DeadlineError` if those who say so are too slow.
         """
-        limit = update_bytes(self._engine, self.codec, len(commit.contributors))
+        shards = self._engine.due(commit.version, commit.round)
+        limit = update_bytes(self._engine, self.codec, len(commit.contributors), shards)
         patience_s = FETCH_PATIENCE_S + limit / MIN_BYTES_PER_S
         room = await asyncio.to_thread(Spool, limit, self._history.folder)  # on some file systems this takes long
         try:
@@ -229,7 +230,8 @@ class StageSync:
 
     def update_of(self, commit: Commit, data: bytes | memoryview) -> Update:
         """Return what bytes of this commit's digest mean."""
-        return Update(self.codec, data, tuple(each.tokens for each in commit.contributors))
+        tokens = tuple(each.tokens for each in commit.contributors)
+        return Update(self.codec, data, tokens, shards=self._engine.due(commit.version, commit.round))
 
     async def absorb(self, commit: Commit, update: Update) -> None:
         """Take the step to a commit's version, in the compute thread. Raises `PeerFault` if it does not follow."""
@@ -243,6 +245,7 @@ class StageSync:
                 clip_scale=commit.clip_scale,
                 schedule=self._schedule,
                 is_ours=any(each.peer == self._me and each.tokens > 0 for each in commit.contributors),
+                following=self._engine.due(Version(commit.version + 1), RoundId(commit.round + 1)),
             )
 
         await self._compute.run(take_step, priority=Priority.CONTROL)

@@ -17,12 +17,15 @@ way) only the last line happens, and the next contribution has our drift of both
 after a round that came to nothing. If a mean was agreed on without us, E stays, and our drift of that round is lost.
 
 When averaging waits (no overlap) the turn with the mean comes right after one without: W is S then, and becomes A.
+
+A mean may be that of some shards only, a fragment (`protocol/fragments.py`): then only these are turned, and the drift
+of the others grows on. The last line is all that happens to those that will be averaged next.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,7 +40,8 @@ from peer.memory.executor import Executor
 from peer.memory.schedule import Kind, shard_visits
 from peer.memory.units import ELEMENT_BYTES, OUTER, Section, Unit
 from peer.model.stage import Stage
-from protocol.ids import Digest
+from protocol.fragments import Fragments
+from protocol.ids import Digest, RoundId, Version
 from protocol.layout import ShardLayout
 
 
@@ -49,6 +53,8 @@ class Mean:
     """The mean drift of the stage's shard with this number: ranges of it in order, and their values, flat fp32."""
     not_sent: Callable[[Tensor], Tensor] | None
     """What our codec did not send of one of these pieces of our contribution; None if we are not in the mean."""
+    shards: tuple[int, ...] | None = None
+    """The numbers of the shards that have been averaged; None: all of them."""
 
 
 class Anchored:
@@ -62,7 +68,9 @@ class Anchored:
         self._blocks = range(first_block, first_block + len(stage.blocks))
         self._units = [unit for block in self._blocks for unit in memory.pool.inventory.block_units(block, OUTER[0])]
         self._layouts = [memory.pool.inventory.layout(unit) for unit in self._units]
-        self._digest: Digest | None = None
+        self._fragments = Fragments(stage.layouts, spec.fragments, last_round=spec.last_round)
+        self._digests: list[Digest | None] = [None] * len(self._units)
+        """Of every shard's anchor and velocity, as far as they are known."""
         self._scratch: Tensor | None = None
         self._has_moved = self._has_contributed = False
         """Whether local steps were taken since the last turn, and whether that left what they did as a contribution."""
@@ -102,28 +110,41 @@ class Anchored:
         anchor, error, sync = (self._look(section, number) for section in (Section.ANCHOR, Section.ERROR, Section.SYNC))
         return (anchor - sync).add_(error)
 
-    def turn(self, mean: Mean | None, *, local_step: int) -> None:
+    def due(self, version: Version, round_id: RoundId) -> tuple[int, ...]:
+        """Return the shards that the mean has which leads to a version, after a round."""
+        return self._fragments.due(version, round_id)
+
+    def turn(self, mean: Mean | None, *, local_step: int, sync: Collection[int] | None = None) -> None:
         """End a round, with the mean of the contributions of the turn before if there is one.
 
-        `local_step` is the number of the next step that the optimizer will take.
+        `local_step` is the number of the next step that the optimizer will take. `sync` names the shards that may be
+        contributed before the turn after this one; None: all.
         """
-        digests: list[Digest] = []
+        shards = range(len(self._units))
+        merged = () if mean is None else shards if mean.shards is None else mean.shards
 
         def merge(number: int, weights: Tensor, layout: ShardLayout) -> None:
-            if mean is not None:
-                digests.append(self._merge(number, weights, layout, mean))
+            assert mean is not None
+            self._digests[number] = self._merge(number, weights, layout, mean)
             self._put(Section.SYNC, number, weights)
 
         if mean is None:
-            self._run(Kind.READ, merge, puts=(Section.SYNC,))
             self._has_moved, self._has_contributed = False, self._has_contributed or self._has_moved
-            return
-        if not self._has_contributed:  # it is of a contribution that an earlier life of this peer has made
-            mean = replace(mean, not_sent=None)
-        self._digest = None
-        self._has_moved, self._has_contributed = False, self._has_moved
-        self._run(Kind.MERGE, merge, local_step=local_step, puts=OUTER)
-        self._digest = state_digest(0, digests)
+        else:
+            if not self._has_contributed:  # it is of a contribution that an earlier life of this peer has made
+                mean = replace(mean, not_sent=None)
+            for number in merged:
+                self._digests[number] = None
+            self._has_moved, self._has_contributed = False, self._has_moved
+            self._run(Kind.MERGE, merge, local_step=local_step, puts=OUTER, shards=merged)
+        left = [number for number in (shards if sync is None else sync) if number not in set(merged)]
+        if left:
+            self._run(
+                Kind.READ,
+                lambda number, weights, _layout: self._put(Section.SYNC, number, weights),
+                puts=(Section.SYNC,),
+                shards=left,
+            )
 
     def block_weights(self, block: int) -> Tensor:
         """Return a copy of the anchor's weights of a block of the memory, flat fp32 on the device, until the next one.
@@ -142,13 +163,14 @@ class Anchored:
 
     def digest(self) -> Digest:
         """Hash what is shared: anchor and velocity."""
-        if self._digest is None:
-            shards = (
-                shard_digest(self._look(Section.ANCHOR, number), self._look(Section.VELOCITY, number))
-                for number in range(len(self._units))
-            )
-            self._digest = state_digest(0, shards)
-        return self._digest
+        known = [
+            shard_digest(self._look(Section.ANCHOR, number), self._look(Section.VELOCITY, number))
+            if each is None
+            else each
+            for number, each in enumerate(self._digests)
+        ]
+        self._digests[:] = known
+        return state_digest(0, known)
 
     def write(self, writer: StateWriter) -> None:
         """Write what is shared, the anchor in the place of weights and the velocity in that of moments."""
@@ -173,7 +195,7 @@ class Anchored:
     # --- inside --------------------------------------------------------------------------------------
 
     def _forget(self) -> None:
-        self._digest = None
+        self._digests = [None] * len(self._units)
         self._has_moved = self._has_contributed = False
 
     def _start(self, number: int, anchor: Tensor, velocity: Tensor) -> None:
@@ -206,13 +228,16 @@ class Anchored:
         *,
         puts: Collection[Section],
         local_step: int = 0,
+        shards: Sequence[int] | None = None,
     ) -> None:
-        """Go through the shards with their master weights in host memory; MERGE keeps what becomes of them.
+        """Go through shards (None: all) with their master weights in host memory; MERGE keeps what becomes of them.
 
-        `puts` names the sections that `on_shard` writes.
+        `puts` names the sections that `on_shard` writes. Fragments are whole blocks, and so is what is gone through.
         """
-
-        numbers = itertools.count()
+        wanted = range(len(self._units)) if shards is None else sorted(shards)
+        blocks = sorted({self._units[number].block for number in wanted})
+        assert len(wanted) == sum(unit.block in blocks for unit in self._units), "whole blocks"
+        numbers = iter(wanted)
 
         def visit(block: int, layout: ShardLayout, weights: Tensor, moments: Tensor) -> None:
             own = weights if kind is Kind.MERGE else weights.clone()
@@ -223,9 +248,9 @@ class Anchored:
                 own.copy_(in_host)  # what rounding adds to it now counts as a step of ours
                 self._optimizer.narrow(layout, own, moments, step=-local_step)
 
-        units = (unit._replace(section=section) for section in puts for unit in self._units)
+        units = (self._unit(section, number) for section in puts for number in wanted)
         self._memory.run(
-            shard_visits(self._blocks, kind),
+            shard_visits(blocks, kind),
             ShardPass(self._stage, self._first, visit),
             drive_bytes=sum(map(self._memory.pool.nvme_bytes, units)),
         )

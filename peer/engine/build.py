@@ -30,7 +30,7 @@ from peer.memory.units import OUTER, Inventory, Section
 from peer.model.stage import Stage, build_stage
 from peer.settings import PeerSettings
 from protocol.errors import LocalFault
-from protocol.ids import StageId
+from protocol.ids import RoundId, StageId
 from protocol.manifest import AveragingMode, Manifest
 
 
@@ -166,7 +166,12 @@ def _outer(manifest: Manifest) -> OuterSpec | None:
     spec = manifest.averaging
     if spec.mode is not AveragingMode.DILOCO:
         return None
-    return OuterSpec(learning_rate=spec.outer_learning_rate, momentum=spec.outer_momentum)
+    return OuterSpec(
+        learning_rate=spec.outer_learning_rate,
+        momentum=spec.outer_momentum,
+        fragments=spec.fragments,
+        last_round=RoundId(manifest.batch.num_rounds - 1),
+    )
 
 
 def _local_rules(manifest: Manifest, stages: Sequence[StageId]) -> LocalRules:

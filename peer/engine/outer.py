@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from protocol.errors import ConfigError
+from protocol.ids import RoundId
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,10 @@ class OuterSpec:
 
     learning_rate: float = 0.7
     momentum: float = 0.9
+    fragments: int = 1
+    """In how many turns a stage is averaged (`protocol/fragments.py`)."""
+    last_round: RoundId | None = None
+    """The last one that trains; None: the run has no end."""
 
     def __post_init__(self) -> None:
         if not 0 < self.learning_rate <= 2 or not 0 <= self.momentum < 1:

@@ -29,7 +29,7 @@ from peer.memory.disk.wear import WriteBudgetSpent
 from peer.memory.executor import Executor, Pause
 from peer.tasks import RoundOver
 from protocol.errors import LocalFault, SwarmError, WireError
-from protocol.ids import RoundId, StageId
+from protocol.ids import RoundId, StageId, Version
 
 if TYPE_CHECKING:
     import numpy
@@ -156,7 +156,8 @@ class SpanEngine:
             if self._local.has_rest(stage):
                 self._drop_sum(stage)
             if not replaces:  # or else the turn with the mean takes the contribution
-                self.engines[stage].turn(None)
+                engine = self.engines[stage]
+                engine.turn(None, sync=engine.due(Version(engine.version + 1), frozen))
         if self.engines[stage].holds:
             self.engines[stage].hold_gradients(on_top=not replaces and self._contributed_tokens[stage] > 0)
         before = 0 if replaces else self._contributed_tokens[stage]

@@ -12,7 +12,7 @@ Gradients are sums over target tokens. They add up in the shards until `step` mu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -30,7 +30,7 @@ from peer.memory.schedule import Gradient, Kind, Visit, shard_visits
 from peer.memory.units import Section, Unit
 from peer.model.blocks import named_views
 from peer.model.stage import Stage
-from protocol.ids import Digest, Version
+from protocol.ids import Digest, RoundId, Version
 from protocol.layout import ShardLayout
 
 NORM_ELEMENTS = 1 << 20  # piece of a gradient that is widened to fp64 at a time
@@ -178,13 +178,20 @@ class StageState:
         self._finish_step()
         self._digest = None if digests is None else state_digest(self.steps, digests)
 
-    def turn(self, mean: Mean | None) -> None:
-        """End a round of local steps (`Anchored`); with the mean of a group the stage goes to the next version."""
+    def due(self, version: Version, round_id: RoundId) -> tuple[int, ...]:
+        """Return the shards that are averaged after a round, for the commit that leads to a version."""
+        return tuple(range(len(self.shards))) if self.anchored is None else self.anchored.due(version, round_id)
+
+    def turn(self, mean: Mean | None, *, sync: Collection[int] | None = None) -> None:
+        """End a round of local steps (`Anchored`); with the mean of a group the stage goes to the next version.
+
+        `sync` names the shards that may be contributed before the next turn; None: all.
+        """
         assert self.anchored is not None, "without an anchor there is nothing to turn"
         if mean is not None:
             self._before_change()
             self._note_change()
-        self.anchored.turn(mean, local_step=self.steps + 1)
+        self.anchored.turn(mean, local_step=self.steps + 1, sync=sync)
         if mean is not None:
             self.version = Version(self.version + 1)
 

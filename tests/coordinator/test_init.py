@@ -173,6 +173,12 @@ REFUSALS: dict[str, tuple[dict[str, Any], type[SwarmError], str]] = {
     "unknown preset": ({"preset": "huge"}, ConfigError, "no preset"),
     "unknown section": ({"overrides": {"model.init_seed": 1}}, ConfigError, "no setting 'model.init_seed'"),
     "unknown field": ({"overrides": {"batch.size": 1}}, ConfigError, r"no setting 'batch\.size'"),
+    "fragments of gradients": ({"overrides": {"averaging.fragments": 2}}, ConfigError, "fragments are for mode diloco"),
+    "more fragments than there are blocks": (
+        {"overrides": {"averaging.mode": "diloco", "averaging.fragments": 60}},
+        ConfigError,
+        "cannot be averaged in 60 fragments",
+    ),
     "impossible value": ({"overrides": {"optimizer.beta1": 2.0}}, ConfigError, "optimizer.beta1 is impossible"),
     "value of another type": ({"overrides": {"batch.num_rounds": "many"}}, ConfigError, "valid integer"),
     "no rounds": ({"rounds": 0}, ConfigError, "num_rounds is impossible"),

@@ -27,11 +27,14 @@ SETTINGS = (
 RUN_TIMEOUT_S = 150.0
 
 
-@pytest.mark.parametrize(("codec", "overlap"), [("int8", False), ("sparse", True)])
-def test_replicas_share_an_anchor_and_nothing_else(codec: str, overlap: bool, tmp_path: Path, corpus: Path) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [("averaging.codec=int8",), ("averaging.codec=sparse", "averaging.overlap=true", "averaging.fragments=3")],
+    ids=["int8", "sparse-overlap-fragments"],
+)
+def test_replicas_share_an_anchor_and_nothing_else(more: tuple[str, ...], tmp_path: Path, corpus: Path) -> None:
     """Two stages of two replicas. Oracles: the hash of anchor and velocity at every version; the exported model."""
-    more = (f"averaging.codec={codec}", f"averaging.overlap={str(overlap).lower()}", f"batch.eval_every={ROUNDS}")
-    settings = (*SETTINGS, *more)
+    settings = (*SETTINGS, *more, f"batch.eval_every={ROUNDS}")
     with Swarm(tmp_path, corpus=corpus, rounds=ROUNDS, settings=settings) as swarm:
         swarm.start_coordinator("--start-peers", "4", "--until-finished")
         swarm.start_peers(["p0", "p1", "p2", "p3"])

@@ -91,6 +91,17 @@ def test_sparse_averages_cost_a_copy_for_every_other_member() -> None:
     assert found.local_steps == 3.0
 
 
+def test_fragments_cost_their_share_of_a_round() -> None:
+    """Oracle: the same swarm with the whole stage in every round."""
+    peers = replace(FAST, count=4, upload_mbps=mbps(1e6))
+    whole = forecast(swarm(peers), model(), recipe(averaging__mode="diloco", averaging__codec="int8"))
+    third = forecast(
+        swarm(peers), model(), recipe(averaging__mode="diloco", averaging__codec="int8", averaging__fragments=3)
+    )
+    assert third.averaging_s == pytest.approx(whole.averaging_s / 3)
+    assert third.averaging_bytes_per_token == pytest.approx(whole.averaging_bytes_per_token / 3)
+
+
 # -- hops -------------------------------------------------------------------------------------------------
 
 

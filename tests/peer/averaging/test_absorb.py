@@ -76,7 +76,7 @@ def test_an_update_of_the_wrong_length_changes_nothing() -> None:
     target = engine()
     before = target.state_digest()
     broken = Update("fp16", update(target).data[:-1], TOKENS)
-    assert update_bytes(target, "fp16", len(TOKENS)) == len(broken.data) + 1
+    assert update_bytes(target, "fp16", len(TOKENS), range(len(target.shards))) == len(broken.data) + 1
     with pytest.raises(WireError):
         absorb(target, broken, clip_scale=1.0, schedule=SCHEDULE)
     assert target.state_digest() == before

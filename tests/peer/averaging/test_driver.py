@@ -60,6 +60,9 @@ class Engine:
     shards: tuple[Any, ...] = ()
     anchored = None
 
+    def due(self, version: Version, round_id: RoundId) -> tuple[int, ...]:
+        return ()
+
     def contribution_shard(self, number: int) -> Any:
         raise AssertionError("there are no shards")
 

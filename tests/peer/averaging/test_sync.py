@@ -276,7 +276,7 @@ async def test_tensors_of_another_stage_are_that_members_fault_and_do_not_stay(c
 
 def commit(data: bytes) -> Commit:
     """What a fetch looks at of a commit."""
-    return cast(Commit, SimpleNamespace(version=Version(1), digest=digest(data), contributors=()))
+    return cast(Commit, SimpleNamespace(round=0, version=Version(1), digest=digest(data), contributors=()))
 
 
 async def test_a_source_that_takes_for_ever_does_not_keep_us_from_the_next(
@@ -319,7 +319,7 @@ async def test_what_changes_the_engine_runs_to_its_end_before_its_caller_is_stop
 async def test_a_step_is_checked_where_it_is_taken(case: Case) -> None:
     """Two steps to the same version, the second queued while the first runs. Oracle: one step, one error."""
     zeros = b"".join(bytes(4 * shard.num_elements) for shard in case.engine.shards)
-    step = cast(Commit, SimpleNamespace(version=Version(1), contributors=(), clip_scale=1.0))
+    step = cast(Commit, SimpleNamespace(round=0, version=Version(1), contributors=(), clip_scale=1.0))
     taken = [case.sync.absorb(step, Update("fp32", zeros, (1,))) for _ in range(2)]
     outcomes = await asyncio.gather(*taken, return_exceptions=True)
     await case.compute.stop()
