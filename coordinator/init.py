@@ -149,6 +149,12 @@ def _plan(
     num_layers = config["num_hidden_layers"]
     num_stages = min(preset.num_stages, num_layers) if stages is None else stages
     stage_layers(config, num_stages)
+    codecs = preset.averaging.stage_codecs
+    if len(codecs) not in (0, num_stages):
+        raise ConfigError(
+            f"averaging.stage_codecs names {len(codecs)} codecs for {num_stages} stages.",
+            hint="Name one for every stage, or set averaging.codec for all of them.",
+        )
     fewest, fragments = _fewest_blocks(config, num_stages), preset.averaging.fragments
     if fragments > fewest:
         raise ConfigError(

@@ -308,7 +308,6 @@ class SpanParts:
             blobs=self._link.blobs,
             me=self._link.peer_id,
             coordinator=self._link.coordinator,
-            codec=self._manifest.averaging.codec,
             schedule=learning_rate(self._manifest),
             check_history=partial(Chain.of_history, machine),
             init_seed=self._manifest.model.init_seed,

@@ -8,12 +8,14 @@ torch, who takes part. A volunteer's own limits are not here: they always win ov
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from protocol.ids import Digest, PeerId, RunId, digest
+from protocol.ids import Digest, PeerId, RunId, StageId, digest
 from protocol.wire import PROTOCOL_VERSION, Message
 
 MANIFEST_CONTEXT = "handcar manifest"
@@ -133,12 +135,22 @@ class OptimizerSpec(Message):
     clip: PositiveFloat
 
 
+AveragingCodec = Literal["fp32", "fp16", "int8", "int4", "sparse", "auto"]
+AUTO_CODECS: Mapping[AveragingMode, tuple[str, ...]] = MappingProxyType(
+    {AveragingMode.GRADIENT: ("fp16", "int8"), AveragingMode.DILOCO: ("fp16", "int8", "int4", "sparse")}
+)
+"""What `auto` chooses from."""
+
+
 class AveragingSpec(Message):
     """How replicas of a stage agree."""
 
     mode: Annotated[AveragingMode, Field(strict=False)] = AveragingMode.GRADIENT
-    codec: Literal["fp32", "fp16", "int8", "int4", "sparse"]
-    """What is averaged travels in it. The last two leave out much, and are for `diloco`, which sends that later."""
+    codec: AveragingCodec
+    """What is averaged travels in it. int4 and sparse leave out much, and are for `diloco`, which sends that later.
+    With `auto` a stage's members choose in each round, by what their links and their rounds have shown."""
+    stage_codecs: Annotated[tuple[AveragingCodec, ...], Field(strict=False)] = ()
+    """The same for each stage, if they differ."""
     overlap: bool = False
     """Average one round while the next one computes: its result comes a round late."""
     fragments: Annotated[int, Field(ge=1, le=64)] = 1
@@ -159,10 +171,16 @@ class AveragingSpec(Message):
         there, back = self.activation_codec, self.activation_gradient_codec
         return _on_hops(there), _on_hops(there if back == "same" else back)
 
+    def codecs_of(self, stage: StageId) -> tuple[str, ...]:
+        """Return what averages of a stage may travel in, from the most exact to the smallest."""
+        codec = self.stage_codecs[stage] if self.stage_codecs else self.codec
+        return AUTO_CODECS[self.mode] if codec == "auto" else (codec,)
+
     @model_validator(mode="after")
     def _feeds_errors_back(self) -> Self:
-        if self.codec in ("int4", "sparse") and self.mode is not AveragingMode.DILOCO:
-            raise ValueError(f"codec {self.codec} is for mode diloco, not {self.mode}")
+        for codec in (self.codec, *self.stage_codecs):
+            if codec in ("int4", "sparse") and self.mode is not AveragingMode.DILOCO:
+                raise ValueError(f"codec {codec} is for mode diloco, not {self.mode}")
         if self.fragments > 1 and self.mode is not AveragingMode.DILOCO:
             raise ValueError(f"fragments are for mode diloco, not {self.mode}")
         return self
@@ -205,6 +223,12 @@ class Manifest(Message):
     averaging: AveragingSpec
     timing: TimingSpec
     keeping: KeepingSpec
+
+    @model_validator(mode="after")
+    def _every_stage_has_a_codec(self) -> Self:
+        if len(self.averaging.stage_codecs) not in (0, self.model.num_stages):
+            raise ValueError("stage_codecs names one codec for every stage, or none")
+        return self
 
     @property
     def run_id(self) -> RunId:

@@ -113,8 +113,8 @@ def _changes(recipe: Recipe, asked: Recipe) -> tuple[int, ...]:
         modes.index(new.mode) > modes.index(old.mode),
         recipe.batch.microbatches_per_round,
         (new.overlap, new.mode) != (old.overlap, old.mode),
-        new.codec != old.codec,
-        AVERAGING_CODECS[new.mode].index(new.codec),
+        (new.codec, new.stage_codecs) != (old.codec, old.stage_codecs),
+        AVERAGING_CODECS[new.mode].index(new.codec) if new.codec != "auto" else 0,
         new.activation_codec != old.activation_codec,
         ACTIVATION_CODECS.index(new.activation_codec),
     )
@@ -135,7 +135,7 @@ def _ways(recipe: Recipe) -> Iterator[Recipe]:
         for mode, codecs in AVERAGING_CODECS.items():
             for codec in codecs:
                 fragments = recipe.averaging.fragments if mode is AveragingMode.DILOCO else 1
-                changed = {"mode": mode, "codec": codec, "overlap": overlap, "fragments": fragments}
+                changed = {"mode": mode, "codec": codec, "stage_codecs": (), "overlap": overlap, "fragments": fragments}
                 spec = recipe.averaging.model_copy(update=changed)
                 yield replace(recipe, averaging=spec)
 

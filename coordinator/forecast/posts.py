@@ -15,6 +15,8 @@ from coordinator.forecast.spans import Span
 from coordinator.forecast.swarm import Model, Peers, Recipe, Swarm
 from coordinator.forecast.wire import Averaging, Hop, Traffic, at_span, averaging, hops
 from protocol.errors import ConfigError
+from protocol.ids import StageId
+from protocol.rounds.choice import choose_codec
 
 HOP_ROUND_TRIPS = 3  # a stream is opened, a slot is asked for, the body goes and the answer comes
 HASH_BYTES_PER_S = 1.2e9  # docs/results.md, `pipeline`
@@ -125,16 +127,23 @@ def posts_of(swarm: Swarm, model: Model, recipe: Recipe) -> tuple[Post, ...]:
             hint="Take more peers, fewer stages, or more stages per peer.",
         )
     training, evaluating = hops_of(model, recipe, len(spans)), hops_of(model, recipe, len(spans), trains=False)
+    crews = swarm.crews(len(spans))
+    replicas = [_replicas(swarm, recipe, span, crew) for span, crew in zip(spans, crews, strict=True)]
+    computing_s = max(_computing_s(each, recipe) for each in replicas)
     posts = []
-    for index, (span, crew) in enumerate(zip(spans, swarm.crews(len(spans)), strict=True)):
+    for index, (span, crew) in enumerate(zip(spans, crews, strict=True)):
         count = sum(crew.values())
+        averaged = [
+            _averaging(model.spans(1)[stage], stage, replicas[index], recipe, computing_s=computing_s)
+            for stage in span.stages
+        ]
         posts.append(
             Post(
                 span=span,
-                replicas=_replicas(swarm, recipe, span, crew),
+                replicas=replicas[index],
                 training=at_span(training, index),
                 evaluating=at_span(evaluating, index),
-                averaging=averaging(recipe.averaging.codec, span, members=count, fragments=recipe.averaging.fragments),
+                averaging=Averaging(sum(each.mean for each in averaged), sum(each.busiest for each in averaged)),
                 checkpoint_bytes=shared_bytes(span, recipe) / recipe.keeping.checkpoint_every / count,
                 is_averaging_hidden=recipe.averaging.overlap,
             )
@@ -157,6 +166,28 @@ def way_s(posts: Sequence[Post], between: Sequence[Hop], *, ping_s: float) -> fl
         back = min(behind.peers.upload_bytes_per_s, before.peers.download_bytes_per_s)
         seconds += hop.forward / there + hop.backward / back + HOP_ROUND_TRIPS * ping_s
     return seconds
+
+
+def _computing_s(replicas: Sequence[Replicas], recipe: Recipe) -> float:
+    """Return how long these compute a round's microbatches, shared out by their speed."""
+    per_s = sum(each.count / max(each.training_s, each.streamed_s) for each in replicas)
+    return recipe.batch.microbatches_per_round / per_s
+
+
+def _averaging(
+    span: Span, stage: int, replicas: Sequence[Replicas], recipe: Recipe, *, computing_s: float
+) -> Averaging:
+    """Return what averaging one stage takes, in the codec that its members are told to use, or would choose."""
+    spec, members = recipe.averaging, sum(each.count for each in replicas)
+    codec = choose_codec(
+        spec.codecs_of(StageId(stage)),
+        num_elements=span.num_elements // spec.fragments,
+        num_members=members,
+        bytes_per_s=min(each.peers.upload_bytes_per_s for each in replicas),
+        round_s=computing_s,
+        is_hidden=spec.overlap,
+    )
+    return averaging(codec, span, members=members, fragments=spec.fragments)
 
 
 def _replicas(swarm: Swarm, recipe: Recipe, span: Span, crew: Mapping[int, int]) -> tuple[Replicas, ...]:

@@ -272,7 +272,8 @@ def _tokens(tokens: float) -> str:
 def _way(recipe: Recipe) -> str:
     spec = recipe.averaging
     turns = f" in {spec.fragments} fragments" if spec.fragments > 1 else ""
-    return f"{spec.mode.value} {spec.codec}{turns}{' overlap' * spec.overlap}"
+    codec = "/".join(spec.stage_codecs) or spec.codec
+    return f"{spec.mode.value} {codec}{turns}{' overlap' * spec.overlap}"
 
 
 def _activations(recipe: Recipe) -> str:

@@ -18,6 +18,7 @@ import structlog
 
 from peer.averaging.absorb import Update, update_norm
 from peer.averaging.history import History
+from peer.averaging.line_rate import LineRate
 from peer.averaging.machine_clock import MachineClock
 from peer.averaging.outbox import Outbox
 from peer.averaging.reduce import Reduce, Reduced, ReduceError, ReduceGroup, ReduceTimeouts, Shards
@@ -112,6 +113,7 @@ class StageDriver:
         self._hooks = hooks
         self._beat_s = beat_s
         timers = round_timers(manifest)
+        self._line_rate = LineRate()
         self._clock = MachineClock(limit_s=timers.patience_s - timers.ping_timeout_s)  # our last answer may be lost
         self._inbox: asyncio.Queue[events.Event] = asyncio.Queue()
         self._is_tick_due = False
@@ -309,14 +311,15 @@ class StageDriver:
         log.debug("averaging.done", stage=self.stage, round=action.round, seconds=round(reduced.seconds, 3))
         hidden_s = self._gate.open_s(self.stage) - open_before_s
         self._reported(action, reduced, hidden_s=min(hidden_s, reduced.seconds))
-        self.post(events.ReduceDone(action.group_id, reduced.digest, norm))
+        self._line_rate.note(reduced.bytes_sent, reduced.seconds)
+        self.post(events.ReduceDone(action.group_id, reduced.digest, norm, self._line_rate.bytes_per_s))
 
     def _group_of(self, action: events.StartReduce) -> ReduceGroup:
         timing, is_mean = self._manifest.timing, self._manifest.averaging.mode is AveragingMode.DILOCO
         return ReduceGroup(
             group_id=action.group_id,
             members=tuple(contribution.peer for contribution in action.group),
-            codec=self._manifest.averaging.codec,
+            codec=action.codec,
             weights=tuple(contribution.tokens for contribution in action.group) if is_mean else (),
             timeouts=ReduceTimeouts(
                 sender_s=timing.hop_silence_s, reducer_s=2 * timing.hop_silence_s, deadline_s=timing.reduce_timeout_s
@@ -472,6 +475,7 @@ class StageDriver:
             round=commit.round,
             version=commit.version,
             peers=len(commit.contributors),
+            codec=commit.codec,
             state=state_digest.hex()[:12],
         )
         self._hooks.on_commit(commit, signed)

@@ -14,6 +14,7 @@ import math
 
 from peer.engine.schedule import clip_threshold
 from peer.tasks import Outcome
+from protocol.architecture import stage_blocks
 from protocol.batches import Microbatch, TaskKind, has_evaluation
 from protocol.errors import PeerFault
 from protocol.hops import ENTRY_CONTEXT, PathEntry
@@ -68,8 +69,15 @@ def round_rules(manifest: Manifest, stage: StageId) -> RoundRules:
         # in diloco mode every local step was clipped already
         clip_threshold=math.inf if is_diloco else clip_threshold(manifest, stage),
         last_round=RoundId(manifest.batch.num_rounds),
+        codecs=manifest.averaging.codecs_of(stage),
+        num_averaged=_num_elements(manifest, stage) // manifest.averaging.fragments,
         overlap=manifest.averaging.overlap,
     )
+
+
+def _num_elements(manifest: Manifest, stage: StageId) -> int:
+    model = manifest.model
+    return sum(block.num_elements for block in stage_blocks(model.config, model.num_stages, stage))
 
 
 def round_size(batch: BatchSpec, round_id: RoundId) -> RoundSize:

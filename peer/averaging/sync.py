@@ -123,7 +123,6 @@ class StageSync:
         blobs: Blobs,
         me: PeerId,
         coordinator: PeerId,
-        codec: str,
         schedule: LearningRate,
         check_history: Callable[[Signed, tuple[Signed, ...]], object],
         init_seed: int = 0,
@@ -143,7 +142,6 @@ class StageSync:
         self._blobs = blobs
         self._me = me
         self._coordinator = coordinator
-        self.codec = codec
         self._schedule = schedule
         self._init_seed = init_seed
         self._held = None if resumed is None else (resumed, engine.changes)
@@ -215,7 +213,7 @@ class StageSync:
         Raises `UnreachableError` if nobody has, `DeadlineError` if those who say so are too slow.
         """
         shards = self._engine.due(commit.version, commit.round)
-        limit = update_bytes(self._engine, self.codec, len(commit.contributors), shards)
+        limit = update_bytes(self._engine, commit.codec, len(commit.contributors), shards)
         patience_s = FETCH_PATIENCE_S + limit / MIN_BYTES_PER_S
         room = await asyncio.to_thread(Spool, limit, self._history.folder)  # on some file systems this takes long
         try:
@@ -231,7 +229,7 @@ class StageSync:
     def update_of(self, commit: Commit, data: bytes | memoryview) -> Update:
         """Return what bytes of this commit's digest mean."""
         tokens = tuple(each.tokens for each in commit.contributors)
-        return Update(self.codec, data, tokens, shards=self._engine.due(commit.version, commit.round))
+        return Update(commit.codec, data, tokens, shards=self._engine.due(commit.version, commit.round))
 
     async def absorb(self, commit: Commit, update: Update) -> None:
         """Take the step to a commit's version, in the compute thread. Raises `PeerFault` if it does not follow."""

@@ -68,6 +68,8 @@ class ReduceDone:
     group_id: Digest
     digest: Digest
     norm: float
+    bytes_per_s: float | None = None
+    """How fast we could send; None if there was nobody to send to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +217,9 @@ class StartReduce:
     group_id: Digest
     round: RoundId
     version: Version
+    """Of the state before."""
     ballot: int
+    codec: str
     group: tuple[Contribution, ...]
     num_asked: int
     """Members of the stage: k of n is `len(group)` of this."""

@@ -118,6 +118,8 @@ class Member:
         self._generation = 0
         self._awaiting: Lineage | None = None  # what the driver is applying
         self._opened: RoundId | None = None  # the round whose tasks we take, or took last
+        self._opened_s = 0.0
+        self._bytes_per_s: float | None = None
         self._late: _Late | None = None  # waits for the end of that round
         self._keeps_work = False  # what is being applied was late: what was frozen since then stays
         self._stood_generation = 0
@@ -428,6 +430,7 @@ class Member:
             heard_s=now_s,
             one_by_one=settings.rules.overlap,
             leaving=self.leaving.is_wanted,
+            bytes_per_s=self._bytes_per_s,
         )
         slot.closings.update(self.closings.since(slot.round))
         self.slot = slot
@@ -437,6 +440,8 @@ class Member:
 
     def _end_slot(self) -> list[Step]:
         slot = self.slot
+        if slot is not None:
+            self._bytes_per_s = slot.bytes_per_s
         if self.steward is not None:
             self.num_failed_ballots += self.steward.num_failed
         self.slot = self.voter = self.steward = self.clock = self._late = None
@@ -462,7 +467,7 @@ class Member:
         """Open a round at the version that is there."""
         assert self.slot is not None
         parent = self.slot.parent
-        self._opened = round_id
+        self._opened, self._opened_s = round_id, now_s
         if self._settings.stage == FIRST_STAGE:
             self.clock = Clock(self._settings, round_id, self.slot.living, now_s)
         opened = OpenRound(
@@ -483,6 +488,7 @@ class Member:
         if heard is None:
             return []
         slot.frozen, slot.frozen_s, slot.heard_s = True, now_s, now_s
+        slot.round_s = None if self._opened is None else now_s - self._opened_s
         slot.freezing = heard.closing.round
         if self.clock is not None and self.clock.round <= heard.closing.round:
             self.clock.is_closed = True

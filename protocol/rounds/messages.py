@@ -44,6 +44,8 @@ TaskTokens = Annotated[int, Field(ge=0, le=1 << 32)]
 Norm = Annotated[float, Field(ge=0, le=MAX_NORM)]
 LossSum = Annotated[float, Field(ge=-1e15, le=1e15)]
 Text = Annotated[str, Field(max_length=200)]
+CodecName = Annotated[str, Field(min_length=1, max_length=16)]
+Rate = Annotated[float, Field(ge=0, le=1e15)]
 Session = Annotated[int, Field(ge=0, lt=1 << 63)]
 """Names one life of a replica; later lives have larger ones (say, the Unix time of its start in microseconds).
 
@@ -178,6 +180,8 @@ class Commit(Message):
     ballot: Ballot
     contributors: Annotated[tuple[Contribution, ...], Field(min_length=1, max_length=MAX_SEATS)]
     """In the order in which they were summed."""
+    codec: CodecName
+    """What the summed bytes are in."""
     digest: Hash
     """Of the summed bytes."""
     norm: Norm
@@ -282,6 +286,8 @@ class Pong(BallotMessage):
     tokens: Count | None
     vote: Vote | None
     leaving: bool
+    bytes_per_s: Rate | None = None
+    """What I could send while the last average was made here."""
 
 
 class Outbid(StageMessage):
@@ -292,8 +298,10 @@ class Outbid(StageMessage):
 
 
 class Begin(BallotMessage):
-    """Sum these, in this order."""
+    """Sum these, in this order, for the commit after `round`."""
 
+    round: Round
+    codec: CodecName
     group_id: Hash
     group: Annotated[tuple[Contribution, ...], Field(min_length=1, max_length=MAX_SEATS)]
 

@@ -91,6 +91,7 @@ def draw_commit(settings: Settings, chain: Chain, slot: Slot, draft: Draft) -> C
         parent=parent.lineage,
         ballot=draft.ballot,
         contributors=draft.contributors,
+        codec=draft.staged.codec,
         digest=draft.staged.digest,
         norm=norm,
         clip_scale=clip_scale(norm, settings.rules.clip_threshold),
@@ -146,7 +147,11 @@ def check_proposal(
             raise PeerFault(f"it seats {seat.peer}, who is banned")
         if seat not in slot.parent.seats and seat.peer not in commit.joiners:
             raise PeerFault(f"it seats {seat.peer}, who is neither a member nor a joiner")
+    if commit.codec not in settings.rules.codecs:
+        raise PeerFault(f"its bytes are in {commit.codec}, which this run does not use")
     if staged is not None and staged.digest == commit.digest:
+        if staged.codec != commit.codec:
+            raise PeerFault(f"its bytes are said to be in {commit.codec}, and are in {staged.codec}")
         check_scale(settings.rules, commit, staged)
 
 

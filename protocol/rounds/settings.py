@@ -91,6 +91,10 @@ class RoundRules:
     """Later ones do not exist; None: the run has no end."""
     commits_kept: int = 64
     """How far back a member that was away can be brought up to date without fetching a snapshot."""
+    codecs: tuple[str, ...] = ("fp32",)
+    """What averages of this stage may travel in, from the most exact to the smallest; the steward chooses."""
+    num_averaged: int = 0
+    """How many numbers a round averages."""
     overlap: bool = False
     """Average one round while the next one computes, and take the result over when that has ended, too."""
 

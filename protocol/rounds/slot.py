@@ -28,6 +28,7 @@ class StagedBytes:
 
     digest: Digest
     norm: float
+    codec: str
 
 
 @dataclass(slots=True)
@@ -72,6 +73,10 @@ class Slot:
     """When anybody at all was last heard."""
     leaving: bool = False
     """We want to leave with the next commit."""
+    round_s: float | None = None
+    """How long we took tasks of what is frozen, if we did."""
+    bytes_per_s: float | None = None
+    """How much we could send in the last average that we have made."""
 
     @property
     def tokens(self) -> int | None:

@@ -14,12 +14,13 @@ A commit that any answer names (accepted in an earlier ballot) is proposed again
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from enum import Enum
 from typing import Any
 
 from protocol.errors import PeerFault
 from protocol.ids import PeerId, digest
+from protocol.rounds.choice import choose_codec
 from protocol.rounds.events import Announce, Report, Send, Step, Trouble
 from protocol.rounds.lineage import Chain
 from protocol.rounds.messages import (
@@ -301,11 +302,30 @@ class Steward:
         group = tuple(
             Contribution(peer=peer, tokens=self._pongs[peer].tokens or 0) for peer in self._choose_contributors()
         )
+        assert self._heard is not None
         self.phase, self._since_s = Phase.REDUCING, now_s
         self._group = Begin(
-            **self._address(), ballot=self.ballot, group_id=group_id(self._slot, self.ballot, group), group=group
+            **self._address(),
+            ballot=self.ballot,
+            round=self._heard.closing.round,
+            codec=self._choose_codec([contribution.peer for contribution in group]),
+            group_id=group_id(self._slot, self.ballot, group),
+            group=group,
         )
         return self._ask([contribution.peer for contribution in group])
+
+    def _choose_codec(self, group: Sequence[PeerId]) -> str:
+        assert self._heard is not None
+        rules = self._settings.rules
+        measured = [rate for peer in group if (rate := self._pongs[peer].bytes_per_s) is not None]
+        return choose_codec(
+            rules.codecs,
+            num_elements=rules.num_averaged,
+            num_members=len(group),
+            bytes_per_s=min(measured, default=None),
+            round_s=self._slot.round_s,
+            is_hidden=rules.is_hidden(self._heard.closing.round),
+        )
 
     def _choose_contributors(self) -> list[PeerId]:
         """Leave out one scapegoat for each failed reduce; after some failures, go on with a single sum.
@@ -349,7 +369,7 @@ class Steward:
                 ballot=self.ballot,
                 heard=self._heard,
                 contributors=group.group,
-                staged=StagedBytes(result.digest, result.norm),
+                staged=StagedBytes(result.digest, result.norm, group.codec),
                 seats=seats,
                 joiners=joiners,
             ),

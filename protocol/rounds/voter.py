@@ -85,9 +85,10 @@ class Voter:
         return [
             StartReduce(
                 group_id=begin.group_id,
-                round=slot.round,
+                round=begin.round,
                 version=slot.parent.version,
                 ballot=begin.ballot.number,
+                codec=begin.codec,
                 group=begin.group,
                 num_asked=len(slot.order),
             )
@@ -102,6 +103,8 @@ class Voter:
             return "the group names somebody twice, or who is no member"
         if not any(tokens.values()):
             return "the group has nothing to average"
+        if begin.codec not in self._settings.rules.codecs or begin.round < slot.parent.next_round:
+            return f"{begin.codec} after round {begin.round} is not what this run averages"
         if begin.group_id != group_id(slot, slot.promised, begin.group):
             return "the group does not have the name that its ballot and list give it"
         mine = tokens.get(self._settings.me.peer)
@@ -159,7 +162,8 @@ class Voter:
             return []
         slot.reducing = None
         if isinstance(event, ReduceDone) and 0 <= event.norm <= MAX_NORM:
-            slot.staged = StagedBytes(event.digest, event.norm)
+            slot.staged = StagedBytes(event.digest, event.norm, begin.codec)
+            slot.bytes_per_s = event.bytes_per_s or slot.bytes_per_s
             outcome = {"digest": event.digest, "norm": event.norm}
         elif isinstance(event, ReduceDone):
             outcome = {"digest": None, "reason": f"the norm of the sum is {event.norm}"}
@@ -188,7 +192,7 @@ class Voter:
         if isinstance(event, FetchFailed):
             late = propose.ballot != slot.promised
             return [] if late else [self._decline(propose.ballot, event.reason, objection=False)]
-        slot.staged = StagedBytes(event.digest, event.norm)
+        slot.staged = StagedBytes(event.digest, event.norm, commit.codec)
         if propose.ballot != slot.promised:
             return []
         try:
@@ -234,6 +238,7 @@ class Voter:
                 tokens=slot.tokens,
                 vote=slot.vote,
                 leaving=slot.leaving,
+                bytes_per_s=slot.bytes_per_s,
             ),
         )
 

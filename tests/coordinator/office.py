@@ -222,6 +222,7 @@ def commit(
         "parent": parent,
         "ballot": Ballot(number=1, steward=members[0].peer),
         "contributors": tuple(Contribution(peer=member.peer, tokens=share) for member in members),
+        "codec": "fp32",
         "digest": digest(b"update", bytes([stage])),
         "norm": 1.0,
         "clip_scale": 1.0,

@@ -6,6 +6,7 @@ nothing the plain loop.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,11 @@ RUN_TIMEOUT_S = 150.0
 
 @pytest.mark.parametrize(
     "more",
-    [("averaging.codec=int8",), ("averaging.codec=sparse", "averaging.overlap=true", "averaging.fragments=3")],
-    ids=["int8", "sparse-overlap-fragments"],
+    [
+        ('averaging.stage_codecs=["int8","auto"]',),
+        ("averaging.codec=sparse", "averaging.overlap=true", "averaging.fragments=3"),
+    ],
+    ids=["codecs", "sparse-overlap-fragments"],
 )
 def test_replicas_share_an_anchor_and_nothing_else(more: tuple[str, ...], tmp_path: Path, corpus: Path) -> None:
     """Two stages of two replicas. Oracles: the hash of anchor and velocity at every version; the exported model."""
@@ -42,6 +46,13 @@ def test_replicas_share_an_anchor_and_nothing_else(more: tuple[str, ...], tmp_pa
         states = swarm.states()
         assert set(states) == {(stage, version) for stage in (0, 1) for version in range(1, ROUNDS + 1)}
         assert all(len(by_peer) == 2 and len(set(by_peer.values())) == 1 for by_peer in states.values())
+        codecs: dict[int, set[str]] = {0: set(), 1: set()}
+        for event in itertools.chain.from_iterable(peer.events("round.committed") for peer in swarm.peers.values()):
+            codecs[event["stage"]].add(event["codec"])
+        assert codecs[0] == ({"sparse"} if "averaging.codec=sparse" in more else {"int8"})
+        assert codecs[1] == {"sparse"} or "int8" in codecs[1] <= {"fp16", "int8", "int4", "sparse"}, (
+            "auto begins with int8"
+        )
         counters = swarm.counters()
         assert (counters.tasks_lost, counters.tokens_dropped, counters.double_counted) == (0, 0, 0)
         assert counters.averagings_ok == 2 * ROUNDS

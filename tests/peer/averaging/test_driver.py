@@ -441,6 +441,7 @@ REDUCING = events.StartReduce(
     round=RoundId(5),
     version=Version(5),
     ballot=1,
+    codec="fp32",
     group=cast(Any, (SimpleNamespace(peer=PeerId("me"), tokens=1), SimpleNamespace(peer=ANNE, tokens=1))),
     num_asked=2,
 )

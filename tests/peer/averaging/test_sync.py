@@ -131,7 +131,6 @@ class Case:
             blobs=cast(Blobs, self.network),
             me=ME,
             coordinator=COORDINATOR.peer_id,
-            codec="fp32",
             schedule=LearningRate(peak=1e-2, warmup=0, total=10),
             check_history=self._check,
         )
@@ -276,7 +275,9 @@ async def test_tensors_of_another_stage_are_that_members_fault_and_do_not_stay(c
 
 def commit(data: bytes) -> Commit:
     """What a fetch looks at of a commit."""
-    return cast(Commit, SimpleNamespace(round=0, version=Version(1), digest=digest(data), contributors=()))
+    return cast(
+        Commit, SimpleNamespace(codec="fp32", round=0, version=Version(1), digest=digest(data), contributors=())
+    )
 
 
 async def test_a_source_that_takes_for_ever_does_not_keep_us_from_the_next(
@@ -319,7 +320,7 @@ async def test_what_changes_the_engine_runs_to_its_end_before_its_caller_is_stop
 async def test_a_step_is_checked_where_it_is_taken(case: Case) -> None:
     """Two steps to the same version, the second queued while the first runs. Oracle: one step, one error."""
     zeros = b"".join(bytes(4 * shard.num_elements) for shard in case.engine.shards)
-    step = cast(Commit, SimpleNamespace(round=0, version=Version(1), contributors=(), clip_scale=1.0))
+    step = cast(Commit, SimpleNamespace(codec="fp32", round=0, version=Version(1), contributors=(), clip_scale=1.0))
     taken = [case.sync.absorb(step, Update("fp32", zeros, (1,))) for _ in range(2)]
     outcomes = await asyncio.gather(*taken, return_exceptions=True)
     await case.compute.stop()
@@ -442,6 +443,7 @@ def _commit(version: int, parent: Lineage, data: bytes, *, by: SigningKey = MEMB
         parent=parent,
         ballot=Ballot(number=1, steward=me),
         contributors=(Contribution(peer=me, tokens=10),),
+        codec="fp32",
         digest=digest(data),
         norm=1.0,
         clip_scale=1.0,
@@ -487,7 +489,6 @@ def _use(case: Case, swarm: Swarm, standing: Standing) -> None:
         blobs=cast(Blobs, swarm),
         me=ME,
         coordinator=COORDINATOR.peer_id,
-        codec="fp32",
         schedule=LearningRate(peak=1e-2, warmup=0, total=10),
         check_history=case._check,
         init_seed=1,

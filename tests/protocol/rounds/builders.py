@@ -121,6 +121,7 @@ def commit(
         parent=parent,
         ballot=Ballot(number=1, steward=signer),
         contributors=tuple(Contribution(peer=member, tokens=10) for member in members),
+        codec="fp32",
         digest=digest(b"sum"),
         norm=2.0,
         clip_scale=0.5,

@@ -121,7 +121,7 @@ def test_a_commit_divides_the_norm_of_the_sum_by_all_tokens() -> None:
         ballot=BALLOT,
         heard=heard(closing()),
         contributors=group,
-        staged=StagedBytes(digest(b"sum"), 120.0),
+        staged=StagedBytes(digest(b"sum"), 120.0, "fp32"),
         seats=(seat(A),),
         joiners=(),
     )
@@ -158,7 +158,7 @@ def test_a_member_objects_to_what_it_can_check(changes: dict[str, Any], complain
     lineages = chain()
     here = slot(lineages)
     record = lineages.follows_head(commit(lineages.head.lineage, **changes))
-    staged = StagedBytes(record.digest, 2.0 * record.total_tokens)
+    staged = StagedBytes(record.digest, 2.0 * record.total_tokens, "fp32")
     with pytest.raises(PeerFault, match=complaint):
         check_proposal(settings(), here, record, staged=staged, banned=frozenset({C} if complaint == "banned" else ()))
 
@@ -167,7 +167,7 @@ def test_a_norm_that_differs_in_the_last_bits_is_no_objection() -> None:
     """Devices sum in different orders."""
     lineages = chain()
     record = lineages.follows_head(commit(lineages.head.lineage))
-    staged = StagedBytes(record.digest, 2.0 * record.total_tokens * (1 + 1e-5))
+    staged = StagedBytes(record.digest, 2.0 * record.total_tokens * (1 + 1e-5), "fp32")
     check_proposal(settings(), slot(lineages), record, staged=staged, banned=frozenset())
     strict = settings(rules=replace(RULES, scale_tolerance=1e-7))
     with pytest.raises(PeerFault, match="clip scale"):

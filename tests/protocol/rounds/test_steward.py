@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
@@ -193,7 +194,7 @@ def test_a_vote_that_the_dead_may_have_made_final_is_not_passed_over() -> None:
     for dead, passes in ((1, False), (0, True)):
         case = Case()
         case.slot.gone = set(case.others[:dead])
-        case.slot.staged = StagedBytes(SUM, 600.0)
+        case.slot.staged = StagedBytes(SUM, 600.0, "fp32")
         case.start()
         vote = _voted(case, 1)
         case.pong(case.me)
@@ -483,3 +484,22 @@ def test_who_dies_before_it_has_accepted_is_not_waited_for() -> None:
     assert only(Propose, case.pong(alive)).commit == propose.commit
     case.accept(case.me)
     assert any(isinstance(step, Announce) for step in case.accept(alive))
+
+
+@pytest.mark.parametrize(
+    ("rates", "codec"), [((9e3, 9e3, 9e3), "fp16"), ((9e3, 40.0, 9e3), "sparse"), ((None,) * 3, "int8")]
+)
+def test_the_codec_is_for_the_slowest_who_takes_part(rates: tuple[float | None, ...], codec: str) -> None:
+    """Oracle: 1,024 numbers in a tenth of 10 s, by `choose_codec`; the commit says what its bytes are in."""
+    case = Case()
+    rules = replace(case.steward._settings.rules, codecs=("fp16", "int8", "sparse"), num_averaged=1024)
+    case.steward._settings = replace(case.steward._settings, rules=rules)
+    case.slot.round_s = 10.0
+    case.start()
+    for peer, rate in zip(case.slot.order, rates, strict=True):
+        steps = case.pong(peer, bytes_per_s=rate)
+    begin = only(Begin, steps)
+    assert (begin.codec, begin.round) == (codec, case.slot.round)
+    for each in begin.group:
+        steps = case.result(each.peer, begin)
+    assert case.chain.follows_head(only(Propose, steps).commit).codec == codec

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from protocol.errors import PeerFault
-from protocol.ids import Digest, PeerId, digest
+from protocol.ids import Digest, PeerId, RoundId, digest
 from protocol.rounds.events import (
     AbortReduce,
     Fetch,
@@ -63,7 +64,14 @@ class Case:
         return group_id(self.slot, ballot, group)
 
     def begin(self, ballot: Ballot = OLD, group: tuple[Contribution, ...] = GROUP) -> list[Step]:
-        begin = Begin(**self.address, ballot=ballot, group_id=self.group_id(ballot, group), group=group)
+        begin = Begin(
+            **self.address,
+            ballot=ballot,
+            round=RoundId(0),
+            codec="fp32",
+            group_id=self.group_id(ballot, group),
+            group=group,
+        )
         return self.voter.on_begin(ballot.steward, begin, 0.0)
 
     def propose(self, ballot: Ballot = OLD, signed: Signed | None = None) -> list[Step]:
@@ -91,7 +99,7 @@ def test_a_ping_is_answered_with_tokens_and_without_a_vote_at_first() -> None:
 @pytest.mark.parametrize("message", ["ping", "begin", "propose"])
 def test_an_older_ballot_is_never_answered(message: str) -> None:
     """Whatever it asks: the only word is which newer ballot has been promised, and nothing else changes."""
-    case = Case(staged=StagedBytes(digest(b"sum"), 60.0))
+    case = Case(staged=StagedBytes(digest(b"sum"), 60.0, "fp32"))
     case.ping(NEW)
     steps = getattr(case, message)(OLD)
     assert sent(steps) == [Outbid(**case.address, promised=NEW)]
@@ -164,10 +172,40 @@ def test_a_group_under_the_name_of_another_fails_at_once() -> None:
     """A name is used once: what is on the wire under it must never be mixed."""
     case = Case()
     case.ping()
-    begin = Begin(**case.address, ballot=OLD, group_id=case.group_id(NEW), group=GROUP)
+    begin = Begin(**case.address, ballot=OLD, round=RoundId(0), codec="fp32", group_id=case.group_id(NEW), group=GROUP)
     (result,) = sent(case.voter.on_begin(B, begin, 0.0))
     assert isinstance(result, ReduceResult)
     assert result.digest is None
+
+
+@pytest.mark.parametrize(("codec", "round_id"), [("int8", 1), ("fp32", 0)])
+def test_a_group_that_averages_what_the_run_does_not(codec: str, round_id: int) -> None:
+    """A codec that is not the run's; a round before the one that follows."""
+    case = Case()
+    parent = case.slot.parent
+    case.slot.parent = replace(parent, next_round=RoundId(1))
+    case.ping()
+    begin = Begin(
+        **case.address, ballot=OLD, round=RoundId(round_id), codec=codec, group_id=case.group_id(), group=GROUP
+    )
+    (result,) = sent(case.voter.on_begin(B, begin, 0.0))
+    assert isinstance(result, ReduceResult)
+    assert result.digest is None
+    assert codec in result.reason
+
+
+def test_what_was_measured_is_told_to_the_next_steward() -> None:
+    """Oracle: the rate that the driver reports; a sum without one leaves it as it is."""
+    case = Case()
+    case.ping()
+    case.begin()
+    case.voter.on_reduced(ReduceDone(case.group_id(), digest(b"sum"), 60.0, 1e6))
+    (pong,) = sent(case.ping(NEW))
+    assert isinstance(pong, Pong)
+    assert pong.bytes_per_s == 1e6
+    case.begin(NEW)
+    case.voter.on_reduced(ReduceDone(case.group_id(NEW), digest(b"sum"), 60.0))
+    assert case.slot.bytes_per_s == 1e6
 
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0])
@@ -195,7 +233,7 @@ def test_a_failed_reduce_names_its_suspect() -> None:
 
 def test_with_the_bytes_at_hand_a_proposal_is_accepted_and_named_ever_after() -> None:
     """The vote is in the answer to the next steward: that is what lets it finish the same commit."""
-    case = Case(staged=StagedBytes(digest(b"sum"), 60.0))
+    case = Case(staged=StagedBytes(digest(b"sum"), 60.0, "fp32"))
     signed = commit(case.chain.head.lineage)
     assert sent(case.propose(OLD, signed)) == [Accept(**case.address, ballot=OLD)]
     (pong,) = sent(case.ping(NEW))
@@ -227,12 +265,24 @@ def test_bytes_that_come_after_a_newer_promise_accept_nothing() -> None:
 
 def test_a_wrong_commit_is_declined_with_an_objection_and_reported() -> None:
     """Wrong by our own norm of the same bytes."""
-    case = Case(staged=StagedBytes(digest(b"sum"), 600.0))
+    case = Case(staged=StagedBytes(digest(b"sum"), 600.0, "fp32"))
     steps = case.propose()
     (decline,) = sent(steps)
     assert isinstance(decline, Decline)
     assert decline.objection
     assert any(isinstance(step, Report) and step.peer == B for step in steps)
+    assert case.slot.vote is None
+
+
+@pytest.mark.parametrize("codec", ["int8", "fp16"])
+def test_a_commit_that_misnames_its_bytes_is_declined(codec: str) -> None:
+    """The same digest read as something else would be another update. Oracle: the codec that the sum was made in."""
+    case = Case(staged=StagedBytes(digest(b"sum"), 60.0, "fp32"))
+    rules = replace(case.voter._settings.rules, codecs=("fp32", "int8"))
+    case.voter._settings = replace(case.voter._settings, rules=rules)
+    (decline,) = sent(case.propose(signed=commit(case.chain.head.lineage, codec=codec)))
+    assert isinstance(decline, Decline)
+    assert decline.objection
     assert case.slot.vote is None
 
 
@@ -263,7 +313,7 @@ def test_the_sum_of_an_older_ballot_is_fetched_although_ours_was_another() -> No
 
 def test_two_commits_in_one_ballot_are_a_fault() -> None:
     """A steward that says different things to different members is caught by whoever hears both."""
-    case = Case(staged=StagedBytes(digest(b"sum"), 60.0))
+    case = Case(staged=StagedBytes(digest(b"sum"), 60.0, "fp32"))
     case.propose()
     with pytest.raises(PeerFault, match="two commits"):
         case.propose(signed=commit(case.chain.head.lineage, tokens_dropped=5))
