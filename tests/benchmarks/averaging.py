@@ -18,6 +18,7 @@ from peer.averaging.reduce import Reduced
 from tests.benchmarks.averaging_links import links
 from tests.benchmarks.averaging_loss import losses
 from tests.benchmarks.averaging_plan import plans
+from tests.benchmarks.averaging_straggler import straggler
 from tests.benchmarks.harness import Options, Row, figure, run
 from tests.peer.averaging.reduce_members import make_group, reduce_all, start_members
 
@@ -36,6 +37,7 @@ def measure(options: Options) -> Iterator[Row]:
     yield from bytes_on_the_wire(options)
     yield from links(options)
     yield from plans(options)
+    yield from straggler(options)
     with tempfile.TemporaryDirectory() as folder:
         yield from losses(Path(folder), options)
 

@@ -1,9 +1,10 @@
 """What `coordinator plan` says of a swarm against what that swarm does: the rows `plan_*` of `averaging.py`.
 
-Two peers on loopback with a thread each. One run gives the machine's figures: seconds per microbatch and stage, and
-with them what a round takes beside its microbatches (the optimizer's step, the hash, ballots), so that the plan of this
-run comes out right. The plans of the other runs take these figures and are compared with what happened: other
-activations and a longer round; replicas that average gradients instead of stages; and the same behind compute.
+Two peers on loopback with a thread each train a model of 7M parameters. One run gives the machine's figures: seconds
+per microbatch and stage, and with them what a round takes beside its microbatches (the optimizer's step, the hash,
+ballots), so that the plan of this run comes out right. The plans of the other runs take these figures and are compared
+with what happened: other activations and a longer round; replicas that average gradients instead of stages; and the
+same behind compute.
 
 Owns: the runs, and the way from their figures to the plan's options. Bytes are what peers and coordinator count.
 """
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.store.database import DATABASE_FILE, open_readonly
+from tests.benchmarks.averaging_links import CONFIG
 from tests.benchmarks.harness import Options, Row, figure
 from tests.e2e.processes import run_to_end
 from tests.e2e.swarm import Swarm
@@ -31,6 +33,7 @@ ROUNDS, WARM_ROUNDS = 9, 2
 RUN_TIMEOUT_S = 300.0
 FAST_LINK = ("--upload-mbps", "4000", "--download-mbps", "4000", "--latency-ms", "0")
 COMMON = (
+    "batch.sequence_length=128",
     "batch.sequences_per_microbatch=1",
     "batch.heldout_sequences=2",
     f"batch.eval_every={ROUNDS}",
@@ -47,14 +50,14 @@ class Case:
     settings: tuple[str, ...]
 
 
-MEASURED = Case("two stages, fp16", 2, ("batch.microbatches_per_round=8",))
+MEASURED = Case("two stages, fp16", 2, ("batch.microbatches_per_round=24",))
 PLANNED = (
-    Case("two stages, int8, 16", 2, ("batch.microbatches_per_round=16", "averaging.activation_codec=int8")),
-    Case("two replicas, fp16, 16", 1, ("batch.microbatches_per_round=16",)),
+    Case("two stages, int8, 48", 2, ("batch.microbatches_per_round=48", "averaging.activation_codec=int8")),
+    Case("two replicas, fp16, 48", 1, ("batch.microbatches_per_round=48",)),
     Case(
-        "two replicas, int8, 24, overlap",
+        "two replicas, int8, 72, overlap",
         1,
-        ("batch.microbatches_per_round=24", "averaging.codec=int8", "averaging.overlap=true"),
+        ("batch.microbatches_per_round=72", "averaging.codec=int8", "averaging.overlap=true"),
     ),
 )
 
@@ -102,9 +105,18 @@ def _row(row: str, compared: Sequence[tuple[str, float, float]], *, unit: str) -
 
 
 def _run(folder: Path, case: Case) -> Found:
-    corpus = Path(sysconfig.get_path("stdlib")) / "asyncio"
-    settings = (*COMMON, *case.settings)
-    with Swarm(folder, corpus=corpus, rounds=ROUNDS, settings=settings, preset="bench", stages=case.stages) as swarm:
+    corpus, model = Path(sysconfig.get_path("stdlib")) / "asyncio", folder / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text(json.dumps(CONFIG))
+    with Swarm(
+        folder,
+        corpus=corpus,
+        rounds=ROUNDS,
+        settings=(*COMMON, *case.settings),
+        preset="bench",
+        model=model,
+        stages=case.stages,
+    ) as swarm:
         swarm.start_coordinator("--start-peers", "2", "--until-finished")
         swarm.start_peers(["first", "second"])
         swarm.wait_finished(timeout_s=RUN_TIMEOUT_S)

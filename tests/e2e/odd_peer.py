@@ -2,17 +2,21 @@
 
     python -m tests.e2e.odd_peer clock:30 join INVITE ...      its clock is half a minute ahead
     python -m tests.e2e.odd_peer protocol:99 join INVITE ...   it speaks another version of the protocol
+    python -m tests.e2e.odd_peer slow:0.5 join INVITE ...      each microbatch takes half a second more, one way
 
 Everything else is the real command.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
+from typing import Any
 
 import peer.app
 from peer import cli
+from peer.engine.span import SpanEngine
 from protocol import wire
 
 
@@ -24,6 +28,8 @@ def main() -> None:
         _shift_clock(float(value))
     elif oddity == "protocol":
         _speak(int(value))
+    elif oddity == "slow":
+        _dawdle(float(value))
     else:
         raise ValueError(f"no oddity is called '{oddity}'")
     cli.main()
@@ -40,6 +46,21 @@ def _speak(version: int) -> None:
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] in ("peer", "protocol") and getattr(module, "PROTOCOL_VERSION", None) == ours:
             module.PROTOCOL_VERSION = version  # type: ignore[attr-defined]
+
+
+def _dawdle(seconds: float) -> None:
+    """Sleep before each pass, as long as a slower card would compute. What waits for it cannot tell."""
+    for name in ("forward_wave", "backward_wave", "loss_wave"):
+        setattr(SpanEngine, name, _delayed(getattr(SpanEngine, name), seconds))
+
+
+def _delayed(method: Any, seconds: float) -> Any:
+    @functools.wraps(method)
+    def delayed(self: SpanEngine, wave: Any, **options: Any) -> Any:
+        time.sleep(seconds * len(wave))
+        return method(self, wave, **options)
+
+    return delayed
 
 
 if __name__ == "__main__":

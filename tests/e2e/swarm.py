@@ -91,10 +91,14 @@ class Swarm:
         self.invite = coordinator.stdout().split("\n")[0]
         return coordinator
 
-    def start_peer(self, name: str, *flags: str) -> Command:
-        """Start `peer join`; a name that was used before comes back with its data folder."""
+    def start_peer(self, name: str, *flags: str, oddity: str = "") -> Command:
+        """Start `peer join`; a name that was used before comes back with its data folder.
+
+        `oddity` is what is to be wrong with it (`odd_peer.py`).
+        """
         place = ("--data-dir", str(self.folder / f"{name}.data"), "--listen", self._listen_at(name), "--threads", "1")
-        peer = self._start("peer", name, "join", self.invite, "--name", name, *place, *flags)
+        program = ("odd-peer", name, oddity) if oddity else ("peer", name)
+        peer = self._start(*program, "join", self.invite, "--name", name, *place, *flags)
         self.peers[name] = peer
         return peer
 
