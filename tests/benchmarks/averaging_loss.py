@@ -43,15 +43,19 @@ from protocol.ids import RoundId
 from protocol.rounds.records import clip_scale
 from tests.benchmarks.harness import Options, Row, figure
 from tests.e2e.plain_loop import batch, read_tokens
+from tests.e2e.swarm import Swarm
 
 REPLICAS = 4
 STEPS = 400
 WARMUP = 40
-INNER_STEPS = 30
+INNER_STEPS = 25
 SEQUENCES, LENGTH = 4, 128  # 512 tokens per replica and step
 CLIP = 1.0
+FINAL_FRACTION = 0.1
+SWARM_STAGES = 2
+SWARM_TIMEOUT_S = 900.0
 SEEDS, QUICK_SEEDS = (0, 1, 2), (0,)
-NESTEROV = OuterSpec(learning_rate=0.7, momentum=0.9)
+NESTEROV = OuterSpec(learning_rate=0.9, momentum=0.3)
 NO_MOMENTUM = OuterSpec(learning_rate=1.0, momentum=0.0)
 CONFIG = preset("demo") | {
     "hidden_size": 128,
@@ -77,12 +81,13 @@ class Recipe:
 
 SYNCHRONOUS = Recipe(codec=None, rate=3e-3)
 RECIPES = {
-    "loss_int8": (Recipe(codec="int8", rate=6e-3), "<= 1.01"),
-    "loss_int4": (Recipe(codec="int4", rate=6e-3), "<= 1.015"),
-    "loss_sparse": (Recipe(codec="sparse", rate=6e-3, outer=NO_MOMENTUM), "<= 1.02"),
+    "loss_int8": (Recipe(codec="int8", rate=2.5e-3), "<= 1.01"),
+    "loss_int4": (Recipe(codec="int4", rate=2.5e-3), "<= 1.015"),
+    "loss_sparse": (Recipe(codec="sparse", rate=3e-3, outer=NO_MOMENTUM), "<= 1.02"),
 }
-OVERLAPPED = "loss_int8"
+OVERLAPPED = CONFIRMED = "loss_int8"
 OVERLAP_BAR = "<= 1.005"
+SWARM_BAR = "<= 1.02"  # its replicas take what comes, at a rate that changes once a round
 
 
 class Task:
@@ -137,7 +142,7 @@ class Task:
 
 def train(task: Task, recipe: Recipe) -> float:
     """Return the held-out loss in nats per token after all steps."""
-    schedule = LearningRate(peak=recipe.rate, warmup=WARMUP, total=STEPS, final_fraction=0.1)
+    schedule = LearningRate(peak=recipe.rate, warmup=WARMUP, total=STEPS, final_fraction=FINAL_FRACTION)
     with ExitStack() as stack:
         if recipe.codec is None:
             engine = stack.enter_context(closing(_engine(task, None)))
@@ -149,6 +154,45 @@ def train(task: Task, recipe: Recipe) -> float:
             assert len({each.state_digest() for each in engines}) == 1, "replicas do not agree"
         results = [engine.evaluate(*each) for each in task.heldout]
     return sum(result.loss_sum for result in results) / sum(result.target_tokens for result in results)
+
+
+def train_swarm(folder: Path, seed: int, recipe: Recipe) -> float:
+    """Return the held-out loss of the same training by real processes: two stages of four replicas."""
+    directory, rounds = folder / f"swarm-{seed}", STEPS // recipe.inner_steps
+    overrides = {
+        "batch.sequence_length": LENGTH,
+        "batch.sequences_per_microbatch": SEQUENCES,
+        "batch.microbatches_per_round": REPLICAS * recipe.inner_steps,
+        "batch.eval_every": rounds,
+        "optimizer.learning_rate": recipe.rate,
+        "optimizer.warmup_rounds": round(WARMUP / recipe.inner_steps),
+        "optimizer.final_lr_fraction": FINAL_FRACTION,
+        "averaging.mode": "diloco",
+        "averaging.codec": recipe.codec,
+        "averaging.overlap": recipe.overlaps,
+        "averaging.outer_learning_rate": recipe.outer.learning_rate,
+        "averaging.outer_momentum": recipe.outer.momentum,
+    }
+    model = folder / f"model-{seed}"
+    init_run(
+        directory,
+        preset="demo",
+        model=model,
+        tokenizer="train:1024",
+        stages=SWARM_STAGES,
+        rounds=rounds,
+        seed=seed,
+        overrides=overrides,
+    )
+    with Swarm(folder / f"peers-{seed}", directory=directory) as swarm:
+        peers = [f"p{number}" for number in range(SWARM_STAGES * REPLICAS)]
+        swarm.start_coordinator("--start-peers", str(len(peers)), "--until-finished")
+        swarm.start_peers(peers)
+        swarm.wait_finished(timeout_s=SWARM_TIMEOUT_S)
+        assert all(len(set(by_peer.values())) == 1 for by_peer in swarm.states().values()), "replicas do not agree"
+        loss = swarm.rounds()[-1].heldout_loss
+    assert loss is not None
+    return loss
 
 
 def _engine(task: Task, outer: OuterSpec | None) -> StageEngine:
@@ -231,13 +275,15 @@ async def _merged(contributions: Sequence[Tensor], name: str, tokens: Sequence[i
 def losses(folder: Path, options: Options) -> Iterator[Row]:
     """Train every recipe from every seed, and compare mean held-out losses."""
     wanted = [row for row in RECIPES if options.wants(row)]
-    wants_overlap = options.wants("loss_overlap")
-    if not wanted and not wants_overlap:
+    wants_overlap, wants_swarm = options.wants("loss_overlap"), options.wants("loss_swarm")
+    if not wanted and not wants_overlap and not wants_swarm:
         return
     recipes = {row: RECIPES[row][0] for row in wanted}
     if wants_overlap:
         recipes[OVERLAPPED] = RECIPES[OVERLAPPED][0]
         recipes["loss_overlap"] = replace(recipes[OVERLAPPED], overlaps=True)
+    if wants_swarm:
+        recipes[CONFIRMED] = RECIPES[CONFIRMED][0]
     found: dict[str, list[float]] = {}
     seeds = QUICK_SEEDS if options.quick else SEEDS
     with tempfile.TemporaryDirectory(dir=folder) as place:
@@ -245,6 +291,8 @@ def losses(folder: Path, options: Options) -> Iterator[Row]:
             task = Task(Path(place), seed)
             for row, recipe in {"reference": SYNCHRONOUS, **recipes}.items():
                 found.setdefault(row, []).append(train(task, recipe))
+        if wants_swarm:
+            swarm = train_swarm(Path(place), seeds[0], recipes[CONFIRMED])
     means = {row: sum(each) / len(each) for row, each in found.items()}
     for row, mean in means.items():
         if row == "reference" or not (row in wanted or row == "loss_overlap"):
@@ -256,6 +304,9 @@ def losses(folder: Path, options: Options) -> Iterator[Row]:
         )
         bar = OVERLAP_BAR if row == "loss_overlap" else RECIPES[row][1]
         yield figure(row, mean, means[against], unit="nats", bar=bar, note=note)
+    if wants_swarm:
+        note = f"{SWARM_STAGES} stages of {REPLICAS} replicas as processes, against {CONFIRMED} in one process, seed 0"
+        yield figure("loss_swarm", swarm, found[CONFIRMED][0], unit="nats", bar=SWARM_BAR, note=note)
 
 
 def tune() -> None:

@@ -43,27 +43,32 @@ class Swarm:
         self,
         folder: Path,
         *,
-        corpus: Path,
-        rounds: int,
+        corpus: Path | None = None,
+        rounds: int = 0,
         stages: int = 2,
         settings: Sequence[str] = (),
         preset: str = "tiny",
         model: Path | None = None,
         places: Mapping[str, Place] | None = None,
+        directory: Path | None = None,
     ) -> None:
         """Make the run in `folder`; `settings` are `section.field=value` on top of the preset.
+
+        Without a `corpus` it is there already, in `directory`.
 
         `model` is a folder with another model than the preset's. `places` say where the coordinator, under this name,
         and peers live.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.directory = folder / "run"
+        self.directory = directory or folder / "run"
         self.invite = ""
         self.coordinator: Command | None = None
         self.peers: dict[str, Command] = {}
         self._ended: list[Command] = []
         self._places = places or {}
+        if corpus is None:
+            return
         flags = ["--corpus", str(corpus), "--preset", preset, "--stages", str(stages), "--rounds", str(rounds)]
         flags += [] if model is None else ["--model", str(model)]
         for setting in settings:
