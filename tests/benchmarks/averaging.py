@@ -1,7 +1,8 @@
 """Averaging rarely and in few bytes, against gradients at every step: loss, and bytes on the wire.
 
-`averaging_loss.py` has the loss rows. Bytes are those that a member's streams carry upwards in one reduce of four
-members on loopback, counted by the reduce itself; the yardstick is the same reduce with another codec.
+`averaging_loss.py` has the loss rows, `averaging_allreduce.py` how fast the all-reduce itself is. Bytes are those that
+a member's streams carry upwards in one reduce of four members on loopback, counted by the reduce itself; the yardstick
+is the same reduce with another codec.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 from peer.averaging.reduce import Reduced
+from tests.benchmarks.averaging_allreduce import allreduces
 from tests.benchmarks.averaging_links import links
 from tests.benchmarks.averaging_loss import losses
 from tests.benchmarks.averaging_plan import plans
@@ -35,6 +37,7 @@ PER_TOKEN = {  # codec, inner steps between averagings, bar
 
 def measure(options: Options) -> Iterator[Row]:
     yield from bytes_on_the_wire(options)
+    yield from allreduces(options)
     yield from links(options)
     yield from plans(options)
     yield from straggler(options)
