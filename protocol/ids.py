@@ -33,6 +33,20 @@ Lineage = NewType("Lineage", bytes)
 DIGEST_BYTES = 32
 
 
+class RunningDigest:
+    """The digest of bytes that come one piece after another."""
+
+    def __init__(self) -> None:
+        self._hasher = hashlib.sha256()
+
+    def update(self, data: bytes | memoryview) -> None:
+        self._hasher.update(data)
+
+    def value(self) -> Digest:
+        """Return the digest of what has come so far."""
+        return Digest(self._hasher.digest())
+
+
 def digest(*parts: bytes | memoryview) -> Digest:
     """Hash the concatenation of `parts` with SHA-256."""
     hasher = hashlib.sha256()

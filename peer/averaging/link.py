@@ -1,8 +1,8 @@
 """hivemind's P2P object as the reduce uses it: bounded, with deadlines, leaving nothing behind.
 
 Owns: the translation between our peer ids and hivemind's, opening a protobuf stream to a peer, and the fence
-around streams from peers. The stream format itself stays hivemind's (`P2P.send_protobuf` and friends), and
-`Link` has just the methods that hivemind's servicers and stubs call on a P2P. Must not know: groups, tensors.
+around streams from peers. The stream format itself stays hivemind's (`messages.py`), and `Link` has just the methods
+that hivemind's servicers and stubs call on a P2P. Must not know: groups, tensors.
 
 Why not P2P itself: it reads messages of any length that the other side claims, waits for ever on a peer that
 cannot be dialled, leaks the socket when dialling fails, leaves its writing task running when the caller stops
@@ -15,13 +15,16 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import structlog
 from google.protobuf.message import DecodeError, Message
 from hivemind.p2p import P2P, P2PContext, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+from hivemind.proto.p2pd_pb2 import RPCError
 
+from peer.averaging.messages import MessageReader, framed
 from protocol.errors import RefusedError, SwarmError, UnreachableError, WireError
 from protocol.ids import PeerId
 from protocol.transport.dial import dial, hang_up
@@ -32,8 +35,7 @@ log = structlog.get_logger()
 T = TypeVar("T")
 Handler = Callable[[AsyncGenerator[Message, None], P2PContext], AsyncGenerator[Message, None]]
 
-MAX_REDUCE_MESSAGE_BYTES = 1024 * 1024  # the largest honest one is one fp32 part (512 KiB) and a few bytes
-FRAMING_BYTES = 64  # what hivemind puts before a message has nine
+SHORT_BYTES = 64  # such messages are not worth a turn
 MAX_STREAMS_PER_CALLER = 32  # an honest peer has one per stage that we share
 MAX_STREAMS = 1024  # of all callers: as many as the members of a large stage, each with one
 
@@ -52,6 +54,21 @@ def to_hivemind(peer: PeerId) -> PeerID:
 def from_hivemind(peer: PeerID) -> PeerId:
     """Return our form of hivemind's peer id."""
     return PeerId(peer.to_base58())
+
+
+@dataclass(slots=True)
+class Traffic:
+    """How many bytes the messages of a stream have had."""
+
+    sent: int = 0
+    received: int = 0
+
+
+@dataclass(frozen=True)
+class CallContext(P2PContext):  # type: ignore[misc]
+    """What a handler knows of a call, as hivemind has it, and what the call has moved."""
+
+    traffic: Traffic = field(default_factory=Traffic)
 
 
 class Link:
@@ -85,7 +102,7 @@ class Link:
         Raises `UnreachableError` if the peer or the handler is not there, `DeadlineError` if it takes too long.
         """
         reader, writer = await dial(self._p2p, peer, name)
-        return Exchange(peer, LinkReader(reader, self._line), LinkWriter(writer, self._line), requests, answer_type)
+        return Exchange(peer, LinkStream(reader, writer, self._line), requests, answer_type)
 
     async def add_protobuf_handler(
         self,
@@ -101,12 +118,14 @@ class Link:
         assert (stream_input, stream_output, balanced) == (True, True, False), "the reduce has no other kind"
 
         async def on_stream(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            context = P2PContext(handle_name=name, local_id=self.peer_id, remote_id=info.peer_id)
             try:
                 with self._admission(info.peer_id) as admitted:
                     if admitted:
-                        requests = _requests(LinkReader(reader, self._line), request_type, info.peer_id)
-                        await _serve(handler, requests, context, LinkWriter(writer, self._line))
+                        stream = LinkStream(reader, writer, self._line)
+                        context = CallContext(
+                            handle_name=name, local_id=self.peer_id, remote_id=info.peer_id, traffic=stream.traffic
+                        )
+                        await _serve(handler, _requests(stream, request_type, info.peer_id), context, stream)
                         await hang_up(writer)
             except asyncio.CancelledError:  # by the runner that is done with this stream, or by `remove_...`
                 return  # asyncio 3.11 stumbles over a connection whose task ends as cancelled
@@ -147,42 +166,48 @@ class Link:
         return self._p2p._client.control.daemon_connector
 
 
-class LinkReader:
-    """The one method of a stream reader that hivemind's protobuf streams use: bounded, and in turn with others."""
+class LinkStream:
+    """A stream of whole messages: bounded, counted, and in turn with others."""
 
-    def __init__(self, reader: asyncio.StreamReader, line: Line) -> None:
-        self._reader, self._line = reader, line
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, line: Line) -> None:
+        self._reader, self._writer, self._line = MessageReader(reader, writer.transport), writer, line
+        self.traffic = Traffic()
 
-    async def readexactly(self, num_bytes: int) -> bytes:
-        """Read exactly `num_bytes`, or raise `WireError` before reading if they are too many."""
-        if num_bytes > MAX_REDUCE_MESSAGE_BYTES:
-            raise WireError(f"message of {num_bytes} bytes is over the limit of {MAX_REDUCE_MESSAGE_BYTES}")
-        data = await self._reader.readexactly(num_bytes)
-        if num_bytes <= FRAMING_BYTES:  # a message is read in three pieces, and takes one turn
-            self._line.down.spend(num_bytes)
+    async def receive(self, message_type: type[Message]) -> tuple[Message | None, RPCError | None]:
+        """Return the next message, or the error that the other side reports.
+
+        Raises `EOFError` at the end of the stream, and `WireError` for bytes that are no message.
+        """
+        kind, data = await self._reader.read()
+        self.traffic.received += len(data)
+        if len(data) <= SHORT_BYTES:
+            self._line.down.spend(len(data))
         else:
-            await self._line.down.take(num_bytes, Lane.BULK)  # unread, what follows stays where it is
-        return data
-
-
-class LinkWriter:
-    """A stream writer, for whole messages: in turn with others."""
-
-    def __init__(self, writer: asyncio.StreamWriter, line: Line) -> None:
-        self._writer, self._line = writer, line
-
-    @property
-    def transport(self) -> asyncio.WriteTransport:
-        return self._writer.transport
+            await self._line.down.take(len(data), Lane.BULK)  # unread, what follows stays where it is
+        is_error = kind == P2P.ERROR_MARKER
+        message = RPCError() if is_error else message_type()
+        try:
+            message.ParseFromString(data)
+        except DecodeError:
+            raise WireError("what comes is no protobuf message") from None
+        return (None, message) if is_error else (message, None)
 
     async def send(self, message: Message) -> bool:
         """Send a message; False if nobody is listening any more."""
-        await self._line.up.take(message.ByteSize(), Lane.BULK)
+        head, data = framed(message)
+        await self._line.up.take(len(data), Lane.BULK)
+        self.traffic.sent += len(data)
         try:
-            await P2P.send_protobuf(message, self._writer)
+            self._writer.write(head)
+            self._writer.write(data)
+            await self._writer.drain()
         except WRITE_ENDED:
             return False
         return True
+
+    def abort(self) -> None:
+        """End it now, whatever is under way."""
+        self._writer.transport.abort()
 
 
 class Exchange:
@@ -191,14 +216,17 @@ class Exchange:
     def __init__(
         self,
         peer: PeerID,
-        reader: LinkReader,
-        writer: LinkWriter,
+        stream: LinkStream,
         requests: AsyncGenerator[Message, None],
         answer_type: type[Message],
     ) -> None:
-        self._peer, self._reader, self._writer = peer, reader, writer
+        self._peer, self._stream = peer, stream
         self._requests, self._answer_type = requests, answer_type
         self._writing = asyncio.create_task(self._write(), name=f"reduce: write to {peer}")
+
+    @property
+    def traffic(self) -> Traffic:
+        return self._stream.traffic
 
     def __aiter__(self) -> Exchange:
         return self
@@ -209,13 +237,12 @@ class Exchange:
         Raises `WireError` for bytes that are no answer, `RefusedError` if the peer reports an error.
         """
         try:
-            answer, error = await P2P.receive_protobuf(self._answer_type, self._reader)
+            answer, error = await self._stream.receive(self._answer_type)
         except READ_ENDED:
             raise StopAsyncIteration from None
-        except (DecodeError, TypeError):
-            raise WireError(f"{self._peer} sent what is no protobuf stream") from None
         if error is not None:
             raise RefusedError(f"{self._peer} failed: {error.message[:200]}")
+        assert answer is not None
         return answer
 
     async def aclose(self, *, grace_s: float = 0.0) -> None:
@@ -227,7 +254,7 @@ class Exchange:
         finally:
             ending.cancel()
             self._writing.cancel()
-            self._writer.transport.abort()  # closing would first flush what nobody waits for
+            self._stream.abort()  # closing would first flush what nobody waits for
             await asyncio.wait({ending, self._writing})
         if not self._writing.cancelled() and (bug := self._writing.exception()) is not None:
             raise bug  # making a request failed: what a dead stream raises has been dealt with
@@ -235,9 +262,9 @@ class Exchange:
     async def _write(self) -> None:
         try:
             async for request in self._requests:
-                if not await self._writer.send(request):
+                if not await self._stream.send(request):
                     return  # nobody is listening any more; the reading side sees the same end
-            await self._writer.send(P2P.END_OF_STREAM)
+            await self._stream.send(P2P.END_OF_STREAM)
         finally:
             await self._requests.aclose()
 
@@ -250,7 +277,10 @@ class Exchange:
 
 
 class Inbox(Generic[T]):
-    """The messages of a served stream, which one can stop waiting for without losing the stream."""
+    """The messages of a served stream, which one can stop waiting for without losing the stream.
+
+    One is read ahead, while its predecessor is dealt with.
+    """
 
     def __init__(self, stream: AsyncIterator[T]) -> None:
         self._stream = stream
@@ -263,7 +293,10 @@ class Inbox(Generic[T]):
         await asyncio.wait({self._reading, outcome}, return_when=asyncio.FIRST_COMPLETED)
         if not self._reading.done():
             return None
-        message, self._reading = self._reading.result(), None
+        read, self._reading = self._reading, None
+        message = read.result()
+        if message is not None:
+            self._reading = asyncio.ensure_future(anext(self._stream, None))
         return message
 
     async def wait_ended(self, *, timeout_s: float) -> None:
@@ -280,27 +313,25 @@ class Inbox(Generic[T]):
         """Stop reading."""
         if self._reading is not None:
             self._reading.cancel()
-            await asyncio.wait({self._reading})
+            await asyncio.gather(self._reading, return_exceptions=True)  # how it would have ended is nobody's news
 
 
 async def _serve(
-    handler: Handler, requests: AsyncGenerator[Message, None], context: P2PContext, writer: LinkWriter
+    handler: Handler, requests: AsyncGenerator[Message, None], context: P2PContext, stream: LinkStream
 ) -> None:
     async with aclosing(requests), aclosing(handler(requests, context)) as answers:
         async for answer in answers:
-            if not await writer.send(answer):
+            if not await stream.send(answer):
                 return
 
 
-async def _requests(reader: LinkReader, request_type: type[Message], caller: PeerID) -> AsyncGenerator[Message, None]:
+async def _requests(stream: LinkStream, request_type: type[Message], caller: PeerID) -> AsyncGenerator[Message, None]:
     """Yield what a caller sends until it ends the stream properly. Raises `UnreachableError` if it just vanishes."""
     while True:
         try:
-            request, _ = await P2P.receive_protobuf(request_type, reader)
+            request, _ = await stream.receive(request_type)
         except READ_ENDED:
             raise UnreachableError(f"{caller} broke its stream off") from None
-        except (DecodeError, TypeError):
-            raise WireError(f"{caller} sent what is no protobuf stream") from None
         if request is None:  # hivemind's end-of-stream message
             return
         yield request

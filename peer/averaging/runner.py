@@ -42,10 +42,9 @@ from hivemind.proto.averaging_pb2 import (
     AveragingData,
     MessageCode,
 )
-from hivemind.proto.runtime_pb2 import Tensor as WireTensor
 from torch import Tensor
 
-from peer.averaging.link import Exchange, Inbox, Link, to_hivemind
+from peer.averaging.link import CallContext, Exchange, Inbox, Link, Traffic, to_hivemind
 from peer.averaging.merge import MergeStopped
 from peer.averaging.parts import Part
 from peer.averaging.reduce import ReduceError, ReduceGroup, Shards
@@ -53,10 +52,12 @@ from peer.averaging.reduce_service import ReduceService
 from peer.averaging.spool import Spool
 from peer.codecs import codec
 from protocol.errors import SwarmError, TransientError, WireError
-from protocol.ids import Digest, digest
+from protocol.ids import Digest, RunningDigest
 from protocol.transport.dial import LAST_WORD_S
 
 log = structlog.get_logger()
+
+HASHED_BYTES = 4 << 20  # at a time, in another thread: a few milliseconds
 
 
 class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
@@ -93,13 +94,13 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
         self._folder = folder
         self._spool: Spool | None = None
         self._results: set[int] = set()
-        self._all_results = asyncio.Event()
+        self._more_results = asyncio.Event()
         self._digest: Digest | None = None
         self._settled = asyncio.Event()  # the digest is known, or the reduce has failed
         self._accepted: dict[int, bytes] = {}
         self._someone_accepted = asyncio.Event()
         self._serving: set[asyncio.Task[Any]] = set()
-        self.bytes_sent = self.bytes_received = 0
+        self._traffic: list[Traffic] = []
         self.acceptance_timeout_s = group.timeouts.reducer_s
 
     async def reduce(self) -> Digest:
@@ -134,6 +135,14 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
         """The encoded sums of all parts, in order."""
         assert self._spool is not None, "there is room for them once the reduce has begun"
         return self._spool.view
+
+    @property
+    def bytes_sent(self) -> int:
+        return sum(traffic.sent for traffic in self._traffic)
+
+    @property
+    def bytes_received(self) -> int:
+        return sum(traffic.received for traffic in self._traffic)
 
     def farewell(self) -> AveragingData:
         """What to tell members who call after this reduce has failed."""
@@ -177,9 +186,7 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
         tasks.create_task(self._guard(self._make_own_parts))
         others = [peer for peer in self.ordered_peer_ids if peer != self.peer_id]
         talks = [tasks.create_task(self._guard(self._communicate_with_peer, peer)) for peer in others]
-        if self._parts:
-            await self._all_results.wait()
-        self._digest = await asyncio.to_thread(digest, self.result)
+        self._digest = await self._digest_of_results()
         self._settled.set()
         await self._guard(self._wait_until_all_accepted)
         _, unended = await asyncio.wait(talks, timeout=self.reducer_timeout)
@@ -213,6 +220,7 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
             )
         except TransientError as error:
             raise self._blame(reducer, f"cannot be reached ({error})") from None
+        self._traffic.append(exchange.traffic)
         try:
             for part in self._parts_of(reducer):
                 self._take_result(part, await self._next_sum(exchange, reducer, part))
@@ -223,7 +231,7 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
             await exchange.aclose(grace_s=LAST_WORD_S if self._failure() else 0.0)
 
     async def _generate_input_for_peer(self, maker: int) -> AsyncGenerator[AveragingData, None]:
-        yield self._count_sent(AveragingData(code=PART_FOR_AVERAGING, group_id=self.group_id))
+        yield AveragingData(code=PART_FOR_AVERAGING, group_id=self.group_id)
         async with aclosing(self._parts_for(maker)) as parts:
             while not self._future.done():
                 try:
@@ -233,12 +241,12 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
                     break
                 if data is None:
                     break
-                yield self._count_sent(AveragingData(tensor_part=WireTensor(buffer=data)))
+                yield _with_part(AveragingData(), data)
         await self._settled.wait()
         if self._failure() or self._digest is None:
             yield self.farewell()
         else:
-            yield AveragingData(code=ACCEPTED, tensor_part=WireTensor(buffer=self._digest))
+            yield _with_part(AveragingData(code=ACCEPTED), self._digest)
 
     async def _next_sum(self, exchange: Exchange, reducer: int, part: Part) -> bytes:
         answer = await self._next_answer(exchange, reducer, timeout_s=self.reducer_timeout)
@@ -263,7 +271,6 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
         if answer is None:
             return None
         assert isinstance(answer, AveragingData)
-        self.bytes_received += answer.ByteSize()
         if answer.code == CANCELLED:
             raise self._relayed_blame(reducer, answer)
         if answer.code != AVERAGED_PART:
@@ -274,8 +281,22 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
         assert self._spool is not None, "nobody is asked for a sum before there is room for it"
         self._spool.put(self._offsets[part.index], data)
         self._results.add(part.index)
-        if len(self._results) == len(self._parts):
-            self._all_results.set()
+        self._more_results.set()
+
+    async def _digest_of_results(self) -> Digest:
+        """Wait for all results; what is there from the first one on is hashed while the rest comes in."""
+        running, begin, end = RunningDigest(), 0, 0  # parts: hashed, and there
+        while end < len(self._parts):
+            self._more_results.clear()
+            while end in self._results:
+                end += 1
+            start, stop = self._offsets[begin], self._offsets[end]
+            if end == len(self._parts) or stop - start >= HASHED_BYTES:
+                await asyncio.to_thread(running.update, self.result[start:stop])
+                begin = end
+            else:
+                await self._more_results.wait()
+        return running.value()
 
     async def _wait_until_all_accepted(self) -> None:
         try:
@@ -292,7 +313,7 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
     # --- the side that other members call ---------------------------------------------------------------
 
     async def rpc_aggregate_part(
-        self, stream: AsyncIterator[AveragingData], context: P2PContext
+        self, stream: AsyncIterator[AveragingData], context: CallContext
     ) -> AsyncGenerator[AveragingData, None]:
         """A member sends its parts; give it each sum, and take its acceptance of the whole."""
         hello = await anext(stream)
@@ -307,11 +328,12 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
         self._serving.add(task)
         sender = self.ordered_peer_ids.index(context.remote_id)
         self.active_senders.add(context.remote_id)
+        self._traffic.append(context.traffic)
         inbox = Inbox(stream)
         try:
             async with aclosing(self._accumulate_parts_streaming(inbox, sender)) as sums:
                 async for answer in sums:
-                    yield self._count_sent(answer)
+                    yield answer
         except (asyncio.CancelledError, GeneratorExit):
             if sender not in self._accepted:
                 self.finalize(exception=self._blame(sender, "ended its stream before the end"))
@@ -338,7 +360,7 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
     ) -> AsyncGenerator[AveragingData, None]:
         async with aclosing(self._own_parts(inbox, sender_index)) as parts:
             async for data in parts:
-                yield AveragingData(code=AVERAGED_PART, tensor_part=WireTensor(buffer=data))
+                yield _with_part(AveragingData(code=AVERAGED_PART), data)
         request = await self._next_request(inbox, sender_index)
         if request.code != ACCEPTED:
             raise self._blame(sender_index, f"sent {_code_name(request.code)} instead of its acceptance")
@@ -355,7 +377,6 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
             raise failure
         if request is None:
             raise self._blame(sender, "ended its stream before the end")
-        self.bytes_received += request.ByteSize()
         if request.code == CANCELLED:
             raise self._relayed_blame(sender, request)
         return request
@@ -376,10 +397,6 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
 
     async def _values(self, part: Part) -> Tensor:
         return await self._shards.part_soon(part.shard, part.start, part.length)
-
-    def _count_sent(self, message: AveragingData) -> AveragingData:
-        self.bytes_sent += message.ByteSize()
-        return message
 
     def _failure(self) -> SwarmError | None:
         if not self._future.done() or self._future.cancelled():
@@ -416,6 +433,12 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
         if bugs:
             return bugs[0]
         return asyncio.CancelledError() if stopped else self._failure() or failures
+
+
+def _with_part(message: AveragingData, data: bytes) -> AveragingData:
+    """Put bytes into a message in place: a constructor would encode and decode what it is given."""
+    message.tensor_part.buffer = data
+    return message
 
 
 def _code_name(code: int) -> str:
