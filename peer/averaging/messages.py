@@ -21,6 +21,7 @@ from protocol.errors import WireError
 
 HEAD_BYTES = 1 + P2P.HEADER_LEN
 MAX_REDUCE_MESSAGE_BYTES = 1024 * 1024  # the largest honest one is one fp32 part (512 KiB) and a few bytes
+BELIEVED_BYTES = 64 * 1024  # there is room for so much of what a head claims, and for more of it once that has come
 KINDS = (P2P.MESSAGE_MARKER, P2P.ERROR_MARKER)
 
 
@@ -34,11 +35,12 @@ class MessageReader(asyncio.BufferedProtocol):
         self._head = bytearray(HEAD_BYTES)
         self._body: bytearray | None = None
         self._missing = memoryview(self._head)
+        self._length, self._believed = 0, BELIEVED_BYTES
         self._whole: asyncio.Future[None] | None = None
         self._pause()
         transport.set_protocol(self)
         inner: Any = reader
-        self._early, self._is_ended = memoryview(bytes(inner._buffer)), bool(inner._eof)
+        self._early, self._is_ended = memoryview(bytes(inner._buffer)), bool(inner._eof)  # it has no other way out
 
     async def read(self) -> tuple[bytes, bytearray]:
         """Return the next message's marker and its bytes; who is cancelled meanwhile may ask for it again.
@@ -69,13 +71,13 @@ class MessageReader(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         self._missing = self._missing[nbytes:]
         try:
-            is_whole = self._is_whole()
+            if not self._is_whole():
+                return
         except WireError as error:
             self._end(error)
-        else:
-            if is_whole and self._whole is not None and not self._whole.done():
-                self._pause()  # now: the next message has no buffer yet
-                self._whole.set_result(None)
+        self._pause()  # at once: for what follows there is no buffer yet
+        if self._whole is not None and not self._whole.done():
+            self._whole.set_result(None)
 
     def eof_received(self) -> Any:
         self._is_ended = True
@@ -103,9 +105,20 @@ class MessageReader(asyncio.BufferedProtocol):
                 raise WireError("what comes is no protobuf stream")
             if length > MAX_REDUCE_MESSAGE_BYTES:
                 raise WireError(f"message of {length} bytes is over the limit of {MAX_REDUCE_MESSAGE_BYTES}")
-            self._body = bytearray(length)
-            self._missing = memoryview(self._body)
-        return not self._missing and self._body is not None
+            self._length = length
+            self._grow(min(length, self._believed))
+        elif not self._missing and self._body is not None and len(self._body) < self._length:
+            self._grow(min(2 * len(self._body), self._length))
+        is_whole = self._body is not None and not self._missing and len(self._body) == self._length
+        if is_whole:
+            self._believed = max(self._believed, self._length)
+        return is_whole
+
+    def _grow(self, num_bytes: int) -> None:
+        """Make room for so much of the body; what is there already moves."""
+        body, there = bytearray(num_bytes), self._body or b""
+        body[: len(there)] = there
+        self._body, self._missing = body, memoryview(body)[len(there) :]
 
     def _take_early(self) -> bool:
         """Fill a message from what was read before we came; tell whether it is complete."""

@@ -1,6 +1,6 @@
 """One member of an all-reduce for `averaging_allreduce.py`: ours, or hivemind's averager as it ships.
 
-Run as `python -m tests.benchmarks.averaging_allreduce_child SIDE ELEMENTS THREADS FOLDER`, one process per member.
+Run as `python -m tests.benchmarks.averaging_allreduce_child SIDE ELEMENTS FOLDER`, one process per member.
 Answers one line of JSON with one. Both sides have a p2pd of their own, shards of the same lengths, and time the same:
 from the group that is known to the fp32 values that every member ends with.
 
@@ -239,10 +239,9 @@ def serve_hivemind(hivemind: Hivemind, answers: TextIO) -> None:
         print(json.dumps(answer | {"cpu_s": _session_cpu_s() - cpu_s}), file=answers, flush=True)
 
 
-def main(side: str, elements: int, threads: int, folder: Path) -> None:
+def main(side: str, elements: int, folder: Path) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # hivemind logs there
-    torch.set_num_threads(threads)
     lengths = shard_lengths(elements)
     if side == "hivemind":
         serve_hivemind(Hivemind(lengths), answers)
@@ -251,4 +250,4 @@ def main(side: str, elements: int, threads: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

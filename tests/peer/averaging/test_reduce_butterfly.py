@@ -66,6 +66,17 @@ async def test_every_member_gets_the_bytes_of_the_plain_sum(swarm: list[Member],
     )
 
 
+async def test_the_digest_is_that_of_the_bytes_however_they_are_hashed(
+    swarm: list[Member], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: all bytes hashed at once; here every part is hashed as soon as those before it are there."""
+    monkeypatch.setattr(runner, "HASHED_BYTES", 1)
+    results = await reduce_all(swarm[:3], make_group(swarm[:3]), [make_shards(seed) for seed in range(3)])
+    for result in results:
+        assert isinstance(result, Reduced)
+        assert result.digest == digest(joined(result))
+
+
 async def test_with_weights_every_member_gets_the_bytes_of_the_mean(swarm: list[Member]) -> None:
     """Oracle: torch's own weighted mean; fp32 loses nothing, and shares of 1/8, 3/8 and 1/2 round nothing."""
     inputs = [make_shards(seed, (PART_ELEMENTS + 7,)) for seed in range(3)]

@@ -46,3 +46,21 @@ def test_a_disk_that_has_no_room_is_said_to_have_none(tmp_path: Path) -> None:
 def test_more_than_fits_is_a_bug() -> None:
     with pytest.raises(AssertionError):
         Spool(10, None).put(8, b"abc")
+
+
+def test_a_disk_that_fails_is_said_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a disk that takes 3 bytes at a time is served on, and the error of the fourth write is ours."""
+    monkeypatch.setattr(spool, "MIN_FILE_BYTES", 0)
+    room, pwrite, written = Spool(100, tmp_path), os.pwrite, []
+
+    def slow(file: int, data: memoryview, offset: int) -> int:
+        if len(written) == 3:
+            raise OSError(5, "Input/output error")
+        written.append(offset)
+        return pwrite(file, data[:3], offset)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    room.put(10, b"abcdef")
+    assert bytes(room.view[9:17]) == b"\0abcdef\0"
+    with pytest.raises(StorageError, match="cannot be written"):
+        room.put(0, b"xyz123")
