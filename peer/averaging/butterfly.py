@@ -10,8 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
-from hivemind.proto.averaging_pb2 import AveragingData
-
+from peer.averaging.group_message import GroupMessage
 from peer.averaging.link import Inbox, Link
 from peer.averaging.merge import MergeStopped, OrderedMerger
 from peer.averaging.parts import cut
@@ -58,11 +57,11 @@ class ButterflyRunner(GroupRunner):
         for part in self._parts_of(maker):
             yield self._codec.encode(await self._values(part))
 
-    async def _own_parts(self, inbox: Inbox[AveragingData], member: int) -> AsyncGenerator[bytes, None]:
+    async def _own_parts(self, inbox: Inbox[GroupMessage], member: int) -> AsyncGenerator[bytes, None]:
         for slot, part in enumerate(self._parts_of(self._me)):
             request = await self._next_request(inbox, member)
             try:
-                values = self._codec.decode(request.tensor_part.buffer, part.length)
+                values = self._codec.decode(request.data, part.length)
                 merged = await self.tensor_part_reducer.accumulate_part(member, slot, values)
             except WireError as error:
                 raise self._blame(member, f"sent a bad part ({error})") from None

@@ -14,10 +14,10 @@ import asyncio
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
-from hivemind.proto.averaging_pb2 import AveragingData
 from hivemind.utils.asyncio import as_aiter
 from torch import Tensor
 
+from peer.averaging.group_message import GroupMessage
 from peer.averaging.link import Inbox, Link
 from peer.averaging.merge import check_summable
 from peer.averaging.parts import Part, cut_for_each
@@ -54,7 +54,7 @@ class ExchangeRunner(GroupRunner):
         nothing: AsyncGenerator[bytes, None] = as_aiter()
         return nothing
 
-    async def _own_parts(self, inbox: Inbox[AveragingData], member: int) -> AsyncGenerator[bytes, None]:
+    async def _own_parts(self, inbox: Inbox[GroupMessage], member: int) -> AsyncGenerator[bytes, None]:
         for part in self._parts_of(self._me):
             yield await self._made_part(part)
 

@@ -22,9 +22,12 @@ import structlog
 from google.protobuf.message import DecodeError, Message
 from hivemind.p2p import P2P, P2PContext, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+from hivemind.proto.averaging_pb2 import AveragingData
 from hivemind.proto.p2pd_pb2 import RPCError
 
-from peer.averaging.messages import MessageReader, framed
+from peer.averaging.group_message import GroupMessage
+from peer.averaging.messages import END_OF_STREAM, MessageReader, head_of
+from peer.codecs import Buffer
 from protocol.errors import RefusedError, SwarmError, UnreachableError, WireError
 from protocol.ids import PeerId
 from protocol.transport.dial import dial, hang_up
@@ -33,7 +36,7 @@ from protocol.transport.throttle import Lane, Line
 log = structlog.get_logger()
 
 T = TypeVar("T")
-Handler = Callable[[AsyncGenerator[Message, None], P2PContext], AsyncGenerator[Message, None]]
+Handler = Callable[[AsyncGenerator[GroupMessage, None], P2PContext], AsyncGenerator[GroupMessage, None]]
 
 SHORT_BYTES = 64  # such messages are not worth a turn
 MAX_STREAMS_PER_CALLER = 32  # an honest peer has one per stage that we share
@@ -95,14 +98,14 @@ class Link:
         return True
 
     async def iterate_protobuf_handler(
-        self, peer: PeerID, name: str, requests: AsyncGenerator[Message, None], answer_type: type[Message]
+        self, peer: PeerID, name: str, requests: AsyncGenerator[GroupMessage, None], answer_type: type[Message]
     ) -> Exchange:
         """Open a stream to `peer`'s handler `name`. Called by hivemind's stubs.
 
         Raises `UnreachableError` if the peer or the handler is not there, `DeadlineError` if it takes too long.
         """
         reader, writer = await dial(self._p2p, peer, name)
-        return Exchange(peer, LinkStream(reader, writer, self._line), requests, answer_type)
+        return Exchange(peer, LinkStream(reader, writer, self._line), requests)
 
     async def add_protobuf_handler(
         self,
@@ -115,7 +118,9 @@ class Link:
         balanced: bool,
     ) -> None:
         """Serve protobuf streams called `name`. Called by hivemind's `ServicerBase`."""
-        assert (stream_input, stream_output, balanced) == (True, True, False), "the reduce has no other kind"
+        assert (request_type, stream_input, stream_output, balanced) == (AveragingData, True, True, False), (
+            "no other kind"
+        )
 
         async def on_stream(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
@@ -125,7 +130,7 @@ class Link:
                         context = CallContext(
                             handle_name=name, local_id=self.peer_id, remote_id=info.peer_id, traffic=stream.traffic
                         )
-                        await _serve(handler, _requests(stream, request_type, info.peer_id), context, stream)
+                        await _serve(handler, _requests(stream, info.peer_id), context, stream)
                         await hang_up(writer)
             except asyncio.CancelledError:  # by the runner that is done with this stream, or by `remove_...`
                 return  # asyncio 3.11 stumbles over a connection whose task ends as cancelled
@@ -173,33 +178,39 @@ class LinkStream:
         self._reader, self._writer, self._line = MessageReader(reader, writer.transport), writer, line
         self.traffic = Traffic()
 
-    async def receive(self, message_type: type[Message]) -> tuple[Message | None, RPCError | None]:
+    async def receive(self) -> GroupMessage | RPCError:
         """Return the next message, or the error that the other side reports.
 
         Raises `EOFError` at the end of the stream, and `WireError` for bytes that are no message.
         """
-        kind, data = await self._reader.read()
+        is_error, data = await self._reader.read()
         self.traffic.received += len(data)
         if len(data) <= SHORT_BYTES:
             self._line.down.spend(len(data))
         else:
             await self._line.down.take(len(data), Lane.BULK)  # unread, what follows stays where it is
-        is_error = kind == P2P.ERROR_MARKER
-        message = RPCError() if is_error else message_type()
+        if not is_error:
+            return GroupMessage.from_wire(data)
         try:
-            message.ParseFromString(data)
+            return RPCError.FromString(bytes(data))
         except DecodeError:
             raise WireError("what comes is no protobuf message") from None
-        return (None, message) if is_error else (message, None)
 
-    async def send(self, message: Message) -> bool:
+    async def send(self, message: GroupMessage) -> bool:
         """Send a message; False if nobody is listening any more."""
-        head, data = framed(message)
-        await self._line.up.take(len(data), Lane.BULK)
-        self.traffic.sent += len(data)
+        said, data = message.to_wire()
+        await self._line.up.take(len(said) + len(data), Lane.BULK)
+        self.traffic.sent += len(said) + len(data)
+        return await self._write(head_of(len(said) + len(data)) + said, data)
+
+    async def send_end(self) -> bool:
+        """Say that no message follows; False if nobody is listening any more."""
+        return await self._write(END_OF_STREAM)
+
+    async def _write(self, *pieces: Buffer) -> bool:
         try:
-            self._writer.write(head)
-            self._writer.write(data)
+            for piece in pieces:
+                self._writer.write(piece)
             await self._writer.drain()
         except WRITE_ENDED:
             return False
@@ -217,11 +228,10 @@ class Exchange:
         self,
         peer: PeerID,
         stream: LinkStream,
-        requests: AsyncGenerator[Message, None],
-        answer_type: type[Message],
+        requests: AsyncGenerator[GroupMessage, None],
     ) -> None:
         self._peer, self._stream = peer, stream
-        self._requests, self._answer_type = requests, answer_type
+        self._requests = requests
         self._writing = asyncio.create_task(self._write(), name=f"reduce: write to {peer}")
 
     @property
@@ -231,18 +241,17 @@ class Exchange:
     def __aiter__(self) -> Exchange:
         return self
 
-    async def __anext__(self) -> Message:
+    async def __anext__(self) -> GroupMessage:
         """Return the next answer; stop when the other side has ended the stream, for whatever reason.
 
         Raises `WireError` for bytes that are no answer, `RefusedError` if the peer reports an error.
         """
         try:
-            answer, error = await self._stream.receive(self._answer_type)
+            answer = await self._stream.receive()
         except READ_ENDED:
             raise StopAsyncIteration from None
-        if error is not None:
-            raise RefusedError(f"{self._peer} failed: {error.message[:200]}")
-        assert answer is not None
+        if isinstance(answer, RPCError):
+            raise RefusedError(f"{self._peer} failed: {answer.message[:200]}")
         return answer
 
     async def aclose(self, *, grace_s: float = 0.0) -> None:
@@ -264,7 +273,7 @@ class Exchange:
             async for request in self._requests:
                 if not await self._stream.send(request):
                     return  # nobody is listening any more; the reading side sees the same end
-            await self._stream.send(P2P.END_OF_STREAM)
+            await self._stream.send_end()
         finally:
             await self._requests.aclose()
 
@@ -317,7 +326,7 @@ class Inbox(Generic[T]):
 
 
 async def _serve(
-    handler: Handler, requests: AsyncGenerator[Message, None], context: P2PContext, stream: LinkStream
+    handler: Handler, requests: AsyncGenerator[GroupMessage, None], context: P2PContext, stream: LinkStream
 ) -> None:
     async with aclosing(requests), aclosing(handler(requests, context)) as answers:
         async for answer in answers:
@@ -325,13 +334,13 @@ async def _serve(
                 return
 
 
-async def _requests(stream: LinkStream, request_type: type[Message], caller: PeerID) -> AsyncGenerator[Message, None]:
+async def _requests(stream: LinkStream, caller: PeerID) -> AsyncGenerator[GroupMessage, None]:
     """Yield what a caller sends until it ends the stream properly. Raises `UnreachableError` if it just vanishes."""
     while True:
         try:
-            request, _ = await stream.receive(request_type)
+            request = await stream.receive()
         except READ_ENDED:
             raise UnreachableError(f"{caller} broke its stream off") from None
-        if request is None:  # hivemind's end-of-stream message
+        if isinstance(request, RPCError):  # hivemind's end-of-stream message
             return
         yield request

@@ -13,9 +13,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from google.protobuf.message import Message
 from hivemind.p2p import P2P
-from hivemind.proto.p2pd_pb2 import RPCError
 
 from protocol.errors import WireError
 
@@ -23,6 +21,7 @@ HEAD_BYTES = 1 + P2P.HEADER_LEN
 MAX_REDUCE_MESSAGE_BYTES = 1024 * 1024  # the largest honest one is one fp32 part (512 KiB) and a few bytes
 BELIEVED_BYTES = 64 * 1024  # there is room for so much of what a head claims, and for more of it once that has come
 KINDS = (P2P.MESSAGE_MARKER, P2P.ERROR_MARKER)
+END_OF_STREAM = P2P.ERROR_MARKER + bytes(P2P.HEADER_LEN)  # hivemind's: an error that says nothing
 
 
 class MessageReader(asyncio.BufferedProtocol):
@@ -42,8 +41,8 @@ class MessageReader(asyncio.BufferedProtocol):
         inner: Any = reader
         self._early, self._is_ended = memoryview(bytes(inner._buffer)), bool(inner._eof)  # it has no other way out
 
-    async def read(self) -> tuple[bytes, bytearray]:
-        """Return the next message's marker and its bytes; who is cancelled meanwhile may ask for it again.
+    async def read(self) -> tuple[bool, bytearray]:
+        """Return whether the next message is an error, and its bytes; who is cancelled meanwhile may ask for it again.
 
         Raises `EOFError` if the stream has ended, and `WireError` for what is no message, or one that is too long.
         """
@@ -59,9 +58,9 @@ class MessageReader(asyncio.BufferedProtocol):
                 self._whole = None
                 self._pause()
         assert self._body is not None
-        kind, body = bytes(self._head[:1]), self._body
+        is_error, body = bytes(self._head[:1]) == P2P.ERROR_MARKER, self._body
         self._body, self._missing = None, memoryview(self._head)
-        return kind, body
+        return is_error, body
 
     # --- what the transport calls ---------------------------------------------------------------------
 
@@ -137,8 +136,6 @@ class MessageReader(asyncio.BufferedProtocol):
             self._whole.set_exception(error)
 
 
-def framed(message: Message) -> tuple[bytes, bytes]:
-    """Return the head and the bytes of a message, to be written one behind the other."""
-    data = message.SerializeToString()
-    marker = P2P.ERROR_MARKER if isinstance(message, RPCError) else P2P.MESSAGE_MARKER
-    return marker + len(data).to_bytes(P2P.HEADER_LEN, P2P.BYTEORDER), data
+def head_of(num_bytes: int) -> bytes:
+    """Return what comes before a message of so many bytes."""
+    return bytes(P2P.MESSAGE_MARKER) + num_bytes.to_bytes(P2P.HEADER_LEN, P2P.BYTEORDER)

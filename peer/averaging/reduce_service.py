@@ -18,6 +18,7 @@ from hivemind.p2p import P2PContext, PeerID, ServicerBase
 from hivemind.proto.averaging_pb2 import BAD_GROUP_ID, PROTOCOL_VIOLATION, AveragingData
 from hivemind.utils.asyncio import achain, as_aiter
 
+from peer.averaging.group_message import GroupMessage
 from peer.averaging.link import Inbox
 from peer.averaging.reduce import MAX_GROUP_ID_BYTES, ReduceError
 from protocol.errors import SwarmError
@@ -35,7 +36,7 @@ class Runner(Protocol):
     """What can be routed to."""
 
     def rpc_aggregate_part(
-        self, stream: AsyncIterator[AveragingData], context: P2PContext
+        self, stream: AsyncIterator[GroupMessage], context: P2PContext
     ) -> AsyncGenerator[AveragingData, None]:
         """Serve one member's stream."""
 
@@ -47,7 +48,7 @@ class ReduceService(ServicerBase):  # type: ignore[misc]
         self._me = me
         self._early_wait_s = early_wait_s
         self._live: dict[bytes, Runner] = {}
-        self._farewells: OrderedDict[bytes, AveragingData] = OrderedDict()
+        self._farewells: OrderedDict[bytes, GroupMessage] = OrderedDict()
         self._early: Counter[PeerID] = Counter()
         self._changed = asyncio.Condition()
 
@@ -65,14 +66,14 @@ class ReduceService(ServicerBase):  # type: ignore[misc]
             yield
         finally:
             del self._live[group_id]
-            self.say_farewell(group_id, AveragingData(code=BAD_GROUP_ID))
+            self.say_farewell(group_id, GroupMessage(code=BAD_GROUP_ID))
 
     async def announce(self) -> None:
         """Wake the calls that came early. Call it inside `serving`."""
         async with self._changed:
             self._changed.notify_all()
 
-    def say_farewell(self, group_id: bytes, message: AveragingData) -> None:
+    def say_farewell(self, group_id: bytes, message: GroupMessage) -> None:
         """Answer later calls for `group_id`, which has ended, with `message`. The first farewell stays."""
         self._farewells.setdefault(group_id, message)
         while len(self._farewells) > MAX_FAREWELLS:
@@ -88,7 +89,7 @@ class ReduceService(ServicerBase):  # type: ignore[misc]
         except (TimeoutError, StopAsyncIteration, SwarmError):
             return
         runner = await self._route(hello.group_id, context.remote_id)
-        if not isinstance(runner, AveragingData):
+        if not isinstance(runner, GroupMessage):
             async with aclosing(runner.rpc_aggregate_part(achain(as_aiter(hello), stream), context)) as answers:
                 async for answer in answers:
                     yield answer
@@ -96,17 +97,17 @@ class ReduceService(ServicerBase):  # type: ignore[misc]
             yield runner
             await Inbox(stream).wait_ended(timeout_s=LAST_WORD_S)
 
-    async def _route(self, group_id: bytes, caller: PeerID) -> Runner | AveragingData:
+    async def _route(self, group_id: bytes, caller: PeerID) -> Runner | GroupMessage:
         """Return the runner of a group, waiting for it a while, or the message that says there is none."""
         if not 0 < len(group_id) <= MAX_GROUP_ID_BYTES or self._early[caller] >= MAX_EARLY_CALLS_PER_CALLER:
             log.info("reduce.refused", caller=str(caller), reason="bad group id or too many calls")
-            return AveragingData(code=PROTOCOL_VIOLATION)
+            return GroupMessage(code=PROTOCOL_VIOLATION)
         self._early[caller] += 1
         try:
             async with asyncio.timeout(self._early_wait_s), self._changed:
                 await self._changed.wait_for(lambda: group_id in self._live or group_id in self._farewells)
         except TimeoutError:
-            return AveragingData(code=BAD_GROUP_ID)
+            return GroupMessage(code=BAD_GROUP_ID)
         finally:
             self._early[caller] -= 1
             if not self._early[caller]:

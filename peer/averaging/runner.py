@@ -39,18 +39,18 @@ from hivemind.proto.averaging_pb2 import (
     CANCELLED,
     PART_FOR_AVERAGING,
     PROTOCOL_VIOLATION,
-    AveragingData,
     MessageCode,
 )
 from torch import Tensor
 
+from peer.averaging.group_message import GroupMessage
 from peer.averaging.link import CallContext, Exchange, Inbox, Link, Traffic, to_hivemind
 from peer.averaging.merge import MergeStopped
 from peer.averaging.parts import Part
 from peer.averaging.reduce import ReduceError, ReduceGroup, Shards
 from peer.averaging.reduce_service import ReduceService
 from peer.averaging.spool import Spool
-from peer.codecs import codec
+from peer.codecs import Buffer, codec
 from protocol.errors import SwarmError, TransientError, WireError
 from protocol.ids import Digest, RunningDigest
 from protocol.transport.dial import LAST_WORD_S
@@ -144,11 +144,11 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
     def bytes_received(self) -> int:
         return sum(traffic.received for traffic in self._traffic)
 
-    def farewell(self) -> AveragingData:
+    def farewell(self) -> GroupMessage:
         """What to tell members who call after this reduce has failed."""
         error = self._failure()
         blamed = error.peer if isinstance(error, ReduceError) else self._group.members[self._me]
-        return AveragingData(code=CANCELLED, peer_id=to_hivemind(blamed).to_bytes())
+        return GroupMessage(code=CANCELLED, peer_id=to_hivemind(blamed).to_bytes())
 
     def finalize(self, *, cancel: bool = False, exception: BaseException | None = None) -> None:
         """Settle the outcome; the first one stands. As in hivemind, from any side and any number of times."""
@@ -169,7 +169,7 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
         """Yield what a maker needs of us."""
 
     @abstractmethod
-    def _own_parts(self, inbox: Inbox[AveragingData], member: int) -> AsyncGenerator[bytes, None]:
+    def _own_parts(self, inbox: Inbox[GroupMessage], member: int) -> AsyncGenerator[bytes, None]:
         """Yield the parts that we make, for a member, from whose stream comes what we need of it."""
 
     acceptance_timeout_s: float | None
@@ -230,8 +230,8 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
         finally:
             await exchange.aclose(grace_s=LAST_WORD_S if self._failure() else 0.0)
 
-    async def _generate_input_for_peer(self, maker: int) -> AsyncGenerator[AveragingData, None]:
-        yield AveragingData(code=PART_FOR_AVERAGING, group_id=self.group_id)
+    async def _generate_input_for_peer(self, maker: int) -> AsyncGenerator[GroupMessage, None]:
+        yield GroupMessage(code=PART_FOR_AVERAGING, group_id=self.group_id)
         async with aclosing(self._parts_for(maker)) as parts:
             while not self._future.done():
                 try:
@@ -241,25 +241,24 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
                     break
                 if data is None:
                     break
-                yield _with_part(AveragingData(), data)
+                yield GroupMessage(data=data)
         await self._settled.wait()
         if self._failure() or self._digest is None:
             yield self.farewell()
         else:
-            yield _with_part(AveragingData(code=ACCEPTED), self._digest)
+            yield GroupMessage(code=ACCEPTED, data=self._digest)
 
-    async def _next_sum(self, exchange: Exchange, reducer: int, part: Part) -> bytes:
+    async def _next_sum(self, exchange: Exchange, reducer: int, part: Part) -> Buffer:
         answer = await self._next_answer(exchange, reducer, timeout_s=self.reducer_timeout)
         if answer is None:
             raise self._blame(reducer, "ended the stream before its last sum")
-        data: bytes = answer.tensor_part.buffer
         try:
-            self._check(self._codec.decode(data, part.length))  # now, while nothing depends on it
+            self._check(self._codec.decode(answer.data, part.length))  # now, while nothing depends on it
         except WireError as error:
             raise self._blame(reducer, f"sent a bad sum ({error})") from None
-        return data
+        return answer.data
 
-    async def _next_answer(self, exchange: Exchange, reducer: int, *, timeout_s: float | None) -> AveragingData | None:
+    async def _next_answer(self, exchange: Exchange, reducer: int, *, timeout_s: float | None) -> GroupMessage | None:
         """Return the reducer's next message, which must be a sum; None if it has ended the stream."""
         try:
             async with asyncio.timeout(timeout_s):
@@ -270,14 +269,13 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
             raise self._blame(reducer, f"broke the protocol ({error})") from None
         if answer is None:
             return None
-        assert isinstance(answer, AveragingData)
         if answer.code == CANCELLED:
             raise self._relayed_blame(reducer, answer)
         if answer.code != AVERAGED_PART:
             raise self._blame(reducer, f"refused us ({_code_name(answer.code)})")
         return answer
 
-    def _take_result(self, part: Part, data: bytes) -> None:
+    def _take_result(self, part: Part, data: Buffer) -> None:
         assert self._spool is not None, "nobody is asked for a sum before there is room for it"
         self._spool.put(self._offsets[part.index], data)
         self._results.add(part.index)
@@ -313,8 +311,8 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
     # --- the side that other members call ---------------------------------------------------------------
 
     async def rpc_aggregate_part(
-        self, stream: AsyncIterator[AveragingData], context: CallContext
-    ) -> AsyncGenerator[AveragingData, None]:
+        self, stream: AsyncIterator[GroupMessage], context: CallContext
+    ) -> AsyncGenerator[GroupMessage, None]:
         """A member sends its parts; give it each sum, and take its acceptance of the whole."""
         hello = await anext(stream)
         refusal = self._check_reasons_to_reject(hello, context)
@@ -347,27 +345,27 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
             await inbox.close()
             self._serving.discard(task)
 
-    def _check_reasons_to_reject(self, request: AveragingData, context: P2PContext) -> AveragingData | None:
+    def _check_reasons_to_reject(self, request: GroupMessage, context: P2PContext) -> GroupMessage | None:
         if context.remote_id in self.ordered_peer_ids and self._failure() is not None:
             return self.farewell()
         if context.remote_id in self.active_senders or request.code != PART_FOR_AVERAGING:
-            return AveragingData(code=PROTOCOL_VIOLATION)
-        refusal: AveragingData | None = super()._check_reasons_to_reject(request, context)
-        return refusal
+            return GroupMessage(code=PROTOCOL_VIOLATION)
+        refusal = super()._check_reasons_to_reject(request, context)  # it looks at the group id
+        return None if refusal is None else GroupMessage(code=refusal.code)
 
     async def _accumulate_parts_streaming(
-        self, inbox: Inbox[AveragingData], sender_index: int
-    ) -> AsyncGenerator[AveragingData, None]:
+        self, inbox: Inbox[GroupMessage], sender_index: int
+    ) -> AsyncGenerator[GroupMessage, None]:
         async with aclosing(self._own_parts(inbox, sender_index)) as parts:
             async for data in parts:
-                yield _with_part(AveragingData(code=AVERAGED_PART), data)
+                yield GroupMessage(code=AVERAGED_PART, data=data)
         request = await self._next_request(inbox, sender_index)
         if request.code != ACCEPTED:
             raise self._blame(sender_index, f"sent {_code_name(request.code)} instead of its acceptance")
-        self._accepted[sender_index] = request.tensor_part.buffer
+        self._accepted[sender_index] = bytes(request.data)
         self._someone_accepted.set()
 
-    async def _next_request(self, inbox: Inbox[AveragingData], sender: int) -> AveragingData:
+    async def _next_request(self, inbox: Inbox[GroupMessage], sender: int) -> GroupMessage:
         """Return a sender's next message, or raise if the reduce fails first. The kind of reduce has the clock."""
         try:
             request = await inbox.next_unless(self._future)
@@ -408,7 +406,7 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
         peer = self._group.members[member]
         return ReduceError(f"reduce failed: {peer} {what}", peer=peer)
 
-    def _relayed_blame(self, member: int, message: AveragingData) -> ReduceError:
+    def _relayed_blame(self, member: int, message: GroupMessage) -> ReduceError:
         """Read a CANCELLED message. A name from outside the group is the messenger's own doing."""
         witness = self._group.members[member]
         named = [m for m, peer_id in enumerate(self.ordered_peer_ids) if peer_id.to_bytes() == message.peer_id]
@@ -433,12 +431,6 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
         if bugs:
             return bugs[0]
         return asyncio.CancelledError() if stopped else self._failure() or failures
-
-
-def _with_part(message: AveragingData, data: bytes) -> AveragingData:
-    """Put bytes into a message in place: a constructor would encode and decode what it is given."""
-    message.tensor_part.buffer = data
-    return message
 
 
 def _code_name(code: int) -> str:

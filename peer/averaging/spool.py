@@ -43,7 +43,7 @@ class Spool:
             hint = "Free some disk space."
             raise StorageError(f"no room for an update in {folder}: {error.strerror}.", hint=hint) from None
 
-    def put(self, offset: int, data: bytes | memoryview) -> None:
+    def put(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write bytes at their place. Raises `StorageError` if the disk does not take them."""
         assert offset + len(data) <= len(self.view), "more bytes than the update has"
         if self._file is None:

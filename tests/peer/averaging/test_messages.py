@@ -13,7 +13,7 @@ from hivemind.p2p import P2P
 from hivemind.proto.averaging_pb2 import AVERAGED_PART, AveragingData
 from hivemind.proto.p2pd_pb2 import RPCError
 
-from peer.averaging.messages import BELIEVED_BYTES, MAX_REDUCE_MESSAGE_BYTES, MessageReader, framed
+from peer.averaging.messages import BELIEVED_BYTES, END_OF_STREAM, MAX_REDUCE_MESSAGE_BYTES, MessageReader, head_of
 from protocol.errors import WireError
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -46,6 +46,16 @@ def message(num_bytes: int, code: int = AVERAGED_PART) -> AveragingData:
     return made
 
 
+def framed(message: AveragingData) -> tuple[bytes, bytes]:
+    data = message.SerializeToString()
+    return head_of(len(data)), data
+
+
+async def read(reader: MessageReader) -> tuple[bool, bytes]:
+    is_error, data = await reader.read()
+    return is_error, bytes(data)
+
+
 def taken_over(streams: Streams) -> MessageReader:
     return MessageReader(streams[0], streams[1].transport)
 
@@ -68,9 +78,9 @@ def test_what_hivemind_sends_is_read(run: Any) -> None:
         sending = asyncio.create_task(send())
         reader = taken_over(right)
         for each in sent:
-            assert await reader.read() == (P2P.MESSAGE_MARKER, each.SerializeToString())
-        assert await reader.read() == (P2P.ERROR_MARKER, RPCError(message="no").SerializeToString())
-        assert await reader.read() == (P2P.ERROR_MARKER, b"")
+            assert await read(reader) == (False, each.SerializeToString())
+        assert await read(reader) == (True, RPCError(message="no").SerializeToString())
+        assert await read(reader) == (True, b"")
         await sending
 
     run(body)
@@ -78,7 +88,7 @@ def test_what_hivemind_sends_is_read(run: Any) -> None:
 
 def test_what_is_framed_is_read_by_hivemind(run: Any) -> None:
     async def body(left: Streams, right: Streams) -> None:
-        sending = asyncio.create_task(write(left, *framed(message(524_288)), *framed(P2P.END_OF_STREAM)))
+        sending = asyncio.create_task(write(left, *framed(message(524_288)), END_OF_STREAM))
         assert await P2P.receive_protobuf(AveragingData, right[0]) == (message(524_288), None)
         assert await P2P.receive_protobuf(AveragingData, right[0]) == (None, RPCError())
         await sending
@@ -95,9 +105,9 @@ def test_bytes_that_a_stream_reader_has_read_come_first(run: Any) -> None:
         assert await right[0].readexactly(1) == b"x"
         await asyncio.sleep(0.05)
         reader = taken_over(right)
-        assert await reader.read() == (P2P.MESSAGE_MARKER, data)
+        assert await read(reader) == (False, data)
         await write(left, data[500:])
-        assert await reader.read() == (P2P.MESSAGE_MARKER, data)
+        assert await read(reader) == (False, data)
 
     run(body)
 

@@ -51,7 +51,8 @@ def test_more_than_fits_is_a_bug() -> None:
 def test_a_disk_that_fails_is_said_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: a disk that takes 3 bytes at a time is served on, and the error of the fourth write is ours."""
     monkeypatch.setattr(spool, "MIN_FILE_BYTES", 0)
-    room, pwrite, written = Spool(100, tmp_path), os.pwrite, []
+    room, pwrite = Spool(100, tmp_path), os.pwrite
+    written: list[int] = []
 
     def slow(file: int, data: memoryview, offset: int) -> int:
         if len(written) == 3:
