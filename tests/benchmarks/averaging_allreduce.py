@@ -127,7 +127,8 @@ def members(side: str, number: int, elements: int, clock: ReportedClock) -> Iter
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="handcar-bench-"))
         argv = (*command, side, str(elements), folder)
         pool = stack.enter_context(ThreadPoolExecutor(number))
-        children = [stack.enter_context(Child(argv, env={"OMP_NUM_THREADS": str(THREADS)})) for _ in range(number)]
+        env = {"OMP_NUM_THREADS": str(THREADS), "TMPDIR": folder}  # hivemind's processes leave something behind
+        children = [stack.enter_context(Child(argv, env=env)) for _ in range(number)]
         yield Members(children, pool, clock)
         for child in children:  # killed, they would leave sockets and shared memory behind
             child.ask("close")
