@@ -35,6 +35,7 @@ from protocol.history import LogAnswer, LogRequest, StateAnswer
 from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, Version
 from protocol.manifest import AveragingMode, Manifest
 from protocol.rounds import events
+from protocol.rounds.closings import FIRST_STAGE
 from protocol.rounds.machine import RoundMachine
 from protocol.rounds.messages import MAX_COMMITS_PER_ANSWER, Charter, Closing, Commit, StageMessage
 from protocol.signing import Signed
@@ -46,6 +47,7 @@ log = structlog.get_logger()
 RESYNC_PATIENCE_S = 30.0  # nobody to fetch the state from for so long: perhaps nobody has it any more
 STAGED_KEPT = 3
 MAX_LOG_BYTES = MAX_MESSAGE_BYTES // 2  # a commit of a large stage weighs tens of kilobytes
+LEAST_SPEED, NEWCOMER_SPEED = 0.01, 0.5  # of the mean
 MAX_INBOX = 1_000  # of messages that wait; a step of a large stage takes seconds, and anybody may send
 
 
@@ -280,7 +282,7 @@ class StageDriver:
             with self._pausing():
                 tokens = await freezing
                 log.debug("round.frozen", stage=self.stage, round=closing.round, tokens=tokens)
-                self.post(events.Frozen(closing.round, tokens))
+                self.post(events.Frozen(closing.round, tokens, self._engine.tokens_per_s(self.stage)))
 
         self._start(tell(), name=f"freeze-{self.stage}-{closing.round}")
 
@@ -568,16 +570,33 @@ def _reason(error: Exception) -> str:
 
 
 def membership_of(commit: Commit, lineage: Lineage) -> Membership:
-    """Read the next round's members, with rendezvous weights, out of a commit."""
-    tokens = {contribution.peer: contribution.tokens for contribution in commit.contributors}
-    # Half of what each did, half of the mean: the shares would otherwise drift apart by chance (Polya's urn), and
-    # a newcomer must get something to be measured by.
-    mean = max(1.0, commit.total_tokens / len(commit.seats))
+    """Read the next round's members, with what they weigh, out of a commit."""
+    weights = _speeds(commit) if commit.stage == FIRST_STAGE else _shares(commit)
     return Membership(
         stage=commit.stage,
         generation=commit.generation,
         round=RoundId(commit.round + 1),
         version=commit.version,
         lineage=lineage,
-        members={seat.peer: 0.5 * (mean + tokens.get(seat.peer, 0)) for seat in commit.seats},
+        members={seat.peer: weight for seat, weight in zip(commit.seats, weights, strict=True)},
     )
+
+
+def _speeds(commit: Commit) -> list[float]:
+    """Weigh feeders by how fast they are: numbers are dealt out by it."""
+    known = [speed for speed in commit.speeds if speed > 0]
+    mean = sum(known) / len(known) if known else 1.0
+    # one that is slower by more hardly counts, but has to have something to be measured by
+    least, newcomer = LEAST_SPEED * mean, NEWCOMER_SPEED * mean
+    return [max(speed, least) if speed > 0 else newcomer for speed in commit.speeds]
+
+
+def _shares(commit: Commit) -> list[float]:
+    """Weigh those to whom others send by what they did: half of that, half of the mean.
+
+    How fast they could be shows in their answers, which the router minds. By what they did alone, shares would drift
+    apart by chance (Polya's urn).
+    """
+    tokens = {contribution.peer: contribution.tokens for contribution in commit.contributors}
+    mean = max(1.0, commit.total_tokens / len(commit.seats))
+    return [0.5 * (mean + tokens.get(seat.peer, 0)) for seat in commit.seats]

@@ -22,6 +22,7 @@ from peer.codecs import Codec
 from peer.engine.headroom import Headroom
 from peer.engine.local_checkpoint import LocalCheckpoint, Standing
 from peer.engine.local_steps import LocalRules, LocalSteps
+from peer.engine.pace import Pace
 from peer.engine.stage_engine import StageEngine, Ticket
 from peer.engine.statefiles import Sink
 from peer.engine.wave import run_wave, settled
@@ -114,6 +115,7 @@ class SpanEngine:
         """The target tokens of what was added up since the last freeze."""
         self._contributed_tokens: dict[StageId, int] = dict.fromkeys(self.engines, 0)
         """Those of what was frozen, and is in no average yet as far as we know."""
+        self._paces = {stage: Pace() for stage in self.engines}
 
     # -- rounds ---------------------------------------------------------------------------------------
 
@@ -134,6 +136,11 @@ class SpanEngine:
             self.accumulated_tokens[stage] += self._contributed_tokens[stage]
             self._contributed_tokens[stage] = 0
         self._open[stage] = round_id
+        self._paces[stage].begin()
+
+    def tokens_per_s(self, stage: StageId) -> float | None:
+        """Tell how fast target tokens came in the last round in which any did. May be called from any thread."""
+        return self._paces[stage].tokens_per_s
 
     def is_open(self, stage: StageId) -> bool:
         """Tell whether a round is under way at a stage."""
@@ -439,6 +446,7 @@ class SpanEngine:
         """Book a wave that was added to the sums of all stages from `entry` on."""
         for stage in self.stages_from(entry):
             self.accumulated_tokens[stage] += sum(target_tokens)
+            self._paces[stage].note(sum(target_tokens))
             if self._local is not None:
                 self._local.note(stage, target_tokens=sum(target_tokens), microbatches=len(target_tokens))
         for stage in self.stages_from(entry):

@@ -4,7 +4,9 @@ Owns: the done-bits of one round, whose number is whose, and the rule for taking
 numbers. Pure but for the time that is passed in. Must not know: how a microbatch is worked on, or how
 bits travel to the clock (`peer/averaging/driver.py` carries them).
 
-Takeover: a number may be fed by somebody else once its owner has not moved for a while. The peers next in
+Numbers are dealt out by speed (`protocol/ownership.py`), training and evaluation apart.
+
+Takeover: a number may be fed by somebody else once its owner has not moved for a while. Those that come next in
 the number's rendezvous order get their turn one after the other, so that they do not all jump at once. Who is
 certainly gone is passed over at once.
 """
@@ -16,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from protocol.batches import Microbatch, TaskKind
 from protocol.ids import PeerId, RoundId
-from protocol.ownership import rendezvous
+from protocol.ownership import owners, rendezvous
 
 MIN_TAKEOVER_S = 4.0
 TAKEOVER_TASKS = 3.0
@@ -48,13 +50,18 @@ class Board:
         is_gone: Callable[[PeerId], bool] = lambda peer: False,
         now_s: float,
     ) -> None:
-        """`feeders` have rendezvous weights; `takeover_s` says how long to leave the owner of a number in peace."""
+        """`feeders` are weighted by speed; `takeover_s` says how long to leave the owner of a number in peace."""
         self.round = round_id
         self._takeover_s = takeover_s
         self._is_gone = is_gone
         self._me = me
         self._plan = {microbatch.number: microbatch for microbatch in sorted(plan, key=lambda one: one.number)}
-        self._orders = {number: rendezvous(f"{seed}/{round_id}/{number}", feeders) for number in self._plan}
+        self._seed, self._feeders = f"{seed}/{round_id}", dict(feeders)
+        self._owners: dict[int, PeerId] = {}
+        for kind in TaskKind:
+            numbers = [number for number, microbatch in self._plan.items() if microbatch.kind is kind]
+            self._owners |= owners(self._seed, numbers, feeders)
+        self._orders: dict[int, tuple[PeerId, ...]] = {}
         self._left = list(self._plan.values())
         """What is not done, oldest first."""
         self._done: set[int] = set()
@@ -69,7 +76,7 @@ class Board:
         for mine in (True, False):
             for microbatch in self._left:
                 number = microbatch.number
-                if (self._orders[number][0] == self._me) is mine and self._is_takeable(number, now_s=now_s):
+                if (self._owners[number] == self._me) is mine and self._is_takeable(number, now_s=now_s):
                     self._in_flight.add(number)
                     return microbatch
         return None
@@ -109,7 +116,7 @@ class Board:
     def is_second_hand(self, microbatch: Microbatch) -> bool:
         """Tell whether a number that was taken is fed again: it came back once, or its owner has not brought it."""
         number = microbatch.number
-        return number in self._not_before_s or self._orders[number][0] != self._me
+        return number in self._not_before_s or self._owners[number] != self._me
 
     @property
     def num_in_flight(self) -> int:
@@ -132,7 +139,16 @@ class Board:
 
     def _living(self, number: int) -> list[PeerId]:
         """Return whose number it is, and who comes after, without those that are certainly gone."""
-        return [peer for peer in self._orders[number] if peer == self._me or not self._is_gone(peer)]
+        return [peer for peer in self._order(number) if peer == self._me or not self._is_gone(peer)]
+
+    def _order(self, number: int) -> tuple[PeerId, ...]:
+        """Return a number's owner, and then the others as they come after each other."""
+        order = self._orders.get(number)
+        if order is None:
+            owner = self._owners[number]
+            others = rendezvous(f"{self._seed}/{number}", self._feeders)
+            order = self._orders[number] = (owner, *(peer for peer in others if peer != owner))
+        return order
 
     def _is_takeable(self, number: int, *, now_s: float) -> bool:
         if number in self._done or number in self._in_flight or self._not_before_s.get(number, 0.0) > now_s:

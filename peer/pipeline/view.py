@@ -28,7 +28,7 @@ class Membership:
     version: Version
     lineage: Lineage
     members: Mapping[PeerId, float]
-    """Weights for rendezvous hashing: what each did in the last round, at least a little."""
+    """What each weighs against the others: by its speed at the first stage, by what it did at the others."""
 
     def is_newer_than(self, other: Membership) -> bool:
         return (self.generation, self.round, self.version) > (other.generation, other.round, other.version)

@@ -59,6 +59,8 @@ class Frozen:
 
     round: RoundId
     tokens: int
+    tokens_per_s: float | None = None
+    """How fast they came, while there was something to do; None if none did."""
 
 
 @dataclass(frozen=True, slots=True)

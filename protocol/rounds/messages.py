@@ -189,6 +189,8 @@ class Commit(Message):
     clip_scale: Annotated[float, Field(gt=0, le=1)]
     seats: Seats
     """The members of the next round."""
+    speeds: Annotated[tuple[Rate, ...], Field(max_length=MAX_SEATS)]
+    """How many tokens per second each of them has carried, by its own word; 0 where nobody knows yet."""
     joiners: Annotated[tuple[Peer, ...], Field(max_length=MAX_SEATS)]
     """Those among `seats` who listened so far and have to fetch the bytes."""
     summary: RoundSummary
@@ -196,6 +198,12 @@ class Commit(Message):
     """Credited to peers of this stage whose sums are not in the average: their work died with them."""
     double_counted: Count
     """Accumulated beyond what was credited: done twice."""
+
+    @model_validator(mode="after")
+    def _every_seat_has_a_speed(self) -> Self:
+        if len(self.speeds) != len(self.seats):
+            raise ValueError("a commit has a speed for every seat")
+        return self
 
     @property
     def total_tokens(self) -> int:
@@ -288,6 +296,8 @@ class Pong(BallotMessage):
     leaving: bool
     bytes_per_s: Rate | None = None
     """What I could send while the last average was made here."""
+    tokens_per_s: Rate | None = None
+    """How fast I was when I last had something to do."""
 
 
 class Outbid(StageMessage):

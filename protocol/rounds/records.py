@@ -71,6 +71,7 @@ class Draft:
     contributors: tuple[Contribution, ...]
     staged: StagedBytes
     seats: Seats
+    speeds: tuple[float, ...]
     joiners: tuple[PeerId, ...]
 
 
@@ -96,6 +97,7 @@ def draw_commit(settings: Settings, chain: Chain, slot: Slot, draft: Draft) -> C
         norm=norm,
         clip_scale=clip_scale(norm, settings.rules.clip_threshold),
         seats=draft.seats,
+        speeds=draft.speeds,
         joiners=draft.joiners,
         summary=_summary(draft.heard),
         tokens_dropped=dropped,

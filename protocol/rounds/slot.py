@@ -77,6 +77,8 @@ class Slot:
     """How long we took tasks of what is frozen, if we did."""
     bytes_per_s: float | None = None
     """How much we could send in the last average that we have made."""
+    tokens_per_s: float | None = None
+    """How fast we were when we last had something to do."""
 
     @property
     def tokens(self) -> int | None:

@@ -371,6 +371,7 @@ class Steward:
                 contributors=group.group,
                 staged=StagedBytes(result.digest, result.norm, group.codec),
                 seats=seats,
+                speeds=tuple(self._speed_of(seat.peer) for seat in seats),
                 joiners=joiners,
             ),
         )
@@ -402,6 +403,10 @@ class Steward:
         )[: MAX_SEATS - len(staying)]
         seats = (*staying, *joiners) or tuple(present)  # the last one out leaves its name on the door
         return seats, tuple(seat.peer for seat in joiners)
+
+    def _speed_of(self, peer: PeerId) -> float:
+        pong = self._pongs.get(peer)
+        return 0.0 if pong is None or pong.tokens_per_s is None else pong.tokens_per_s
 
     def _void(self) -> list[Step]:
         assert self.ballot is not None

@@ -239,6 +239,7 @@ class Voter:
                 vote=slot.vote,
                 leaving=slot.leaving,
                 bytes_per_s=slot.bytes_per_s,
+                tokens_per_s=slot.tokens_per_s,
             ),
         )
 

@@ -227,6 +227,7 @@ def commit(
         "norm": 1.0,
         "clip_scale": 1.0,
         "seats": tuple(member.seat for member in (*members, *joiners)),
+        "speeds": (0.0,) * (len(members) + len(joiners)),
         "joiners": tuple(joiner.peer for joiner in joiners),
         "summary": RoundSummary(
             round=closed.round,

@@ -18,7 +18,7 @@ import pytest
 
 from peer.averaging import driver, machine_clock
 from peer.averaging.absorb import Update
-from peer.averaging.driver import MAX_INBOX, Hooks, StageDriver
+from peer.averaging.driver import MAX_INBOX, Hooks, StageDriver, membership_of
 from peer.averaging.reduce import Reduced, ReduceError, ReduceGroup, Shards
 from peer.memory.disk.wear import WriteBudgetSpent
 from peer.pipeline.gate import Gate
@@ -611,3 +611,31 @@ async def test_who_leaves_begins_no_further_round() -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
                 await gate.wait_open(STAGE)
+
+
+def _weights(stage: int, speeds: tuple[float, ...], tokens: tuple[int, ...] = (0, 0, 0)) -> list[float]:
+    names = [PeerId(name) for name in "abc"]
+    commit = SimpleNamespace(
+        stage=stage,
+        generation=1,
+        round=RoundId(3),
+        version=Version(4),
+        seats=[SimpleNamespace(peer=name) for name in names],
+        speeds=speeds,
+        contributors=[SimpleNamespace(peer=name, tokens=each) for name, each in zip(names, tokens, strict=True)],
+        total_tokens=sum(tokens),
+    )
+    return list(membership_of(cast(Any, commit), Lineage(bytes(32))).members.values())
+
+
+def test_feeders_weigh_what_they_are_fast() -> None:
+    """One of a tenth of the speed; one whom nobody has measured yet; one that hardly moves. Oracle: by hand."""
+    assert _weights(0, (10.0, 10.0, 1.0)) == [10.0, 10.0, 1.0]
+    assert _weights(0, (10.0, 30.0, 0.0)) == [10.0, 30.0, 10.0]
+    assert _weights(0, (10.0, 10.0, 1e-6)) == pytest.approx([10.0, 10.0, 0.01 * 20 / 3], rel=1e-6)
+    assert len(set(_weights(0, (0.0, 0.0, 0.0)))) == 1
+
+
+def test_those_whom_others_send_to_weigh_half_of_what_they_did() -> None:
+    """Whatever speed they claim. Oracle: by hand."""
+    assert _weights(1, (1.0, 99.0, 99.0), (30, 60, 0)) == [30.0, 45.0, 15.0]

@@ -108,6 +108,7 @@ def sign_commit(
             norm=1.0,
             clip_scale=1.0,
             seats=(Seat(peer=me, session=1),),
+            speeds=(0.0,),
             joiners=(),
             summary=summary,
             tokens_dropped=0,

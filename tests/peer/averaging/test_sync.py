@@ -448,6 +448,7 @@ def _commit(version: int, parent: Lineage, data: bytes, *, by: SigningKey = MEMB
         norm=1.0,
         clip_scale=1.0,
         seats=(Seat(peer=me, session=1),),
+        speeds=(0.0,),
         joiners=(),
         summary=RoundSummary(
             round=RoundId(version - 1),

@@ -126,6 +126,7 @@ def commit(
         norm=2.0,
         clip_scale=0.5,
         seats=tuple(seat(member) for member in members),
+        speeds=(0.0,) * len(members),
         joiners=(),
         summary=RoundSummary(
             round=RoundId(0),

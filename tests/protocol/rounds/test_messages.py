@@ -42,7 +42,8 @@ def large_commit() -> Commit:
     """Return a commit of as many members as there may be, half of them new."""
     small = Commit.from_bytes(commit(LINEAGE).payload)
     group = tuple(Contribution(peer=name, tokens=1 << 40) for name in NAMES)
-    return small.model_copy(update={"contributors": group, "seats": SEATS, "joiners": NAMES[: MAX_SEATS // 2]})
+    changes = {"contributors": group, "seats": SEATS, "speeds": (0.1,) * MAX_SEATS, "joiners": NAMES[: MAX_SEATS // 2]}
+    return small.model_copy(update=changes)
 
 
 def sealed(payload: bytes) -> Signed:

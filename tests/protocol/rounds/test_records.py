@@ -123,6 +123,7 @@ def test_a_commit_divides_the_norm_of_the_sum_by_all_tokens() -> None:
         contributors=group,
         staged=StagedBytes(digest(b"sum"), 120.0, "fp32"),
         seats=(seat(A),),
+        speeds=(12.5,),
         joiners=(),
     )
     record = draw_commit(settings(), lineages, here, draft)
