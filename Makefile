@@ -17,7 +17,7 @@ FITS := import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 
 HAS_TORCH := import importlib.metadata as m; raise SystemExit([int(n) for n in m.version("torch").split(".")[:2]] < [2, 10])
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint bench chaos-memory chaos-averaging lock clean
+.PHONY: help setup demo test test-all check lint bench chaos-memory chaos-averaging lock clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -30,7 +30,10 @@ demo: $(STAMP) ## train a small model with a whole swarm on this machine
 	@$(BIN)/coordinator demo $(ARGS)
 
 # Two workers; tests/conftest.py says what each of them gets. ARGS='-n 0' does without.
-test: $(STAMP) ## run the whole test suite
+test: $(STAMP) ## run the test suite, but for what takes a minute by itself
+	@$(BIN)/python -m pytest -q -rfEs -n 2 --no-loadscope-reorder --durations=15 -m "not long" $(ARGS)
+
+test-all: $(STAMP) ## run all of it, as CI does
 	@$(BIN)/python -m pytest -q -rfEs -n 2 --no-loadscope-reorder --durations=15 $(ARGS)
 
 check: lint ## lint, types, layer contracts and the fast tests

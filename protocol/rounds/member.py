@@ -198,12 +198,12 @@ class Member:
             return not is_quorum({*present, me}, slot.order, break_tie=not slot.slept)
         return not present
 
-    def resync(self, charter: Signed | None) -> list[Step]:
-        """Give up what we have and fetch the stage's state from history."""
+    def resync(self, charter: Signed | None, sources: tuple[PeerId, ...] = ()) -> list[Step]:
+        """Give up what we have and fetch the stage's state from history, from anybody if no `sources` are named."""
         actions = self._end_slot()
         if charter is None and self.chain is not None:
             charter = self.chain.signed_charter
-        sources = self._neighbours.hosts(self._settings.stage)
+        sources = sources or self._neighbours.hosts(self._settings.stage)
         self.chain = self.applied = self._awaiting = self._retry_from = self.state_digest = None
         self._opened, self._late, self._keeps_work = None, None, False
         self._syncing, self._attempts = True, 0

@@ -32,6 +32,7 @@ def test_members_of_either_side_end_with_the_same_values(side: str) -> None:
     assert begun[0] != begun[1]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_small_run_yields_the_rows_that_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(averaging_allreduce, "QUICK_ELEMENTS", ELEMENTS)

@@ -45,6 +45,7 @@ class Sittings:
         return closed
 
 
+@pytest.mark.long
 def test_a_demo_is_interrupted_and_goes_on_to_its_summary(tmp_path: Path, corpus: Path) -> None:
     """Oracles: exit codes, the process table, and transformers on the exported model."""
     sittings = Sittings(tmp_path, corpus)

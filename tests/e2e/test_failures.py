@@ -147,6 +147,7 @@ def test_a_second_ctrl_c_ends_a_peer_at_once(life: Life) -> None:
     life.wait_rounds(3, stage=0)
 
 
+@pytest.mark.long
 def test_a_stage_without_replicas_is_restored_on_a_peer_of_another_stage(life: Life) -> None:
     """Nobody joins: one of the two peers of the other stage has to move, in the process that it is."""
     _kill_stage_1(life)

@@ -34,6 +34,7 @@ def _deep_model(folder: Path, layers: int) -> Path:
     return model
 
 
+@pytest.mark.long
 def test_a_tenth_of_the_state_in_memory_is_enough(tmp_path: Path, corpus: Path) -> None:
     """Activations and working space are not state, and take as much again."""
     model = _deep_model(tmp_path, 2 * LAYERS)

@@ -16,6 +16,7 @@ SETTINGS = ("keeping.checkpoint_every=5", "batch.eval_every=40", "batch.heldout_
 FLAGS = ("--lost-after", "5", "--until-finished")
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_twice_is_trained_to_its_end(tmp_path: Path, corpus: Path) -> None:
     """First one replica dies, then everything, with a checkpoint that is older than what the peers have kept.
 

@@ -86,6 +86,7 @@ def test_the_process_is_measured_without_what_the_probes_held() -> None:
     assert process_bytes == pytest.approx(psutil.Process().memory_info().rss, abs=16 << 20)
 
 
+@pytest.mark.long
 def test_the_plan_says_what_the_process_will_take(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With state in all three tiers. Oracle: the kernel's peak of a fresh process that trains so. Bytes, no times."""
     skip_unless_fit(tmp_path)
