@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import structlog
 
 from coordinator.clock import Clock
-from coordinator.forks import Verdict
 from coordinator.founding import Decision, Founding, Participant, Replica, Standing, View, decide, is_hosted, is_short
 from coordinator.journal import DISK_NOTE, Journal
 from coordinator.ledger import Ledger
@@ -75,8 +74,6 @@ class CharterOffice:
         self.floor: Mapping[StageId, Version] = {}
         """Versions of the newest checkpoint, kept up to date by the collector."""
         registry.charters = self.newest
-        registry.rejoins = self._rejoins
-        self._verdict: Verdict | None = None
 
     async def load(self) -> None:
         """Take over the charters that were issued before. Call once, before serving."""
@@ -102,7 +99,6 @@ class CharterOffice:
 
     async def tick(self) -> None:
         """Look at the swarm, and found or move what has to be."""
-        await self._look_for_forks()
         decision = decide(self._view())
         if decision.foundings:
             await self._issue(decision)
@@ -112,26 +108,6 @@ class CharterOffice:
             self._journal.note(WAITING_NOTE, f"waiting for {decision.waiting_for}")
         else:
             self._journal.clear(WAITING_NOTE)
-
-    async def _look_for_forks(self) -> None:
-        """Settle which half of a torn run goes on, and say what is given up with the other one."""
-        before = self._verdict
-        generations = {stage: entry.charter.generation for stage, entry in self._newest.items()}
-        verdict = self._verdict = self._ledger.forks.verdict(generations)
-        if verdict is None:
-            return
-        known = set() if before is None else {branch.tip for branch in before.losers}
-        for branch in verdict.losers:
-            if branch.tip not in known:
-                winner = verdict.winners[branch.stage]
-                await self._journal.event(
-                    "stage.torn",
-                    detail=f"stage {branch.stage}: {branch.num_commits} committed rounds with {branch.tokens} tokens "
-                    f"up to version {branch.version} are given up for version {winner.version} of the other half",
-                )
-
-    def _rejoins(self, stage: StageId, lineage: Lineage) -> tuple[PeerId, ...]:
-        return () if self._verdict is None else self._verdict.rejoins(stage, lineage)
 
     async def _issue(self, decision: Decision) -> None:
         issued = [self._sign(founding) for founding in decision.foundings]

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 import structlog
 
 from coordinator.clock import Clock
-from coordinator.forks import Forks
 from coordinator.store import history
 from coordinator.store.database import Database
 from protocol.batches import has_evaluation
@@ -46,7 +45,6 @@ class Ledger:
         self._seats: OrderedDict[Lineage, Seating] = OrderedDict()
         self._charters: dict[StageId, Charter] = {}
         self._newest: dict[StageId, tuple[Signed, Commit]] = {}
-        self.forks = Forks()
 
     async def load(self) -> None:
         """Take over the newest commits. Call once, before serving, when the charters are known."""
@@ -88,9 +86,7 @@ class Ledger:
     def _learn(self, signed: Signed) -> None:
         """Take over a commit that is on disk, unless a newer one of its stage is known."""
         commit = Commit.from_bytes(signed.payload)
-        lineage = next_lineage(commit.parent, signed.payload)
-        self._remember(lineage, commit.seats)
-        self.forks.note(commit, lineage)
+        self._remember(next_lineage(commit.parent, signed.payload), commit.seats)
         known = self._newest.get(commit.stage, (signed, commit))
         self._newest[commit.stage] = min(known, (signed, commit), key=_newest_first)
 

@@ -24,9 +24,9 @@ from coordinator.placement import Host, place
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import history, peers
 from coordinator.store.database import Database
-from protocol.control import Beat, BeatReply, GivenUp, Leave, PeerState, Register, StageState, Welcome
+from protocol.control import Beat, BeatReply, Leave, PeerState, Register, StageState, Welcome
 from protocol.errors import ClockError, IncompatibleError, RefusedError, StorageError, WireError
-from protocol.ids import Lineage, PeerId, StageId
+from protocol.ids import PeerId, StageId
 from protocol.manifest import Manifest
 from protocol.ownership import rendezvous
 from protocol.records import admit
@@ -38,7 +38,6 @@ log = structlog.get_logger()
 
 MAX_SKEW_S = 3.0  # hivemind's DHT refuses neighbours whose clocks differ by more
 MAX_HINTS = 256  # members named in one answer; keeps a beat's answer well below a message's limit
-MAX_SOURCES = 64  # of a lineage that goes on, for who has to fetch it
 DOUBT, SUSPECT = 0.5, 0.3  # of `lost_after_s`: silent for so long, or that and missed by others
 SAVE_EVERY_S = 1.0  # how old the database's picture of the swarm may be
 
@@ -96,8 +95,6 @@ class Registry:
         self._saved_s = float("-inf")
         self.charters: Callable[[], tuple[Signed, ...]] = tuple
         """Newest charter of every stage; the charter office puts itself here."""
-        self.rejoins: Callable[[StageId, Lineage], tuple[PeerId, ...]] = lambda stage, lineage: ()
-        """Whom a replica that stands at a lineage should follow instead, if that was given up; the charter office's."""
         self.is_finished = False
         """The run has its last checkpoint: peers are told so."""
         self.awake_since_s: float | None = None
@@ -223,11 +220,6 @@ class Registry:
             stages=peer.stages,
             charters=self.charters(),
             members=self._hints(caller),
-            rejoins=tuple(
-                GivenUp(stage=state.stage, lineage=state.lineage, members=members[:MAX_SOURCES])
-                for state in peer.replicas
-                if (members := self.rejoins(state.stage, state.lineage))
-            ),
             finished=self.is_finished,
         )
 

@@ -109,8 +109,6 @@ class Session:
     def on_reply(self, reply: BeatReply) -> None:
         """Take over what the coordinator says."""
         self._take_charters(reply.charters)
-        for each in reply.rejoins:
-            self._parts.rejoin(each.stage, each.lineage, each.members)
         members: dict[StageId, list[PeerId]] = {}
         for stage, peer, addresses in reply.members:
             members.setdefault(stage, []).append(peer)

@@ -265,11 +265,6 @@ class SpanParts:
             coordinator=self._link.coordinator,
         )
 
-    def rejoin(self, stage: StageId, lost: Lineage, members: tuple[PeerId, ...]) -> None:
-        """Give up a lineage of a stage, if we have it, for that of others."""
-        if stage in self.drivers:
-            self.drivers[stage].post(events.Rejoin(lost, members))
-
     def learn_charter(self, charter: Charter, lineage: Lineage) -> None:
         """Let the router know the members that a charter names."""
         self.view.learn(

@@ -186,14 +186,6 @@ class Beat(Message):
     reports: Annotated[tuple[NumberedReport, ...], Field(max_length=64)] = ()
 
 
-class GivenUp(Message):
-    """A stage's lineage that does not go on, and who has the one that does."""
-
-    stage: StageId
-    lineage: Lineage
-    members: Annotated[tuple[PeerId, ...], Field(max_length=64)]
-
-
 class BeatReply(Message):
     """What the coordinator wants this peer to know."""
 
@@ -205,8 +197,6 @@ class BeatReply(Message):
     """Newest charter of each stage."""
     members: Annotated[tuple[tuple[StageId, PeerId, tuple[Text, ...]], ...], Field(max_length=4096)] = ()
     """Who hosts what, with addresses: a hint that spares a DHT lookup."""
-    rejoins: Annotated[tuple[GivenUp, ...], Field(max_length=256)] = ()
-    """What this peer has of lineages that were given up, after a network was split."""
     finished: bool = False
     """The run has its last checkpoint; there is nothing left to do."""
 

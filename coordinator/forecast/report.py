@@ -223,6 +223,8 @@ def _option(asked: Asked, option: Option) -> dict[str, Any]:
     return {
         "mode": recipe.averaging.mode.value,
         "codec": recipe.averaging.codec,
+        "stage_codecs": list(recipe.averaging.stage_codecs),
+        "fragments": recipe.averaging.fragments,
         "overlap": recipe.averaging.overlap,
         "activation_codec": recipe.averaging.activation_codec,
         "microbatches_per_round": recipe.batch.microbatches_per_round,

@@ -9,6 +9,7 @@ two stages of one peer never wait for each other.
 from __future__ import annotations
 
 import asyncio
+import statistics
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
@@ -47,7 +48,7 @@ log = structlog.get_logger()
 RESYNC_PATIENCE_S = 30.0  # nobody to fetch the state from for so long: perhaps nobody has it any more
 STAGED_KEPT = 3
 MAX_LOG_BYTES = MAX_MESSAGE_BYTES // 2  # a commit of a large stage weighs tens of kilobytes
-LEAST_SPEED, NEWCOMER_SPEED = 0.01, 0.5  # of the mean
+LEAST_SPEED, MOST_SPEED, NEWCOMER_SPEED = 0.01, 8.0, 0.5  # of the median
 MAX_INBOX = 1_000  # of messages that wait; a step of a large stage takes seconds, and anybody may send
 
 
@@ -585,10 +586,11 @@ def membership_of(commit: Commit, lineage: Lineage) -> Membership:
 def _speeds(commit: Commit) -> list[float]:
     """Weigh feeders by how fast they are: numbers are dealt out by it."""
     known = [speed for speed in commit.speeds if speed > 0]
-    mean = sum(known) / len(known) if known else 1.0
-    # one that is slower by more hardly counts, but has to have something to be measured by
-    least, newcomer = LEAST_SPEED * mean, NEWCOMER_SPEED * mean
-    return [max(speed, least) if speed > 0 else newcomer for speed in commit.speeds]
+    usual = statistics.median(known) if known else 1.0
+    # It is a peer's own word: who claims too much would get all numbers and do none of them. One that is slower by more
+    # than that hardly counts, but has to have something to be measured by.
+    least, most, newcomer = LEAST_SPEED * usual, MOST_SPEED * usual, NEWCOMER_SPEED * usual
+    return [min(max(speed, least), most) if speed > 0 else newcomer for speed in commit.speeds]
 
 
 def _shares(commit: Commit) -> list[float]:

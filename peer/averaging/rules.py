@@ -11,12 +11,14 @@ stage, and the credits. Those come from the whole path, which stays with its fee
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from peer.engine.schedule import clip_threshold
 from peer.tasks import Outcome
 from protocol.architecture import stage_blocks
 from protocol.batches import Microbatch, TaskKind, has_evaluation
 from protocol.errors import PeerFault
+from protocol.fragments import Fragments
 from protocol.hops import ENTRY_CONTEXT, PathEntry
 from protocol.ids import RoundId, StageId
 from protocol.manifest import AveragingMode, BatchSpec, Manifest
@@ -70,14 +72,19 @@ def round_rules(manifest: Manifest, stage: StageId) -> RoundRules:
         clip_threshold=math.inf if is_diloco else clip_threshold(manifest, stage),
         last_round=RoundId(manifest.batch.num_rounds),
         codecs=manifest.averaging.codecs_of(stage),
-        num_averaged=_num_elements(manifest, stage) // manifest.averaging.fragments,
+        num_averaged=_num_averaged(manifest, stage),
         overlap=manifest.averaging.overlap,
     )
 
 
-def _num_elements(manifest: Manifest, stage: StageId) -> int:
-    model = manifest.model
-    return sum(block.num_elements for block in stage_blocks(model.config, model.num_stages, stage))
+def _num_averaged(manifest: Manifest, stage: StageId) -> Callable[[RoundId], int]:
+    """Return how many numbers of a stage a round averages: those of the largest fragment, or at the end all."""
+    blocks = stage_blocks(manifest.model.config, manifest.model.num_stages, stage)
+    last_round = RoundId(manifest.batch.num_rounds - 1)
+    lengths = [shard.num_elements for block in blocks for shard in block.shards()]
+    fragments = Fragments(blocks, manifest.averaging.fragments, last_round=last_round)
+    largest = max(sum(lengths[shard] for shard in part) for part in fragments)
+    return lambda round_id: sum(lengths) if round_id >= last_round else largest
 
 
 def round_size(batch: BatchSpec, round_id: RoundId) -> RoundSize:

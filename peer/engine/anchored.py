@@ -98,7 +98,10 @@ class Anchored:
 
     @property
     def has_drift(self) -> bool:
-        """Tell whether local steps were taken that no turn with a mean has dealt with."""
+        """Tell whether local steps were taken that no turn with a mean has come after.
+
+        What drifts on until its fragment's turn comes does not count: it belongs to a later contribution.
+        """
         return self._has_moved or self._has_contributed
 
     def note_step(self) -> None:

@@ -91,7 +91,9 @@ class Board:
         """Set a bit: this feeder holds the last stage's signed answer."""
         self._in_flight.discard(microbatch.number)
         self._own.add(microbatch.number)
+        moved_s = dict(self._moved_s)
         self.learn_done(self._done, now_s=now_s)
+        self._moved_s = moved_s  # whoever owned it has not moved: it was us
 
     def give_back(self, microbatch: Microbatch, *, not_before_s: float) -> None:
         """Return a number whose attempt failed; it may be tried again from `not_before_s` on."""

@@ -139,14 +139,7 @@ class Quit:
 
 @dataclass(frozen=True, slots=True)
 class Rejoin:
-    """Policy: our branch of a fork is given up. Everything since is dropped, and history fetched anew.
-
-    If it says which lineage was `lost`, that counts only if ours has it, and if we have met one of the `sources`, who
-    have the other: as long as they cannot be reached, nothing is gained by giving up what we have.
-    """
-
-    lost: Lineage | None = None
-    sources: tuple[PeerId, ...] = ()
+    """Policy: our branch of a fork is given up. Everything since is dropped, and history fetched anew."""
 
 
 Event = (

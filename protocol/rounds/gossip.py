@@ -7,8 +7,6 @@ say of a chain counts as the answer to a question of ours, and only members and 
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from protocol.ids import Digest, Lineage, PeerId, Version
 from protocol.rounds.events import CommitStep, Report, Send, Step, Trouble
 from protocol.rounds.lineage import Chain, Link, Relation
@@ -277,10 +275,6 @@ class Gossip:
             return []
         self._believed_s[peer] = now_s
         return self._member.resync(None)
-
-    def has_parted_from(self, peers: Collection[PeerId]) -> bool:
-        """Tell whether one of these was met in another branch of the stage's lineage."""
-        return not self._forks.keys().isdisjoint(peers)
 
     def _report_fork(self, peer: PeerId, lineage: Lineage) -> list[Step]:
         chain = self._member.chain

@@ -152,6 +152,7 @@ class Chain:
         commit = settings.notary.unseal(signed, COMMIT_CONTEXT, Commit)
         _require(commit.run == settings.run and commit.stage == settings.stage, "it is about another stage")
         _require(commit.generation == self.generation, "it belongs to another charter")
+        _require(commit.codec in settings.rules.codecs, "its bytes are in what this run does not use")
         return commit
 
     def _link(self, signed: Signed, commit: Commit) -> Link:

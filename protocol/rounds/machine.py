@@ -225,16 +225,8 @@ class RoundMachine:
             case Quit():
                 return member.leaving.goodbyes(member.chain)
             case Rejoin():
-                return self._rejoin(event)
+                return member.resync(None)
         return []
-
-    def _rejoin(self, event: Rejoin) -> list[Step]:
-        """Give our branch up, if it is the one that is meant."""
-        if event.lost is not None:
-            chain = self._member.chain
-            if chain is None or chain.link_of(event.lost) is None or not self._gossip.has_parted_from(event.sources):
-                return []
-        return self._member.resync(None, event.sources)
 
     def _on_message(self, sender: PeerId, message: StageMessage, now_s: float) -> list[Step]:
         if sender in self._neighbours.banned:

@@ -198,12 +198,12 @@ class Member:
             return not is_quorum({*present, me}, slot.order, break_tie=not slot.slept)
         return not present
 
-    def resync(self, charter: Signed | None, sources: tuple[PeerId, ...] = ()) -> list[Step]:
-        """Give up what we have and fetch the stage's state from history, from anybody if no `sources` are named."""
+    def resync(self, charter: Signed | None) -> list[Step]:
+        """Give up what we have and fetch the stage's state from history."""
         actions = self._end_slot()
         if charter is None and self.chain is not None:
             charter = self.chain.signed_charter
-        sources = sources or self._neighbours.hosts(self._settings.stage)
+        sources = self._neighbours.hosts(self._settings.stage)
         self.chain = self.applied = self._awaiting = self._retry_from = self.state_digest = None
         self._opened, self._late, self._keeps_work = None, None, False
         self._syncing, self._attempts = True, 0
@@ -292,9 +292,9 @@ class Member:
             and slot.applied
             and self._awaiting is None
             and slot.staged is not None
-            and slot.staged.digest == commit.digest
+            and slot.staged.are_of(commit)
         )
-        if slot is not None and slot.staged is not None and slot.staged.digest == commit.digest:
+        if slot is not None and slot.staged is not None and slot.staged.are_of(commit):
             check_scale(self._settings.rules, commit, slot.staged)  # final or not: we apply nothing that is wrong
         actions = self._report_if_left_out(signed)
         clock, self._keeps_work = self.clock, False

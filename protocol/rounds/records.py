@@ -126,9 +126,10 @@ def count_losses(stage: StageId, contributors: Sequence[Contribution], closings:
     return min(dropped, MAX_COUNT), min(doubled, MAX_COUNT)  # a closing may lie; a record must stay a record
 
 
-def group_id(slot: Slot, ballot: Ballot, group: Sequence[Contribution]) -> Digest:
-    """Name a reduce: another ballot or another list is another group, so nothing is ever mixed."""
-    words = [slot.parent.lineage, ballot.to_bytes(), *(contribution.to_bytes() for contribution in group)]
+def group_id(slot: Slot, ballot: Ballot, group: Sequence[Contribution], *, codec: str, round_id: RoundId) -> Digest:
+    """Name a reduce: another ballot, list, codec or round is another group, so nothing is ever mixed."""
+    how = f"/{codec}/{round_id}/".encode()
+    words = [slot.parent.lineage, ballot.to_bytes(), how, *(contribution.to_bytes() for contribution in group)]
     return digest(b"handcar group", *words)
 
 
@@ -149,11 +150,7 @@ def check_proposal(
             raise PeerFault(f"it seats {seat.peer}, who is banned")
         if seat not in slot.parent.seats and seat.peer not in commit.joiners:
             raise PeerFault(f"it seats {seat.peer}, who is neither a member nor a joiner")
-    if commit.codec not in settings.rules.codecs:
-        raise PeerFault(f"its bytes are in {commit.codec}, which this run does not use")
-    if staged is not None and staged.digest == commit.digest:
-        if staged.codec != commit.codec:
-            raise PeerFault(f"its bytes are said to be in {commit.codec}, and are in {staged.codec}")
+    if staged is not None and staged.are_of(commit):
         check_scale(settings.rules, commit, staged)
 
 

@@ -93,8 +93,8 @@ class RoundRules:
     """How far back a member that was away can be brought up to date without fetching a snapshot."""
     codecs: tuple[str, ...] = ("fp32",)
     """What averages of this stage may travel in, from the most exact to the smallest; the steward chooses."""
-    num_averaged: int = 0
-    """How many numbers a round averages."""
+    num_averaged: Callable[[RoundId], int] = lambda _round: 0
+    """How many numbers are averaged after a round, at most."""
     overlap: bool = False
     """Average one round while the next one computes, and take the result over when that has ended, too."""
 

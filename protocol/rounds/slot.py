@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from protocol.ids import Digest, PeerId, RoundId
 from protocol.rounds.lineage import Link
-from protocol.rounds.messages import Ballot, Begin, Closing, Ready, Vote
+from protocol.rounds.messages import Ballot, Begin, Closing, Commit, Ready, Vote
 from protocol.signing import Signed
 
 
@@ -29,6 +29,12 @@ class StagedBytes:
     digest: Digest
     norm: float
     codec: str
+    round: RoundId
+    """After which they were summed: it decides what of the stage they are."""
+
+    def are_of(self, commit: Commit) -> bool:
+        """Tell whether a commit means these bytes, read as we have read them."""
+        return (self.digest, self.codec, self.round) == (commit.digest, commit.codec, commit.round)
 
 
 @dataclass(slots=True)

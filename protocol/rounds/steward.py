@@ -303,13 +303,14 @@ class Steward:
             Contribution(peer=peer, tokens=self._pongs[peer].tokens or 0) for peer in self._choose_contributors()
         )
         assert self._heard is not None
+        round_id, codec = self._heard.closing.round, self._choose_codec([contribution.peer for contribution in group])
         self.phase, self._since_s = Phase.REDUCING, now_s
         self._group = Begin(
             **self._address(),
             ballot=self.ballot,
-            round=self._heard.closing.round,
-            codec=self._choose_codec([contribution.peer for contribution in group]),
-            group_id=group_id(self._slot, self.ballot, group),
+            round=round_id,
+            codec=codec,
+            group_id=group_id(self._slot, self.ballot, group, codec=codec, round_id=round_id),
             group=group,
         )
         return self._ask([contribution.peer for contribution in group])
@@ -320,7 +321,7 @@ class Steward:
         measured = [rate for peer in group if (rate := self._pongs[peer].bytes_per_s) is not None]
         return choose_codec(
             rules.codecs,
-            num_elements=rules.num_averaged,
+            num_elements=rules.num_averaged(self._heard.closing.round),
             num_members=len(group),
             bytes_per_s=min(measured, default=None),
             round_s=self._slot.round_s,
@@ -369,7 +370,7 @@ class Steward:
                 ballot=self.ballot,
                 heard=self._heard,
                 contributors=group.group,
-                staged=StagedBytes(result.digest, result.norm, group.codec),
+                staged=StagedBytes(result.digest, result.norm, group.codec, group.round),
                 seats=seats,
                 speeds=tuple(self._speed_of(seat.peer) for seat in seats),
                 joiners=joiners,

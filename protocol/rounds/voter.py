@@ -105,7 +105,7 @@ class Voter:
             return "the group has nothing to average"
         if begin.codec not in self._settings.rules.codecs or begin.round < slot.parent.next_round:
             return f"{begin.codec} after round {begin.round} is not what this run averages"
-        if begin.group_id != group_id(slot, slot.promised, begin.group):
+        if begin.group_id != group_id(slot, slot.promised, begin.group, codec=begin.codec, round_id=begin.round):
             return "the group does not have the name that its ballot and list give it"
         mine = tokens.get(self._settings.me.peer)
         if mine != slot.tokens:  # the steward lies, or a void round has passed since our answer
@@ -133,7 +133,7 @@ class Voter:
         own = self._result
         if own is not None and own.ballot == propose.ballot and own.digest not in (None, commit.digest):
             return [*actions, *self._object(Trouble.DIVERGED, propose.ballot, "another sum than we made in its group")]
-        if slot.staged is not None and slot.staged.digest == commit.digest:
+        if slot.staged is not None and slot.staged.are_of(commit):
             slot.vote = Vote(ballot=propose.ballot, commit=propose.commit)
             return [*actions, self._accept(propose)]
         if not slot.applied:
@@ -162,7 +162,7 @@ class Voter:
             return []
         slot.reducing = None
         if isinstance(event, ReduceDone) and 0 <= event.norm <= MAX_NORM:
-            slot.staged = StagedBytes(event.digest, event.norm, begin.codec)
+            slot.staged = StagedBytes(event.digest, event.norm, begin.codec, begin.round)
             slot.bytes_per_s = event.bytes_per_s or slot.bytes_per_s
             outcome = {"digest": event.digest, "norm": event.norm}
         elif isinstance(event, ReduceDone):
@@ -192,7 +192,7 @@ class Voter:
         if isinstance(event, FetchFailed):
             late = propose.ballot != slot.promised
             return [] if late else [self._decline(propose.ballot, event.reason, objection=False)]
-        slot.staged = StagedBytes(event.digest, event.norm, commit.codec)
+        slot.staged = StagedBytes(event.digest, event.norm, commit.codec, commit.round)
         if propose.ballot != slot.promised:
             return []
         try:

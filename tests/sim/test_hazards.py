@@ -10,9 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.forks import Forks
 from protocol.ids import PeerId, RoundId, StageId
-from protocol.rounds.events import Rejoin, Send, Trouble
+from protocol.rounds.events import Send, Trouble
 from protocol.rounds.messages import CLOSING_CONTEXT, ClosingNotice, DoneReport, DoneTask
 from protocol.rounds.records import draw_closing
 from protocol.rounds.voter import Voter
@@ -283,37 +282,6 @@ def test_hazard_3i_a_swarm_torn_for_long_forks_visibly_and_a_charter_heals_it(se
     settle(world)
     world.run_rounds(2, within_s=30.0)
     assert not world.checks.forks()
-
-
-@seeds
-def test_hazard_3i_a_torn_swarm_heals_without_a_charter_as_the_coordinator_says(seed: int) -> None:
-    """The half that did less fetches what the other has, which goes on as it is. Oracle: `coordinator.forks`."""
-    spans = ((0, 1), (0, 1), (0, 1), (0, 1))
-    world = World(seed, Options(spans=spans, allow_forks=True))
-    torment(world, [CoordinatorAway(0.4, 40.0), Partition(("p00", "p01"), 0.5, 25.0)])
-    world.run(40.0)
-    assert world.checks.forks()
-    forks = Forks()
-    for (_, lineage), commit in world.checks.commits.items():
-        forks.note(commit, lineage)
-    verdict = forks.verdict(dict.fromkeys(map(StageId, world.stages), 1))
-    assert verdict is not None
-    assert set(verdict.winners) == set(world.stages), "the halves have their own clocks, and so do their commits"
-    told = set()
-    for process in world.processes.values():
-        for stage, replica in process.replicas.items():
-            assert replica.held is not None
-            if winners := verdict.rejoins(stage, replica.held.lineage):
-                told.add(process.name)
-                process.replicas[stage].feed(Rejoin(replica.held.lineage, winners))
-            else:  # it is not of the lineage that is named
-                process.replicas[stage].feed(Rejoin(verdict.losers[0].tip, verdict.winners[stage].members))
-    assert len(told) == 2
-    world.run_until(lambda: not world.checks.forks(), within_s=30.0)
-    settle(world)
-    world.run_rounds(2, within_s=30.0)
-    assert not world.checks.forks()
-    assert {commit.generation for commit in world.checks.commits.values()} == {1}
 
 
 @seeds

@@ -25,6 +25,17 @@ def test_waiting_for_others_does_not_count() -> None:
     assert pace.tokens_per_s == 20.0
 
 
+def test_a_pause_before_a_takeover_does_not_count() -> None:
+    """Ten tasks of a second, and one of somebody else 100 s later. Oracle: 10 tokens/s all the same."""
+    clock = Clock()
+    pace = Pace(clock)
+    pace.begin()
+    for gap_s in [1.0] * 10 + [100.0]:
+        clock.now_s += gap_s
+        pace.note(10)
+    assert pace.tokens_per_s == 10.0
+
+
 def test_a_round_without_work_says_nothing_new() -> None:
     """What was measured before still holds; the next round with work is measured by itself."""
     clock = Clock()

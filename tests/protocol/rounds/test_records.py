@@ -121,7 +121,7 @@ def test_a_commit_divides_the_norm_of_the_sum_by_all_tokens() -> None:
         ballot=BALLOT,
         heard=heard(closing()),
         contributors=group,
-        staged=StagedBytes(digest(b"sum"), 120.0, "fp32"),
+        staged=StagedBytes(digest(b"sum"), 120.0, "fp32", RoundId(0)),
         seats=(seat(A),),
         speeds=(12.5,),
         joiners=(),
@@ -136,12 +136,14 @@ def test_another_ballot_or_another_list_is_another_group() -> None:
     here = slot(chain())
     group = (Contribution(peer=A, tokens=1), Contribution(peer=B, tokens=2))
     ids = {
-        group_id(here, BALLOT, group),
-        group_id(here, Ballot(number=2, steward=A), group),
-        group_id(here, BALLOT, group[::-1]),
-        group_id(here, BALLOT, (group[0], Contribution(peer=B, tokens=3))),
+        group_id(here, BALLOT, group, codec="fp32", round_id=RoundId(0)),
+        group_id(here, Ballot(number=2, steward=A), group, codec="fp32", round_id=RoundId(0)),
+        group_id(here, BALLOT, group[::-1], codec="fp32", round_id=RoundId(0)),
+        group_id(here, BALLOT, (group[0], Contribution(peer=B, tokens=3)), codec="fp32", round_id=RoundId(0)),
+        group_id(here, BALLOT, group, codec="int8", round_id=RoundId(0)),
+        group_id(here, BALLOT, group, codec="fp32", round_id=RoundId(1)),
     }
-    assert len(ids) == 4
+    assert len(ids) == 6
 
 
 @pytest.mark.parametrize(
@@ -159,7 +161,7 @@ def test_a_member_objects_to_what_it_can_check(changes: dict[str, Any], complain
     lineages = chain()
     here = slot(lineages)
     record = lineages.follows_head(commit(lineages.head.lineage, **changes))
-    staged = StagedBytes(record.digest, 2.0 * record.total_tokens, "fp32")
+    staged = StagedBytes(record.digest, 2.0 * record.total_tokens, "fp32", RoundId(0))
     with pytest.raises(PeerFault, match=complaint):
         check_proposal(settings(), here, record, staged=staged, banned=frozenset({C} if complaint == "banned" else ()))
 
@@ -168,7 +170,7 @@ def test_a_norm_that_differs_in_the_last_bits_is_no_objection() -> None:
     """Devices sum in different orders."""
     lineages = chain()
     record = lineages.follows_head(commit(lineages.head.lineage))
-    staged = StagedBytes(record.digest, 2.0 * record.total_tokens * (1 + 1e-5), "fp32")
+    staged = StagedBytes(record.digest, 2.0 * record.total_tokens * (1 + 1e-5), "fp32", RoundId(0))
     check_proposal(settings(), slot(lineages), record, staged=staged, banned=frozenset())
     strict = settings(rules=replace(RULES, scale_tolerance=1e-7))
     with pytest.raises(PeerFault, match="clip scale"):

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from protocol.ids import Digest, PeerId, digest
+from protocol.ids import Digest, PeerId, RoundId, digest
 from protocol.rounds.events import Announce, Report, Send, Step, Trouble
 from protocol.rounds.messages import (
     MAX_BALLOT,
@@ -30,7 +30,7 @@ from protocol.rounds.messages import (
 from protocol.rounds.slot import StagedBytes
 from protocol.rounds.steward import Phase, Steward
 from protocol.signing import Signed
-from tests.protocol.rounds.builders import STAGE, TIMERS, A, B, C, chain, commit, settings, slot
+from tests.protocol.rounds.builders import RULES, STAGE, TIMERS, A, B, C, chain, commit, settings, slot
 
 M = TypeVar("M", bound=StageMessage)
 SUM = digest(b"sum")
@@ -194,7 +194,7 @@ def test_a_vote_that_the_dead_may_have_made_final_is_not_passed_over() -> None:
     for dead, passes in ((1, False), (0, True)):
         case = Case()
         case.slot.gone = set(case.others[:dead])
-        case.slot.staged = StagedBytes(SUM, 600.0, "fp32")
+        case.slot.staged = StagedBytes(SUM, 600.0, "fp32", RoundId(0))
         case.start()
         vote = _voted(case, 1)
         case.pong(case.me)
@@ -492,8 +492,8 @@ def test_who_dies_before_it_has_accepted_is_not_waited_for() -> None:
 def test_the_codec_is_for_the_slowest_who_takes_part(rates: tuple[float | None, ...], codec: str) -> None:
     """Oracle: 1,024 numbers in a tenth of 10 s, by `choose_codec`; the commit says what its bytes are in."""
     case = Case()
-    rules = replace(case.steward._settings.rules, codecs=("fp16", "int8", "sparse"), num_averaged=1024)
-    case.steward._settings = replace(case.steward._settings, rules=rules)
+    rules = replace(RULES, codecs=("fp16", "int8", "sparse"), num_averaged=lambda _round: 1024)
+    case.steward._settings = case.chain._settings = replace(case.steward._settings, rules=rules)
     case.slot.round_s = 10.0
     case.start()
     for peer, rate in zip(case.slot.order, rates, strict=True):
