@@ -232,7 +232,7 @@ def test_make_names_the_python_that_it_needs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("failing", "called"),
-    [("nothing", ["lint", "test"]), ("lint", ["lint"]), ("test", ["lint", "test"])],
+    [("nothing", ["lint", "test-all"]), ("lint", ["lint"]), ("test-all", ["lint", "test-all"])],
 )
 def test_ci_lints_and_runs_the_tests_and_fails_with_them(tmp_path: Path, failing: str, called: list[str]) -> None:
     """Oracle: a `make` that notes what it was asked for and fails on command."""

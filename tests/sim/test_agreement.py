@@ -306,10 +306,13 @@ def test_the_search_finds_the_fork_if_the_dead_shrink_the_quorum(monkeypatch: py
 
 @pytest.mark.slow
 def test_the_search_finds_the_fork_that_a_listener_of_the_dead_makes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first of two commits alone, a newcomer follows, the first dies: the second must not go on at once."""
+    """The first of two commits alone, a newcomer follows, the first dies: the second must not go on at once.
+
+    About one seed in two thousand; 7,000 is one of them.
+    """
     monkeypatch.setattr(Neighbours, "has_listeners", lambda self, members: False)
     with pytest.raises(AssertionError, match="has left the others"):
-        _explore_all(range(1000), torn=True)
+        _explore_all(range(6900, 7100), torn=True)
 
 
 def _explore_all(seeds: range, *, torn: bool = False) -> int:
