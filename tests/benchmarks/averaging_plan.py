@@ -141,7 +141,8 @@ def _run(folder: Path, case: Case) -> Found:
             stage_s = tuple(sum(computed[name] for name in names) / num_computed for names in hosts)
             moved = "SELECT TOTAL(activation_bytes) FROM work WHERE round >= ? AND round < ?"
             averaged = "SELECT TOTAL(bytes_sent) FROM averagings WHERE ok AND round >= ? AND round < ?"
-            num_bytes = db.execute(moved, span).fetchone()[0] / 2 + db.execute(averaged, span).fetchone()[0]
+            # of a hop its caller alone counts both ways
+            num_bytes = db.execute(moved, span).fetchone()[0] + db.execute(averaged, span).fetchone()[0]
     return Found(
         directory=swarm.directory,
         tokens_per_s=batch.tokens_per_round / round_s,

@@ -96,6 +96,7 @@ def assert_close(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_small_run_yields_the_rows_that_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: every step writes each weight and moment once (6.06 bytes, and padding), whatever the wave."""
     monkeypatch.setattr(memory, "QUICK", TINY)

@@ -217,6 +217,7 @@ def test_a_run_that_is_served_already(bench: Bench) -> None:
 # -- disks ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_truncated_checkpoint_and_a_rotten_token_chunk_cost_only_what_they_held(tmp_path: Path, corpus: Path) -> None:
     """Everything stops; then the newest checkpoint is short and the peer's copy of its text has a flipped byte.
 

@@ -53,6 +53,7 @@ def test_a_tenth_of_the_state_in_memory_is_enough(tmp_path: Path, corpus: Path) 
     assert plain["heldout_loss"] < plain["losses"][0], "or it is the loss of the initial weights in both"
 
 
+@pytest.mark.long
 def test_a_killed_peer_goes_on_from_its_own_drive(tmp_path: Path, corpus: Path) -> None:
     """Oracle: it says so, fetches no snapshot, and its state is that of the other replica at every version."""
     limits = (*ROOMY, "--nvme", str(tmp_path / "nvme"))
