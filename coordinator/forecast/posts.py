@@ -127,15 +127,14 @@ def posts_of(swarm: Swarm, model: Model, recipe: Recipe) -> tuple[Post, ...]:
             hint="Take more peers, fewer stages, or more stages per peer.",
         )
     training, evaluating = hops_of(model, recipe, len(spans)), hops_of(model, recipe, len(spans), trains=False)
-    crews = swarm.crews(len(spans))
+    crews, stages = swarm.crews(len(spans)), model.spans(1)
     replicas = [_replicas(swarm, recipe, span, crew) for span, crew in zip(spans, crews, strict=True)]
     computing_s = max(_computing_s(each, recipe) for each in replicas)
     posts = []
     for index, (span, crew) in enumerate(zip(spans, crews, strict=True)):
         count = sum(crew.values())
         averaged = [
-            _averaging(model.spans(1)[stage], stage, replicas[index], recipe, computing_s=computing_s)
-            for stage in span.stages
+            _averaging(stages[stage], stage, replicas[index], recipe, computing_s=computing_s) for stage in span.stages
         ]
         posts.append(
             Post(

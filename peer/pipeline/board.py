@@ -91,9 +91,7 @@ class Board:
         """Set a bit: this feeder holds the last stage's signed answer."""
         self._in_flight.discard(microbatch.number)
         self._own.add(microbatch.number)
-        moved_s = dict(self._moved_s)
         self.learn_done(self._done, now_s=now_s)
-        self._moved_s = moved_s  # whoever owned it has not moved: it was us
 
     def give_back(self, microbatch: Microbatch, *, not_before_s: float) -> None:
         """Return a number whose attempt failed; it may be tried again from `not_before_s` on."""
@@ -110,7 +108,7 @@ class Board:
         if self._done == before:
             return
         self._left = [microbatch for number, microbatch in self._plan.items() if number not in self._done]
-        for number in news:
+        for number in news - self._own:  # of what we fed ourselves its owner has not moved
             self._moved_s[next(iter(self._living(number)), self._me)] = now_s
         self._changed.set()
         self._changed = asyncio.Event()
