@@ -24,11 +24,10 @@ import sysconfig
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 
-from coordinator.store.database import DATABASE_FILE, open_readonly
 from protocol.architecture import preset
 from tests.benchmarks.harness import Options, Row, figure
 from tests.e2e.swarm import Place, Swarm
@@ -105,7 +104,7 @@ def _utilisation(folder: Path, settings: tuple[str, ...], *, is_limited: bool) -
             swarm.start_coordinator("--start-peers", str(len(PEERS)), "--until-finished")
             swarm.start_peers(PEERS)
             swarm.wait_finished(timeout_s=RUN_TIMEOUT_S)
-        with closing(open_readonly(swarm.directory / DATABASE_FILE)) as db:
+        with swarm.database() as db:
             rows = db.execute(
                 "SELECT p.name, w.compute_seconds / w.seconds FROM work AS w JOIN peers AS p ON p.peer = w.peer "
                 "WHERE w.round >= ? AND w.round < ?",

@@ -16,11 +16,12 @@ import argparse
 import asyncio
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -94,26 +95,8 @@ class Task:
     """Model and text of one seed."""
 
     def __init__(self, folder: Path, seed: int) -> None:
-        model = folder / f"model-{seed}"
-        model.mkdir()
-        (model / "config.json").write_text(json.dumps(CONFIG))
         directory = folder / f"run-{seed}"
-        overrides = {
-            "batch.sequence_length": LENGTH,
-            "batch.sequences_per_microbatch": SEQUENCES,
-            "batch.microbatches_per_round": REPLICAS,
-            "batch.eval_every": STEPS,
-        }
-        init_run(
-            directory,
-            preset="demo",
-            model=model,
-            tokenizer="train:1024",
-            stages=1,
-            rounds=STEPS,
-            seed=seed,
-            overrides=overrides,
-        )
+        _make_run(directory, seed, stages=1, rounds=STEPS, steps_per_round=1)
         self.seed, self._run = seed, RunDir.open(directory)
 
     def microbatches(self, step: int) -> list[tuple[Tensor, Tensor]]:
@@ -159,11 +142,7 @@ def train(task: Task, recipe: Recipe) -> float:
 def train_swarm(folder: Path, seed: int, recipe: Recipe) -> float:
     """Return the held-out loss of the same training by real processes: two stages of four replicas."""
     directory, rounds = folder / f"swarm-{seed}", STEPS // recipe.inner_steps
-    overrides = {
-        "batch.sequence_length": LENGTH,
-        "batch.sequences_per_microbatch": SEQUENCES,
-        "batch.microbatches_per_round": REPLICAS * recipe.inner_steps,
-        "batch.eval_every": rounds,
+    settings = {
         "optimizer.learning_rate": recipe.rate,
         "optimizer.warmup_rounds": round(WARMUP / recipe.inner_steps),
         "optimizer.final_lr_fraction": FINAL_FRACTION,
@@ -173,17 +152,8 @@ def train_swarm(folder: Path, seed: int, recipe: Recipe) -> float:
         "averaging.outer_learning_rate": recipe.outer.learning_rate,
         "averaging.outer_momentum": recipe.outer.momentum,
     }
-    model = folder / f"model-{seed}"
-    init_run(
-        directory,
-        preset="demo",
-        model=model,
-        tokenizer="train:1024",
-        stages=SWARM_STAGES,
-        rounds=rounds,
-        seed=seed,
-        overrides=overrides,
-    )
+    steps = recipe.inner_steps
+    _make_run(directory, seed, stages=SWARM_STAGES, rounds=rounds, steps_per_round=steps, settings=settings)
     with Swarm(folder / f"peers-{seed}", directory=directory) as swarm:
         peers = [f"p{number}" for number in range(SWARM_STAGES * REPLICAS)]
         swarm.start_coordinator("--start-peers", str(len(peers)), "--until-finished")
@@ -193,6 +163,37 @@ def train_swarm(folder: Path, seed: int, recipe: Recipe) -> float:
         loss = swarm.rounds()[-1].heldout_loss
     assert loss is not None
     return loss
+
+
+def _make_run(
+    directory: Path,
+    seed: int,
+    *,
+    stages: int,
+    rounds: int,
+    steps_per_round: int,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Make a run of the model; a round has the microbatches of so many inner steps of all replicas."""
+    model = directory.with_name(f"{directory.name}-model")
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(CONFIG))
+    batch = {
+        "batch.sequence_length": LENGTH,
+        "batch.sequences_per_microbatch": SEQUENCES,
+        "batch.microbatches_per_round": REPLICAS * steps_per_round,
+        "batch.eval_every": rounds,
+    }
+    init_run(
+        directory,
+        preset="demo",
+        model=model,
+        tokenizer="train:1024",
+        stages=stages,
+        rounds=rounds,
+        seed=seed,
+        overrides={**batch, **settings},
+    )
 
 
 def _engine(task: Task, outer: OuterSpec | None) -> StageEngine:

@@ -17,13 +17,10 @@ import statistics
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from coordinator.store.database import DATABASE_FILE, open_readonly
 from tests.benchmarks.averaging_links import CONFIG
 from tests.benchmarks.harness import Options, Row, figure
 from tests.e2e.processes import run_to_end
@@ -121,10 +118,10 @@ def _run(folder: Path, case: Case) -> Found:
         swarm.start_peers(["first", "second"])
         swarm.wait_finished(timeout_s=RUN_TIMEOUT_S)
         batch = swarm.run_dir().manifest.batch
-        feeder = next(peer for peer in swarm.peers.values() if _opened(peer.events("round.open")))
-        seconds = [later - earlier for earlier, later in itertools.pairwise(_opened(feeder.events("round.open")))]
+        feeder = next(peer for peer in swarm.peers.values() if peer.opened_s())
+        seconds = [later - earlier for earlier, later in itertools.pairwise(feeder.opened_s())]
         round_s = statistics.median(seconds[WARM_ROUNDS : ROUNDS - 1])
-        with closing(open_readonly(swarm.directory / DATABASE_FILE)) as db:
+        with swarm.database() as db:
             span, rounds = (WARM_ROUNDS, ROUNDS - 1), ROUNDS - 1 - WARM_ROUNDS
             computed = dict(
                 db.execute(
@@ -134,7 +131,7 @@ def _run(folder: Path, case: Case) -> Found:
                 ).fetchall()
             )
             hosts = [
-                {peer.name for peer in swarm.peers.values() if _opened(peer.events("round.open"), stage=stage)}
+                {peer.name for peer in swarm.peers.values() if peer.opened_s(stage=stage)}
                 for stage in range(case.stages)
             ]
             num_computed = rounds * batch.microbatches_per_round
@@ -166,9 +163,3 @@ def _plan(directory: Path, stage_s: Sequence[float], beside_s: float) -> dict[st
     answer: dict[str, Any] = json.loads(said.strip().split("\n")[-1])
     asked: dict[str, Any] = answer["data"]["asked"]
     return asked
-
-
-def _opened(events: list[dict[str, Any]], *, stage: int = 0) -> list[float]:
-    """Return when rounds of a stage were opened, in seconds."""
-    times = [event["timestamp"] for event in events if event["stage"] == stage]
-    return [datetime.fromisoformat(str(each)).timestamp() for each in times]

@@ -13,12 +13,10 @@ from __future__ import annotations
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import closing
-from datetime import datetime
 from pathlib import Path
 
-from coordinator.store.database import DATABASE_FILE, open_readonly
 from tests.benchmarks.harness import Options, Row, figure
+from tests.e2e.processes import at_s
 from tests.e2e.swarm import Swarm
 
 FAST, SLOW = "slow:0.05", "slow:0.5"
@@ -57,8 +55,8 @@ def _tokens_per_s(folder: Path, peers: Mapping[str, str]) -> Mapping[str, float]
         for name, oddity in peers.items():
             swarm.start_peer(name, oddity=oddity)
         swarm.wait_finished(timeout_s=RUN_TIMEOUT_S)
-        opened = {event["round"]: _at_s(event["timestamp"]) for event in swarm.peers[OTHERS[0]].events("round.open")}
-        with closing(open_readonly(swarm.directory / DATABASE_FILE)) as db:
+        opened = {event["round"]: at_s(event) for event in swarm.peers[OTHERS[0]].events("round.open")}
+        with swarm.database() as db:
             found = db.execute(
                 "SELECT p.name, TOTAL(w.target_tokens) FROM work AS w JOIN peers AS p ON p.peer = w.peer "
                 "WHERE w.round >= ? AND w.round < ? GROUP BY p.name",
@@ -66,7 +64,3 @@ def _tokens_per_s(folder: Path, peers: Mapping[str, str]) -> Mapping[str, float]
             ).fetchall()
     seconds = opened[ROUNDS - 1] - opened[WARM_ROUNDS]
     return {name: tokens / seconds for name, tokens in found}
-
-
-def _at_s(timestamp: str) -> float:
-    return datetime.fromisoformat(timestamp).timestamp()

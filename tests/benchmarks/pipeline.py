@@ -14,7 +14,6 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
-from datetime import datetime
 from pathlib import Path
 
 from coordinator.rundir import RunDir
@@ -40,10 +39,10 @@ def swarm_tokens_per_s(folder: Path) -> float:
         swarm.start_coordinator("--start-peers", "2", "--until-finished")
         swarm.start_peers(["first", "second"])
         swarm.wait_finished(timeout_s=600.0)
-        feeder = next(peer for peer in swarm.peers.values() if _opened(peer.events("round.open"), stage=0))
-        opened = _opened(feeder.events("round.open"), stage=0)
+        feeder = next(peer for peer in swarm.peers.values() if peer.opened_s())
+        opened_s = feeder.opened_s()
         tokens = swarm.run_dir().manifest.batch.tokens_per_round
-    seconds = [later - earlier for earlier, later in itertools.pairwise(opened)]
+    seconds = [later - earlier for earlier, later in itertools.pairwise(opened_s)]
     return tokens / statistics.median(seconds[WARM_ROUNDS : ROUNDS - 1])
 
 
@@ -81,11 +80,6 @@ def measure(options: Options) -> Iterator[Row]:
         yield compare(
             "pipeline", pairs, unit="tokens/s", bar=BAR, note="2 stages x 1 thread against 1 process x 2 threads"
         )
-
-
-def _opened(events: list[dict[str, object]], *, stage: int) -> list[float]:
-    """Return when rounds of a stage were opened, in seconds."""
-    return [datetime.fromisoformat(str(event["timestamp"])).timestamp() for event in events if event["stage"] == stage]
 
 
 def _corpus() -> Path:

@@ -19,11 +19,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.processes import Command, stop_server
+from tests.e2e.processes import Command, at_s, stop_server
 from tests.e2e.swarm import Swarm
 
 PEERS = ("p0", "p1", "p2")
@@ -103,15 +102,11 @@ def _times(
 ) -> Sequence[float]:
     """Return when living peers have logged an event since then."""
     return [
-        at_s
+        now_s
         for peer in swarm.living()
         for event in peer.events(name)
-        if (at_s := _at_s(event)) > after_s and where(event)
+        if (now_s := at_s(event)) > after_s and where(event)
     ]
-
-
-def _at_s(event: dict[str, Any]) -> float:
-    return datetime.fromisoformat(str(event["timestamp"])).timestamp()
 
 
 def _phase(peer: Command) -> str:

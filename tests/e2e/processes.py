@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Literal
@@ -123,10 +124,19 @@ class Command:
         found = [json.loads(line) for line in lines]
         return found if name is None else [event for event in found if event["event"] == name]
 
+    def opened_s(self, *, stage: int = 0) -> list[float]:
+        """Return when rounds of a stage were opened here."""
+        return [at_s(event) for event in self.events("round.open") if event["stage"] == stage]
+
     def story(self) -> str:
         """Return the ends of its stderr and its log, for a failure's message."""
         tails = [f"{path.name}: ...{_text(path)[-TAIL_CHARS:]}" for path in (self.err, self.log)]
         return f"--- {self.name} (exit code {self.code})\n" + "\n".join(tails)
+
+
+def at_s(event: dict[str, Any]) -> float:
+    """Return when something was logged, in seconds of the wall clock."""
+    return datetime.fromisoformat(str(event["timestamp"])).timestamp()
 
 
 def wait_for(condition: Callable[[], object], command: Command, *, timeout_s: float) -> None:

@@ -6,6 +6,7 @@ losses, counters and state digests. Must not know: what a test expects.
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -187,14 +188,18 @@ class Swarm:
         """Return the status document, from the run directory."""
         return status_of_directory(self.directory)
 
+    def database(self) -> closing[sqlite3.Connection]:
+        """Open the coordinator's database, to be read; close it with the block."""
+        return closing(open_readonly(self.directory / DATABASE_FILE))
+
     def rounds(self) -> list[tallies.RoundTally]:
         """Return the closed rounds, oldest first."""
-        with closing(open_readonly(self.directory / DATABASE_FILE)) as db:
+        with self.database() as db:
             return tallies.round_tallies(db)
 
     def counters(self) -> tallies.Counters:
         """Return the ledger's counters."""
-        with closing(open_readonly(self.directory / DATABASE_FILE)) as db:
+        with self.database() as db:
             return tallies.counters(db)
 
     def run_dir(self) -> RunDir:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from itertools import chain
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import psutil
 import pytest
 
 from coordinator.store import peers
-from coordinator.store.database import DATABASE_FILE, open_readonly
 from protocol import control, history, hops
 from protocol.batches import TaskKind
 from protocol.hops import OpenTask, ResumeTask, TensorSpec
@@ -166,7 +164,7 @@ def _hops(run: RunId) -> tuple[Message, ...]:
 def _addresses(swarm: Swarm, victim: Command) -> tuple[str, ...]:
     if victim is swarm.coordinator:
         return Invite.from_text(swarm.invite).addresses
-    with closing(open_readonly(swarm.directory / DATABASE_FILE)) as db:
+    with swarm.database() as db:
         return next(peer.addresses for peer in peers.load_peers(db) if peer.name == victim.name)
 
 

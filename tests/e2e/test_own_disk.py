@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import pytest
 
 from coordinator.store import history
-from coordinator.store.database import DATABASE_FILE, open_readonly
 from coordinator.store.tallies import RoundTally
 from protocol.architecture import preset
 from protocol.rounds.messages import Charter
@@ -80,6 +78,6 @@ def _losses(rounds: Sequence[RoundTally]) -> list[float]:
 
 
 def _charter(swarm: Swarm, *, stage: int) -> Charter:
-    with closing(open_readonly(swarm.directory / DATABASE_FILE)) as db:
+    with swarm.database() as db:
         (row,) = (row for row in history.newest_charters(db) if row.stage == stage)
     return Charter.from_bytes(Signed.from_bytes(row.signed).payload)
