@@ -23,7 +23,7 @@ from coordinator.tokenizer import DEFINITION, TextTokenizer, make_tokenizer
 from protocol.architecture import ModelConfig, check_config, stage_blocks, stage_layers, untie
 from protocol.batches import check_enough_tokens, num_windows
 from protocol.errors import ConfigError, ModelError, WireError
-from protocol.manifest import MANIFEST_CONTEXT, BatchSpec, DataSpec, Manifest, ModelSpec
+from protocol.manifest import MANIFEST_CONTEXT, AveragingSpec, BatchSpec, DataSpec, Manifest, ModelSpec
 from protocol.signing import seal
 from protocol.transport.identity import create
 from protocol.wire import Message
@@ -102,6 +102,21 @@ def readable(manifest: Manifest) -> str:
     return json.dumps({"about": about, "run": manifest.run_id, **fields}, indent=2) + "\n"
 
 
+def check_averaging(spec: AveragingSpec, config: ModelConfig, num_stages: int) -> None:
+    """Raise `ConfigError` unless what is said of averaging fits the cut of the model."""
+    if len(spec.stage_codecs) not in (0, num_stages):
+        raise ConfigError(
+            f"averaging.stage_codecs names {len(spec.stage_codecs)} codecs for {num_stages} stages.",
+            hint="Name one for every stage, or set averaging.codec for all of them.",
+        )
+    fewest = min(len(stage_blocks(config, num_stages, stage)) for stage in range(num_stages))
+    if spec.fragments > fewest:
+        raise ConfigError(
+            f"a stage of {fewest} layers and tables cannot be averaged in {spec.fragments} fragments.",
+            hint=f"Set averaging.fragments to at most {fewest}, or cut the model into fewer stages.",
+        )
+
+
 def sections_of(owner: Preset | Manifest) -> dict[str, Any]:
     """Return the sections whose fields `--set` changes."""
     return {section: getattr(owner, section) for section in SECTIONS}
@@ -149,18 +164,7 @@ def _plan(
     num_layers = config["num_hidden_layers"]
     num_stages = min(preset.num_stages, num_layers) if stages is None else stages
     stage_layers(config, num_stages)
-    codecs = preset.averaging.stage_codecs
-    if len(codecs) not in (0, num_stages):
-        raise ConfigError(
-            f"averaging.stage_codecs names {len(codecs)} codecs for {num_stages} stages.",
-            hint="Name one for every stage, or set averaging.codec for all of them.",
-        )
-    fewest, fragments = _fewest_blocks(config, num_stages), preset.averaging.fragments
-    if fragments > fewest:
-        raise ConfigError(
-            f"a stage of {fewest} layers and tables cannot be averaged in {fragments} fragments.",
-            hint=f"Set averaging.fragments to at most {fewest}, or cut the model into fewer stages.",
-        )
+    check_averaging(preset.averaging, config, num_stages)
     positions = config.get("max_position_embeddings")
     if positions is not None and preset.batch.sequence_length > positions:
         raise ModelError(
@@ -182,10 +186,6 @@ def _plan(
         tokenizer=tokenizer or preset.tokenizer,
         seed=seed,
     )
-
-
-def _fewest_blocks(config: ModelConfig, num_stages: int) -> int:
-    return min(len(stage_blocks(config, num_stages, stage)) for stage in range(num_stages))
 
 
 def _checked(kind: type[M], fields: Mapping[str, Any], what: str) -> M:

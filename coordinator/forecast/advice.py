@@ -192,10 +192,11 @@ def _faster(peers: Peers, factor: float) -> Peers:
 def _fewer_stages(swarm: Swarm, model: Model, recipe: Recipe) -> tuple[int, Option] | None:
     """Return half as many stages, or a quarter and so on, if something is enough then: more layers a peer, fewer hops.
 
-    What was measured of a stage says nothing about other cuts.
+    What was measured of a stage, or set for it, says nothing about other cuts.
     """
     num_stages = model.num_stages // 2
-    while num_stages and not any(peers.stage_seconds for peers in swarm.peers):
+    is_about_stages = bool(recipe.averaging.stage_codecs) or any(peers.stage_seconds for peers in swarm.peers)
+    while num_stages and not is_about_stages:
         cut, all_fits = Model(model.config, num_stages), replace(swarm, stages_per_peer=1)
         try:
             asked = Option(recipe, forecast(all_fits, cut, recipe))

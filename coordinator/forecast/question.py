@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.forecast.swarm import DEFAULT_PING_MS, DEFAULT_WAVE, Model, Peers, Recipe, Swarm
-from coordinator.init import overridden, read_model_config, sections_of
+from coordinator.init import check_averaging, overridden, read_model_config, sections_of
 from coordinator.presets import DEFAULT_PRESET, find_preset
 from coordinator.rundir import RunDir
 from coordinator.tokenizer import foreseen_size
@@ -71,6 +71,7 @@ def read_question(question: Question) -> Asked:
     num_stages = num_stages if question.num_stages is None else question.num_stages
     stage_layers(config, num_stages)  # refuses cuts that cannot be
     sections = overridden(sections, question.settings)
+    check_averaging(sections["averaging"], config, num_stages)
     recipe = Recipe(**sections)
     tokens = question.target_tokens
     if tokens is not None and not math.isfinite(tokens):

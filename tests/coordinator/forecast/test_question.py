@@ -131,6 +131,8 @@ def test_peers_are_counted_together() -> None:
         (Question(preset="bench", num_stages=99), "cannot be cut"),
         (Question(preset="bench", settings={"batch.size": 3}), "no setting 'batch.size'"),
         (Question(preset="bench", settings={"averaging.codec": "int4"}), "impossible"),
+        (Question(preset="bench", settings={"averaging.stage_codecs": ["int8"]}), "names 1 codecs for 2 stages"),
+        (Question(preset="bench", settings={"averaging.mode": "diloco", "averaging.fragments": 60}), "60 fragments"),
         (Question(preset="bench", usual={"stage_seconds": "1/2/3"}), "3 stages were measured, and there are 2"),
         (Question(preset="bench", ping_ms=float("nan")), "latency: nan"),
         (Question(preset="bench", target_tokens=float("inf")), "inf is not a number of tokens"),
