@@ -56,7 +56,7 @@ from protocol.rounds.neighbours import Neighbours
 from protocol.rounds.quorum import is_quorum, steward_order
 from protocol.rounds.records import check_scale
 from protocol.rounds.settings import Settings
-from protocol.rounds.slot import Slot
+from protocol.rounds.slot import Measured, Slot
 from protocol.rounds.steward import Steward
 from protocol.rounds.voter import Voter
 from protocol.signing import Signed
@@ -119,8 +119,7 @@ class Member:
         self._awaiting: Lineage | None = None  # what the driver is applying
         self._opened: RoundId | None = None  # the round whose tasks we take, or took last
         self._opened_s = 0.0
-        self._bytes_per_s: float | None = None
-        self._tokens_per_s: float | None = None
+        self._measured = Measured()
         self._late: _Late | None = None  # waits for the end of that round
         self._keeps_work = False  # what is being applied was late: what was frozen since then stays
         self._stood_generation = 0
@@ -258,7 +257,7 @@ class Member:
         if slot is None or slot.freezing != event.round:
             return []
         slot.freezing, slot.contribution = None, event.tokens
-        slot.tokens_per_s = event.tokens_per_s or slot.tokens_per_s
+        self._measured.tokens_per_s = event.tokens_per_s or self._measured.tokens_per_s
         return self._average(now_s) if slot.applied else self._apply_late()
 
     def on_void(self, sender: PeerId, void: VoidRound, now_s: float) -> list[Step]:
@@ -432,8 +431,7 @@ class Member:
             heard_s=now_s,
             one_by_one=settings.rules.overlap,
             leaving=self.leaving.is_wanted,
-            bytes_per_s=self._bytes_per_s,
-            tokens_per_s=self._tokens_per_s,
+            measured=self._measured,
         )
         slot.closings.update(self.closings.since(slot.round))
         self.slot = slot
@@ -443,8 +441,6 @@ class Member:
 
     def _end_slot(self) -> list[Step]:
         slot = self.slot
-        if slot is not None:
-            self._bytes_per_s, self._tokens_per_s = slot.bytes_per_s, slot.tokens_per_s
         if self.steward is not None:
             self.num_failed_ballots += self.steward.num_failed
         self.slot = self.voter = self.steward = self.clock = self._late = None

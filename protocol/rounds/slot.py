@@ -38,6 +38,16 @@ class StagedBytes:
 
 
 @dataclass(slots=True)
+class Measured:
+    """What a member has last found out about itself, for stewards to hear. None: nothing yet."""
+
+    bytes_per_s: float | None = None
+    """How much it could send in an average."""
+    tokens_per_s: float | None = None
+    """How fast it was while it had something to do."""
+
+
+@dataclass(slots=True)
 class Slot:
     """The open question: which commit follows `parent`?"""
 
@@ -81,10 +91,8 @@ class Slot:
     """We want to leave with the next commit."""
     round_s: float | None = None
     """How long we took tasks of what is frozen, if we did."""
-    bytes_per_s: float | None = None
-    """How much we could send in the last average that we have made."""
-    tokens_per_s: float | None = None
-    """How fast we were when we last had something to do."""
+    measured: Measured = field(default_factory=Measured)
+    """Outlives the slot."""
 
     @property
     def tokens(self) -> int | None:

@@ -163,7 +163,7 @@ class Voter:
         slot.reducing = None
         if isinstance(event, ReduceDone) and 0 <= event.norm <= MAX_NORM:
             slot.staged = StagedBytes(event.digest, event.norm, begin.codec, begin.round)
-            slot.bytes_per_s = event.bytes_per_s or slot.bytes_per_s
+            slot.measured.bytes_per_s = event.bytes_per_s or slot.measured.bytes_per_s
             outcome = {"digest": event.digest, "norm": event.norm}
         elif isinstance(event, ReduceDone):
             outcome = {"digest": None, "reason": f"the norm of the sum is {event.norm}"}
@@ -238,8 +238,8 @@ class Voter:
                 tokens=slot.tokens,
                 vote=slot.vote,
                 leaving=slot.leaving,
-                bytes_per_s=slot.bytes_per_s,
-                tokens_per_s=slot.tokens_per_s,
+                bytes_per_s=slot.measured.bytes_per_s,
+                tokens_per_s=slot.measured.tokens_per_s,
             ),
         )
 

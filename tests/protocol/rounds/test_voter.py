@@ -205,7 +205,7 @@ def test_what_was_measured_is_told_to_the_next_steward() -> None:
     assert pong.bytes_per_s == 1e6
     case.begin(NEW)
     case.voter.on_reduced(ReduceDone(case.group_id(NEW), digest(b"sum"), 60.0))
-    assert case.slot.bytes_per_s == 1e6
+    assert case.slot.measured.bytes_per_s == 1e6
 
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0])
