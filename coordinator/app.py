@@ -6,6 +6,7 @@ any service works. Everything here may be killed at any moment: what a peer was 
     node (p2pd, DHT)  <- calls: Register, Beat, Leave, StateRequest, StatusRequest;  blobs: tokens, checkpoints
     registry -> ledger, placement        every beat
     charters -> founding                 every tick
+    reunion -> forks                     every tick
     collector -> offers, fetching        beside
 """
 
@@ -31,6 +32,7 @@ from coordinator.journal import Journal
 from coordinator.ledger import Ledger
 from coordinator.monitor.local import SharedStatus, status_of_run
 from coordinator.registry import Registry
+from coordinator.reunion import Reunion
 from coordinator.rundir import KEY, RunDir
 from coordinator.serving import Shelf
 from coordinator.settings import CoordinatorSettings
@@ -66,6 +68,7 @@ class Services:
     ledger: Ledger
     registry: Registry
     charters: CharterOffice
+    reunion: Reunion
     finish: Finish
     shared_status: SharedStatus
     _status_turn: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
@@ -81,6 +84,7 @@ class Services:
         await self.registry.sweep()
         if not self.finish.is_reached:
             await self.charters.tick()
+            await self.reunion.tick()
         await self.finish.tick(newest)
         await self._save_notes()
 
@@ -123,6 +127,7 @@ def make_services(run: RunDir, settings: CoordinatorSettings, *, database: Datab
         journal=journal,
         clock=clock,
     )
+    reunion = Reunion(manifest, settings=settings, registry=registry, ledger=ledger, journal=journal, clock=clock)
     finish = Finish(manifest, registry=registry, database=database, journal=journal, clock=clock)
     return Services(
         run=run,
@@ -133,6 +138,7 @@ def make_services(run: RunDir, settings: CoordinatorSettings, *, database: Datab
         ledger=ledger,
         registry=registry,
         charters=charters,
+        reunion=reunion,
         finish=finish,
         shared_status=SharedStatus(lambda: status_of_run(run)),
     )
@@ -272,6 +278,7 @@ def _make_collector(services: Services, blobs: Blobs, calls: Calls) -> Collector
     return Collector(
         services.run,
         registry=services.registry,
+        ledger=services.ledger,
         database=services.database,
         journal=services.journal,
         clock=services.clock,

@@ -21,6 +21,7 @@ from coordinator.checkpointfiles import Checkpoint, StageFiles
 from coordinator.clock import Clock
 from coordinator.fetching import FetchRange, WrongHashError, fetch_file
 from coordinator.journal import Journal
+from coordinator.ledger import Ledger
 from coordinator.offers import Agreement, Offers
 from coordinator.registry import Registry
 from coordinator.rundir import RunDir
@@ -50,6 +51,7 @@ class Collector:
         run: RunDir,
         *,
         registry: Registry,
+        ledger: Ledger,
         database: Database,
         journal: Journal,
         clock: Clock,
@@ -59,6 +61,7 @@ class Collector:
     ) -> None:
         self._run = run
         self._registry = registry
+        self._ledger = ledger
         self._database = database
         self._journal = journal
         self._clock = clock
@@ -91,6 +94,7 @@ class Collector:
         self._learn_offers()
         after = -1 if self.newest is None else self.newest.round
         await self._ask_again(self._offers.out_of_step(after=after))
+        self._offers.drop(self._ledger.is_given_up)
         round_id = self._offers.newest_complete(after=after)
         if round_id is None:
             return True

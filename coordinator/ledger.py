@@ -11,7 +11,7 @@ one line in the log, and counts for nothing.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import structlog
 
@@ -31,6 +31,7 @@ log = structlog.get_logger()
 
 MAX_NUMBER = 1 << 53  # far above any honest count, exact as a float, and SQLite adds 1,024 of them without overflow
 MAX_LINEAGES = 4096  # whose seats are remembered: the newest of every stage are all that is asked for
+MAX_LINKS = 4096  # of a stage's commits: how far back it is looked for where two halves have parted
 
 Seating = frozenset[tuple[PeerId, int]]
 
@@ -44,20 +45,43 @@ class Ledger:
         self._clock = clock
         self._seats: OrderedDict[Lineage, Seating] = OrderedDict()
         self._charters: dict[StageId, Charter] = {}
-        self._newest: dict[StageId, tuple[Signed, Commit]] = {}
+        self._newest: dict[StageId, dict[Lineage, tuple[Signed, Commit]]] = {}
+        self._given_up: frozenset[Lineage] = frozenset()
 
     async def load(self) -> None:
         """Take over the newest commits. Call once, before serving, when the charters are known."""
+        await self._load_given_up()
         for row in await self._database.run(history.newest_commits):
             self._learn(Signed.from_bytes(row))
 
     def newest_commit(self, stage: StageId) -> tuple[Signed, Commit] | None:
         """Return the newest commit under a stage's newest charter that a member of it signed, as far as we were told.
 
-        Others are history. Of two that part it is always the same one.
+        Others are history. Of two that part it is always the same one, unless it was settled which half goes on.
         """
-        found, charter = self._newest.get(stage), self._charters.get(stage)
-        return found if found and charter and found[1].generation == charter.generation else None
+        charter = self._charters.get(stage)
+        known = [
+            (signed, commit)
+            for lineage, (signed, commit) in self._newest.get(stage, {}).items()
+            if charter is not None and commit.generation == charter.generation and lineage not in self._given_up
+        ]
+        return min(known, key=_newest_first, default=None)
+
+    def is_given_up(self, lineage: Lineage) -> bool:
+        """Tell whether a state is of the half of a torn swarm that does not go on, as far as that was reported."""
+        return lineage in self._given_up
+
+    async def give_up(self, lineages: Collection[Lineage]) -> None:
+        """Settle that commits, and all that will ever follow them, do not go on. Raises `StorageError`."""
+        await self._database.run(history.give_up, lineages, at_s=self._clock.wall())
+        await self._load_given_up()
+
+    async def links(self) -> Sequence[history.CommitLink]:
+        """Return the newest commits under every stage's newest charter that were not given up."""
+        found: list[history.CommitLink] = []
+        for stage, charter in sorted(self._charters.items()):
+            found += await self._database.run(history.commit_links, stage, charter.generation, limit=MAX_LINKS)
+        return found
 
     async def record(self, peer: PeerId, reports: Sequence[NumberedReport]) -> int:
         """Store what is new among a peer's reports; return up to which number they are safe on disk.
@@ -68,9 +92,12 @@ class Ledger:
             raise PeerFault(f"{peer} numbers its reports beyond reason")
         entries = [self._entry(peer, numbered) for numbered in reports]
         acknowledged = await self._database.run(history.add_reports, peer, entries, received_s=self._clock.wall())
-        for entry in entries:
-            if isinstance(entry.said, history.CommitRow) and entry.said.vouched:
-                self._learn(Signed.from_bytes(entry.said.signed))
+        commits = [entry.said for entry in entries if isinstance(entry.said, history.CommitRow)]
+        for row in commits:
+            if row.vouched:
+                self._learn(Signed.from_bytes(row.signed))
+        if commits and self._given_up:  # they may follow one that was
+            await self._load_given_up()
         return acknowledged
 
     def learn_charter(self, signed: Signed, charter: Charter) -> None:
@@ -84,11 +111,20 @@ class Ledger:
         return None if seating is None else (peer, session) in seating
 
     def _learn(self, signed: Signed) -> None:
-        """Take over a commit that is on disk, unless a newer one of its stage is known."""
+        """Take over a commit that is on disk, and keep those of its stage's newest rounds."""
         commit = Commit.from_bytes(signed.payload)
-        self._remember(next_lineage(commit.parent, signed.payload), commit.seats)
-        known = self._newest.get(commit.stage, (signed, commit))
-        self._newest[commit.stage] = min(known, (signed, commit), key=_newest_first)
+        lineage = next_lineage(commit.parent, signed.payload)
+        self._remember(lineage, commit.seats)
+        known = self._newest.get(commit.stage, {}) | {lineage: (signed, commit)}
+        newest = max((each.generation, each.round) for _, each in known.values())
+        self._newest[commit.stage] = {
+            lineage: (signed, each)
+            for lineage, (signed, each) in known.items()
+            if (each.generation, each.round + history.ROUNDS_KEPT) > newest
+        }
+
+    async def _load_given_up(self) -> None:
+        self._given_up = frozenset(await self._database.run(history.given_up, limit=MAX_LINEAGES))
 
     def _remember(self, lineage: Lineage, seats: Seats) -> None:
         self._seats[lineage] = frozenset((seat.peer, seat.session) for seat in seats)
@@ -207,6 +243,7 @@ def _commit_row(signed: Signed, commit: Commit, *, is_member: bool, vouched: boo
         generation=commit.generation,
         version=commit.version,
         lineage=next_lineage(commit.parent, signed.payload),
+        parent=commit.parent,
         closing=history.ClosingRow(
             digest=summary.closing_digest,
             signer=summary.clock,

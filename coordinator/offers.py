@@ -10,11 +10,11 @@ then the lower digest, and the others are named.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from protocol.control import Snapshot
-from protocol.ids import PeerId, RoundId, StageId
+from protocol.ids import Lineage, PeerId, RoundId, StageId
 
 REMEMBERED = 2  # of each peer and stage: that is how many a peer keeps
 Parts = frozenset[str]
@@ -60,6 +60,12 @@ class Offers:
         """Forget one offer that turned out to be none, however often it is repeated."""
         self._denied.add((peer, stage, round_id))
         self._offers.get((peer, stage), {}).pop(round_id, None)
+
+    def drop(self, is_given_up: Callable[[Lineage], bool]) -> None:
+        """Forget offers of states that do not go on."""
+        for known in self._offers.values():
+            for round_id in [each for each, snapshot in known.items() if is_given_up(snapshot.lineage)]:
+                del known[round_id]
 
     def newest_complete(self, *, after: int) -> RoundId | None:
         """Return the newest round after `after` for which every stage is offered, or None."""

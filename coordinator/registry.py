@@ -24,7 +24,7 @@ from coordinator.placement import Host, place
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import history, peers
 from coordinator.store.database import Database
-from protocol.control import Beat, BeatReply, Leave, PeerState, Register, StageState, Welcome
+from protocol.control import Beat, BeatReply, GivenUp, Leave, PeerState, Register, StageState, Welcome
 from protocol.errors import ClockError, IncompatibleError, RefusedError, StorageError, WireError
 from protocol.ids import PeerId, StageId
 from protocol.manifest import Manifest
@@ -95,6 +95,8 @@ class Registry:
         self._saved_s = float("-inf")
         self.charters: Callable[[], tuple[Signed, ...]] = tuple
         """Newest charter of every stage; the charter office puts itself here."""
+        self.given_up: Callable[[LivePeer], tuple[GivenUp, ...]] = lambda peer: ()
+        """What a peer should not stand on any more, and whom to follow instead; the reunion puts itself here."""
         self.is_finished = False
         """The run has its last checkpoint: peers are told so."""
         self.awake_since_s: float | None = None
@@ -220,6 +222,7 @@ class Registry:
             stages=peer.stages,
             charters=self.charters(),
             members=self._hints(caller),
+            given_up=self.given_up(peer),
             finished=self.is_finished,
         )
 

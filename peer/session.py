@@ -109,6 +109,8 @@ class Session:
     def on_reply(self, reply: BeatReply) -> None:
         """Take over what the coordinator says."""
         self._take_charters(reply.charters)
+        for each in reply.given_up:
+            self._parts.give_up(each)
         members: dict[StageId, list[PeerId]] = {}
         for stage, peer, addresses in reply.members:
             members.setdefault(stage, []).append(peer)
@@ -324,21 +326,18 @@ class Session:
 
     def _stage_state(self, stage: StageId) -> StageState:
         driver, place = self._parts.drivers[stage], self._places[stage]
-        membership = self._parts.view.membership(stage)
-        has_state = stage not in self._joined or driver.has_state
-        is_member = (
-            has_state and stage in self._joined and membership is not None and self._link.peer_id in membership.members
-        )
-        at = membership if is_member and membership is not None else place
+        link = driver.standing if stage in self._joined else None
+        is_member = link is not None and self._link.peer_id in link.members
         return StageState(
             stage=stage,
-            round=at.round,
-            version=at.version,
-            lineage=at.lineage,
-            ready=has_state,
-            members=len(membership.members) if is_member and membership is not None else 0,
+            round=place.round if link is None else link.next_round,
+            version=place.version if link is None else link.version,
+            lineage=place.lineage if link is None else link.lineage,
+            ready=link is not None or stage not in self._joined,
+            members=len(link.members) if link is not None and is_member else 0,
             state_digest=driver.state_digest,
             snapshot=driver.snapshot,
+            rival=driver.rival,
         )
 
     def _start_over(self) -> None:

@@ -44,7 +44,7 @@ from peer.settings import PeerSettings
 from peer.tally import Tally
 from peer.tasks import Outcome, TaskId
 from protocol.batches import Microbatch, TaskKind
-from protocol.control import CommitReport
+from protocol.control import CommitReport, GivenUp
 from protocol.errors import PeerFault, RefusedError, TransientError
 from protocol.history import CommitNews, LogAnswer, LogRequest, StateAnswer, StateRequest
 from protocol.ids import Lineage, PeerId, RoundId, StageId, Version
@@ -264,6 +264,11 @@ class SpanParts:
             blobs=self._link.blobs,
             coordinator=self._link.coordinator,
         )
+
+    def give_up(self, what: GivenUp) -> None:
+        """Let a stage follow others instead of what it has, if it still has it."""
+        if what.stage in self.drivers:
+            self.drivers[what.stage].post(events.Rejoin(what.lineage, what.members))
 
     def learn_charter(self, charter: Charter, lineage: Lineage) -> None:
         """Let the router know the members that a charter names."""

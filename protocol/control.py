@@ -117,6 +117,8 @@ class StageState(Message):
     """How many replicas its last commit names, itself included."""
     state_digest: Digest | None = None
     """Over weights and optimizer state at `version`; a charter names it."""
+    rival: Lineage | None = None
+    """Where others of this stage stand that we have met, and who went on without us when the swarm was torn."""
     snapshot: Snapshot | None = None
 
 
@@ -186,6 +188,15 @@ class Beat(Message):
     reports: Annotated[tuple[NumberedReport, ...], Field(max_length=64)] = ()
 
 
+class GivenUp(Message):
+    """A lineage that does not go on, though a replica stands there: its swarm was torn, and the other half goes on."""
+
+    stage: StageId
+    lineage: Lineage
+    members: Annotated[tuple[PeerId, ...], Field(max_length=64)]
+    """Some who stand where it does go on."""
+
+
 class BeatReply(Message):
     """What the coordinator wants this peer to know."""
 
@@ -197,6 +208,8 @@ class BeatReply(Message):
     """Newest charter of each stage."""
     members: Annotated[tuple[tuple[StageId, PeerId, tuple[Text, ...]], ...], Field(max_length=4096)] = ()
     """Who hosts what, with addresses: a hint that spares a DHT lookup."""
+    given_up: Annotated[tuple[GivenUp, ...], Field(max_length=256)] = ()
+    """Where this peer should not stand any more."""
     finished: bool = False
     """The run has its last checkpoint; there is nothing left to do."""
 

@@ -14,6 +14,8 @@ from coordinator.store.peers import is_known
 from protocol.control import AveragingReport, WorkReport
 from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, Version
 
+ROUNDS_KEPT = 8  # of whose commits the envelopes are kept; two halves of a swarm that meet again are soon in step
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CharterRow:
@@ -52,6 +54,7 @@ class CommitRow:
     generation: int
     version: Version
     lineage: Lineage
+    parent: Lineage
     closing: ClosingRow
     members: int
     tokens: int
@@ -64,6 +67,22 @@ class CommitRow:
     vouched: bool
     """A member signed it: only then does it say how far its stage has come."""
     signed: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitLink:
+    """A vouched commit's place in its stage's tree, and what speaks for it."""
+
+    stage: StageId
+    version: Version
+    lineage: Lineage
+    parent: Lineage
+    closing: tuple[Digest, PeerId]
+    """And its clock's name: two halves may close a round with the same words."""
+    tokens: int
+    members: int
+    takers: int
+    """How many of the members have reported it."""
 
 
 Said = ClosingRow | CommitRow | AveragingReport | WorkReport
@@ -158,8 +177,9 @@ def add_closing(db: sqlite3.Connection, row: ClosingRow, *, closed_s: float) -> 
 
 def add_commit(db: sqlite3.Connection, row: CommitRow, *, received_s: float) -> None:
     """Add a commit, unless it is known, and with it the closing that it sums up."""
+    given_up_s = _given_up_s(db, row.parent)
     db.execute(
-        "INSERT OR IGNORE INTO commits VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT OR IGNORE INTO commits VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             row.digest,
             row.stage,
@@ -174,10 +194,16 @@ def add_commit(db: sqlite3.Connection, row: CommitRow, *, received_s: float) -> 
             row.double_counted,
             row.solo,
             received_s,
+            row.parent,
+            row.closing.signer,
+            row.vouched,
+            None,
         ),
     )
     if row.vouched:
-        _keep_if_newest(db, row)
+        _keep_if_new(db, row)
+    if given_up_s is not None:
+        give_up(db, [row.lineage], at_s=given_up_s)
     add_closing(db, row.closing, closed_s=received_s)
 
 
@@ -187,8 +213,57 @@ def add_taker(db: sqlite3.Connection, digest: Digest, peer: PeerId) -> None:
 
 
 def newest_commits(db: sqlite3.Connection) -> list[bytes]:
-    """Return the signed commits of the newest round of every stage, of its highest generation."""
+    """Return the signed commits of the newest rounds of every stage, of its highest generation."""
     return [row[0] for row in db.execute("SELECT signed FROM signed_commits ORDER BY stage, digest")]
+
+
+def commit_links(db: sqlite3.Connection, stage: StageId, generation: int, *, limit: int) -> list[CommitLink]:
+    """Return the newest commits of a stage under one charter that were not given up, newest first."""
+    rows = db.execute(
+        """
+        SELECT version, lineage, parent, closing, clock, tokens, members,
+               (SELECT count(*) FROM commit_takers AS t WHERE t.digest = c.digest)
+        FROM commits AS c WHERE stage = ? AND generation = ? AND vouched AND given_up_s IS NULL
+        ORDER BY version DESC, lineage LIMIT ?
+        """,
+        (stage, generation, limit),
+    )
+    return [
+        CommitLink(
+            stage=stage,
+            version=version,
+            lineage=lineage,
+            parent=parent,
+            closing=(closing, clock),
+            tokens=tokens,
+            members=members,
+            takers=takers,
+        )
+        for version, lineage, parent, closing, clock, tokens, members, takers in rows
+    ]
+
+
+def give_up(db: sqlite3.Connection, lineages: Iterable[Lineage], *, at_s: float) -> None:
+    """Note that these commits and all that follows them are in no state that goes on, whenever they are reported."""
+    rounds: set[RoundId] = set()
+    waiting = list(lineages)
+    while waiting:
+        lineage = waiting.pop()
+        row = db.execute("SELECT round FROM commits WHERE lineage = ? AND given_up_s IS NULL", (lineage,)).fetchone()
+        if row is None:
+            continue
+        rounds.add(row[0])
+        db.execute("UPDATE commits SET given_up_s = ? WHERE lineage = ?", (at_s, lineage))
+        waiting += [child for (child,) in db.execute("SELECT lineage FROM commits WHERE parent = ?", (lineage,))]
+    for round_id in rounds:
+        if db.execute("SELECT 1 FROM rounds WHERE round = ?", (round_id,)).fetchone():
+            _settle_round(db, round_id)
+
+
+def given_up(db: sqlite3.Connection, *, limit: int) -> list[Lineage]:
+    """Return the newest lineages that were given up."""
+    newest = "given_up_s IS NOT NULL ORDER BY given_up_s DESC, version DESC LIMIT ?"
+    return [lineage for (lineage,) in db.execute(f"SELECT lineage FROM commits WHERE {newest}", (limit,))]
 
 
 def add_averaging(
@@ -308,13 +383,14 @@ def _settle_round(db: sqlite3.Connection, round_id: RoundId) -> None:
     """Mark all closings of a round but one as superseded.
 
     The one that stands is what commits of the highest generation were made under, then of most stages, then
-    the latest: a closing that no commit names (the last round has none) stands only if there is no other.
+    the latest: a closing that no commit names (the last round has none), or none that goes on, stands only if there is
+    no other.
     """
     standing = db.execute(
         """
         SELECT digest FROM rounds LEFT JOIN (
             SELECT closing, max(generation) AS generation, count(*) AS stages FROM commits
-            WHERE closing IN (SELECT digest FROM rounds WHERE round = :round) GROUP BY closing
+            WHERE closing IN (SELECT digest FROM rounds WHERE round = :round) AND given_up_s IS NULL GROUP BY closing
         ) AS named ON named.closing = digest
         WHERE round = :round
         ORDER BY coalesce(generation, 0) DESC, coalesce(stages, 0) DESC, closed_s DESC, digest LIMIT 1
@@ -324,18 +400,24 @@ def _settle_round(db: sqlite3.Connection, round_id: RoundId) -> None:
     db.execute("UPDATE rounds SET superseded = (digest <> ?) WHERE round = ?", (standing, round_id))
 
 
-def _keep_if_newest(db: sqlite3.Connection, row: CommitRow) -> None:
-    """Keep a commit's envelope as long as its stage has no newer one."""
+def _given_up_s(db: sqlite3.Connection, parent: Lineage) -> float | None:
+    """Return when a lineage was given up; None if it was not."""
+    row = db.execute("SELECT given_up_s FROM commits WHERE lineage = ?", (parent,)).fetchone()
+    return None if row is None else row[0]
+
+
+def _keep_if_new(db: sqlite3.Connection, row: CommitRow) -> None:
+    """Keep the envelopes of a stage's newest rounds: what its newest commit is may depend on what is given up."""
     db.execute(
         "INSERT OR IGNORE INTO signed_commits VALUES (?, ?, ?, ?, ?)",
         (row.digest, row.stage, row.generation, row.closing.round, row.signed),
     )
     db.execute(
         """
-        DELETE FROM signed_commits WHERE stage = :stage AND (generation, round) < (
-            SELECT generation, round FROM signed_commits WHERE stage = :stage
+        DELETE FROM signed_commits WHERE stage = :stage AND (generation, round) <= (
+            SELECT generation, round - :kept FROM signed_commits WHERE stage = :stage
             ORDER BY generation DESC, round DESC LIMIT 1
         )
         """,
-        {"stage": row.stage},
+        {"stage": row.stage, "kept": ROUNDS_KEPT},
     )

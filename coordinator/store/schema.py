@@ -206,6 +206,15 @@ MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE averagings ADD COLUMN reduce_group BLOB NOT NULL DEFAULT x'';
     ALTER TABLE averagings ADD COLUMN hidden_seconds REAL NOT NULL DEFAULT 0;
     """,
+    # The tree of commits, so that the halves of a torn swarm can be told apart, and what was given up with one of them.
+    """
+    ALTER TABLE commits ADD COLUMN parent BLOB NOT NULL DEFAULT x'';
+    ALTER TABLE commits ADD COLUMN clock TEXT NOT NULL DEFAULT '';      -- who signed the closing
+    ALTER TABLE commits ADD COLUMN vouched INTEGER NOT NULL DEFAULT 1;
+    ALTER TABLE commits ADD COLUMN given_up_s REAL;                     -- null: it goes on
+    CREATE INDEX commits_by_lineage ON commits (lineage);
+    CREATE INDEX commits_by_parent ON commits (parent);
+    """,
 )
 
 SCHEMA_VERSION = len(MIGRATIONS)

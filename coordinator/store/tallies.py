@@ -37,7 +37,8 @@ class Counters:
     rounds_solo: int
     """Pairs of stage and round that one replica committed alone."""
     rounds_rolled_back: int
-    """Committed updates, one per stage and round, that are not in the state to which the stage was restored."""
+    """Committed updates, one per stage and round, that are not in the state to which the stage was restored; and those
+    of the half of a torn swarm that does not go on."""
     hops: int
     activation_bytes: int
     peers_joined: int
@@ -74,14 +75,16 @@ class Course:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollback:
-    """What a stage lost when it was founded again on an older state than its last commit had led to."""
+    """What a stage lost: founded again on an older state than its last commit had led to, or torn in two."""
 
     stage: StageId
     generation: int
-    """Of the charter that founded it again."""
+    """Of the charter that founded it again, or under which it was torn."""
+    torn: bool
+    """These are the commits of the half that does not go on."""
     version_before: Version
     version: Version
-    """Founded on."""
+    """Founded on, or up to which the halves had been one."""
     rounds: int
     """Committed rounds whose updates are gone."""
     tokens: int
@@ -132,19 +135,24 @@ _SOLO = "SELECT count(*) FROM (SELECT DISTINCT stage, round FROM commits WHERE s
 _EVENTS = "SELECT kind, count(*) FROM events WHERE kind IN ('peer.joined', 'peer.lost', 'peer.left') GROUP BY kind"
 
 
+# What the lost half of a torn swarm had committed. Every commit there is an update of its own.
+_TORN = """
+    SELECT stage, generation, 1, max(version), min(version) - 1, count(*), CAST(TOTAL(tokens) AS INTEGER), given_up_s
+    FROM commits WHERE given_up_s IS NOT NULL GROUP BY stage, generation, given_up_s
+"""
 # The first later charter that began below a commit took it back; what was trained anew can be taken back again.
 # Rival commits of one place in a lineage are one update.
-_ROLLED_BACK = """
-    SELECT gone.stage, h.generation, max(gone.version), h.version, count(*), CAST(TOTAL(gone.tokens) AS INTEGER),
-           h.issued_s
+_ROLLED_BACK = f"""
+    SELECT gone.stage, h.generation, 0, max(gone.version), h.version, count(*), CAST(TOTAL(gone.tokens) AS INTEGER),
+           h.issued_s AS at_s
     FROM (
         SELECT c.stage, max(c.version) AS version, max(c.tokens) AS tokens, min(later.generation) AS taken_back_by
         FROM charters AS later
         JOIN commits AS c ON c.stage = later.stage AND c.generation < later.generation AND c.version > later.version
-        WHERE later.generation > 1 GROUP BY c.stage, c.generation, c.round
+        WHERE later.generation > 1 AND c.given_up_s IS NULL GROUP BY c.stage, c.generation, c.round
     ) AS gone
     JOIN charters AS h ON h.stage = gone.stage AND h.generation = gone.taken_back_by
-    GROUP BY gone.stage, h.generation ORDER BY h.issued_s DESC, gone.stage
+    GROUP BY gone.stage, h.generation UNION ALL {_TORN} ORDER BY at_s DESC, 1
 """
 
 
@@ -175,18 +183,19 @@ def counters(db: sqlite3.Connection) -> Counters:
 
 
 def rollbacks(db: sqlite3.Connection) -> list[Rollback]:
-    """Return what was lost whenever a stage was founded again, the newest first."""
+    """Return what was lost whenever a stage was founded again, or torn, the newest first."""
     return [
         Rollback(
             stage=StageId(stage),
             generation=generation,
+            torn=bool(torn),
             version_before=Version(before),
             version=Version(version),
             rounds=rounds,
             tokens=tokens,
             at_s=at_s,
         )
-        for stage, generation, before, version, rounds, tokens, at_s in db.execute(_ROLLED_BACK)
+        for stage, generation, torn, before, version, rounds, tokens, at_s in db.execute(_ROLLED_BACK)
     ]
 
 

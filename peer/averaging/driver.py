@@ -37,6 +37,7 @@ from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, Version
 from protocol.manifest import AveragingMode, Manifest
 from protocol.rounds import events
 from protocol.rounds.closings import FIRST_STAGE
+from protocol.rounds.lineage import Link
 from protocol.rounds.machine import RoundMachine
 from protocol.rounds.messages import MAX_COMMITS_PER_ANSWER, Charter, Closing, Commit, StageMessage
 from protocol.signing import Signed
@@ -172,9 +173,19 @@ class StageDriver:
         await self._outbox.say_last([(each.to, each.message) for each in farewells if isinstance(each, events.Send)])
 
     @property
+    def standing(self) -> Link | None:
+        """Where the state stands in the stage's lineage; None while it is being fetched anew."""
+        return self._machine.applied
+
+    @property
     def has_state(self) -> bool:
-        """Stands somewhere in the stage's lineage; False while the state is being fetched anew."""
-        return self._machine.applied is not None
+        """Tell whether there is a `standing`."""
+        return self.standing is not None
+
+    @property
+    def rival(self) -> Lineage | None:
+        """Where others of the stage stand, if they went on without us while nobody could be reached."""
+        return self._machine.rival
 
     def staged_update(self, digest_hex: str) -> bytes | memoryview | None:
         """Return update bytes that are summed but not committed yet, for a member that missed the reduce."""
@@ -242,8 +253,8 @@ class StageDriver:
                 await self._apply(commit, signed, lineage)
             case events.Replay(steps, sources):
                 self._change_state(lambda: self._replay(steps, sources), name=f"replay-{self.stage}")
-            case events.Resync(charter, sources):
-                self._change_state(lambda: self._resync(charter, sources), name=f"resync-{self.stage}")
+            case events.Resync():
+                self._change_state(lambda: self._resync(action), name=f"resync-{self.stage}")
             case events.NewLineage(_, lineage, round_id):  # a joiner finds the charter's state under its new name
                 assert self._machine.applied is not None
                 self._snapshot = await self.take_snapshot(round_id, self._machine.applied.version, lineage)
@@ -511,20 +522,20 @@ class StageDriver:
         engine = self._engine.engines[self.stage]
         return await self._compute.run(engine.state_digest, priority=Priority.CONTROL)
 
-    async def _resync(self, signed: Signed | None, sources: Iterable[PeerId]) -> None:
+    async def _resync(self, action: events.Resync) -> None:
         """Fetch the state anew: without it this replica is of no use. If nobody can bring it, start over.
 
-        What members say under an older charter than `signed` is history; they will hear of it.
+        What members say under an older charter than the one given is history; they will hear of it.
         """
-        least = 0 if signed is None else Charter.from_bytes(signed.payload).generation
+        least = 0 if action.charter is None else Charter.from_bytes(action.charter.payload).generation
         self._gate.freeze(self.stage)
         await self._compute.run(lambda: self._engine.freeze(self.stage, contributes=False), priority=Priority.CONTROL)
         self._staged.clear()
         give_up_s = time.monotonic() + RESYNC_PATIENCE_S
         while time.monotonic() < give_up_s:
             try:
-                everybody = [*sources, *self._hooks.sources()]
-                place = await self._sync.from_members(everybody, least_generation=least)
+                others = () if action.is_choice else self._hooks.sources()
+                place = await self._sync.from_members([*action.sources, *others], least_generation=least)
             except UnreachableError as error:
                 log.info("resync.waiting", stage=self.stage, error=error.one_line())
                 await asyncio.sleep(self._beat_s * 4)

@@ -139,7 +139,14 @@ class Quit:
 
 @dataclass(frozen=True, slots=True)
 class Rejoin:
-    """Policy: our branch of a fork is given up. Everything since is dropped, and history fetched anew."""
+    """The coordinator's word: our branch of a fork is given up. What we did since is dropped, and history fetched anew.
+
+    That counts only if our chain has the lineage that is `lost`, and if we have met one of the `sources`, who have the
+    other one: as long as they cannot be reached, nothing is gained by giving up what we have.
+    """
+
+    lost: Lineage
+    sources: tuple[PeerId, ...]
 
 
 Event = (
@@ -277,6 +284,8 @@ class Resync:
 
     charter: Signed | None
     sources: tuple[PeerId, ...]
+    is_choice: bool = False
+    """Nobody but the sources will do: others may stand in what we have given up."""
 
 
 @dataclass(frozen=True, slots=True)

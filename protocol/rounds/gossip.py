@@ -44,6 +44,18 @@ class Gossip:
         self._believed_s: dict[PeerId, float] = {}
         """On whose word we have given up our state, and when."""
         self._forks: dict[PeerId, Lineage] = {}
+        """Who stands in another branch than ours, and where."""
+
+    @property
+    def rivals(self) -> frozenset[PeerId]:
+        """Who of our stage was met in another branch of its lineage, and has not been seen in ours since."""
+        chain = self._member.chain
+        return frozenset() if chain is None else frozenset(self._forks.keys() & self._peers(chain))
+
+    @property
+    def rival(self) -> Lineage | None:
+        """Where one of the `rivals` stands."""
+        return min((self._forks[peer] for peer in self.rivals), default=None)
 
     def tick(self, now_s: float) -> list[Step]:
         """Say hello to somebody now and then; ask for a seat if we have none."""
@@ -157,6 +169,8 @@ class Gossip:
                 return self._ask(sender, chain, now_s)
             return [Send(sender, CharterNotice(stage=self._settings.stage, charter=chain.signed_charter))]
         relation = chain.relation(lineage, version)
+        if relation in (Relation.SAME, Relation.BEHIND):
+            self._forks.pop(sender, None)
         if relation is Relation.SAME:
             return []
         if relation is Relation.UNKNOWN:

@@ -172,6 +172,11 @@ class RoundMachine:
         )
 
     @property
+    def rival(self) -> Lineage | None:
+        """Where one of those stands who have parted from us; None if we have met nobody of the kind."""
+        return self._gossip.rival
+
+    @property
     def chain(self) -> Chain | None:
         """The lineage as we know it; its head may be ahead of the state that is applied."""
         return self._member.chain
@@ -225,8 +230,15 @@ class RoundMachine:
             case Quit():
                 return member.leaving.goodbyes(member.chain)
             case Rejoin():
-                return member.resync(None)
+                return self._rejoin(event)
         return []
+
+    def _rejoin(self, event: Rejoin) -> list[Step]:
+        """Give our branch up, if it is the one that is meant."""
+        chain = self._member.chain
+        if chain is None or chain.link_of(event.lost) is None or self._gossip.rivals.isdisjoint(event.sources):
+            return []
+        return self._member.resync(None, event.sources)
 
     def _on_message(self, sender: PeerId, message: StageMessage, now_s: float) -> list[Step]:
         if sender in self._neighbours.banned:

@@ -197,16 +197,16 @@ class Member:
             return not is_quorum({*present, me}, slot.order, break_tie=not slot.slept)
         return not present
 
-    def resync(self, charter: Signed | None) -> list[Step]:
-        """Give up what we have and fetch the stage's state from history."""
+    def resync(self, charter: Signed | None, sources: tuple[PeerId, ...] = ()) -> list[Step]:
+        """Give up what we have and fetch the stage's state from history, of anybody if no `sources` are named."""
         actions = self._end_slot()
         if charter is None and self.chain is not None:
             charter = self.chain.signed_charter
-        sources = self._neighbours.hosts(self._settings.stage)
+        resync = Resync(charter, sources or self._neighbours.hosts(self._settings.stage), is_choice=bool(sources))
         self.chain = self.applied = self._awaiting = self._retry_from = self.state_digest = None
         self._opened, self._late, self._keeps_work = None, None, False
         self._syncing, self._attempts = True, 0
-        return [*actions, Resync(charter, sources)]
+        return [*actions, resync]
 
     def on_synced(self, event: Synced, now_s: float) -> list[Step]:
         """Stand where the fetched history ends, unless a newer charter has come meanwhile."""

@@ -11,26 +11,23 @@ Therefore the share is that of both together; the note has each.
 
 `link_baseline`: gradients of fp16 at every step, averaged while everybody waits. `link_utilisation`: local steps, the
 drift in a low codec, averaged while the next round computes.
-
-Owns: the namespaces, which need root, and which are gone when the rows are there.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sysconfig
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 
 from protocol.architecture import preset
 from tests.benchmarks.harness import Options, Row, figure
-from tests.e2e.swarm import Place, Swarm
+from tests.e2e.netns import homes
+from tests.e2e.swarm import Swarm
 
 PEERS = ("p0", "p1")
 CONFIG = preset("bench") | {
@@ -40,9 +37,7 @@ CONFIG = preset("bench") | {
     "num_key_value_heads": 4,
     "intermediate_size": 688,
 }
-HUB = "coordinator"
 UP_MBPS, DOWN_MBPS = 20, 100
-BURST_BYTES = 64 * 1024
 ROUNDS, WARM_ROUNDS = 10, 2
 RUN_TIMEOUT_S = 400.0
 COMMON = (
@@ -90,7 +85,9 @@ def _utilisation(folder: Path, settings: tuple[str, ...], *, is_limited: bool) -
     corpus, model = Path(sysconfig.get_path("stdlib")) / "asyncio", folder / "model"
     model.mkdir(parents=True)
     (model / "config.json").write_text(json.dumps(CONFIG))
-    with _namespaces(is_limited=is_limited) as places:
+    with homes(*PEERS) as network:
+        if is_limited:
+            network.limit(up_mbps=UP_MBPS, down_mbps=DOWN_MBPS)
         with Swarm(
             folder,
             corpus=corpus,
@@ -99,7 +96,7 @@ def _utilisation(folder: Path, settings: tuple[str, ...], *, is_limited: bool) -
             settings=(*COMMON, *settings),
             preset="bench",
             model=model,
-            places=places,
+            places=network.places,
         ) as swarm:
             swarm.start_coordinator("--start-peers", str(len(PEERS)), "--until-finished")
             swarm.start_peers(PEERS)
@@ -114,41 +111,3 @@ def _utilisation(folder: Path, settings: tuple[str, ...], *, is_limited: bool) -
     for peer, share in rows:
         shares[peer].append(share)
     return {peer: fmean(found) for peer, found in shares.items()}
-
-
-@contextmanager
-def _namespaces(*, is_limited: bool) -> Iterator[Mapping[str, Place]]:
-    """Make a hub and one namespace per peer; remove them all at the end, whatever happens short of SIGKILL."""
-    prefix = f"handcar-{os.getpid()}-"
-    places = {name: Place(prefix + name, f"10.77.0.{number}") for number, name in enumerate((HUB, *PEERS), start=1)}
-    hub = places[HUB].netns
-    try:
-        for place in places.values():
-            _ip("netns", "add", place.netns)
-            _ip("-n", place.netns, "link", "set", "lo", "up")
-        _ip("-n", hub, "link", "add", "bridge", "type", "bridge")
-        _ip("-n", hub, "addr", "add", f"{places[HUB].address}/24", "dev", "bridge")
-        _ip("-n", hub, "link", "set", "bridge", "up")
-        for name in PEERS:
-            place = places[name]
-            _ip("-n", hub, "link", "add", name, "type", "veth", "peer", "name", "home", "netns", place.netns)
-            _ip("-n", hub, "link", "set", name, "master", "bridge", "up")
-            _ip("-n", place.netns, "addr", "add", f"{place.address}/24", "dev", "home")
-            _ip("-n", place.netns, "link", "set", "home", "up")
-            if is_limited:
-                _limit(place.netns, "home", UP_MBPS)
-                _limit(hub, name, DOWN_MBPS)
-        yield places
-    finally:
-        for place in places.values():
-            subprocess.run(["ip", "netns", "del", place.netns], check=False, capture_output=True, timeout=30)
-
-
-def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, timeout=30)
-
-
-def _limit(netns: str, device: str, mbps: int) -> None:
-    bucket = ("rate", f"{mbps}mbit", "burst", str(BURST_BYTES), "latency", "200ms")
-    argv = ["tc", "-n", netns, "qdisc", "add", "dev", device, "root", "tbf", *bucket]
-    subprocess.run(argv, check=True, timeout=30)

@@ -38,6 +38,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_rivals, "THREADS", 1)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("rival", SAME_TRAINING, ids=lambda rival: rival.name)
 def test_a_rival_trains_like_the_yardstick(rival: Rival, tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ours_and_the_yardstick_compute_the_same(tmp_path: Path) -> None:
     """Oracle: plain PyTorch from the same weights. After two steps outputs and gradients show weights and moments.
 

@@ -230,6 +230,7 @@ def make_collector(office: Office, fake: FakePeers) -> Collector:
     collector = Collector(
         services.run,
         registry=services.registry,
+        ledger=services.ledger,
         database=services.database,
         journal=services.journal,
         clock=services.clock,

@@ -265,6 +265,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+@pytest.mark.long
 def test_a_disk_that_is_full_while_checkpointing(tmp_path: Path, small_disk: Path, corpus: Path) -> None:
     """The coordinator's disk fills up: rounds go on, the older checkpoints stay sound; freed, it writes again."""
     with Swarm(tmp_path, corpus=corpus, rounds=FOREVER, stages=1, settings=SLOW_ROUNDS) as swarm:

@@ -32,7 +32,9 @@ RUN_TIMEOUT_S = 150.0
     "more",
     [
         ('averaging.stage_codecs=["int8","auto"]',),
-        ("averaging.codec=sparse", "averaging.overlap=true", "averaging.fragments=3"),
+        pytest.param(
+            ("averaging.codec=sparse", "averaging.overlap=true", "averaging.fragments=3"), marks=pytest.mark.long
+        ),
     ],
     ids=["codecs", "sparse-overlap-fragments"],
 )
@@ -88,6 +90,7 @@ def test_alone_with_one_step_per_round_it_is_plain_training(tmp_path: Path, corp
         assert plain["losses"][-1] < plain["losses"][0], "a run that learns nothing compares nothing"
 
 
+@pytest.mark.long
 def test_gradients_that_are_averaged_meanwhile_come_a_round_late(tmp_path: Path, corpus: Path) -> None:
     """Two stages of two replicas, overlapping. Oracle: the plain loop that takes each step a round late."""
     settings = ("averaging.overlap=true", "averaging.codec=fp32", *SETTINGS[1:], f"batch.eval_every={PLAIN_ROUNDS}")

@@ -154,6 +154,7 @@ def test_a_stage_without_replicas_is_restored_on_a_peer_of_another_stage(life: L
     _check_restored(life)
 
 
+@pytest.mark.long
 def test_a_stage_without_replicas_is_restored_on_a_newcomer(life: Life) -> None:
     """Whoever joins before the dead are missed may be placed elsewhere first; the stage comes back all the same."""
     _kill_stage_1(life)

@@ -18,6 +18,7 @@ from peer.session import Session
 from protocol.errors import UnreachableError
 from protocol.ids import Digest, Lineage, PeerId, RoundId, RunId, StageId, Version, digest
 from protocol.rounds import events
+from protocol.rounds.lineage import Link
 from protocol.rounds.messages import CHARTER_CONTEXT, Charter, Seat
 from protocol.signing import Signed, SigningKey, seal
 
@@ -70,7 +71,8 @@ class Driver:
     def __init__(self) -> None:
         self.state_digest: Digest | None = None
         self.snapshot = None
-        self.has_state = True
+        self.standing: Link | None = None
+        self.rival: Lineage | None = None
         self.posted: list[events.Event] = []
 
     def post(self, event: events.Event) -> None:
@@ -118,6 +120,27 @@ class Case:
 @pytest.fixture
 def case() -> Case:
     return Case()
+
+
+async def test_a_replica_says_where_its_own_state_stands_and_whom_it_has_met() -> None:
+    """Its fellows of another stage may follow the other half of a torn swarm already. Oracle: the driver's word."""
+    case = Case()
+    case.restorer.scratch = [place(3)]
+    task = asyncio.create_task(case.session._bring_up(STAGE))
+    await case.wait(lambda: case.said())
+    case.hear(charter(1, 3, ME))
+    await case.wait(lambda: case.driver.synced)
+    (state,) = case.session.condition().stages
+    assert (state.ready, state.version, state.members) == (False, 3, 0), "it has not taken the state up yet"
+    lineage, rival = Lineage(digest(b"ours")), Lineage(digest(b"theirs"))
+    seats = (Seat(peer=ME, session=1), Seat(peer=OTHER, session=1))
+    case.driver.standing, case.driver.rival = Link(lineage, Version(7), RoundId(9), seats, None), rival
+    (state,) = case.session.condition().stages
+    assert (state.ready, state.version, state.round, state.members) == (True, 7, 9, 2)
+    assert (state.lineage, state.rival) == (lineage, rival)
+    case.driver.standing = Link(lineage, Version(8), RoundId(10), seats[1:], None)
+    assert case.session.condition().stages[0].members == 0, "it has lost its seat"
+    await end(task)
 
 
 async def bring_up(case: Case) -> asyncio.Task[None]:

@@ -75,8 +75,10 @@ class Checks:
         if not self._world.options.allow_forks:
             assert len(self._living(parent)) <= 1, self._fork_message(parent)
 
-    def on_given_up(self, replica: Replica) -> None:
+    def on_given_up(self, replica: Replica, *, may_go_back: bool) -> None:
         """It fetches its state anew: it no longer stands by what it applied."""
+        if may_go_back:
+            self._life(replica).version = -1
         for (stage, _), successors in self.appliers.items():
             if stage == replica.stage:
                 for lives in successors.values():

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from protocol.ids import PeerId, RoundId, StageId, Version, digest
+from coordinator.forks import settle
+from coordinator.store.history import CommitLink
+from protocol.ids import Lineage, PeerId, RoundId, StageId, Version, digest
 from protocol.rounds import Chain, Standing
-from protocol.rounds.events import Received
+from protocol.rounds.events import Received, Rejoin
 from protocol.rounds.messages import (
     CHARTER_CONTEXT,
     Charter,
@@ -32,7 +34,8 @@ class Coordinator:
     def __init__(self, world: World, name: PeerId) -> None:
         self.name = name
         self.alive = True
-        self.resolves_forks = False
+        self.issues_charters_for_forks = self.settles_forks = False
+        self.given_up: set[Lineage] = set()
         self.kept: dict[StageId, Held] = {}
         self.charters: dict[StageId, Signed] = {}
         self._world = world
@@ -85,10 +88,12 @@ class Coordinator:
             self._keep_copy(stage, replicas)
             for replica in replicas:
                 self._tell(replica)
-            if self.resolves_forks and stage in self._world.forked:
+            if self.issues_charters_for_forks and stage in self._world.forked:
                 self._end_fork(stage, replicas)
             else:
                 self._restore_if_dead(stage, replicas)
+        if self.settles_forks:
+            self._settle_forks()
 
     def _reachable(self, stage: StageId) -> list[Replica]:
         world = self._world
@@ -135,6 +140,54 @@ class Coordinator:
         assert best is not None
         self._world.forked.discard(stage)
         self._restart(stage, winners, best, best.next_round)
+
+    def _settle_forks(self) -> None:
+        """Let one half go on and tell the other: the real choice, among commits that have been reported at once."""
+        world = self._world
+        here = {stage: self._reachable(stage) for stage in world.stages}
+        everybody = [replica for replicas in here.values() for replica in replicas]
+        if any(replica.machine.rival is not None for replica in everybody):
+            self._give_up_what_follows()
+            standing = {
+                stage: {
+                    each.process.name: each.held.lineage
+                    for each in replicas
+                    if each.held is not None and each.machine.statistics().num_members
+                }
+                for stage, replicas in here.items()
+            }
+            settlement = settle(self._links(), standing, most_tokens=1 << 30)
+            if settlement is not None:
+                self.given_up |= {link.lineage for links in settlement.given_up.values() for link in links}
+        self._give_up_what_follows()
+        for replicas in here.values():
+            held = {replica: replica.held.lineage for replica in replicas if replica.held is not None}
+            sources = tuple(each.process.name for each, lineage in held.items() if lineage not in self.given_up)
+            for replica, lineage in held.items():
+                if lineage in self.given_up:
+                    replica.feed(Rejoin(lineage, sources))
+
+    def _links(self) -> list[CommitLink]:
+        world = self._world
+        generations = {stage: world.generation_of(charter) for stage, charter in self.charters.items()}
+        return [
+            CommitLink(
+                stage=stage,
+                version=commit.version,
+                lineage=lineage,
+                parent=commit.parent,
+                closing=(commit.summary.closing_digest, commit.summary.clock),
+                tokens=commit.total_tokens,
+                members=1,
+                takers=1,
+            )
+            for (stage, lineage), commit in world.checks.commits.items()
+            if commit.generation == generations[stage] and lineage not in self.given_up
+        ]
+
+    def _give_up_what_follows(self) -> None:
+        while followers := {link.lineage for link in self._links() if link.parent in self.given_up}:
+            self.given_up |= followers
 
     def _restart(self, stage: StageId, founders: list[Replica], best: Held, round_id: RoundId) -> None:
         seats = tuple(Seat(peer=each.process.name, session=each.process.session) for each in founders)

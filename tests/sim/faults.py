@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from protocol.ids import PeerId, StageId
-from protocol.rounds.events import Rejoin
 from tests.sim.network import Cut
 from tests.sim.world import World
 
@@ -253,7 +252,8 @@ def revive(world: World, name: PeerId) -> None:
     """Start a process again: it asks anybody for its stages' state, as a joiner does."""
     process = world.processes[name]
     process.start()
-    process.feed_all(Rejoin())
+    for replica in process.replicas.values():
+        replica.start()
 
 
 def cut_streams(world: World, name: PeerId) -> None:

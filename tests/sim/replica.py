@@ -102,6 +102,10 @@ class Replica:
     def tokens(self) -> int:
         return sum(tokens for _, _, tokens in self.contribution)
 
+    def start(self) -> None:
+        """Begin as a process does that has nothing: with what anybody has."""
+        self._perform(Resync(None, ()))
+
     # -- actions -----------------------------------------------------------------------------------
 
     def _perform(self, action: Action) -> None:
@@ -130,10 +134,10 @@ class Replica:
             case Replay(steps, sources):
                 self.is_frozen = True
                 self._start(options.fetch_s * len(steps), lambda: self._replay(steps, sources))
-            case Resync(charter):
-                self.world.checks.on_given_up(self)
+            case Resync():
+                self.world.checks.on_given_up(self, may_go_back=action.is_choice)
                 self.is_frozen, self.opened, self.held = True, None, None
-                self._start(options.resync_s, lambda: self._resync(charter))
+                self._start(options.resync_s, lambda: self._resync(action))
             case NewLineage():
                 self._rename(action)
             case BitsChanged(round_id, done):
@@ -217,11 +221,13 @@ class Replica:
             for other in others
         )
 
-    def _resync(self, charter: Signed | None) -> None:
+    def _resync(self, action: Resync) -> None:
         """Take the newest state that anybody within reach has; ask again if nobody has any."""
-        best = self.world.newest_held(self.stage, asker=self.process.name)
-        if best is None or (charter is not None and best.generation < self.world.generation_of(charter)):
-            self._start(self.world.options.resync_s, lambda: self._resync(charter))
+        among = action.sources if action.is_choice else None
+        best = self.world.newest_held(self.stage, asker=self.process.name, among=among)
+        least = 0 if action.charter is None else self.world.generation_of(action.charter)
+        if best is None or best.generation < least:
+            self._start(self.world.options.resync_s, lambda: self._resync(action))
             return
         self.held = best
         self.logged |= {self.world.commit_of(signed).digest for signed in best.commits}

@@ -277,8 +277,43 @@ def test_hazard_3i_a_swarm_torn_for_long_forks_visibly_and_a_charter_heals_it(se
     world.run(40.0)
     assert world.checks.forks()
     assert {each.peer for each in reports(world, Trouble.FORKED)} == set(world.processes)
-    world.coordinator.resolves_forks = True
+    world.coordinator.issues_charters_for_forks = True
     world.run_until(lambda: not world.checks.forks(), within_s=30.0)
+    settle(world)
+    world.run_rounds(2, within_s=30.0)
+    assert not world.checks.forks()
+
+
+@seeds
+def test_hazard_3i_the_half_of_a_torn_swarm_that_did_less_follows_the_other(seed: int) -> None:
+    """The other half goes on as it is, all stages of it. Oracles: `coordinator.forks`; which commits have followers."""
+    spans = ((0, 1), (0, 1), (0, 1), (0, 1))
+    world = World(seed, Options(spans=spans, allow_forks=True))
+    torment(world, [CoordinatorAway(0.4, 40.0), Partition(("p00", "p01"), 0.5, 25.0)])
+    world.run(40.0)
+    assert world.checks.forks()
+    before = {(name, stage): one for name, each in world.processes.items() for stage, one in each.replicas.items()}
+    stood = {key: replica.held.lineage for key, replica in before.items() if replica.held is not None}
+    world.coordinator.settles_forks = True
+    world.run_until(lambda: not world.checks.forks(), within_s=30.0)
+    settle(world)
+    world.run_rounds(2, within_s=30.0)
+    assert not world.checks.forks()
+    lost = {key for key, lineage in stood.items() if lineage in world.coordinator.given_up}
+    assert {name for name, _ in lost} in ({"p00", "p01"}, {"p02", "p03"})
+    assert len(lost) == 4, "it is the same half for both stages"
+    assert {commit.generation for commit in world.checks.commits.values()} == {1}
+
+
+@seeds
+def test_hazard_3i_halves_that_are_told_while_they_go_on_are_one_again(seed: int) -> None:
+    """The coordinator is there all the time, and speaks as soon as somebody has met somebody."""
+    spans = ((0, 1), (0, 1), (0, 1), (0, 1), (0, 1))
+    world = World(seed, Options(spans=spans, allow_forks=True))
+    world.coordinator.settles_forks = True
+    torment(world, [Partition(("p00", "p01"), 0.5, 18.0), Partition(("p02",), 12.0, 30.0)])
+    world.run(45.0)
+    world.run_until(lambda: not world.checks.forks(), within_s=60.0)
     settle(world)
     world.run_rounds(2, within_s=30.0)
     assert not world.checks.forks()

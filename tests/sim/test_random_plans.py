@@ -103,7 +103,7 @@ def wild_trial(seed: int) -> bool:
         spans=rng.choice(SWARMS), hosts_refuse=rng.random() < 0.5, allow_forks=True, overlap=overlaps(seed)
     )
     world = World(seed, options)
-    world.coordinator.resolves_forks = True
+    world.coordinator.settles_forks = True
     names = sorted(world.processes)
     plan = list(random_plan(rng, world, until_s=8.0, num_faults=4))
     for _ in range(3):

@@ -7,7 +7,7 @@ The same seed gives the same run.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from random import Random
@@ -174,14 +174,15 @@ class World:
         """Return the next round of the most advanced replica that is alive."""
         return max((held.next_round for held in self._alive_held(stage)), default=-1)
 
-    def newest_held(self, stage: StageId, *, asker: PeerId) -> Held | None:
+    def newest_held(self, stage: StageId, *, asker: PeerId, among: Collection[PeerId] | None = None) -> Held | None:
         """Return the newest state that a process can reach: at other replicas, or the coordinator's copy."""
         found = [
             process.replicas[stage].held
             for process in self.processes.values()
             if stage in process.replicas and process.name != asker and process.answers(asker)
+            if among is None or process.name in among
         ]
-        if self.coordinator.alive:
+        if self.coordinator.alive and among is None:
             found.append(self.coordinator.kept.get(stage))
         known = [held for held in found if held is not None]
         return max(known, key=lambda held: (held.generation, held.version), default=None)

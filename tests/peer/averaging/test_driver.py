@@ -110,6 +110,7 @@ class Sync:
         if self.fault is not None:
             raise self.fault
         self.log.append(f"resync at {self._engine.version}")
+        self.sources = tuple(sources)
         return SimpleNamespace(charter="charter", commits=())
 
 
@@ -568,6 +569,18 @@ async def test_what_replaces_a_replay_waits_for_the_step_that_it_has_begun() -> 
         assert case.log == ["absorbed 6", "kept 6", "told 6", "standing 6", "resync at 6"]
         assert case.committed == [6]
         assert not case.machine.has_seen(events.Applied)
+
+
+@pytest.mark.parametrize(("is_choice", "asked"), [(False, (ANNE, BERT)), (True, (ANNE,))])
+async def test_who_gives_up_a_branch_asks_only_those_who_stand_in_the_other(
+    is_choice: bool, asked: tuple[PeerId, ...]
+) -> None:
+    """Everybody else may stand in the very branch that is given up. Bert is known from elsewhere."""
+    case = Case()
+    async with running(case):
+        await case.perform(events.Resync(None, (ANNE,), is_choice=is_choice))
+        await until(lambda: case.machine.has_seen(events.Synced))
+        assert case.sync.sources == asked
 
 
 async def test_a_goodbye_ends_a_replay() -> None:

@@ -157,8 +157,9 @@ def test_a_member_whose_state_was_fetched_anew_does_not_sit_where_it_sat() -> No
     """It has forgotten what it promised in that seat."""
     made, _ = machine(A, B)
     assert made.statistics().standing is Standing.OPEN
-    (resync,) = made.handle(Rejoin(), 1.0)
-    assert isinstance(resync, Resync)
+    made.handle(Received(B, parted_hello()), 0.5)
+    (resync,) = made.handle(Rejoin(chain(A, A, B).head.lineage, (B,)), 1.0)
+    assert resync == Resync(charter(A, B), (B,), is_choice=True)
     made.handle(Synced(charter(A, B), (), STATE), 2.0)
     assert made.statistics().standing is Standing.LISTENING
 
@@ -263,10 +264,9 @@ def test_the_banned_are_not_heard() -> None:
     assert made.handle(Received(B, CharterNotice(stage=STAGE, charter=charter(A, generation=9))), 0.0) == []
 
 
-def test_a_fork_is_reported_once_and_refused() -> None:
-    """Same version, other lineage: no state is exchanged."""
-    made, _ = machine(A, B)
-    hello = Hello(
+def parted_hello() -> Hello:
+    """Return what a replica says that stands in another branch, at the version of ours."""
+    return Hello(
         stage=STAGE,
         session=1,
         generation=1,
@@ -276,6 +276,29 @@ def test_a_fork_is_reported_once_and_refused() -> None:
         state_digest=None,
         closed=-1,
     )
+
+
+def test_a_branch_is_given_up_only_for_others_who_were_met() -> None:
+    """It is the coordinator's word, and it may be old: another branch may be meant, or nobody there be in reach."""
+    made, _ = machine(A, B)
+    ours, hello = chain(A, A, B).head.lineage, parted_hello()
+    rivals = [made.rival]
+    assert made.handle(Rejoin(ours, (B,)), 0.0) == [], "B may be out of reach"
+    made.handle(Received(B, hello), 0.0)
+    rivals.append(made.rival)
+    assert made.handle(Rejoin(hello.lineage, (B,)), 0.0) == [], "it is not ours"
+    assert made.handle(Rejoin(ours, (C,)), 0.0) == [], "C may be out of reach"
+    made.handle(Received(B, hello.model_copy(update={"lineage": ours})), 1.0)
+    rivals.append(made.rival)
+    made.handle(Received(B, hello), 2.0)
+    assert Resync(charter(A, B), (B,), is_choice=True) in made.handle(Rejoin(ours, (B,)), 2.0)
+    assert [*rivals, made.rival] == [None, hello.lineage, None, None], "met; joined us; joined by us"
+
+
+def test_a_fork_is_reported_once_and_refused() -> None:
+    """Same version, other lineage: no state is exchanged."""
+    made, _ = machine(A, B)
+    hello = parted_hello()
     first, second = made.handle(Received(B, hello), 0.0), made.handle(Received(B, hello), 1.0)
     assert [each.trouble for each in first if isinstance(each, Report)] == [Trouble.FORKED]
     assert not [each for each in second if isinstance(each, Report)]
@@ -494,7 +517,7 @@ def test_a_void_does_not_undo_a_vote() -> None:
 EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.just(Tick()),
     st.just(Drain()),
-    st.just(Rejoin()),
+    st.just(Rejoin(chain().head.lineage, (B,))),
     st.builds(Frozen, st.just(RoundId(0)), st.integers(0, 100)),
     st.builds(ReduceDone, st.binary(min_size=32, max_size=32), st.just(digest(b"sum")), st.floats()),
     st.builds(Applied, st.just(chain().head.lineage), st.none()),
