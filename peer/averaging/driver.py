@@ -178,11 +178,6 @@ class StageDriver:
         return self._machine.applied
 
     @property
-    def has_state(self) -> bool:
-        """Tell whether there is a `standing`."""
-        return self.standing is not None
-
-    @property
     def rival(self) -> Lineage | None:
         """Where others of the stage stand, if they went on without us while nobody could be reached."""
         return self._machine.rival
