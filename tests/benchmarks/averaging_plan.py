@@ -1,10 +1,11 @@
 """What `coordinator plan` says of a swarm against what that swarm does: the rows `plan_*` of `averaging.py`.
 
-Two peers on loopback with a thread each train a model of 7M parameters. One run gives the machine's figures: seconds
-per microbatch and stage, and with them what a round takes beside its microbatches (the optimizer's step, the hash,
-ballots), so that the plan of this run comes out right. The plans of the other runs take these figures and are compared
-with what happened: other activations and a longer round; replicas that average gradients instead of stages; and the
-same behind compute.
+Two peers on loopback with a thread each train a model of 7M parameters. Two short runs give the machine's figures, one
+of a pipeline and one of replicas: seconds per microbatch and stage; how fast an average moves, which on loopback is how
+fast it is encoded and summed; and what a round takes beside all that (the optimizer's step, the hash, ballots), so that
+the plans of these runs come out right. The plans of three other runs take the figures and are compared with what
+happened: other activations and a longer round; a longer round of replicas; a longer one still that averages in another
+codec, behind compute.
 
 Owns: the runs, and the way from their figures to the plan's options. Bytes are what peers and coordinator count.
 """
@@ -17,7 +18,7 @@ import statistics
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from tests.e2e.swarm import Swarm
 
 ROUNDS, WARM_ROUNDS = 9, 2
 RUN_TIMEOUT_S = 300.0
-FAST_LINK = ("--upload-mbps", "4000", "--download-mbps", "4000", "--latency-ms", "0")
+LOOPBACK_MBPS = 4000.0
 COMMON = (
     "batch.sequence_length=128",
     "batch.sequences_per_microbatch=1",
@@ -47,7 +48,10 @@ class Case:
     settings: tuple[str, ...]
 
 
-MEASURED = Case("two stages, fp16", 2, ("batch.microbatches_per_round=24",))
+MEASURED = (
+    Case("two stages, fp16", 2, ("batch.microbatches_per_round=24",)),
+    Case("two replicas, fp16", 1, ("batch.microbatches_per_round=24",)),
+)
 PLANNED = (
     Case("two stages, int8, 48", 2, ("batch.microbatches_per_round=48", "averaging.activation_codec=int8")),
     Case("two replicas, fp16, 48", 1, ("batch.microbatches_per_round=48",)),
@@ -68,8 +72,19 @@ class Found:
     bytes_per_token: float
     stage_s: tuple[float, ...]
     """Computing per microbatch, by stage."""
-    num_microbatches: int
     round_s: float
+    averaging_mbps: float | None
+    """How fast a member sends while it averages; None if nobody did."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a plan is told of the machine."""
+
+    stage_s: tuple[float, ...]
+    beside_s: float
+    """What a round takes beside computing and averaging."""
+    mbps: float
 
 
 def plans(options: Options) -> Iterator[Row]:
@@ -78,14 +93,11 @@ def plans(options: Options) -> Iterator[Row]:
         return
     with tempfile.TemporaryDirectory(prefix="handcar-bench-") as name:
         folder = Path(name)
-        measured = _run(folder / "measured", MEASURED)
-        beside_s = _beside_s(measured)
+        figures = {case.stages: _figures(_run(folder / f"measured-{case.stages}", case)) for case in MEASURED}
         speeds, sizes = [], []
         for number, case in enumerate(PLANNED):
             found = _run(folder / f"planned-{number}", case)
-            whole = case.stages == 1  # one peer has all stages, and all of what is stepped and hashed
-            stage_s = (sum(measured.stage_s),) if whole else measured.stage_s
-            said = _plan(found.directory, stage_s, beside_s * (MEASURED.stages if whole else 1))
+            said = _plan(found.directory, figures[case.stages])
             bytes_per_token = said["activation_bytes_per_token"] + said["averaging_bytes_per_token"]
             speeds.append((case.name, said["tokens_per_s"], found.tokens_per_s))
             sizes.append((case.name, bytes_per_token, found.bytes_per_token))
@@ -139,27 +151,33 @@ def _run(folder: Path, case: Case) -> Found:
             moved = "SELECT TOTAL(activation_bytes) FROM work WHERE round >= ? AND round < ?"
             averaged = "SELECT TOTAL(bytes_sent) FROM averagings WHERE ok AND round >= ? AND round < ?"
             # of a hop its caller alone counts both ways
+            rate = "SELECT bytes_sent * 8e-6 / seconds FROM averagings WHERE ok AND round >= ? AND round < ?"
+            rates = [row[0] for row in db.execute(rate, span)]
             num_bytes = db.execute(moved, span).fetchone()[0] + db.execute(averaged, span).fetchone()[0]
     return Found(
         directory=swarm.directory,
         tokens_per_s=batch.tokens_per_round / round_s,
         bytes_per_token=num_bytes / rounds / batch.tokens_per_round,
         stage_s=stage_s,
-        num_microbatches=batch.microbatches_per_round,
         round_s=round_s,
+        averaging_mbps=statistics.median(rates) if rates else None,
     )
 
 
-def _beside_s(measured: Found) -> float:
-    """Return what a round takes beside its microbatches: what the plan lacks if it is told that this is nothing."""
-    said = _plan(measured.directory, measured.stage_s, 0.0)
-    return max(0.0, measured.round_s - float(said["round_s"]))
+def _figures(measured: Found) -> Figures:
+    """Return what a plan needs so that it comes out right for a run."""
+    bare = Figures(measured.stage_s, 0.0, measured.averaging_mbps or LOOPBACK_MBPS)
+    lacking_s = measured.round_s - float(_plan(measured.directory, bare)["round_s"])
+    return replace(bare, beside_s=max(0.0, lacking_s))
 
 
-def _plan(directory: Path, stage_s: Sequence[float], beside_s: float) -> dict[str, Any]:
-    machine = ("--stage-seconds", "/".join(f"{seconds:.6f}" for seconds in stage_s), "--round-seconds", str(beside_s))
-    flags = ["plan", str(directory), "--peers", "2", *machine, *FAST_LINK, "--keep-activations", "--json"]
-    said = run_to_end("coordinator", flags, name="plan", folder=directory.parent, timeout_s=60.0)
+def _plan(directory: Path, figures: Figures) -> dict[str, Any]:
+    flags = ["--stage-seconds", "/".join(f"{seconds:.6f}" for seconds in figures.stage_s)]
+    flags += ["--round-seconds", str(figures.beside_s), "--latency-ms", "0", "--keep-activations", "--json"]
+    flags += ["--upload-mbps", f"{figures.mbps:.1f}", "--download-mbps", f"{figures.mbps:.1f}", "--peers", "2"]
+    said = run_to_end(
+        "coordinator", ["plan", str(directory), *flags], name="plan", folder=directory.parent, timeout_s=60.0
+    )
     answer: dict[str, Any] = json.loads(said.strip().split("\n")[-1])
     asked: dict[str, Any] = answer["data"]["asked"]
     return asked
