@@ -9,7 +9,7 @@ A charter is on disk before anybody sees it: after a crash the same generation i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import structlog
@@ -89,13 +89,16 @@ class CharterOffice:
     async def answer_state(self, caller: PeerId, request: StateRequest) -> StateAnswer:
         """Tell a peer that has nobody else to ask where a stage stands: its newest charter, and what followed it."""
         newest = self._newest.get(request.stage)
+        is_lost = request.standing is not None and self._ledger.is_given_up(request.standing)
         if newest is None:
             return StateAnswer(charter=None, commit=None, version=Version(0), lineage=Lineage(bytes(32)), snapshots=())
         version, lineage, commit = newest.charter.version, root_lineage(newest.signed), None
         if reported := self._ledger.newest_commit(request.stage):
             commit, message = reported
             version, lineage = message.version, next_lineage(message.parent, commit.payload)
-        return StateAnswer(charter=newest.signed, commit=commit, version=version, lineage=lineage, snapshots=())
+        return StateAnswer(
+            charter=newest.signed, commit=commit, version=version, lineage=lineage, snapshots=(), is_lost=is_lost
+        )
 
     async def tick(self) -> None:
         """Look at the swarm, and found or move what has to be."""
@@ -111,7 +114,10 @@ class CharterOffice:
 
     async def _issue(self, decision: Decision) -> None:
         issued = [self._sign(founding) for founding in decision.foundings]
+        taken_back = {lineage for founding in decision.foundings for lineage in self._lost_lineages(founding)}
         try:
+            for lineage in taken_back:  # there is nothing else to go on from
+                await self._ledger.take_back(lineage)
             await self._database.run(history.add_charters, [self._row(entry) for entry in issued])
         except StorageError as error:  # tried again at the next tick
             self._journal.note(DISK_NOTE, str(error))
@@ -141,6 +147,15 @@ class CharterOffice:
                     f"{rollback.version_before} to {rollback.version}, {rollback.rounds} committed rounds with "
                     f"{rollback.tokens} tokens are gone",
                 )
+
+    def _lost_lineages(self, founding: Founding) -> Iterator[Lineage]:
+        """Return where those stand whom a charter is to name, if that was given up."""
+        seats = {seat.peer for seat in founding.seats}
+        for peer in self._registry.live():
+            for state in peer.replicas:
+                is_named = peer.peer in seats and (state.stage, state.version) == (founding.stage, founding.version)
+                if is_named and self._ledger.is_given_up(state.lineage):
+                    yield state.lineage
 
     def _sign(self, founding: Founding) -> Issued:
         charter = Charter(
@@ -214,18 +229,19 @@ class CharterOffice:
                 joined_s=peer.joined_s,
             )
             for peer in self._registry.everybody()
-            if peer.presence == "live" or not self._registry.is_given_up(peer, suspects)
+            if peer.presence == "live" or not self._registry.may_be_replaced(peer, suspects)
         )
 
     def _replica(self, peer: LivePeer, state: StageState) -> Replica:
-        seat = Seat(peer=peer.peer, session=peer.session)
+        seat, is_lost = Seat(peer=peer.peer, session=peer.session), self._ledger.is_given_up(state.lineage)
         return Replica(
             seat=seat,
             stage=state.stage,
             round=state.round,
             version=state.version,
             ready=state.ready,
-            acting=self._is_freshly_seated(seat, state.stage) or self._is_member(seat, state),
+            acting=not is_lost and (self._is_freshly_seated(seat, state.stage) or self._is_member(seat, state)),
+            is_lost=is_lost,
             state_digest=state.state_digest,
         )
 

@@ -28,7 +28,7 @@ from coordinator.rundir import RunDir
 from coordinator.store import history
 from coordinator.store.database import Database
 from protocol.control import Snapshot
-from protocol.errors import PeerFault, RefusedError, StorageError, TransientError
+from protocol.errors import PeerFault, RefusedError, StorageError, TransientError, UnreachableError
 from protocol.ids import PeerId, RoundId, StageId, Version
 
 log = structlog.get_logger()
@@ -139,6 +139,8 @@ class Collector:
         agreements = self._offers.agreements(round_id)
         await self._tell_dissent(round_id, agreements)
         stages = [await self._fetch_stage(round_id, agreements[stage]) for stage in sorted(agreements)]
+        if any(self._ledger.is_given_up(stage.lineage) for stage in stages):  # a torn swarm was settled meanwhile
+            raise UnreachableError("it is of the half of a torn swarm that does not go on.")
         return await asyncio.to_thread(self._run.write_checkpoint, round_id, stages)
 
     async def _fetch_stage(self, round_id: RoundId, agreement: Agreement) -> StageFiles:

@@ -47,7 +47,9 @@ class Replica:
     ready: bool
     """Holds a state and could work."""
     acting: bool
-    """Is a member: its last charter or commit names this life of the peer."""
+    """Is a member: its last charter or commit names this life of the peer, and goes on."""
+    is_lost: bool
+    """Stands in the half of a torn swarm that was given up: something to go on from only if there is nothing else."""
     state_digest: Digest | None
 
 
@@ -160,7 +162,7 @@ def _acting_stages(participant: Participant) -> frozenset[StageId]:
 
 def _ready(view: View, stage: StageId) -> list[Replica]:
     """List the replicas of a stage that could be named in a charter now."""
-    return [
+    ready = [
         replica
         for participant in view.participants
         if participant.standing is Standing.HERE and stage in participant.stages
@@ -168,6 +170,7 @@ def _ready(view: View, stage: StageId) -> list[Replica]:
         if replica.stage == stage and replica.ready and replica.state_digest is not None
         if replica.version >= view.floor.get(stage, 0)
     ]
+    return [replica for replica in ready if not replica.is_lost] or ready
 
 
 def _founders(view: View, stage: StageId) -> list[Replica]:

@@ -11,13 +11,15 @@ one line in the log, and counts for nothing.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import structlog
 
 from coordinator.clock import Clock
-from coordinator.store import history
+from coordinator.store import history, tree
 from coordinator.store.database import Database
+from coordinator.store.rounds import ClosingRow
+from coordinator.store.tree import CommitLink
 from protocol.batches import has_evaluation
 from protocol.control import AveragingReport, ClosingReport, CommitReport, NumberedReport, Report, WorkReport
 from protocol.errors import PeerFault
@@ -31,7 +33,6 @@ log = structlog.get_logger()
 
 MAX_NUMBER = 1 << 53  # far above any honest count, exact as a float, and SQLite adds 1,024 of them without overflow
 MAX_LINEAGES = 4096  # whose seats are remembered: the newest of every stage are all that is asked for
-MAX_LINKS = 4096  # of a stage's commits: how far back it is looked for where two halves have parted
 
 Seating = frozenset[tuple[PeerId, int]]
 
@@ -45,14 +46,15 @@ class Ledger:
         self._clock = clock
         self._seats: OrderedDict[Lineage, Seating] = OrderedDict()
         self._charters: dict[StageId, Charter] = {}
-        self._newest: dict[StageId, dict[Lineage, tuple[Signed, Commit]]] = {}
-        self._given_up: frozenset[Lineage] = frozenset()
+        self._tips: dict[bytes, tuple[Signed, Commit]] = {}
+        """Commits that nothing follows, by their envelopes."""
+        self._roots: dict[StageId, Lineage] = {}
+        self._given_up: set[Lineage] = set()
 
     async def load(self) -> None:
         """Take over the newest commits. Call once, before serving, when the charters are known."""
-        await self._load_given_up()
-        for row in await self._database.run(history.newest_commits):
-            self._learn(Signed.from_bytes(row))
+        self._given_up = set(await self._database.run(tree.given_up))
+        await self._load_tips()
 
     def newest_commit(self, stage: StageId) -> tuple[Signed, Commit] | None:
         """Return the newest commit under a stage's newest charter that a member of it signed, as far as we were told.
@@ -62,8 +64,8 @@ class Ledger:
         charter = self._charters.get(stage)
         known = [
             (signed, commit)
-            for lineage, (signed, commit) in self._newest.get(stage, {}).items()
-            if charter is not None and commit.generation == charter.generation and lineage not in self._given_up
+            for signed, commit in self._tips.values()
+            if charter is not None and (commit.stage, commit.generation) == (stage, charter.generation)
         ]
         return min(known, key=_newest_first, default=None)
 
@@ -73,15 +75,28 @@ class Ledger:
 
     async def give_up(self, lineages: Collection[Lineage]) -> None:
         """Settle that commits, and all that will ever follow them, do not go on. Raises `StorageError`."""
-        await self._database.run(history.give_up, lineages, at_s=self._clock.wall())
-        await self._load_given_up()
+        self._given_up.update(await self._database.run(tree.give_up, lineages, at_s=self._clock.wall()))
+        await self._load_tips()
 
-    async def links(self) -> Sequence[history.CommitLink]:
-        """Return the newest commits under every stage's newest charter that were not given up."""
-        found: list[history.CommitLink] = []
-        for stage, charter in sorted(self._charters.items()):
-            found += await self._database.run(history.commit_links, stage, charter.generation, limit=MAX_LINKS)
-        return found
+    async def take_back(self, lineage: Lineage) -> None:
+        """Let a commit that was given up go on after all, with all that led to it. Raises `StorageError`."""
+        self._given_up.difference_update(await self._database.run(tree.take_back, lineage))
+
+    async def paths(self, stage: StageId, tips: Collection[Lineage]) -> Mapping[Lineage, Sequence[CommitLink]]:
+        """Return what led to places in a stage's tree since they were one; see `store/tree.py`."""
+        charter = self._charters.get(stage)
+        if charter is None:
+            return {}
+        return await self._database.run(tree.paths, tips, root=(self._roots[stage], charter.version))
+
+    async def known(self, stage: StageId, lineages: Collection[Lineage]) -> Collection[Lineage]:
+        """Return those places of a stage of which we know what led there: a commit that goes on, or the charter."""
+        found = await self._database.run(tree.known, lineages)
+        return found | {lineage for lineage in lineages if lineage == self._roots.get(stage)}
+
+    async def path_since(self, tip: Lineage, round_id: RoundId) -> Sequence[CommitLink]:
+        """Return what led to a place, back to a round; see `store/tree.py`."""
+        return await self._database.run(tree.path_since, tip, round_id)
 
     async def record(self, peer: PeerId, reports: Sequence[NumberedReport]) -> int:
         """Store what is new among a peer's reports; return up to which number they are safe on disk.
@@ -91,40 +106,35 @@ class Ledger:
         if any(numbered.sequence >= MAX_NUMBER for numbered in reports):
             raise PeerFault(f"{peer} numbers its reports beyond reason")
         entries = [self._entry(peer, numbered) for numbered in reports]
-        acknowledged = await self._database.run(history.add_reports, peer, entries, received_s=self._clock.wall())
-        commits = [entry.said for entry in entries if isinstance(entry.said, history.CommitRow)]
-        for row in commits:
-            if row.vouched:
-                self._learn(Signed.from_bytes(row.signed))
-        if commits and self._given_up:  # they may follow one that was
-            await self._load_given_up()
-        return acknowledged
+        stored = await self._database.run(history.add_reports, peer, entries, received_s=self._clock.wall())
+        self._given_up.update(stored.given_up)
+        if any(isinstance(entry.said, history.CommitRow) for entry in entries):
+            await self._load_tips()
+        return stored.acknowledged
 
     def learn_charter(self, signed: Signed, charter: Charter) -> None:
         """Remember whom a charter seats that we have issued: the newest one of its stage."""
         self._charters[charter.stage] = charter
-        self._remember(root_lineage(signed), charter.seats)
+        self._roots[charter.stage] = root_lineage(signed)
+        self._remember(self._roots[charter.stage], charter.seats)
 
     def is_seated(self, peer: PeerId, session: int, lineage: Lineage) -> bool | None:
         """Tell whether a life of a peer is a member in a lineage; None if we have not seen that lineage."""
         seating = self._seats.get(lineage)
         return None if seating is None else (peer, session) in seating
 
-    def _learn(self, signed: Signed) -> None:
-        """Take over a commit that is on disk, and keep those of its stage's newest rounds."""
-        commit = Commit.from_bytes(signed.payload)
-        lineage = next_lineage(commit.parent, signed.payload)
-        self._remember(lineage, commit.seats)
-        known = self._newest.get(commit.stage, {}) | {lineage: (signed, commit)}
-        newest = max((each.generation, each.round) for _, each in known.values())
-        self._newest[commit.stage] = {
-            lineage: (signed, each)
-            for lineage, (signed, each) in known.items()
-            if (each.generation, each.round + history.ROUNDS_KEPT) > newest
-        }
-
-    async def _load_given_up(self) -> None:
-        self._given_up = frozenset(await self._database.run(history.given_up, limit=MAX_LINEAGES))
+    async def _load_tips(self) -> None:
+        """Take over which commits nothing follows, and who sits there."""
+        found: dict[bytes, tuple[Signed, Commit]] = {}
+        for row in await self._database.run(history.newest_commits):
+            known = self._tips.get(row)
+            if known is None:
+                signed = Signed.from_bytes(row)
+                known = signed, Commit.from_bytes(signed.payload)
+            signed, commit = known
+            found[row] = known
+            self._remember(next_lineage(commit.parent, signed.payload), commit.seats)
+        self._tips = found
 
     def _remember(self, lineage: Lineage, seats: Seats) -> None:
         self._seats[lineage] = frozenset((seat.peer, seat.session) for seat in seats)
@@ -162,7 +172,7 @@ class Ledger:
                 _check_numbers(*tasks, report.activation_bytes, report.target_tokens)
         return report
 
-    def _read_closing(self, signed: Signed) -> history.ClosingRow:
+    def _read_closing(self, signed: Signed) -> ClosingRow:
         closing = unseal(signed, CLOSING_CONTEXT, Closing)
         batch = self._manifest.batch
         self._check_run(closing.run)
@@ -172,7 +182,7 @@ class Ledger:
             raise PeerFault(f"a closing of round {closing.round} speaks of other microbatches")
         if closing.target_tokens > batch.tokens_per_round or closing.eval_tokens > _heldout_tokens(self._manifest):
             raise PeerFault(f"a closing of round {closing.round} counts more tokens than there are")
-        return history.ClosingRow(
+        return ClosingRow(
             digest=digest(signed.payload),
             signer=signed.signer,
             round=closing.round,
@@ -191,6 +201,8 @@ class Ledger:
         summary = commit.summary
         if summary.round != commit.round or summary.target_tokens > self._manifest.batch.tokens_per_round:
             raise PeerFault(f"a commit of round {commit.round} sums up something else")
+        if commit.version > commit.round + 1:
+            raise PeerFault(f"a commit of round {commit.round} claims to be update {commit.version}")
         numbers = (summary.tasks_done, summary.tasks_lost, summary.eval_tokens, commit.version, commit.generation)
         _check_numbers(*numbers, commit.total_tokens, commit.tokens_dropped, commit.double_counted)
         charter = self._charters.get(commit.stage)
@@ -244,7 +256,7 @@ def _commit_row(signed: Signed, commit: Commit, *, is_member: bool, vouched: boo
         version=commit.version,
         lineage=next_lineage(commit.parent, signed.payload),
         parent=commit.parent,
-        closing=history.ClosingRow(
+        closing=ClosingRow(
             digest=summary.closing_digest,
             signer=summary.clock,
             round=summary.round,

@@ -95,8 +95,8 @@ class Registry:
         self._saved_s = float("-inf")
         self.charters: Callable[[], tuple[Signed, ...]] = tuple
         """Newest charter of every stage; the charter office puts itself here."""
-        self.given_up: Callable[[LivePeer], tuple[GivenUp, ...]] = lambda peer: ()
-        """What a peer should not stand on any more, and whom to follow instead; the reunion puts itself here."""
+        self.astray: Callable[[LivePeer], tuple[GivenUp, ...]] = lambda peer: ()
+        """Where a peer should not stand any more, and whom to follow instead; the reunion puts itself here."""
         self.is_finished = False
         """The run has its last checkpoint: peers are told so."""
         self.awake_since_s: float | None = None
@@ -136,7 +136,7 @@ class Registry:
         """Return whom live peers fail to reach."""
         return frozenset(suspect for peer in self.live() if peer.heard for suspect in peer.suspects)
 
-    def is_given_up(self, peer: LivePeer, suspects: Collection[PeerId]) -> bool:
+    def may_be_replaced(self, peer: LivePeer, suspects: Collection[PeerId]) -> bool:
         """Tell whether a peer that is not live may be replaced: others miss it too, or it is silent for too long."""
         silent_s = self._clock.monotonic() - peer.seen_s
         return (
@@ -217,12 +217,13 @@ class Registry:
             await self._journal.event("peer.returned", caller, peer.name)
         if beat.reports:
             await self._record(peer, beat)
+        peer.replicas = beat.stages  # not before what led there is known
         return BeatReply(
             acknowledged=peer.acknowledged,
             stages=peer.stages,
             charters=self.charters(),
             members=self._hints(caller),
-            given_up=self.given_up(peer),
+            given_up=self.astray(peer),
             finished=self.is_finished,
         )
 
@@ -344,7 +345,6 @@ class Registry:
         peer.state = beat.state
         peer.reason = beat.reason
         peer.addresses = beat.addresses
-        peer.replicas = beat.stages
         peer.suspects = beat.suspects
         peer.heard = True
         peer.changed = True

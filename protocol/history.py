@@ -23,6 +23,8 @@ class StateRequest(Message):
     """Where does this stage stand, as far as you know, and which snapshots of it do you serve?"""
 
     stage: StageId
+    standing: Lineage | None = None
+    """Where the asking peer stands itself, by what lies on its disk."""
 
 
 class StateAnswer(Message):
@@ -37,6 +39,8 @@ class StateAnswer(Message):
     version: Version
     lineage: Lineage
     snapshots: Annotated[tuple[Snapshot, ...], Field(max_length=8)]
+    is_lost: bool = False
+    """The coordinator's word: where the asking peer stands was given up with the lost half of a torn swarm."""
 
 
 class LogRequest(Message):

@@ -10,11 +10,13 @@ import sqlite3
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from coordinator.store import tree
 from coordinator.store.peers import is_known
+from coordinator.store.rounds import ClosingRow, add_closing
 from protocol.control import AveragingReport, WorkReport
 from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, Version
 
-ROUNDS_KEPT = 8  # of whose commits the envelopes are kept; two halves of a swarm that meet again are soon in step
+MAX_TIPS = 16  # of a stage whose envelopes are kept: more branches than a swarm can be torn into by accident
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,21 +29,6 @@ class CharterRow:
     version: Version
     signed: bytes
     issued_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClosingRow:
-    """One closed round."""
-
-    digest: Digest
-    signer: PeerId
-    round: RoundId
-    tasks_done: int
-    tasks_lost: int
-    loss_sum: float
-    tokens: int
-    heldout_loss_sum: float
-    heldout_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,22 +56,6 @@ class CommitRow:
     signed: bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CommitLink:
-    """A vouched commit's place in its stage's tree, and what speaks for it."""
-
-    stage: StageId
-    version: Version
-    lineage: Lineage
-    parent: Lineage
-    closing: tuple[Digest, PeerId]
-    """And its clock's name: two halves may close a round with the same words."""
-    tokens: int
-    members: int
-    takers: int
-    """How many of the members have reported it."""
-
-
 Said = ClosingRow | CommitRow | AveragingReport | WorkReport
 
 
@@ -94,6 +65,15 @@ class ReportEntry:
 
     sequence: int
     said: Said | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """What came of a peer's reports."""
+
+    acknowledged: int
+    given_up: tuple[Lineage, ...]
+    """Of commits that follow one that was given up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,64 +102,51 @@ def acknowledged(db: sqlite3.Connection, peer: PeerId) -> int:
     return int(row[0]) if row else 0
 
 
-def add_reports(db: sqlite3.Connection, peer: PeerId, entries: Iterable[ReportEntry], *, received_s: float) -> int:
-    """Add what is new among a peer's reports; return up to which number they are stored.
+def add_reports(db: sqlite3.Connection, peer: PeerId, entries: Iterable[ReportEntry], *, received_s: float) -> Stored:
+    """Add what is new among a peer's reports.
 
     A peer numbers its reports upwards, with gaps, and repeats the oldest until they are acknowledged: a lower
     number than the newest acknowledged one is a repetition.
     """
-    newest = acknowledged(db, peer)
+    newest, given_up = acknowledged(db, peer), []
     for entry in sorted(entries, key=lambda one: one.sequence):
         if entry.sequence <= newest:
             continue
         newest = entry.sequence
-        _store(db, peer, entry, received_s)
+        given_up += _store(db, peer, entry, received_s)
     db.execute("UPDATE peers SET acknowledged = ? WHERE peer = ?", (newest, peer))
-    return newest
+    return Stored(acknowledged=newest, given_up=tuple(given_up))
 
 
-def _store(db: sqlite3.Connection, peer: PeerId, entry: ReportEntry, received_s: float) -> None:
-    """Store what a report says, if it is to be believed.
+def _store(db: sqlite3.Connection, peer: PeerId, entry: ReportEntry, received_s: float) -> list[Lineage]:
+    """Store what a report says, if it is to be believed; return what is given up with it.
 
     Any member may have been clock or steward, so all that is asked of a signer is that it was let in once.
     """
+    given_up: list[Lineage] = []
     match entry.said:
         case ClosingRow() as closing if is_known(db, closing.signer):
             add_closing(db, closing, closed_s=received_s)
         case CommitRow() as commit if is_known(db, commit.signer):
-            add_commit(db, commit, received_s=received_s)
+            given_up = add_commit(db, commit, received_s=received_s)
             if commit.was_taken:
                 add_taker(db, commit.digest, peer)
         case AveragingReport() as averaging:
             add_averaging(db, peer, entry.sequence, report=averaging, received_s=received_s)
         case WorkReport() as work:
             add_work(db, peer, entry.sequence, report=work)
+    return given_up
 
 
-def add_closing(db: sqlite3.Connection, row: ClosingRow, *, closed_s: float) -> None:
-    """Add a closed round, unless it is known, and settle which closing of that round stands."""
+def add_commit(db: sqlite3.Connection, row: CommitRow, *, received_s: float) -> list[Lineage]:
+    """Add a commit, unless it is known, and with it the closing that it sums up; return what is given up with it.
+
+    Who first reported it may have had nothing to show that a member had signed it; the next one may.
+    """
+    vouched = row.vouched or tree.is_signed_by_member(db, row.parent, row.signer)
     db.execute(
-        "INSERT OR IGNORE INTO rounds VALUES (?, ?, 0, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            row.digest,
-            row.round,
-            row.tasks_done,
-            row.tasks_lost,
-            row.loss_sum,
-            row.tokens,
-            row.heldout_loss_sum,
-            row.heldout_tokens,
-            closed_s,
-        ),
-    )
-    _settle_round(db, row.round)
-
-
-def add_commit(db: sqlite3.Connection, row: CommitRow, *, received_s: float) -> None:
-    """Add a commit, unless it is known, and with it the closing that it sums up."""
-    given_up_s = _given_up_s(db, row.parent)
-    db.execute(
-        "INSERT OR IGNORE INTO commits VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO commits VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL) "
+        "ON CONFLICT (digest) DO UPDATE SET vouched = max(vouched, excluded.vouched)",
         (
             row.digest,
             row.stage,
@@ -196,15 +163,15 @@ def add_commit(db: sqlite3.Connection, row: CommitRow, *, received_s: float) -> 
             received_s,
             row.parent,
             row.closing.signer,
-            row.vouched,
-            None,
+            vouched,
         ),
     )
-    if row.vouched:
-        _keep_if_new(db, row)
-    if given_up_s is not None:
-        give_up(db, [row.lineage], at_s=given_up_s)
+    given_up_s = tree.given_up_s(db, row.parent)
+    given_up = [] if given_up_s is None else tree.give_up(db, [row.lineage], at_s=given_up_s)
+    if vouched:
+        _keep_if_tip(db, row)
     add_closing(db, row.closing, closed_s=received_s)
+    return given_up
 
 
 def add_taker(db: sqlite3.Connection, digest: Digest, peer: PeerId) -> None:
@@ -213,57 +180,12 @@ def add_taker(db: sqlite3.Connection, digest: Digest, peer: PeerId) -> None:
 
 
 def newest_commits(db: sqlite3.Connection) -> list[bytes]:
-    """Return the signed commits of the newest rounds of every stage, of its highest generation."""
-    return [row[0] for row in db.execute("SELECT signed FROM signed_commits ORDER BY stage, digest")]
-
-
-def commit_links(db: sqlite3.Connection, stage: StageId, generation: int, *, limit: int) -> list[CommitLink]:
-    """Return the newest commits of a stage under one charter that were not given up, newest first."""
+    """Return the signed commits that nothing follows and that go on, of every stage's highest generation."""
     rows = db.execute(
-        """
-        SELECT version, lineage, parent, closing, clock, tokens, members,
-               (SELECT count(*) FROM commit_takers AS t WHERE t.digest = c.digest)
-        FROM commits AS c WHERE stage = ? AND generation = ? AND vouched AND given_up_s IS NULL
-        ORDER BY version DESC, lineage LIMIT ?
-        """,
-        (stage, generation, limit),
+        "SELECT signed FROM signed_commits AS s JOIN commits AS c USING (digest) WHERE c.given_up_s IS NULL "
+        "ORDER BY s.stage, s.digest"
     )
-    return [
-        CommitLink(
-            stage=stage,
-            version=version,
-            lineage=lineage,
-            parent=parent,
-            closing=(closing, clock),
-            tokens=tokens,
-            members=members,
-            takers=takers,
-        )
-        for version, lineage, parent, closing, clock, tokens, members, takers in rows
-    ]
-
-
-def give_up(db: sqlite3.Connection, lineages: Iterable[Lineage], *, at_s: float) -> None:
-    """Note that these commits and all that follows them are in no state that goes on, whenever they are reported."""
-    rounds: set[RoundId] = set()
-    waiting = list(lineages)
-    while waiting:
-        lineage = waiting.pop()
-        row = db.execute("SELECT round FROM commits WHERE lineage = ? AND given_up_s IS NULL", (lineage,)).fetchone()
-        if row is None:
-            continue
-        rounds.add(row[0])
-        db.execute("UPDATE commits SET given_up_s = ? WHERE lineage = ?", (at_s, lineage))
-        waiting += [child for (child,) in db.execute("SELECT lineage FROM commits WHERE parent = ?", (lineage,))]
-    for round_id in rounds:
-        if db.execute("SELECT 1 FROM rounds WHERE round = ?", (round_id,)).fetchone():
-            _settle_round(db, round_id)
-
-
-def given_up(db: sqlite3.Connection, *, limit: int) -> list[Lineage]:
-    """Return the newest lineages that were given up."""
-    newest = "given_up_s IS NOT NULL ORDER BY given_up_s DESC, version DESC LIMIT ?"
-    return [lineage for (lineage,) in db.execute(f"SELECT lineage FROM commits WHERE {newest}", (limit,))]
+    return [row[0] for row in rows]
 
 
 def add_averaging(
@@ -379,45 +301,23 @@ def last_events(db: sqlite3.Connection, *, limit: int) -> list[Event]:
     ]
 
 
-def _settle_round(db: sqlite3.Connection, round_id: RoundId) -> None:
-    """Mark all closings of a round but one as superseded.
-
-    The one that stands is what commits of the highest generation were made under, then of most stages, then
-    the latest: a closing that no commit names (the last round has none), or none that goes on, stands only if there is
-    no other.
-    """
-    standing = db.execute(
-        """
-        SELECT digest FROM rounds LEFT JOIN (
-            SELECT closing, max(generation) AS generation, count(*) AS stages FROM commits
-            WHERE closing IN (SELECT digest FROM rounds WHERE round = :round) AND given_up_s IS NULL GROUP BY closing
-        ) AS named ON named.closing = digest
-        WHERE round = :round
-        ORDER BY coalesce(generation, 0) DESC, coalesce(stages, 0) DESC, closed_s DESC, digest LIMIT 1
-        """,
-        {"round": round_id},
-    ).fetchone()[0]
-    db.execute("UPDATE rounds SET superseded = (digest <> ?) WHERE round = ?", (standing, round_id))
-
-
-def _given_up_s(db: sqlite3.Connection, parent: Lineage) -> float | None:
-    """Return when a lineage was given up; None if it was not."""
-    row = db.execute("SELECT given_up_s FROM commits WHERE lineage = ?", (parent,)).fetchone()
-    return None if row is None else row[0]
-
-
-def _keep_if_new(db: sqlite3.Connection, row: CommitRow) -> None:
-    """Keep the envelopes of a stage's newest rounds: what its newest commit is may depend on what is given up."""
-    db.execute(
-        "INSERT OR IGNORE INTO signed_commits VALUES (?, ?, ?, ?, ?)",
-        (row.digest, row.stage, row.generation, row.closing.round, row.signed),
-    )
+def _keep_if_tip(db: sqlite3.Connection, row: CommitRow) -> None:
+    """Keep a commit's envelope as long as nothing follows it, and its stage has no newer charter."""
+    before = "SELECT digest FROM commits WHERE lineage = ?"
+    db.execute(f"DELETE FROM signed_commits WHERE digest = ({before})", (row.parent,))
+    followed = db.execute("SELECT 1 FROM commits WHERE parent = ? AND vouched", (row.lineage,)).fetchone()
+    if followed is None:
+        db.execute(
+            "INSERT OR IGNORE INTO signed_commits VALUES (?, ?, ?, ?, ?)",
+            (row.digest, row.stage, row.generation, row.closing.round, row.signed),
+        )
     db.execute(
         """
-        DELETE FROM signed_commits WHERE stage = :stage AND (generation, round) <= (
-            SELECT generation, round - :kept FROM signed_commits WHERE stage = :stage
-            ORDER BY generation DESC, round DESC LIMIT 1
+        DELETE FROM signed_commits WHERE stage = :stage AND digest NOT IN (
+            SELECT digest FROM signed_commits WHERE stage = :stage
+            AND generation = (SELECT max(generation) FROM signed_commits WHERE stage = :stage)
+            ORDER BY round DESC, digest LIMIT :kept
         )
         """,
-        {"stage": row.stage, "kept": ROUNDS_KEPT},
+        {"stage": row.stage, "kept": MAX_TIPS},
     )

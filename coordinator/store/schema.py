@@ -214,6 +214,7 @@ MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE commits ADD COLUMN given_up_s REAL;                     -- null: it goes on
     CREATE INDEX commits_by_lineage ON commits (lineage);
     CREATE INDEX commits_by_parent ON commits (parent);
+    CREATE INDEX commits_given_up ON commits (given_up_s) WHERE given_up_s IS NOT NULL;
     """,
 )
 

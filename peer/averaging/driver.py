@@ -179,7 +179,7 @@ class StageDriver:
 
     @property
     def rival(self) -> Lineage | None:
-        """Where others of the stage stand, if they went on without us while nobody could be reached."""
+        """Where one of those stands who have parted from us; None if we have met nobody of the kind."""
         return self._machine.rival
 
     def staged_update(self, digest_hex: str) -> bytes | memoryview | None:
@@ -526,11 +526,15 @@ class StageDriver:
         self._gate.freeze(self.stage)
         await self._compute.run(lambda: self._engine.freeze(self.stage, contributes=False), priority=Priority.CONTROL)
         self._staged.clear()
+        if action.is_choice:  # what we had, and whom we knew, is of the branch that is given up
+            self._snapshot = None
+            self._view.forget(self.stage)
         give_up_s = time.monotonic() + RESYNC_PATIENCE_S
         while time.monotonic() < give_up_s:
             try:
                 others = () if action.is_choice else self._hooks.sources()
-                place = await self._sync.from_members([*action.sources, *others], least_generation=least)
+                everybody = [*action.sources, *others]
+                place = await self._sync.from_members(everybody, least_generation=least, forgets=action.is_choice)
             except UnreachableError as error:
                 log.info("resync.waiting", stage=self.stage, error=error.one_line())
                 await asyncio.sleep(self._beat_s * 4)

@@ -86,7 +86,7 @@ class History:
 
         Whatever is newer belongs to a lineage that was given up: nobody must be led there.
         """
-        self._forget_after(snapshot.version)
+        self.forget_after(snapshot.version)
         self._write(self._snapshot_path(snapshot.version), snapshot.to_bytes())
         self._prune()
 
@@ -179,6 +179,15 @@ class History:
             return None
         return path if path.exists() else None
 
+    def forget_after(self, version: Version) -> None:
+        """Drop snapshots newer than a version, and what led there: they are of a lineage that was given up."""
+        for path in [*self.folder.glob("v*.json"), *self.folder.glob("v*.safetensors")]:
+            if int(path.name[1:9]) > version:
+                path.unlink(missing_ok=True)
+        for path in self.folder.glob("u*"):
+            if int(path.name[1:9]) >= version:
+                path.unlink(missing_ok=True)
+
     # -- private --------------------------------------------------------------------------------------
 
     def _snapshot_path(self, version: Version) -> Path:
@@ -208,14 +217,6 @@ class History:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-
-    def _forget_after(self, version: Version) -> None:
-        for path in [*self.folder.glob("v*.json"), *self.folder.glob("v*.safetensors")]:
-            if int(path.name[1:9]) > version:
-                path.unlink(missing_ok=True)
-        for path in self.folder.glob("u*"):
-            if int(path.name[1:9]) >= version:
-                path.unlink(missing_ok=True)
 
     def _prune(self) -> None:
         """Drop old snapshots, updates that none of the kept ones needs, and commits before the oldest one's own."""

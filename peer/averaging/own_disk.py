@@ -8,7 +8,7 @@ back is out; the newest commit that was reported under it says what has been rea
 joins it to one of these places, and then as far as the log goes: to commits that we had no time to report, or to a
 place before the newest commit if the rest is lost. Whether somebody else may still bring more is for the coordinator
 to decide (`coordinator/founding.py`). A log with another commit than the newest at its version is of a branch, and is
-not taken.
+not taken; nor is a state of which the coordinator says that it was given up with the lost half of a torn swarm.
 """
 
 from __future__ import annotations
@@ -205,10 +205,10 @@ class OwnDisk:
         Raises `TransientError` or `PeerFault` if the coordinator gives no answer that can be read: without its word
         every own state may be history.
         """
-        books = await self._ask()
-        if books is None:
-            return None
         for start, snapshot in await self._starts():
+            books = await self._ask(start.lineage)
+            if books is None:
+                continue
             check_history = self._sync.check_history
             path = await asyncio.to_thread(find_path, start, books, self._history.commit_of, check_history)
             if path is None or path.end.version < least:
@@ -241,12 +241,16 @@ class OwnDisk:
         log.info("resume.own_disk", stage=self._stage, version=start.version, reached=end.version, alone=True)
         return Place(charter=None, commits=(), round=end.round, version=end.version, lineage=end.lineage)
 
-    async def _ask(self) -> Books | None:
-        """Ask the coordinator for its word; None if the stage has not begun."""
+    async def _ask(self, standing: Lineage) -> Books | None:
+        """Ask the coordinator for its word; None if the stage has not begun, or where we stand was given up."""
         try:
-            answer = await self._calls.call(self._coordinator, StateRequest(stage=self._stage), StateAnswer)
+            request = StateRequest(stage=self._stage, standing=standing)
+            answer = await self._calls.call(self._coordinator, request, StateAnswer)
         except RefusedError as error:  # to this one question: it is asked again as if nobody had answered
             raise UnreachableError(f"the coordinator does not say where stage {self._stage} stands: {error}") from None
+        if answer.is_lost:
+            log.info("resume.given_up", stage=self._stage)
+            return None
         return Books.read(answer, stage=self._stage, coordinator=self._coordinator)
 
     async def _reach_lineage(self, path: Path, charter: Charter) -> None:

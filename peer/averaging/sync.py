@@ -144,12 +144,17 @@ class StageSync:
         self._coordinator = coordinator
         self._schedule = schedule
         self._init_seed = init_seed
+        self._forgets = False
         self._held = None if resumed is None else (resumed, engine.changes)
         # the number of changes after which the engine held the initial weights; whatever changes it makes it another
         self._initial_changes = engine.changes if resumed is None and engine.version == 0 else None
 
-    async def from_members(self, sources: Iterable[PeerId], *, least_generation: int = 0) -> Place:
+    async def from_members(
+        self, sources: Iterable[PeerId], *, least_generation: int = 0, forgets: bool = False
+    ) -> Place:
         """Become what the members are: their newest snapshot (or ours, if it is theirs too) and the log after it.
+
+        `forgets` drops what our own disk has beyond that snapshot, because it is of a lineage that does not go on.
 
         Whatever one of them sends, the next one is asked. Raises `UnreachableError` if none of them answers with a
         state of `least_generation` or later that can be followed, `LocalFault` if our own machine is what fails: asking
@@ -161,6 +166,9 @@ class StageSync:
             raise UnreachableError(f"no member of stage {self._stage} answers.")
         current = {peer: answer for peer, (answer, charter) in answers.items() if charter.generation == newest}
         peers = _most_shared_first(current)
+        self._forgets = forgets
+        if forgets:
+            self._held = None
         # everybody is asked to vouch for what was on our own disk before anybody's snapshot is fetched
         ways = [self._start_from] if self.own_standing() is None else [self._start_from_resumed, self._start_from]
         for start, source in itertools.product(ways, peers):
@@ -375,8 +383,10 @@ class StageSync:
     ) -> tuple[Lineage, Version, RoundId, list[Signed]]:
         """Load the newest snapshot that `source` vouches for, or begin where its stage began."""
         snapshots = [one for one in answer.snapshots if charter.version <= one.version <= answer.version]
-        if snapshots:
-            newest = max(snapshots, key=lambda one: one.version)
+        newest = max(snapshots, key=lambda one: one.version, default=None)
+        if self._forgets:
+            await asyncio.to_thread(self._history.forget_after, charter.version if newest is None else newest.version)
+        if newest is not None:
             names = {file.part: f"state/{self._stage}/{newest.version}/{file.part}" for file in newest.files}
             await self._become(newest, names, [source, *peers])
             # the state at the charter's own version is where its lineage begins, whatever it was called before

@@ -60,6 +60,10 @@ class View:
         self.on_change()
         return True
 
+    def forget(self, stage: StageId) -> None:
+        """Forget a stage's membership: it was of a lineage that does not go on, and the next one may be older."""
+        self._stages.pop(stage, None)
+
     def membership(self, stage: StageId) -> Membership | None:
         """Return the newest membership of a stage, or None if nothing is known yet."""
         return self._stages.get(stage)

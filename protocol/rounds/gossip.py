@@ -48,7 +48,7 @@ class Gossip:
 
     @property
     def rivals(self) -> frozenset[PeerId]:
-        """Who of our stage was met in another branch of its lineage, and has not been seen in ours since."""
+        """Who of our stage was met in another branch of its lineage, or may have been, and not in ours since."""
         chain = self._member.chain
         return frozenset() if chain is None else frozenset(self._forks.keys() & self._peers(chain))
 
@@ -145,6 +145,7 @@ class Gossip:
             is_more = answer.version > chain.head.version
             return [*actions, *(self._ask(sender, chain, now_s, again=True) if is_more else [])]
         if chain.head.version < answer.oldest_version:
+            self._note_parted(sender, answer.lineage)  # or ahead: from here that looks the same
             return [*actions, *self._start_over(sender, now_s)]
         relation = chain.relation(answer.lineage, answer.version)
         parted = relation in (Relation.FORKED, Relation.UNKNOWN)
@@ -175,6 +176,8 @@ class Gossip:
             return []
         if relation is Relation.UNKNOWN:
             return self._ask(sender, chain, now_s)
+        if relation is Relation.ANCIENT:
+            self._note_parted(sender, lineage)
         actions = self._report_fork(sender, lineage) if relation is Relation.FORKED else []
         return [*actions, Send(sender, self._answer(chain, lineage))]
 
@@ -290,12 +293,19 @@ class Gossip:
         self._believed_s[peer] = now_s
         return self._member.resync(None)
 
-    def _report_fork(self, peer: PeerId, lineage: Lineage) -> list[Step]:
+    def _note_parted(self, peer: PeerId, lineage: Lineage) -> bool:
+        """Keep in mind that a replica of our stage stands in another branch, or may; tell whether that is news."""
         chain = self._member.chain
         if chain is None or peer not in self._peers(chain) or self._forks.get(peer) == lineage:
-            return []
+            return False
         self._forks = {other: theirs for other, theirs in self._forks.items() if other in self._peers(chain)}
         self._forks[peer] = lineage
+        return True
+
+    def _report_fork(self, peer: PeerId, lineage: Lineage) -> list[Step]:
+        chain = self._member.chain
+        if chain is None or not self._note_parted(peer, lineage):
+            return []
         return [Report(Trouble.FORKED, peer, f"{lineage.hex()[:12]} against our {chain.head.lineage.hex()[:12]}")]
 
 

@@ -51,6 +51,7 @@ def replica(name: str, stage: int, **changes: object) -> Replica:
         "version": Version(0),
         "ready": True,
         "acting": False,
+        "is_lost": False,
         "state_digest": INITIAL,
     }
     return Replica(**(fields | changes))  # type: ignore[arg-type]
@@ -245,6 +246,14 @@ peers_of_a_swarm = st.lists(
     ),
     max_size=8,
 )
+
+
+def test_what_was_given_up_is_founded_only_if_there_is_nothing_else() -> None:
+    """It may be further on. Oracle: who is named."""
+    lost = participant("a", 0, is_lost=True, version=Version(9))
+    others = (participant("b", 0, version=Version(7)), participant("c", 1))
+    assert named(decide(view(lost, *others, generations=STARTED))) == {0: ["b"], 1: ["c"]}
+    assert named(decide(view(lost, others[1], generations=STARTED))) == {0: ["a"], 1: ["c"]}
 
 
 @given(peers_of_a_swarm, st.booleans(), st.floats(0, 30))

@@ -22,7 +22,7 @@ from coordinator.serving import Shelf
 from coordinator.store import history
 from protocol.control import Snapshot, StateFile
 from protocol.errors import StorageError, UnreachableError
-from protocol.ids import PeerId, RoundId, StageId, digest
+from protocol.ids import Lineage, PeerId, RoundId, StageId, digest
 from tests.coordinator.office import Office, Volunteer, open_office, snapshot, state
 from tests.coordinator.runs import make_run
 
@@ -122,6 +122,17 @@ def test_half_a_snapshot_is_no_offer() -> None:
     whole = fake.offer(A.peer, 0, 5)
     known = offers((A, whole.model_copy(update={"files": whole.files[:1]})), (B, fake.offer(B.peer, 1, 5)))
     assert known.newest_complete(after=-1) is None
+
+
+def test_offers_of_what_was_given_up_go_whenever_that_was_learnt() -> None:
+    """A's half of a torn swarm was a round ahead."""
+    fake = FakePeers()
+    ahead = [(A, fake.offer(A.peer, stage, 6)) for stage in (0, 1)]
+    known = offers(*ahead, *((B, fake.offer(B.peer, stage, 5)) for stage in (0, 1)))
+    assert known.newest_complete(after=-1) == 6
+    lost = {snapshot.lineage for _, snapshot in ahead}
+    known.drop(lost.__contains__)
+    assert known.newest_complete(after=-1) == 5
 
 
 # -- one file -----------------------------------------------------------------------------------------
@@ -274,6 +285,28 @@ async def test_a_complete_round_is_collected_verified_and_written_down(tmp_path:
         fake.asked.clear()
         assert await collector.poll()
         assert fake.asked == []
+
+
+async def test_what_is_given_up_while_it_is_collected_becomes_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The settlement comes between two files. Oracle: what is on disk."""
+    async with collecting(tmp_path) as (office, fake, collector):
+        for stage, volunteer in enumerate((A, B)):
+            await office.join(volunteer, wanted_stages=(StageId(stage),))
+            await offering(office, fake, volunteer, stage, 5)
+        lost: set[Lineage] = set()
+        monkeypatch.setattr(office.services.ledger, "is_given_up", lost.__contains__)
+        fetch_range = fake.fetch_range
+
+        async def settled_meanwhile(peer: PeerId, name: str, offset: int, length: int) -> tuple[bytes, int]:
+            lost.add(snapshot(0, 5).lineage)
+            return await fetch_range(peer, name, offset, length)
+
+        monkeypatch.setattr(collector, "_fetch_range", settled_meanwhile)
+        assert not await collector.poll()
+        assert collector.newest is None
+        assert not office.services.run.checkpoints.rounds()
 
 
 async def test_only_the_last_ones_are_kept_on_disk_and_in_the_list(tmp_path: Path) -> None:

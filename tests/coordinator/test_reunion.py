@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from coordinator.store import history, tallies
-from protocol.control import BeatReply, Report, StageState
+from protocol.control import BeatReply, Leave, Report, StageState
 from protocol.history import StateRequest
 from protocol.ids import Lineage, PeerId, StageId, Version
 from tests.coordinator.office import (
@@ -31,7 +32,7 @@ from tests.coordinator.office import (
     state,
 )
 
-A, B, C = Volunteer("a"), Volunteer("b"), Volunteer("c")
+A, B, C, D = (Volunteer(name) for name in "abcd")
 STAGES = (0, 1)
 TOKENS_PER_ROUND = 256
 LOST_AFTER_S = 10.0
@@ -51,18 +52,26 @@ class Half:
     async def train(self, rounds: int, *, tasks: int | None = None) -> None:
         """Commit some rounds of both stages, with so many of a round's microbatches (all by default)."""
         for _ in range(rounds):
-            under = sign_closing(self.members[0], closing(self.office.manifest, self.version, tasks=tasks))
-            reports: list[Report] = [closing_report(under)]
-            for stage in STAGES:
-                message = commit(self.office.manifest, stage, under, members=self.members, parent=self.lineages[stage])
-                signed = sign_commit(self.members[0], message)
-                self.lineages[stage] = lineage_of(signed)
-                reports.append(commit_report(signed))
-            self.version += 1
-            for member in self.members:
-                first = self.sequences.get(member.peer, 0) + 1
-                self.sequences[member.peer] = first + len(reports)
-                await self.office.beat(member, *self.states(), reports=list(enumerate(reports, start=first)))
+            await self.report(await self.make_round(tasks=tasks))
+
+    async def make_round(self, *, tasks: int | None = None) -> list[Report]:
+        """Commit a round, and return what there is to report of it."""
+        under = sign_closing(self.members[0], closing(self.office.manifest, self.version, tasks=tasks))
+        reports: list[Report] = [closing_report(under)]
+        for stage in STAGES:
+            message = commit(self.office.manifest, stage, under, members=self.members, parent=self.lineages[stage])
+            signed = sign_commit(self.members[0], message)
+            self.lineages[stage] = lineage_of(signed)
+            reports.append(commit_report(signed))
+        self.version += 1
+        return reports
+
+    async def report(self, reports: Sequence[Report]) -> None:
+        """Let all members report the same."""
+        for member in self.members:
+            first = self.sequences.get(member.peer, 0) + 1
+            self.sequences[member.peer] = first + len(reports)
+            await self.office.beat(member, *self.states(), reports=list(enumerate(reports, start=first)))
 
     async def beat(self) -> BeatReply:
         """Say where it stands; return what the first of them hears."""
@@ -201,6 +210,123 @@ async def test_a_swarm_that_is_torn_twice_is_settled_twice(tmp_path: Path) -> No
             for stage in STAGES
             for rounds, end in ((2, 2), (3, 7))
         ]
+
+
+async def test_a_half_that_joined_late_is_not_settled_on_half_of_what_it_has_done(tmp_path: Path) -> None:
+    """C tells of its newest commits before others tell of those before: they may be anybody's until then.
+
+    Oracle: no settlement as long as something is missing; then the right one, and nothing of the trunk is given up.
+    """
+    async with open_office(tmp_path, lost_after_s=LOST_AFTER_S) as office:
+        everybody, _ = await torn(office, large=0, small=0)
+        trunk = Half(office, (A, B, C), dict(everybody.lineages), 0)
+        await trunk.train(3)
+        ab = Half(office, (A, B), dict(trunk.lineages), trunk.version, sequences=trunk.sequences)
+        c = Half(office, (C,), dict(trunk.lineages), trunk.version, sequences=trunk.sequences)
+        await ab.train(1)
+        first = await c.make_round()
+        second = await c.make_round()
+        await c.report(second)
+        await meet(office, ab, c, seconds=2 * LOST_AFTER_S)
+        assert await torn_events(office) == []
+        await c.report(first)
+        await c.report(second)
+        await meet(office, ab, c)
+        assert len(await torn_events(office)) == 2
+        found = await office.services.database.run(tallies.counters)
+        assert found.rounds_rolled_back == 2 * 2
+
+
+async def test_a_liar_finds_no_second_witness_in_who_is_a_beat_behind(tmp_path: Path) -> None:
+    """C makes rounds up from where B stood a beat ago. Oracle: nobody but C is told to follow others.
+
+    As long as B has not said where it has gone on, one word stands against another, and nothing is settled.
+    """
+    async with open_office(tmp_path, lost_after_s=LOST_AFTER_S) as office:
+        everybody, _ = await torn(office, large=0, small=0)
+        trunk = Half(office, (A, B, C), dict(everybody.lineages), 0)
+        await trunk.train(1)
+        liar = Half(office, (C,), dict(trunk.lineages), trunk.version, sequences=trunk.sequences)
+        await liar.train(6)
+        behind = Half(office, (B,), dict(trunk.lineages), trunk.version, sequences=trunk.sequences)
+        ahead = Half(office, (A, B), dict(trunk.lineages), trunk.version, sequences=trunk.sequences)
+        await ahead.train(1)
+        ahead.members = (A,)
+        liar.rival, ahead.rival = ahead.lineages[0], liar.lineages[0]
+        await pass_time(office, ahead, behind, liar, seconds=2 * LOST_AFTER_S)
+        assert await torn_events(office) == []
+        ahead.members = (A, B)
+        await pass_time(office, ahead, liar, seconds=LOST_AFTER_S)
+        assert lost(await ahead.beat()) == set()
+        assert {each[2] for each in lost(await liar.beat())} == {frozenset({A.peer, B.peer})}
+
+
+async def test_a_tip_that_is_not_reported_yet_changes_no_choice(tmp_path: Path) -> None:
+    """At the moment of the choice AB's newest commit of stage 1 is still on its way. Oracle: C gives way."""
+    async with open_office(tmp_path, lost_after_s=LOST_AFTER_S) as office:
+        ab, c = await torn(office, large=4, small=2)
+        await meet(office, ab, c, seconds=LOST_AFTER_S - 2.0)
+        late = await ab.make_round()
+        await meet(office, ab, c)
+        assert len(await torn_events(office)) == 2
+        await ab.report(late)
+        assert lost(await ab.beat()) == set()
+        assert {each[0] for each in lost(await c.beat())} == set(STAGES)
+
+
+async def test_a_stranger_is_nobody_to_follow(tmp_path: Path) -> None:
+    """D says that it is a member of a lineage that nobody has heard of."""
+    async with open_office(tmp_path, lost_after_s=LOST_AFTER_S) as office:
+        ab, c = await torn(office, large=3, small=2)
+        await office.join(D, wanted_stages=tuple(map(StageId, STAGES)))
+        await office.beat(D, *(state(stage, lineage=Lineage(bytes([7]) * 32), members=3) for stage in STAGES))
+        await meet(office, ab, c)
+        assert {each[2] for each in lost(await c.beat())} == {frozenset({A.peer, B.peer})}
+
+
+async def test_what_was_given_up_goes_on_if_nothing_else_is_left(tmp_path: Path) -> None:
+    """A and B leave before C has followed them. Oracle: the next charters; A's and B's rounds count as lost."""
+    async with open_office(tmp_path, lost_after_s=LOST_AFTER_S) as office:
+        ab, c = await torn(office, large=4, small=2)
+        await meet(office, ab, c)
+        for volunteer in (A, B):
+            await office.services.registry.leave(volunteer.peer, Leave())
+        await pass_time(office, c, seconds=3 * LOST_AFTER_S)
+        assert {stage: (each.generation, each.version) for stage, each in office.charters().items()} == dict.fromkeys(
+            STAGES, (2, 2)
+        )
+        rollbacks = await office.services.database.run(tallies.rollbacks)
+        assert {(each.stage, each.torn, each.rounds) for each in rollbacks} == {(stage, False, 2) for stage in STAGES}
+
+
+async def test_a_copy_of_what_was_given_up_is_said_to_be_none(tmp_path: Path) -> None:
+    """C comes back with it on its drive."""
+    async with open_office(tmp_path, lost_after_s=LOST_AFTER_S) as office:
+        ab, c = await torn(office, large=3, small=2)
+        await meet(office, ab, c)
+        for half, is_lost in ((ab, False), (c, True)):
+            request = StateRequest(stage=StageId(0), standing=half.lineages[0])
+            assert (await office.services.charters.answer_state(C.peer, request)).is_lost is is_lost
+
+
+async def test_a_word_about_a_rival_costs_nothing_as_long_as_all_are_one(tmp_path: Path) -> None:
+    """It can be said in every beat. Oracle: what the database is asked for while time stands still."""
+    async with open_office(tmp_path, lost_after_s=LOST_AFTER_S) as office:
+        ab, c = await torn(office, large=3, small=0)
+        c.lineages, c.version = dict(ab.lineages), ab.version
+        c.rival = Lineage(bytes(32))
+        await pass_time(office, ab, c, seconds=3.0)
+        asked: list[str] = []
+        run = office.services.database.run
+
+        async def counted(function: Any, *arguments: Any, **more: Any) -> Any:
+            asked.append(function.__name__)
+            return await run(function, *arguments, **more)
+
+        office.services.database.run = counted  # type: ignore[method-assign]
+        for _ in range(10):
+            await office.services.reunion.tick()
+        assert asked.count("paths") <= len(STAGES)
 
 
 async def test_who_only_says_that_it_has_met_somebody_changes_nothing(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,6 +16,8 @@ import pytest
 
 from peer.averaging.sync import Place
 from peer.session import Session
+from peer.span_parts import SpanParts
+from protocol.control import BeatReply, GivenUp
 from protocol.errors import UnreachableError
 from protocol.ids import Digest, Lineage, PeerId, RoundId, RunId, StageId, Version, digest
 from protocol.rounds import events
@@ -141,6 +144,15 @@ async def test_a_replica_says_where_its_own_state_stands_and_whom_it_has_met() -
     case.driver.standing = Link(lineage, Version(8), RoundId(10), seats[1:], None)
     assert case.session.condition().stages[0].members == 0, "it has lost its seat"
     await end(task)
+
+
+def test_what_the_coordinator_has_given_up_is_passed_on(case: Case) -> None:
+    """Oracle: the driver's events, by way of the real `SpanParts.give_up`."""
+    lost = GivenUp(stage=STAGE, lineage=Lineage(digest(b"lost")), members=(OTHER,))
+    elsewhere = lost.model_copy(update={"stage": StageId(0)})
+    case.session._parts.give_up = partial(SpanParts.give_up, case.session._parts)  # type: ignore[method-assign]
+    case.session.on_reply(BeatReply(acknowledged=0, stages=(STAGE,), charters=(), given_up=(lost, elsewhere)))
+    assert case.driver.posted == [events.Rejoin(lost.lineage, (OTHER,))]
 
 
 async def bring_up(case: Case) -> asyncio.Task[None]:

@@ -6,10 +6,11 @@ to wait for it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from coordinator.forks import settle
-from coordinator.store.history import CommitLink
+from coordinator.forks import Branch, branches, have_met, settle
+from coordinator.store.tree import CommitLink
 from protocol.ids import Lineage, PeerId, RoundId, StageId, Version, digest
 from protocol.rounds import Chain, Standing
 from protocol.rounds.events import Received, Rejoin
@@ -143,51 +144,58 @@ class Coordinator:
 
     def _settle_forks(self) -> None:
         """Let one half go on and tell the other: the real choice, among commits that have been reported at once."""
-        world = self._world
-        here = {stage: self._reachable(stage) for stage in world.stages}
-        everybody = [replica for replicas in here.values() for replica in replicas]
-        if any(replica.machine.rival is not None for replica in everybody):
-            self._give_up_what_follows()
-            standing = {
-                stage: {
-                    each.process.name: each.held.lineage
-                    for each in replicas
-                    if each.held is not None and each.machine.statistics().num_members
-                }
-                for stage, replicas in here.items()
-            }
-            settlement = settle(self._links(), standing, most_tokens=1 << 30)
-            if settlement is not None:
-                self.given_up |= {link.lineage for links in settlement.given_up.values() for link in links}
-        self._give_up_what_follows()
-        for replicas in here.values():
+        here = {stage: self._reachable(stage) for stage in self._world.stages}
+        found = {stage: self._branches(stage, replicas) for stage, replicas in here.items()}
+        rivals = {
+            stage: [(each.process.name, each.machine.rival) for each in replicas if each.machine.rival is not None]
+            for stage, replicas in here.items()
+        }
+        if any(have_met(found[stage], met) for stage, met in rivals.items()):
+            settlement = settle(found, most_tokens=1 << 30)
+            assert settlement is not None, "nobody meets anybody in a swarm that is whole"
+            self.given_up |= {link.lineage for links in settlement.given_up.values() for link in links}
+        for stage, replicas in here.items():
             held = {replica: replica.held.lineage for replica in replicas if replica.held is not None}
-            sources = tuple(each.process.name for each, lineage in held.items() if lineage not in self.given_up)
-            for replica, lineage in held.items():
-                if lineage in self.given_up:
-                    replica.feed(Rejoin(lineage, sources))
+            lost = [replica for replica, lineage in held.items() if self._is_given_up(stage, lineage)]
+            sources = tuple(replica.process.name for replica in held if replica not in lost)
+            for replica in lost:
+                replica.feed(Rejoin(held[replica], sources))
 
-    def _links(self) -> list[CommitLink]:
-        world = self._world
-        generations = {stage: world.generation_of(charter) for stage, charter in self.charters.items()}
-        return [
-            CommitLink(
+    def _branches(self, stage: StageId, replicas: list[Replica]) -> tuple[Branch, ...]:
+        standing = {
+            each.process.name: each.held.lineage
+            for each in replicas
+            if each.held is not None and each.machine.statistics().num_members
+            if each.held.generation == self._world.generation_of(self.charters[stage])
+            if not self._is_given_up(stage, each.held.lineage)
+        }
+        whole = {tip: self._path(stage, tip) for tip in set(standing.values())}
+        shared = set.intersection(*({link.lineage for link in path} for path in whole.values())) if whole else set()
+        paths = {tip: [link for link in path if link.lineage not in shared] for tip, path in whole.items()}
+        found = branches(stage, paths, standing)
+        return found if len(found) > 1 else tuple(replace(one, links=tuple(whole[one.tip])) for one in found)
+
+    def _path(self, stage: StageId, tip: Lineage) -> list[CommitLink]:
+        """Return the commits that led to a place, newest first."""
+        path = []
+        while (commit := self._world.checks.commits.get((stage, tip))) is not None:
+            link = CommitLink(
                 stage=stage,
+                round=commit.round,
                 version=commit.version,
-                lineage=lineage,
+                lineage=tip,
                 parent=commit.parent,
                 closing=(commit.summary.closing_digest, commit.summary.clock),
                 tokens=commit.total_tokens,
                 members=1,
                 takers=1,
             )
-            for (stage, lineage), commit in world.checks.commits.items()
-            if commit.generation == generations[stage] and lineage not in self.given_up
-        ]
+            path.append(link)
+            tip = commit.parent
+        return path
 
-    def _give_up_what_follows(self) -> None:
-        while followers := {link.lineage for link in self._links() if link.parent in self.given_up}:
-            self.given_up |= followers
+    def _is_given_up(self, stage: StageId, lineage: Lineage) -> bool:
+        return not self.given_up.isdisjoint({lineage, *(link.lineage for link in self._path(stage, lineage))})
 
     def _restart(self, stage: StageId, founders: list[Replica], best: Held, round_id: RoundId) -> None:
         seats = tuple(Seat(peer=each.process.name, session=each.process.session) for each in founders)

@@ -106,7 +106,8 @@ class Sync:
     async def keep(self, commit: Any, signed: Any, update: Update) -> None:
         self.log.append(f"kept {commit.version}")
 
-    async def from_members(self, sources: Any, *, least_generation: int) -> Any:
+    async def from_members(self, sources: Any, *, least_generation: int, forgets: bool) -> Any:
+        self.forgets = forgets
         if self.fault is not None:
             raise self.fault
         self.log.append(f"resync at {self._engine.version}")
@@ -182,6 +183,7 @@ class Case:
         self.reduces = Reduces()
         self.faults: list[Exception] = []
         self.committed: list[int] = []
+        self.forgotten: list[StageId] = []
         self.is_open = False
         self.driver = StageDriver(
             STAGE,
@@ -210,7 +212,7 @@ class Case:
                     open=lambda *_, **__: self.log.append("open"), freeze=lambda *_: None, open_s=lambda *_: 0.0
                 ),
             ),
-            view=cast(Any, SimpleNamespace(learn=lambda membership: None)),
+            view=cast(Any, SimpleNamespace(learn=lambda membership: None, forget=self.forgotten.append)),
             reports=ReportQueue(),
             hooks=Hooks(
                 on_freeze=lambda closing: None,
@@ -581,6 +583,8 @@ async def test_who_gives_up_a_branch_asks_only_those_who_stand_in_the_other(
         await case.perform(events.Resync(None, (ANNE,), is_choice=is_choice))
         await until(lambda: case.machine.has_seen(events.Synced))
         assert case.sync.sources == asked
+        assert case.sync.forgets is is_choice
+        assert case.forgotten == [STAGE] * is_choice, "whom we knew, we knew from there"
 
 
 async def test_a_goodbye_ends_a_replay() -> None:

@@ -376,6 +376,7 @@ class Case:
             check_history=CHECK,
             resumed=self.line.standing(own),
         )
+        self.asked_about: list[Lineage | None] = []
         self.own_disk = OwnDisk(
             STAGE,
             sync=self.sync,
@@ -386,7 +387,9 @@ class Case:
         )
 
     async def call(self, peer: PeerId, request: Message, response: type[Message]) -> Message:
-        assert (peer, request) == (COORDINATOR.peer_id, StateRequest(stage=STAGE))
+        assert isinstance(request, StateRequest)
+        assert (peer, request.stage) == (COORDINATOR.peer_id, STAGE)
+        self.asked_about.append(request.standing)
         if isinstance(self.word, SwarmError):
             raise self.word
         return self.word
@@ -405,6 +408,14 @@ class Case:
         assert (place.charter, place.commits) == (None, ())
         assert self.engine.state_digest() == self.line.digests[version]
         assert self.sync.own_standing() == standing
+
+
+async def test_a_state_of_the_half_that_was_given_up_is_not_taken(tmp_path: Path) -> None:
+    """It may well be joined to the charter, and be behind the newest commit. Oracle: the coordinator's word on it."""
+    case = Case(tmp_path, 5)
+    case.word = case.line.answer(7).model_copy(update={"is_lost": True})
+    assert await case.go_on() is None
+    assert case.asked_about[0] == case.line.standing(5).lineage
 
 
 @pytest.mark.parametrize("own", [1, 5, 9])

@@ -564,6 +564,22 @@ async def test_our_own_state_of_another_lineage_is_given_up(case: Case, version:
     assert swarm.fetched == [*(f"state/{STAGE}/3/{part}" for part in STATE_PARTS), f"update/{STAGE}/3"]
 
 
+async def test_what_our_disk_has_of_a_branch_that_is_given_up_goes(case: Case) -> None:
+    """It holds the members' very snapshot as well. Whoever follows us would be led astray. Oracle: our log."""
+    swarm = resume(case, 3, Lineage(bytes(32)))
+    await case.sync.from_members(swarm.states)
+    branch = _commit(NUM_COMMITS + 2, Lineage(bytes(32)), b"branch")
+    case.history.append(Version(NUM_COMMITS + 1), b"branch", branch)
+    swarm.fetched.clear()
+    try:
+        await case.sync.from_members(swarm.states, forgets=True)
+    finally:
+        await case.compute.stop()
+    assert swarm.fetched == [f"update/{STAGE}/3"], "the snapshot is there"
+    assert case.engine.state_digest() == swarm.digests[NUM_COMMITS]
+    assert case.history.commit_of(Version(NUM_COMMITS + 1)) is None
+
+
 async def test_our_own_state_ahead_of_the_members_is_given_up(case: Case) -> None:
     """It was committed to our disk and to nobody else's. Oracle: as above."""
     swarm = resume(case, 4, Lineage(b""))

@@ -295,6 +295,15 @@ def test_a_branch_is_given_up_only_for_others_who_were_met() -> None:
     assert [*rivals, made.rival] == [None, hello.lineage, None, None], "met; joined us; joined by us"
 
 
+def test_halves_that_have_lost_sight_of_where_they_parted_meet_all_the_same() -> None:
+    """The other's oldest commit is newer than our newest: it may be ahead, or elsewhere, which looks the same."""
+    made, _ = machine(A, B)
+    ask(made, B, 0.0)
+    answer = chain_answer(made)
+    assert made.handle(Received(B, answer), 0.0) == [], "we do not look left behind"
+    assert made.rival == answer.lineage
+
+
 def test_a_fork_is_reported_once_and_refused() -> None:
     """Same version, other lineage: no state is exchanged."""
     made, _ = machine(A, B)

@@ -1,0 +1,66 @@
+"""Closed rounds: adding them, and which closing of a round stands.
+
+Owns: the SQL of `rounds`. Must not know: whether a closing is believed.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import dataclass
+
+from protocol.ids import Digest, PeerId, RoundId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClosingRow:
+    """One closed round."""
+
+    digest: Digest
+    signer: PeerId
+    round: RoundId
+    tasks_done: int
+    tasks_lost: int
+    loss_sum: float
+    tokens: int
+    heldout_loss_sum: float
+    heldout_tokens: int
+
+
+def add_closing(db: sqlite3.Connection, row: ClosingRow, *, closed_s: float) -> None:
+    """Add a closed round, unless it is known, and settle which closing of that round stands."""
+    db.execute(
+        "INSERT OR IGNORE INTO rounds VALUES (?, ?, 0, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            row.digest,
+            row.round,
+            row.tasks_done,
+            row.tasks_lost,
+            row.loss_sum,
+            row.tokens,
+            row.heldout_loss_sum,
+            row.heldout_tokens,
+            closed_s,
+        ),
+    )
+    settle_round(db, row.round)
+
+
+def settle_round(db: sqlite3.Connection, round_id: RoundId) -> None:
+    """Mark all closings of a round but one as superseded.
+
+    The one that stands is what commits of the highest generation were made under, then of most stages, then
+    the latest: a closing that no commit names (the last round has none), or none that goes on, stands only if there is
+    no other.
+    """
+    standing = db.execute(
+        """
+        SELECT digest FROM rounds LEFT JOIN (
+            SELECT closing, max(generation) AS generation, count(*) AS stages FROM commits
+            WHERE closing IN (SELECT digest FROM rounds WHERE round = :round) AND given_up_s IS NULL GROUP BY closing
+        ) AS named ON named.closing = digest
+        WHERE round = :round
+        ORDER BY coalesce(generation, 0) DESC, coalesce(stages, 0) DESC, closed_s DESC, digest LIMIT 1
+        """,
+        {"round": round_id},
+    ).fetchone()[0]
+    db.execute("UPDATE rounds SET superseded = (digest <> ?) WHERE round = ?", (standing, round_id))
