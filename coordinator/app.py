@@ -22,6 +22,7 @@ from pathlib import Path
 import structlog
 
 from coordinator import listening, status
+from coordinator.bans import Bans
 from coordinator.charters import CharterOffice
 from coordinator.checkpointfiles import Checkpoint
 from coordinator.checkpoints import Collector, versions
@@ -38,6 +39,7 @@ from coordinator.serving import Shelf
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import peers
 from coordinator.store.database import DATABASE_FILE, Database
+from protocol.access import Door
 from protocol.control import Beat, Leave, Register, Snapshot, StatusAnswer, StatusRequest
 from protocol.errors import FinishedError, StorageError
 from protocol.history import StateAnswer, StateRequest
@@ -47,6 +49,7 @@ from protocol.process import folder_lock, interruptible, unwrapped
 from protocol.transport.blobs import Blobs
 from protocol.transport.calls import Calls
 from protocol.transport.node import Node
+from protocol.transport.passes import Passes
 from protocol.transport.streams import Streams
 
 log = structlog.get_logger()
@@ -69,6 +72,7 @@ class Services:
     registry: Registry
     charters: CharterOffice
     reunion: Reunion
+    bans: Bans
     finish: Finish
     shared_status: SharedStatus
     _status_turn: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
@@ -78,9 +82,11 @@ class Services:
         await self.charters.load()
         await self.ledger.load()
         await self.registry.load()
+        await self.bans.load()
 
     async def tick(self, newest: Checkpoint | None) -> None:
         """Do what is due. Once per `tick_s`."""
+        await self.bans.tick()
         await self.registry.sweep()
         if not self.finish.is_reached:
             await self.charters.tick()
@@ -128,6 +134,7 @@ def make_services(run: RunDir, settings: CoordinatorSettings, *, database: Datab
         clock=clock,
     )
     reunion = Reunion(manifest, settings=settings, registry=registry, ledger=ledger, journal=journal, clock=clock)
+    bans = Bans(manifest.run_id, key=run.key, registry=registry, database=database, journal=journal, clock=clock)
     finish = Finish(manifest, registry=registry, database=database, journal=journal, clock=clock)
     return Services(
         run=run,
@@ -139,6 +146,7 @@ def make_services(run: RunDir, settings: CoordinatorSettings, *, database: Datab
         registry=registry,
         charters=charters,
         reunion=reunion,
+        bans=bans,
         finish=finish,
         shared_status=SharedStatus(lambda: status_of_run(run)),
     )
@@ -198,10 +206,16 @@ async def _serve(
 ) -> None:
     """Go on the network, and stay there until it is time to go."""
     node, invite = await _start_node(services)
-    streams = Streams(node.p2p)
+    door = Door(services.run.manifest.run_id, services.run.manifest.coordinator, tells_banned=True)
+    door.on_banned.append(node.gate.ban)
+    streams = Streams(node.p2p, door=door)
+    services.bans.on_list = door.learn
+    if services.bans.newest is not None:
+        door.learn(services.bans.newest)
     try:
         blobs = Blobs(streams, run=services.run.manifest.run_id)
         calls = Calls(streams, run=services.run.manifest.run_id)
+        Passes(calls, streams, door, me=node.peer_id).serve()
         collector = _make_collector(services, blobs, calls)
         await _answer_calls(services, calls)
         await collector.load()  # hashes gigabytes; until then there is no checkpoint to hand out, not even "none"
@@ -257,11 +271,11 @@ async def _answer_calls(services: Services, calls: Calls) -> None:
     async def on_status(caller: PeerId, request: StatusRequest) -> StatusAnswer:
         return await services.status()
 
-    calls.on(Register, services.registry.register)
+    calls.on(Register, services.registry.register, open_to_all=True)
     calls.on(Beat, services.registry.beat)
     calls.on(Leave, services.registry.leave)
     calls.on(StateRequest, services.charters.answer_state)
-    calls.on(StatusRequest, on_status)
+    calls.on(StatusRequest, on_status, open_to_all=True)
     await calls.serve()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from coordinator.bancli import ban, bans, unban
 from coordinator.commandline import (
     SETTING,
     Command,
@@ -313,7 +314,8 @@ def demo(
     finish(command, "demo", debug)
 
 
-coordinator.add_command(plan)
+for command in (plan, ban, unban, bans):
+    coordinator.add_command(command)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import structlog
 
@@ -68,6 +69,18 @@ class LivePeer:
     changed: bool = field(default=True, repr=False)
 
 
+class BanList(Protocol):
+    """Who is kept out, as far as the registry needs to know."""
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def newest(self) -> Signed | None: ...
+
+    def why(self, peer: PeerId) -> str | None: ...
+
+
 class Registry:
     """The roster and its live view."""
 
@@ -97,6 +110,8 @@ class Registry:
         """Newest charter of every stage; the charter office puts itself here."""
         self.astray: Callable[[LivePeer], tuple[GivenUp, ...]] = lambda peer: ()
         """Where a peer should not stand any more, and whom to follow instead; the reunion puts itself here."""
+        self.bans: BanList | None = None
+        """Who is kept out; `bans.py` puts itself here."""
         self.is_finished = False
         """The run has its last checkpoint: peers are told so."""
         self.awake_since_s: float | None = None
@@ -167,6 +182,7 @@ class Registry:
         One that is in already gets a new pass: for the same tenure, or for one on the stages it was moved to.
         """
         self._check_request(request)
+        self._refuse_banned(caller)
         known = self._peers.get(caller)
         wall_s = self._clock.wall()
         newcomer = LivePeer(
@@ -207,6 +223,7 @@ class Registry:
 
     async def beat(self, caller: PeerId, beat: Beat) -> BeatReply:
         """Take a sign of life and its reports; answer with what the peer should know."""
+        self._refuse_banned(caller)
         peer = self._peers.get(caller)
         if peer is None or peer.presence == "left":
             raise RefusedError("this coordinator does not know you (any more).", hint="Register again.")
@@ -224,6 +241,7 @@ class Registry:
             charters=self.charters(),
             members=self._hints(caller),
             given_up=self.astray(peer),
+            revoked=None if self.bans is None or beat.revocations >= self.bans.number else self.bans.newest,
             finished=self.is_finished,
         )
 
@@ -235,6 +253,18 @@ class Registry:
             await self._journal.event("peer.left", caller, f"{peer.name}: {leave.reason}")
             await self.save()
         return Done()
+
+    async def expel(self, caller: PeerId, reason: str) -> None:
+        """Take a peer for gone that is banned now."""
+        peer = self._peers.get(caller)
+        if peer is not None and peer.presence != "left":
+            self._go(peer, "left", PeerState.REFUSED, f"banned: {reason}"[:200])
+            await self.save()
+
+    def _refuse_banned(self, caller: PeerId) -> None:
+        why = None if self.bans is None else self.bans.why(caller)
+        if why is not None:
+            raise RefusedError(why, hint="Ask the organiser.")
 
     async def sweep(self) -> None:
         """Mark the silent as lost, and write the picture down. Once per tick."""

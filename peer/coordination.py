@@ -139,6 +139,7 @@ class Registration:
         admission = unseal(welcome.admission, ADMISSION_CONTEXT, Admission, signer=self._link.coordinator)
         self._renew_at_s = (admission.issued_s + admission.expires_s) / 2
         self._welcome = welcome
+        self._link.passes.own = welcome.admission
         return welcome
 
 
@@ -235,9 +236,12 @@ async def beat_once(link: Link, *, condition: Condition, reports: ReportQueue) -
         stages=condition.stages,
         suspects=condition.suspects,
         reports=reports.oldest(),
+        revocations=link.door.number,
     )
     reply = await link.calls.call(link.coordinator, beat, BeatReply)
     reports.acknowledge(reply.acknowledged)
+    if reply.revoked is not None:
+        link.passes.learn(reply.revoked)
     return reply
 
 
@@ -256,7 +260,7 @@ async def say_goodbye(link: Link, *, reason: str) -> None:
     """Tell the coordinator that this peer goes; it would notice anyway."""
     try:
         await link.calls.tell(link.coordinator, Leave(reason=reason), timeout_s=LEAVE_TIMEOUT_S)
-    except TransientError as error:
+    except (TransientError, RefusedError) as error:  # also if it has banned us: why we go is said already
         log.debug("coordinator.silent", error=error.one_line())
 
 
@@ -264,7 +268,7 @@ async def _ask_patiently(link: Link, request: Register) -> Welcome:
     deaf_attempts = 0
     for attempt in range(REGISTER_ATTEMPTS):
         try:
-            return await link.calls.call(link.coordinator, request, Welcome)
+            return await link.calls.call(link.coordinator, request, Welcome, introduced=False)
         except BusyError as error:
             await asyncio.sleep(error.retry_after_s)
         except TransientError as error:

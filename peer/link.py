@@ -1,4 +1,4 @@
-"""This peer's connections for one run: the node, and the three ways of talking over it.
+"""This peer's connections for one run: the node, the three ways of talking over it, and who may come in.
 
 Owns: starting and stopping them in the right order, and introducing peers to each other by address.
 Must not know: rounds, tensors, stages.
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from peer.settings import PeerSettings
+from protocol.access import Door
 from protocol.errors import TransientError
 from protocol.ids import PeerId
 from protocol.invite import Invite
@@ -21,6 +22,7 @@ from protocol.signing import SigningKey
 from protocol.transport.blobs import Blobs
 from protocol.transport.calls import Calls
 from protocol.transport.node import Node
+from protocol.transport.passes import Passes
 from protocol.transport.streams import Streams
 from protocol.transport.throttle import Line, Throttle
 
@@ -38,6 +40,8 @@ class Link:
     streams: Streams
     calls: Calls
     blobs: Blobs
+    door: Door
+    passes: Passes
     coordinator: PeerId
     coordinator_addresses: tuple[str, ...]
     _introduced: dict[PeerId, tuple[str, ...]] = field(default_factory=dict)
@@ -90,14 +94,21 @@ async def connected(invite: Invite, settings: PeerSettings) -> AsyncIterator[Lin
         coordinator=invite.coordinator,
     )
     line = Line(up=Throttle(mbps=settings.upload_mbps), down=Throttle(mbps=settings.download_mbps))
-    streams = Streams(node.p2p, line=line)
+    door = Door(invite.run, invite.coordinator)
+    door.on_banned.append(node.gate.ban)
+    streams = Streams(node.p2p, line=line, door=door)
+    calls = Calls(streams, run=invite.run, coordinator=invite.coordinator)
+    passes = Passes(calls, streams, door, me=node.peer_id)
+    passes.serve()
     try:
         yield Link(
             node=node,
             line=line,
             streams=streams,
-            calls=Calls(streams, run=invite.run, coordinator=invite.coordinator),
+            calls=calls,
             blobs=Blobs(streams, run=invite.run),
+            door=door,
+            passes=passes,
             coordinator=invite.coordinator,
             coordinator_addresses=invite.addresses,
         )

@@ -322,7 +322,7 @@ class Session:
             for stage in stages
         }
         for driver in self._parts.drivers.values():
-            driver.post(events.RosterChanged(roster))
+            driver.post(events.RosterChanged(roster, self._link.door.banned))
 
     def _stage_state(self, stage: StageId) -> StageState:
         driver, place = self._parts.drivers[stage], self._places[stage]

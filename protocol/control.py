@@ -186,6 +186,8 @@ class Beat(Message):
     suspects: Annotated[tuple[PeerId, ...], Field(max_length=64)] = ()
     """Peers that this one failed to reach lately."""
     reports: Annotated[tuple[NumberedReport, ...], Field(max_length=64)] = ()
+    revocations: Count = 0
+    """Number of the newest revocation list that this peer has."""
 
 
 class GivenUp(Message):
@@ -210,6 +212,8 @@ class BeatReply(Message):
     """Who hosts what, with addresses: a hint that spares a DHT lookup."""
     given_up: Annotated[tuple[GivenUp, ...], Field(max_length=256)] = ()
     """Where this peer should not stand any more."""
+    revoked: Signed | None = None
+    """The newest revocation list, if the peer has an older one."""
     finished: bool = False
     """The run has its last checkpoint; there is nothing left to do."""
 

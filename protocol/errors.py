@@ -15,7 +15,8 @@
     |-- TransientError            E-NET     6    try again later
     |   |-- UnreachableError      E-NET-01  6    nobody answers at that address
     |   |-- DeadlineError         E-NET-02  6    no progress in time
-    |   `-- BusyError             E-NET-03  6    the other side has no free slot (`retry_after_s`)
+    |   |-- BusyError             E-NET-03  6    the other side has no free slot (`retry_after_s`)
+    |   `-- StrangerError         E-NET-04  6    the other side wants to see our pass first
     `-- PeerFault                 E-PEER    1    a remote peer broke the rules; scored, never fatal for us
         |-- WireError             E-WIRE    1    bytes that are not a message of this protocol
         `-- SignatureError        E-SIG     1    a signature or a signer that does not fit
@@ -129,6 +130,10 @@ class BusyError(TransientError):
     def __init__(self, message: str, *, retry_after_s: float, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.retry_after_s = retry_after_s
+
+
+class StrangerError(TransientError):
+    code = "E-NET-04"
 
 
 class PeerFault(SwarmError):

@@ -32,6 +32,11 @@ class FrameKind(IntEnum):
 
     MESSAGE = 1
     CHUNK = 2
+    STRANGER = 3
+    """Empty: the caller has not shown its pass (or it has run out), and what it asked for needs one."""
+
+
+_LIMITS = {FrameKind.MESSAGE: MAX_MESSAGE_BYTES, FrameKind.CHUNK: MAX_CHUNK_BYTES, FrameKind.STRANGER: 0}
 
 
 def frame_header(kind: FrameKind, length: int) -> bytes:
@@ -46,7 +51,7 @@ def parse_frame_header(header: bytes) -> tuple[FrameKind, int]:
         kind = FrameKind(kind_number)
     except ValueError:
         raise WireError(f"unknown frame kind {kind_number}") from None
-    limit = MAX_CHUNK_BYTES if kind is FrameKind.CHUNK else MAX_MESSAGE_BYTES
+    limit = _LIMITS[kind]
     if length > limit:
         raise WireError(f"{kind.name.lower()} frame of {length} bytes is over the limit of {limit}")
     return kind, length

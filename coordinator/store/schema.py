@@ -216,6 +216,14 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX commits_by_parent ON commits (parent);
     CREATE INDEX commits_given_up ON commits (given_up_s) WHERE given_up_s IS NOT NULL;
     """,
+    """
+    CREATE TABLE bans (
+        peer TEXT PRIMARY KEY,
+        since_s REAL NOT NULL,
+        until_s REAL,                   -- null: until it is taken back
+        reason TEXT NOT NULL
+    ) WITHOUT ROWID;
+    """,
 )
 
 SCHEMA_VERSION = len(MIGRATIONS)

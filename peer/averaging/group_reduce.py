@@ -16,7 +16,7 @@ from hivemind.p2p import P2P
 
 from peer.averaging.butterfly import ButterflyRunner
 from peer.averaging.exchange import ExchangeRunner
-from peer.averaging.link import Link, from_hivemind
+from peer.averaging.link import Introduce, Link, from_hivemind
 from peer.averaging.reduce import (
     Reduced,
     ReduceError,
@@ -28,6 +28,7 @@ from peer.averaging.reduce import (
 from peer.averaging.reduce_service import ReduceService
 from peer.averaging.spool import Spool
 from peer.codecs import codec
+from protocol.access import Door
 from protocol.errors import LocalFault
 from protocol.ids import Digest, digest
 from protocol.transport.throttle import Line
@@ -47,10 +48,15 @@ class GroupReduce:
         namespace: str,
         folder: Path | None = None,
         line: Line | None = None,
+        door: Door | None = None,
+        introduce: Introduce | None = None,
         early_wait_s: float = EARLY_WAIT_S,
     ) -> None:
-        """Long results are put into `folder` while they come in; without one they are in memory."""
-        self._link = Link(p2p, line)
+        """Long results are put into `folder` while they come in; without one they are in memory.
+
+        `door` says who may come in, and `introduce` shows our pass to whom we call.
+        """
+        self._link = Link(p2p, line, door=door, introduce=introduce)
         self._namespace, self._folder = namespace, folder
         self._service = ReduceService(from_hivemind(p2p.peer_id), early_wait_s=early_wait_s)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -28,6 +28,7 @@ from hivemind.proto.p2pd_pb2 import RPCError
 from peer.averaging.group_message import GroupMessage
 from peer.averaging.messages import END_OF_STREAM, MessageReader, head_of
 from peer.codecs import Buffer
+from protocol.access import Door
 from protocol.errors import RefusedError, SwarmError, UnreachableError, WireError
 from protocol.ids import PeerId
 from protocol.transport.dial import dial, hang_up
@@ -36,6 +37,7 @@ from protocol.transport.throttle import Lane, Line
 log = structlog.get_logger()
 
 T = TypeVar("T")
+Introduce = Callable[[PeerId], Awaitable[None]]
 Handler = Callable[[AsyncGenerator[GroupMessage, None], P2PContext], AsyncGenerator[GroupMessage, None]]
 
 SHORT_BYTES = 64  # such messages are not worth a turn
@@ -77,9 +79,15 @@ class CallContext(P2PContext):  # type: ignore[misc]
 class Link:
     """One p2p daemon, shared by all groups of this process."""
 
-    def __init__(self, p2p: P2P, line: Line | None = None) -> None:
-        """What goes over `line` takes turns with the rest of this peer, which goes first."""
+    def __init__(
+        self, p2p: P2P, line: Line | None = None, *, door: Door | None = None, introduce: Introduce | None = None
+    ) -> None:
+        """What goes over `line` takes turns with the rest of this peer, which goes first.
+
+        `door` says who may come in, anybody if there is none; `introduce` shows our pass to whom we call.
+        """
         self._p2p, self._line = p2p, line or Line()
+        self._door, self._introduce = door, introduce
         self._served: Counter[PeerID] = Counter()
         self._serving: set[asyncio.Task[Any]] = set()
 
@@ -104,6 +112,8 @@ class Link:
 
         Raises `UnreachableError` if the peer or the handler is not there, `DeadlineError` if it takes too long.
         """
+        if self._introduce is not None:
+            await self._introduce(from_hivemind(peer))
         reader, writer = await dial(self._p2p, peer, name)
         return Exchange(peer, LinkStream(reader, writer, self._line), requests)
 
@@ -152,6 +162,10 @@ class Link:
         """Count the streams of a caller; False if it has too many, or all callers together have."""
         task = asyncio.current_task()
         assert task is not None
+        if self._door is not None and not self._door.is_admitted(from_hivemind(caller)):
+            log.debug("reduce.stream_refused", caller=str(caller), reason="no pass, or banned")
+            yield False
+            return
         if self._served[caller] >= MAX_STREAMS_PER_CALLER or len(self._serving) >= MAX_STREAMS:
             log.warning("reduce.stream_refused", caller=str(caller), reason="too many streams")
             yield False

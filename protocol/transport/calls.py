@@ -17,6 +17,7 @@ from protocol.errors import (
     ClockError,
     IncompatibleError,
     RefusedError,
+    StrangerError,
     SwarmError,
     TransientError,
     WireError,
@@ -56,10 +57,21 @@ class Calls:
         self._coordinator = coordinator
         self._name = call_protocol(run)
         self._handlers: dict[type[Message], Callable[[PeerId, Any], Awaitable[Message]]] = {}
+        self._open_to_all: set[type[Message]] = set()
 
-    def on(self, request: type[Request], handler: Callable[[PeerId, Request], Awaitable[Message]]) -> None:
-        """Answer requests of one class. The handler gets the authenticated caller."""
+    def on(
+        self,
+        request: type[Request],
+        handler: Callable[[PeerId, Request], Awaitable[Message]],
+        *,
+        open_to_all: bool = False,
+    ) -> None:
+        """Answer requests of one class. The handler gets the authenticated caller.
+
+        Who has shown no pass is answered only if that is `open_to_all`.
+        """
         self._handlers[request] = handler
+        (self._open_to_all.add if open_to_all else self._open_to_all.discard)(request)
 
     def off(self, *requests: type[Message]) -> None:
         """Answer requests of these classes no more."""
@@ -68,19 +80,28 @@ class Calls:
 
     async def serve(self) -> None:
         """Start answering."""
-        await self._streams.serve(self._name, self._answer)
+        await self._streams.serve(self._name, self._answer, open_to_all=True)
 
     async def call(
-        self, peer: PeerId, request: Message, response: type[Response], *, timeout_s: float = CALL_TIMEOUT_S
+        self,
+        peer: PeerId,
+        request: Message,
+        response: type[Response],
+        *,
+        timeout_s: float = CALL_TIMEOUT_S,
+        introduced: bool = True,
     ) -> Response:
-        """Ask `peer` and return its answer.
+        """Ask `peer` and return its answer. It is shown our pass first, unless what we ask needs none.
 
         Raises `TransientError` kinds if it cannot be reached or says no, `WireError` if one side cannot read the
         other. Only the coordinator can cause a `RefusedError` or a `ClockError`.
         """
-        async with self._streams.open(peer, self._name, timeout_s=timeout_s) as stream:
-            await stream.send(request)
-            answer: Message = await stream.receive(response, Failure, timeout_s=timeout_s)
+        try:
+            answer = await self._ask(peer, request, response, timeout_s=timeout_s, introduced=introduced)
+        except StrangerError:  # it was restarted, or our pass has run out meanwhile: it is shown once more
+            if not introduced:
+                raise
+            answer = await self._ask(peer, request, response, timeout_s=timeout_s, introduced=True)
         if isinstance(answer, response):
             return answer
         assert isinstance(answer, Failure), "receive returns one of the classes it was given"
@@ -88,12 +109,24 @@ class Calls:
             raise _FINAL[answer.code](answer.detail, hint=answer.hint or None)
         raise _error_of(peer, answer)
 
+    async def _ask(
+        self, peer: PeerId, request: Message, response: type[Response], *, timeout_s: float, introduced: bool
+    ) -> Message:
+        async with self._streams.open(peer, self._name, timeout_s=timeout_s, introduced=introduced) as stream:
+            await stream.send(request)
+            answer: Message = await stream.receive(response, Failure, timeout_s=timeout_s)
+            return answer
+
     async def tell(self, peer: PeerId, message: Message, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
         """Deliver a message that needs no answer but its receipt."""
         await self.call(peer, message, Done, timeout_s=timeout_s)
 
     async def _answer(self, stream: Stream) -> None:
         request = await stream.receive(*self._handlers, timeout_s=CALL_TIMEOUT_S)
+        if not stream.is_admitted and type(request) not in self._open_to_all:
+            await stream.refuse_stranger()
+            await stream.wait_closed(timeout_s=CLOSE_TIMEOUT_S)
+            return
         try:
             handler = self._handlers.get(type(request))
             if handler is None:  # it went off while the request was on its way

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
@@ -21,7 +21,16 @@ import structlog
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 
-from protocol.errors import DeadlineError, PeerFault, SwarmError, TransientError, UnreachableError, WireError
+from protocol.access import Door
+from protocol.errors import (
+    DeadlineError,
+    PeerFault,
+    StrangerError,
+    SwarmError,
+    TransientError,
+    UnreachableError,
+    WireError,
+)
 from protocol.ids import Digest, PeerId
 from protocol.transport.dial import OPEN_TIMEOUT_S, dial, hang_up
 from protocol.transport.throttle import Lane, Line
@@ -42,6 +51,9 @@ log = structlog.get_logger()
 CHUNK_TIMEOUT_S = 60.0  # 1 MiB at 0.14 Mbit/s: slower than that is not a link
 MAX_STREAMS_PER_CALLER = 64  # far above what an honest peer keeps open; bounds memory under a flood
 MAX_STREAMS = 1024
+MAX_STRANGERS = 64  # streams besides them of who has no pass: nothing that strangers do takes anybody's room
+MAX_STREAMS_PER_STRANGER = 4
+STRANGER_TIMEOUT_S = 2.0
 
 M = TypeVar("M", bound=Message)
 Handler = Callable[["Stream"], Awaitable[None]]
@@ -62,9 +74,12 @@ class Stream:
         *,
         line: Line | None = None,
         lane: Lane = Lane.PROMPT,
+        is_admitted: bool = True,
     ) -> None:
         """Bodies take turns on `line`, where `lane` says what goes first. Messages do not wait."""
         self.remote = remote
+        self.is_admitted = is_admitted
+        """The one who opened it has shown a pass. Only handlers that strangers may reach need to look."""
         self._reader = reader
         self._writer = writer
         self._line, self._lane = line or Line(), lane
@@ -127,6 +142,10 @@ class Stream:
             on_chunk()
         return body, Digest(hasher.digest())
 
+    async def refuse_stranger(self) -> None:
+        """Say that a pass is needed for this."""
+        await self._write(frame_header(FrameKind.STRANGER, 0))
+
     async def wait_closed(self, *, timeout_s: float) -> None:
         """Wait until the other side has closed: it has read our last word (or is gone)."""
         try:
@@ -155,6 +174,8 @@ class Stream:
     async def _read_frame(self, expected: FrameKind) -> bytes:
         try:
             kind, length = parse_frame_header(await self._reader.readexactly(HEADER.size))
+            if kind is FrameKind.STRANGER:
+                raise StrangerError(f"{self.remote} wants to see our pass")
             if kind is not expected:
                 raise WireError(f"{self.remote} sent a {kind.name} frame where {expected.name} was due")
             payload = await self._reader.readexactly(length)
@@ -167,37 +188,60 @@ class Stream:
 class Streams:
     """Opens and serves named streams on one p2p daemon."""
 
-    def __init__(self, p2p: P2P, *, line: Line | None = None) -> None:
-        """`line` limits how fast all of them together are."""
+    def __init__(self, p2p: P2P, *, line: Line | None = None, door: Door | None = None) -> None:
+        """`line` limits how fast all of them together are; `door` says who may come in, anybody if there is none."""
         self._p2p = p2p
+        self._door = door
+        self.introduce: Callable[[PeerId], Awaitable[None]] | None = None
+        """Shows our pass to a peer before we ask it for anything; `transport/passes.py` puts itself here."""
+        self.on_stranger: Callable[[PeerId], None] = lambda peer: None
+        """Hears of a peer that wants to see it (again)."""
         self._line = line or Line()
         self._lanes: dict[str, Lane] = {}
         self._open_by_caller: dict[PeerId, int] = {}
         self._num_open = 0
         self._handlers: dict[str, Handler] = {}
+        self._open_to_all: set[str] = set()
         self._registered: set[str] = set()
-        self._serving: set[asyncio.Task[None]] = set()
+        self._serving: dict[asyncio.Task[None], PeerId] = {}
+        self._num_strangers = 0
         self._is_stopping = False
 
     @asynccontextmanager
     async def open(
-        self, peer: PeerId, name: str, *, timeout_s: float = OPEN_TIMEOUT_S, lane: Lane = Lane.PROMPT
+        self,
+        peer: PeerId,
+        name: str,
+        *,
+        timeout_s: float = OPEN_TIMEOUT_S,
+        lane: Lane = Lane.PROMPT,
+        introduced: bool = True,
     ) -> AsyncIterator[Stream]:
         """Open a stream to `peer`'s handler `name`; it is closed when the block is left.
 
-        Raises `UnreachableError` if the peer or its handler is not there, `DeadlineError` if it takes too long.
+        The peer is shown our pass first, unless `introduced` says that what we want needs none. Raises
+        `UnreachableError` if the peer or its handler is not there, `DeadlineError` if it takes too long.
         """
+        if introduced and self.introduce is not None:
+            await self.introduce(peer)
         reader, writer = await dial(self._p2p, _peer_id(peer), name, timeout_s=timeout_s)
         async with _ending(writer):
-            yield Stream(peer, reader, writer, line=self._line, lane=lane)
+            try:
+                yield Stream(peer, reader, writer, line=self._line, lane=lane)
+            except StrangerError:
+                self.on_stranger(peer)
+                raise
 
-    async def serve(self, name: str, handler: Handler, *, lane: Lane = Lane.PROMPT) -> None:
+    async def serve(self, name: str, handler: Handler, *, lane: Lane = Lane.PROMPT, open_to_all: bool = False) -> None:
         """Let `handler` serve streams called `name`, instead of whoever did before.
+
+        Who has shown no pass reaches it only if it is `open_to_all`.
 
         Its errors end that stream and nothing else. A daemon takes one registration per name for its whole
         life, so a peer that changes its stages changes the handler behind it.
         """
         self._handlers[name], self._lanes[name] = handler, lane
+        (self._open_to_all.add if open_to_all else self._open_to_all.discard)(name)
         if name not in self._registered:
             self._registered.add(name)
             await self._register(name)
@@ -210,17 +254,24 @@ class Streams:
         async def on_stream(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             task = asyncio.current_task()
             assert task is not None
-            self._serving.add(task)
+            caller = PeerId(str(info.peer_id))
+            self._serving[task] = caller
             try:
-                await self._serve_one(name, PeerId(str(info.peer_id)), reader, writer)
+                await self._serve_one(name, caller, reader, writer)
             except asyncio.CancelledError:
-                if not self._is_stopping:
+                if not self._is_stopping and not self._is_banned(caller):
                     raise
             finally:
-                self._serving.discard(task)
+                self._serving.pop(task, None)
                 writer.transport.abort()
 
         await self._p2p.add_binary_stream_handler(name, on_stream)
+
+    def hang_up_on(self, banned: Collection[PeerId]) -> None:
+        """End the streams of peers that are banned now."""
+        for task, caller in list(self._serving.items()):
+            if caller in banned:
+                task.cancel()
 
     async def stop(self) -> None:
         """End every stream that is being served."""
@@ -237,14 +288,24 @@ class Streams:
         handler = self._handlers.get(name)
         if handler is None:
             return
-        if self._num_open >= MAX_STREAMS or self._open_by_caller.get(caller, 0) >= MAX_STREAMS_PER_CALLER:
+        if self._door is not None and not self._door.knock(caller):
+            log.debug("stream.refused", name=name, caller=caller, reason="too often, or banned")
+            return
+        is_admitted = self._door is None or self._door.is_admitted(caller)
+        if self._is_full(caller, is_admitted=is_admitted):
             log.warning("stream.refused", name=name, caller=caller, reason="too many streams")
             return
         self._num_open += 1
+        self._num_strangers += not is_admitted
         self._open_by_caller[caller] = self._open_by_caller.get(caller, 0) + 1
+        stream = Stream(caller, reader, writer, line=self._line, lane=self._lanes[name], is_admitted=is_admitted)
         try:
             async with _ending(writer):
-                await handler(Stream(caller, reader, writer, line=self._line, lane=self._lanes[name]))
+                if is_admitted or name in self._open_to_all:
+                    await handler(stream)
+                else:
+                    await stream.refuse_stranger()
+                    await stream.wait_closed(timeout_s=STRANGER_TIMEOUT_S)
         except PeerFault as error:
             log.info("stream.fault", name=name, caller=caller, error=error.one_line())
         except TransientError as error:
@@ -253,9 +314,19 @@ class Streams:
             log.warning("stream.failed", name=name, caller=caller, error=error.one_line())
         finally:
             self._num_open -= 1
+            self._num_strangers -= not is_admitted
             self._open_by_caller[caller] -= 1
             if not self._open_by_caller[caller]:
                 del self._open_by_caller[caller]
+
+    def _is_full(self, caller: PeerId, *, is_admitted: bool) -> bool:
+        own = self._open_by_caller.get(caller, 0)
+        if not is_admitted:
+            return self._num_strangers >= MAX_STRANGERS or own >= MAX_STREAMS_PER_STRANGER
+        return self._num_open - self._num_strangers >= MAX_STREAMS or own >= MAX_STREAMS_PER_CALLER
+
+    def _is_banned(self, caller: PeerId) -> bool:
+        return self._door is not None and caller in self._door.banned
 
 
 @asynccontextmanager

@@ -35,10 +35,14 @@ class RecordGate(RecordValidatorBase):  # type: ignore[misc]
         self._run = run
         self._coordinator = coordinator
         self._clock = clock
-        self.banned: set[PeerId] = set()
+        self.banned: frozenset[PeerId] = frozenset()
         """Peers whose records are refused although their admission has not run out yet."""
         self.refused: Counter[str] = Counter()
         """Refusals by error code since the start."""
+
+    def ban(self, peers: frozenset[PeerId]) -> None:
+        """Refuse the records of these peers from now on, and of nobody else for that reason."""
+        self.banned = peers
 
     def validate(self, record: DHTRecord) -> bool:
         """Answer hivemind; the reason for a no is only counted, since whoever sent it knows it anyway."""

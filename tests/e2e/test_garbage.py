@@ -1,4 +1,4 @@
-"""Strangers who talk nonsense to every handler of a coordinator and of peers, while these train.
+"""Members who talk nonsense to every handler of a coordinator and of peers, while these train.
 
 Nobody may die of it, hold on to memory or file descriptors for it, or lose a round over it. Which handlers there
 are, the processes themselves say in their logs, so that a new one cannot be forgotten here.
@@ -7,6 +7,7 @@ are, the processes themselves say in their logs, so that a new one cannot be for
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -18,12 +19,14 @@ from coordinator.store import peers
 from protocol import control, history, hops
 from protocol.batches import TaskKind
 from protocol.hops import OpenTask, ResumeTask, TensorSpec
-from protocol.ids import Digest, Lineage, RoundId, RunId, StageId, Version
+from protocol.ids import Digest, Lineage, PeerId, RoundId, RunId, StageId, Version
 from protocol.invite import Invite
+from protocol.records import admit
 from protocol.rounds import messages as rounds
 from protocol.transport.blobs import RangeRequest
-from protocol.wire import PROTOCOL_VERSION, Message
-from tests.e2e.attacker import Attacker, attacker, dht_nonsense, framed_nonsense, reduce_nonsense
+from protocol.transport.passes import ShowPass
+from protocol.wire import PROTOCOL_VERSION, Message, pack_tagged
+from tests.e2e.attacker import Attacker, attacker, dht_nonsense, framed, framed_nonsense, reduce_nonsense
 from tests.e2e.processes import Command
 from tests.e2e.swarm import Swarm
 
@@ -57,6 +60,7 @@ async def test_nonsense_on_every_handler_changes_nothing(swarm: Swarm, who: str)
     assert _kinds(handlers) == COORDINATORS if who == "coordinator" else _kinds(handlers) == PEERS
     addresses = _addresses(swarm, victim)
     async with attacker(addresses, seed=SEED) as stranger:
+        await _get_in(stranger, handlers, swarm)
         await _attack(stranger, handlers, swarm)  # buffers and pools reach the size that they keep
         before = _footprint(victim)
         for _ in range(PASSES):
@@ -79,7 +83,18 @@ async def test_nonsense_on_every_handler_changes_nothing(swarm: Swarm, who: str)
     assert {(tally.tokens, tally.tasks_lost) for tally in tallies} == {(tokens, 0)}
 
 
-# What a stranger can reach, by the last part of a handler's name.
+async def _get_in(stranger: Attacker, handlers: set[str], swarm: Swarm) -> None:
+    """Show a genuine pass: without one, nonsense would get no further than the door."""
+    run = swarm.run_dir()
+    me, now_s = PeerId(stranger.p2p.peer_id.to_base58()), int(time.time())
+    admission = admit(run.key, run=run.manifest.run_id, peer=me, name="attacker", issued_s=now_s, valid_hours=1.0)
+    (name,) = (name for name in handlers if _kind(name) == "call")
+    answered = stranger.answered
+    await stranger.stream(name, framed(pack_tagged(ShowPass(admission=admission, number=0))))
+    assert stranger.answered > answered
+
+
+# What a member can reach, by the last part of a handler's name.
 DHT = {"rpc_ping", "rpc_store", "rpc_find"}
 COORDINATORS = DHT | {"call", "blob"}
 PEERS = DHT | {"call", "blob", "hop", "rpc_aggregate_part"}

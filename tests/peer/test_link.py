@@ -36,6 +36,8 @@ def link(node: Node) -> Link:
         streams=nothing,
         calls=nothing,
         blobs=nothing,
+        door=nothing,
+        passes=nothing,
         coordinator=ANNE,
         coordinator_addresses=(),
     )

@@ -177,7 +177,7 @@ async def test_a_banned_peer_disappears_at_once(start: StartNode) -> None:
     second = await start("second", peers=await first.addresses())
     await second.publish(record_of(second))
     assert await found_by(first) == {second.peer_id}
-    first.gate.banned.add(second.peer_id)
+    first.gate.ban(frozenset({second.peer_id}))
     assert await found_by(first) == set()
 
 

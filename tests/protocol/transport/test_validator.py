@@ -9,7 +9,6 @@ import pytest
 from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.validation import CompositeValidator, DHTRecord
 
-from protocol.ids import PeerId
 from protocol.records import MAX_RECORD_BYTES, key_id, replica_key, seal_publication
 from protocol.transport.validator import RecordGate
 from tests.protocol.test_records import ALICE, COORDINATOR, NOW, RUN, publication
@@ -74,9 +73,9 @@ def test_everything_else_is_refused_and_counted(changes: dict[str, Any]) -> None
 def test_a_banned_peers_record_is_refused() -> None:
     """Oracle: the same record before and after the ban."""
     tested = gate()
-    tested.banned.add(PeerId(ALICE.peer_id))
+    tested.ban(frozenset({ALICE.peer_id}))
     assert not tested.validate(dht_record())
-    tested.banned.clear()
+    tested.ban(frozenset())
     assert tested.validate(dht_record())
 
 

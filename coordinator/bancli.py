@@ -1,0 +1,161 @@
+"""`coordinator ban`, `unban` and `bans`. Parses and prints.
+
+The commands write the run's database, whether or not a coordinator runs; one that does takes it over at its next tick.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from coordinator.commandline import finish, print_document, with_debug, with_json
+from protocol.errors import ConfigError
+from protocol.ids import PeerId
+
+T = TypeVar("T")
+
+DIRECTORY = click.Path(path_type=Path, file_okay=False)
+UNITS_S = {"m": 60, "h": 3600, "d": 86_400}
+MAX_REASON_CHARS = 200
+
+
+@click.command()
+@click.argument("directory", type=DIRECTORY)
+@click.argument("peer")
+@click.option("--reason", default="", help="Shown to the peer, and in the events.")
+@click.option("--for", "duration", default=None, metavar="TIME", help="Such as 30m, 12h, 7d. [default: for good]")
+@with_json
+@with_debug
+def ban(directory: Path, peer: str, reason: str, duration: str | None, as_json: bool, debug: bool) -> None:
+    """Keep PEER (its id, or its name) out of the run in DIRECTORY.
+
+    A coordinator that runs takes it over within a second, and every peer hears of it with its next beat.
+
+    Example: coordinator ban my-run oak --for 7d --reason "sends nonsense"
+    """
+
+    def command() -> None:
+        from coordinator.store.bans import BanRow, add_ban
+
+        since_s = time.time()
+        until_s = None if duration is None else since_s + _seconds(duration)
+        if len(reason) > MAX_REASON_CHARS or not reason.isprintable():
+            raise ConfigError(f"--reason: at most {MAX_REASON_CHARS} printable characters.")
+
+        def add(db: Any) -> BanRow:
+            row = BanRow(peer=_find(db, peer), since_s=since_s, until_s=until_s, reason=reason)
+            add_ban(db, row)
+            return row
+
+        row = _write(directory, add)
+        _say(as_json, "coordinator.ban/1", row.peer, f"{row.peer} is banned", until_s=until_s)
+
+    finish(command, "ban", debug)
+
+
+@click.command()
+@click.argument("directory", type=DIRECTORY)
+@click.argument("peer")
+@with_json
+@with_debug
+def unban(directory: Path, peer: str, as_json: bool, debug: bool) -> None:
+    """Let PEER (its id, or its name) into the run in DIRECTORY again.
+
+    Example: coordinator unban my-run oak
+    """
+
+    def command() -> None:
+        from coordinator.store.bans import remove_ban
+
+        def remove(db: Any) -> PeerId:
+            found = _find(db, peer)
+            if not remove_ban(db, found):
+                raise ConfigError(f"{peer} is not banned.", hint=f"See: coordinator bans {directory}")
+            return found
+
+        found = _write(directory, remove)
+        _say(as_json, "coordinator.unban/1", found, f"{found} may come back")
+
+    finish(command, "unban", debug)
+
+
+@click.command()
+@click.argument("directory", type=DIRECTORY)
+@with_json
+@with_debug
+def bans(directory: Path, as_json: bool, debug: bool) -> None:
+    """List who is banned from the run in DIRECTORY, and why.
+
+    Example: coordinator bans my-run
+    """
+
+    def command() -> None:
+        from dataclasses import asdict
+
+        from coordinator.bans import until
+        from coordinator.store.bans import load_bans
+        from coordinator.store.database import DATABASE_FILE, reading
+
+        with reading(directory / DATABASE_FILE) as db:
+            rows = load_bans(db, now_s=time.time())
+        if as_json:
+            print_document("coordinator.bans/1", {"bans": [asdict(row) for row in rows]})
+            return
+        if not rows:
+            click.echo("nobody is banned", err=True)
+        for row in rows:
+            click.echo(f"{row.peer}  {until(row)}  {row.reason}")
+
+    finish(command, "bans", debug)
+
+
+def _find(db: Any, who: str) -> PeerId:
+    """Return the peer that is meant: by its id, or by a name that only one has. Raises `ConfigError`."""
+    from coordinator.store.peers import load_peers
+
+    rows = load_peers(db)
+    if any(row.peer == who for row in rows):
+        return PeerId(who)
+    named = [row.peer for row in rows if row.name == who]
+    if len(named) == 1:
+        return named[0]
+    if named:
+        raise ConfigError(f"{len(named)} peers are called '{who[:40]}'.", hint=f"Give the id: {', '.join(named[:5])}")
+    raise ConfigError(f"no peer '{who[:64]}' ever took part.", hint="Give an id or a name, as swarm status shows.")
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d{1,6})([mhd])", text.strip().lower(), re.ASCII)
+    if found is None or int(found[1]) == 0:
+        raise ConfigError(f"--for: '{text[:20]}' is no time.", hint="Write it like 30m, 12h or 7d.")
+    return float(int(found[1]) * UNITS_S[found[2]])
+
+
+def _write(directory: Path, function: Callable[[Any], T]) -> T:
+    import asyncio
+
+    from coordinator.store.database import DATABASE_FILE, Database
+
+    if not (directory / DATABASE_FILE).exists():
+        raise ConfigError(f"{directory} was never served.", hint=f"Start it: coordinator run {directory}")
+
+    async def write() -> T:
+        database = await Database.open(directory / DATABASE_FILE)
+        try:
+            return await database.run(function)
+        finally:
+            await database.close()
+
+    return asyncio.run(write())
+
+
+def _say(as_json: bool, schema: str, peer: PeerId, text: str, **more: Any) -> None:
+    if as_json:
+        print_document(schema, {"peer": peer, **more})
+    else:
+        click.echo(text, err=True)

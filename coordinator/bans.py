@@ -1,0 +1,107 @@
+"""Keeping peers out: the revocation list, and what a banned peer is told.
+
+Owns: making a new signed list whenever who is banned has changed, and keeping it. Must not know: who decides on a ban
+(the organiser's command writes the row), how the list travels. The app calls `tick`; `registry.py` sends the list with
+its answers to beats.
+
+The rows are the truth: the command writes them also while no coordinator runs. A list is on disk before anybody sees
+it, so its number never comes twice.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import structlog
+
+from coordinator.clock import Clock
+from coordinator.journal import DISK_NOTE, Journal
+from coordinator.registry import Registry
+from coordinator.store import bans, peers
+from coordinator.store.bans import BanRow
+from coordinator.store.database import Database
+from protocol.access import MAX_REVOKED, REVOCATION_CONTEXT, Revocations, revoke
+from protocol.errors import StorageError
+from protocol.ids import PeerId, RunId
+from protocol.signing import Signed, SigningKey, unseal
+
+log = structlog.get_logger()
+
+REVOCATIONS = "revocations"  # a key of the settings table
+
+
+class Bans:
+    """Who is kept out at the moment."""
+
+    def __init__(
+        self, run: RunId, *, key: SigningKey, registry: Registry, database: Database, journal: Journal, clock: Clock
+    ) -> None:
+        self._run = run
+        self._key = key
+        self._registry = registry
+        self._database = database
+        self._journal = journal
+        self._clock = clock
+        self._rows: dict[PeerId, BanRow] = {}
+        self._number = 0
+        self._listed: tuple[PeerId, ...] = ()
+        self._newest: Signed | None = None
+        self.on_list: Callable[[Signed], object] = lambda signed: None
+        """Hears of every new list: our own door."""
+        registry.bans = self
+
+    async def load(self) -> None:
+        """Take over the newest list. Call once, before serving."""
+        kept = await self._database.run(peers.get_setting, REVOCATIONS)
+        if kept is not None:
+            self._newest = Signed.from_bytes(bytes.fromhex(kept))
+            newest = unseal(self._newest, REVOCATION_CONTEXT, Revocations, signer=self._key.peer_id)
+            self._number, self._listed = newest.number, newest.peers
+
+    async def tick(self) -> None:
+        """Look who is banned now, and make a list of it if that has changed."""
+        rows = await self._database.run(bans.load_bans, now_s=self._clock.wall())
+        self._rows = {row.peer: row for row in rows}
+        listed = tuple(sorted(row.peer for row in rows[:MAX_REVOKED]))
+        if listed == self._listed:
+            return
+        number = self._number + 1
+        signed = revoke(self._key, run=self._run, number=number, issued_s=self._clock.wall(), peers=listed)
+        try:
+            await self._database.run(peers.put_setting, REVOCATIONS, signed.to_bytes().hex())
+        except StorageError as error:  # tried again at the next tick
+            self._journal.note(DISK_NOTE, str(error))
+            return
+        before, self._listed, self._number, self._newest = self._listed, listed, number, signed
+        self.on_list(signed)
+        for peer in sorted(set(listed) - set(before)):
+            await self._registry.expel(peer, self._rows[peer].reason)
+            await self._journal.event("peer.banned", peer, self._rows[peer].reason)
+        for peer in sorted(set(before) - set(listed)):
+            await self._journal.event("peer.unbanned", peer)
+
+    @property
+    def number(self) -> int:
+        """Of the newest list."""
+        return self._number
+
+    @property
+    def newest(self) -> Signed | None:
+        """The newest list; None as long as nobody was ever banned."""
+        return self._newest
+
+    def why(self, peer: PeerId) -> str | None:
+        """Return what to tell a peer that is banned; None if it is not."""
+        row = self._rows.get(peer)
+        if row is None or (row.until_s is not None and row.until_s <= self._clock.wall()):
+            return None
+        return f"you are banned {until(row)}: {row.reason or 'no reason was given'}."
+
+
+def until(row: BanRow) -> str:
+    """Say how long a ban holds."""
+    if row.until_s is None or math.isinf(row.until_s):
+        return "until the organiser takes it back"
+    return time.strftime("until %Y-%m-%d %H:%M UTC", time.gmtime(row.until_s))

@@ -1,0 +1,44 @@
+"""Rows about who is banned. Plain functions on a connection.
+
+Owns: the SQL of `bans`. Must not know: why somebody is, or who hears of it (`coordinator/bans.py`).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import dataclass
+
+from protocol.ids import PeerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BanRow:
+    """One peer that is kept out. Times are Unix seconds; without an end it is until somebody takes it back."""
+
+    peer: PeerId
+    since_s: float
+    until_s: float | None
+    reason: str
+
+
+def add_ban(db: sqlite3.Connection, row: BanRow) -> None:
+    """Ban a peer, or change its ban."""
+    db.execute("INSERT OR REPLACE INTO bans VALUES (?, ?, ?, ?)", (row.peer, row.since_s, row.until_s, row.reason))
+
+
+def remove_ban(db: sqlite3.Connection, peer: PeerId) -> bool:
+    """Take a ban back; tell whether there was one."""
+    return db.execute("DELETE FROM bans WHERE peer = ?", (peer,)).rowcount > 0
+
+
+def load_bans(db: sqlite3.Connection, *, now_s: float) -> list[BanRow]:
+    """Return the bans that hold now, the newest first."""
+    rows = db.execute(
+        "SELECT peer, since_s, until_s, reason FROM bans WHERE until_s IS NULL OR until_s > ? "
+        "ORDER BY since_s DESC, peer",
+        (now_s,),
+    )
+    return [
+        BanRow(peer=PeerId(peer), since_s=since_s, until_s=until_s, reason=reason)
+        for peer, since_s, until_s, reason in rows
+    ]

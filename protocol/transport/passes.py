@@ -1,0 +1,120 @@
+"""Showing passes: ours to whom we call, others' to our door.
+
+Owns: the messages of it, when it is shown again, and handing on the revocation list. Must not know: what a pass means
+(`protocol/access.py`). Coordinator and peers serve it alike; only peers have a pass to show.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Annotated
+
+import structlog
+from pydantic import Field
+
+from protocol.access import Door
+from protocol.errors import PeerFault, TransientError
+from protocol.ids import PeerId
+from protocol.signing import Signed
+from protocol.transport.calls import Calls, Done
+from protocol.transport.streams import Streams
+from protocol.wire import Message
+
+log = structlog.get_logger()
+
+SHOW_TIMEOUT_S = 5.0
+HANDED_ON_TO = 4  # peers that hear of a new revocation list from each who learns it: with beats, far more than enough
+
+
+class ShowPass(Message):
+    """This is my pass. `number` is that of the newest revocation list that I know."""
+
+    admission: Signed
+    number: Annotated[int, Field(ge=0)]
+
+
+class Seen(Message):
+    """You are in. If your revocation list is older than ours, here it is; if it is newer, hand it on."""
+
+    number: Annotated[int, Field(ge=0)]
+    revoked: Signed | None = None
+
+
+class HandOn(Message):
+    """A revocation list that you do not have."""
+
+    revoked: Signed
+
+
+class Passes:
+    """Shows our pass to everybody whom we call, once, and looks at what others show."""
+
+    def __init__(self, calls: Calls, streams: Streams, door: Door, *, me: PeerId) -> None:
+        self._calls = calls
+        self._door = door
+        self._me = me
+        self._shown: dict[PeerId, Signed] = {}
+        self._showing: dict[PeerId, asyncio.Lock] = {}
+        self._handing: set[asyncio.Task[None]] = set()
+        self.own: Signed | None = None
+        """Our newest pass, once we have one."""
+        streams.introduce = self.introduce
+        streams.on_stranger = self.forget
+        door.on_banned.append(streams.hang_up_on)
+
+    def serve(self) -> None:
+        """Look at what is shown from now on."""
+        self._calls.on(ShowPass, self._on_show, open_to_all=True)
+        self._calls.on(HandOn, self._on_hand_on)
+
+    async def introduce(self, peer: PeerId) -> None:
+        """Show our pass to a peer that has not seen it. Raises what the call raises if it cannot be shown."""
+        own = self.own
+        if own is None or peer == self._me or self._shown.get(peer) == own:
+            return
+        async with self._showing.setdefault(peer, asyncio.Lock()):
+            if self._shown.get(peer) == own:
+                return
+            try:
+                shown = ShowPass(admission=own, number=self._door.number)
+                seen = await self._calls.call(peer, shown, Seen, timeout_s=SHOW_TIMEOUT_S, introduced=False)
+            finally:
+                self._showing.pop(peer, None)
+            self._shown[peer] = own
+        if seen.revoked is not None:
+            self.learn(seen.revoked)
+        elif seen.number < self._door.number:
+            self._hand_on(peer)
+
+    def learn(self, revoked: Signed) -> None:
+        """Take over a revocation list, from whomever, and hand a new one on. Raises `PeerFault` if it is none."""
+        if self._door.learn(revoked):
+            known = [peer for peer in self._shown if peer not in self._door.banned]
+            for peer in random.sample(known, min(len(known), HANDED_ON_TO)):
+                self._hand_on(peer)
+
+    def forget(self, peer: PeerId) -> None:
+        """A peer does not know us (any more): it will be shown our pass again."""
+        self._shown.pop(peer, None)
+
+    async def _on_show(self, caller: PeerId, shown: ShowPass) -> Seen:
+        self._door.show(caller, shown.admission)
+        is_behind = shown.number < self._door.number
+        return Seen(number=self._door.number, revoked=self._door.revoked if is_behind else None)
+
+    async def _on_hand_on(self, caller: PeerId, handed: HandOn) -> Done:
+        self.learn(handed.revoked)
+        return Done()
+
+    def _hand_on(self, peer: PeerId) -> None:
+        task = asyncio.create_task(self._tell(peer))
+        self._handing.add(task)
+        task.add_done_callback(self._handing.discard)
+
+    async def _tell(self, peer: PeerId) -> None:
+        assert self._door.revoked is not None, "its number is above another's"
+        try:
+            await self._calls.tell(peer, HandOn(revoked=self._door.revoked), timeout_s=SHOW_TIMEOUT_S)
+        except (TransientError, PeerFault) as error:  # it will hear of it from others
+            log.debug("revocations.undelivered", peer=peer, error=error.one_line())
