@@ -29,6 +29,7 @@ from coordinator.settings import CoordinatorSettings
 from coordinator.status import FINISHED
 from coordinator.store import peers
 from coordinator.store.database import DATABASE_FILE, Database
+from protocol.access import Door
 from protocol.control import Beat, BeatReply, Capability, Leave, Register, Snapshot, StateFile, Welcome
 from protocol.errors import (
     FinishedError,
@@ -37,6 +38,7 @@ from protocol.errors import (
     PortError,
     RefusedError,
     StorageError,
+    StrangerError,
     TransientError,
     UnreachableError,
 )
@@ -48,6 +50,7 @@ from protocol.signing import unseal
 from protocol.transport.blobs import Blobs
 from protocol.transport.calls import Calls
 from protocol.transport.node import Node
+from protocol.transport.passes import Passes
 from protocol.transport.streams import Streams
 from protocol.wire import PROTOCOL_VERSION
 from tests.coordinator.office import beat, state, work
@@ -83,6 +86,7 @@ class Client:
     node: Node
     calls: Calls
     blobs: Blobs
+    passes: Passes
     coordinator: PeerId
     served: dict[str, bytes]
 
@@ -97,7 +101,10 @@ class Client:
             "clock_s": self.node.dht_time(),
             "addresses": (),
         }
-        return await self.calls.call(self.coordinator, Register(**(fields | changes)), Welcome)  # type: ignore[arg-type]
+        request = Register(**(fields | changes))  # type: ignore[arg-type]
+        welcome = await self.calls.call(self.coordinator, request, Welcome, introduced=False)
+        self.passes.own = welcome.admission
+        return welcome
 
     async def beat(self, message: Beat) -> BeatReply:
         return await self.calls.call(self.coordinator, message, BeatReply)
@@ -129,14 +136,15 @@ async def client(folder: Path, invite: Invite) -> AsyncIterator[Client]:
         initial_peers=invite.addresses,
         host_maddrs=LOOPBACK,
     )
-    streams = Streams(node.p2p)
+    door = Door(invite.run, invite.coordinator)
+    streams = Streams(node.p2p, door=door)
     served: dict[str, bytes] = {}
     try:
         blobs = Blobs(streams, run=invite.run)
         await blobs.serve(lambda caller, name: served.get(name))
-        yield Client(
-            node, Calls(streams, run=invite.run, coordinator=invite.coordinator), blobs, invite.coordinator, served
-        )
+        calls = Calls(streams, run=invite.run, coordinator=invite.coordinator)
+        passes = Passes(calls, streams, door, me=node.peer_id)
+        yield Client(node, calls, blobs, passes, invite.coordinator, served)
     finally:
         await streams.stop()
         await node.stop()
@@ -226,9 +234,12 @@ async def test_refusals_reach_the_peer_as_what_they_are(run: RunDir, tmp_path: P
             await peer.register(run.manifest, protocol=PROTOCOL_VERSION + 1)
         with pytest.raises(RefusedError, match="token"):
             await peer.register(run.manifest)
-        with pytest.raises(RefusedError, match="does not know you"):
+        with pytest.raises(StrangerError):
             await peer.beat(beat())
         await peer.register(run.manifest, token="sesame")
+        await peer.calls.tell(invite.coordinator, Leave(reason="test"))
+        with pytest.raises(RefusedError, match="does not know you"):
+            await peer.beat(beat())
 
 
 async def test_one_directory_has_one_coordinator(run: RunDir) -> None:
