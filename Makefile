@@ -17,7 +17,7 @@ FITS := import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 
 HAS_TORCH := import importlib.metadata as m; raise SystemExit([int(n) for n in m.version("torch").split(".")[:2]] < [2, 10])
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check lint bench chaos-memory chaos-averaging lock clean
+.PHONY: help setup demo test test-all check lint bench fuzz chaos-memory chaos-averaging lock clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -50,6 +50,9 @@ bench: $(STAMP) ## run every benchmark (ARGS='--quick --json FILE')
 
 bench-%: $(STAMP) ## run one benchmark, for example make bench-pipeline
 	@$(BIN)/python -m tests.benchmarks.$* $(ARGS)
+
+fuzz: $(STAMP) ## change honest bytes at random, and see what decoders make of them (ARGS='--seconds 60')
+	@$(BIN)/python -m tests.fuzz $(ARGS)
 
 chaos-memory: $(STAMP) ## kill -9 training with its state on disk, 100 times
 	@$(BIN)/python -m tests.e2e.memory_chaos $(ARGS)

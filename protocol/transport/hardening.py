@@ -170,7 +170,10 @@ def _dictionary(plain: object) -> Any:
                     math.isfinite(expiry)
                 ):
                     _check_depth(subkey)
-                    dictionary.store(_hashable(subkey), value, float(expiry))
+                    try:  # entries that expire together are put in order by their subkeys, which may be of any types
+                        dictionary.store(_hashable(subkey), value, float(expiry))
+                    except TypeError:
+                        raise WireError("subkeys of different types") from None
                 case _:
                     raise WireError("not an entry of a DHT dictionary")
     return dictionary

@@ -1,0 +1,1 @@
+"""Bytes that nobody honest would send, for everything that decodes what strangers send."""
