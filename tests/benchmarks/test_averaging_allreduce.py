@@ -34,6 +34,7 @@ def test_members_of_either_side_end_with_the_same_values(side: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # hivemind's matchmaking takes its time where much else runs
 def test_a_small_run_yields_the_rows_that_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(averaging_allreduce, "QUICK_ELEMENTS", ELEMENTS)
     wanted = frozenset({"allreduce_2", "allreduce_memory"})

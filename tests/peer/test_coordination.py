@@ -18,9 +18,10 @@ from peer.coordination import Condition, Registration, keep_beating
 from peer.link import Link
 from peer.reports import PER_BEAT, ReportQueue
 from peer.settings import PeerSettings
+from protocol.access import revoke
 from protocol.control import Beat, BeatReply, Capability, ClosingReport, PeerState, Register, Welcome
 from protocol.errors import ClockError, IncompatibleError, RefusedError, UnreachableError
-from protocol.ids import StageId
+from protocol.ids import RunId, StageId
 from protocol.invite import Invite
 from protocol.manifest import MANIFEST_CONTEXT
 from protocol.records import admit
@@ -47,6 +48,9 @@ class Coordinator:
         self.coordinator_addresses = ()
         self.calls = self
         self.node = SimpleNamespace(addresses=self._addresses)
+        self.learnt: list[Signed] = []
+        self.passes = SimpleNamespace(own=None, learn=self.learnt.append)
+        self.door = SimpleNamespace(number=7)
         self.on_beat: Callable[[], None] = lambda: None
         self.reply: Callable[[Beat], BeatReply] = lambda beat: REPLY
         self.manifest_key = KEY
@@ -56,8 +60,9 @@ class Coordinator:
     async def _addresses(self) -> tuple[str, ...]:
         return ()
 
-    async def call(self, to: object, message: Register | Beat, answer_type: type) -> Any:
+    async def call(self, to: object, message: Register | Beat, answer_type: type, *, introduced: bool = True) -> Any:
         self.asked.append(message)
+        assert introduced is isinstance(message, Beat), "who registers has no pass yet, or a better one soon"
         if isinstance(message, Register):
             if self.refusal is not None:
                 raise self.refusal
@@ -151,10 +156,24 @@ async def test_a_pass_is_renewed_when_half_of_it_is_over() -> None:
     registered = registration(old)
     await registered.enter()
     assert registered.is_due
+    assert old.passes.own == registered.welcome.admission, "it is what others are shown"
+    before = old.passes.own
     old.age_s = 0.0
     await beat_times(old, 3, registered)
+    assert old.passes.own == registered.welcome.admission != before
     assert old.kinds[:5] == ["Register", "Register", "Beat", "Beat", "Beat"]
     assert not registered.is_due
+
+
+async def test_a_newer_revocation_list_is_taken_over_with_the_reply() -> None:
+    """Oracle: the number that the beat has named, and what the door hears of."""
+    signed = revoke(KEY, run=RunId("ab" * 16), number=8, issued_s=1.0, peers=())
+    coordinator = Coordinator(answers=[REPLY.model_copy(update={"revoked": signed})])
+    registered = registration(coordinator)
+    await registered.enter()
+    await beat_times(coordinator, 2, registered)
+    assert coordinator.learnt == [signed]
+    assert [asked.revocations for asked in coordinator.asked if isinstance(asked, Beat)][:2] == [7, 7]
 
 
 async def test_a_coordinator_that_has_forgotten_us_is_told_once_more() -> None:
