@@ -22,6 +22,7 @@ T = TypeVar("T")
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
 UNITS_S = {"m": 60, "h": 3600, "d": 86_400}
 MAX_REASON_CHARS = 200
+PEER_ID = "12D3KooW[1-9A-HJ-NP-Za-km-z]{44}"
 
 
 @click.command()
@@ -120,6 +121,8 @@ def _find(db: Any, who: str) -> PeerId:
 
     rows = load_peers(db)
     if any(row.peer == who for row in rows):
+        return PeerId(who)
+    if re.fullmatch(PEER_ID, who, re.ASCII):  # who has not come yet can be kept out as well
         return PeerId(who)
     named = [row.peer for row in rows if row.name == who]
     if len(named) == 1:

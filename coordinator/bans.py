@@ -47,40 +47,51 @@ class Bans:
         self._rows: dict[PeerId, BanRow] = {}
         self._number = 0
         self._listed: tuple[PeerId, ...] = ()
+        self._told: frozenset[PeerId] = frozenset()
         self._newest: Signed | None = None
         self.on_list: Callable[[Signed], object] = lambda signed: None
         """Hears of every new list: our own door."""
         registry.bans = self
 
     async def load(self) -> None:
-        """Take over the newest list. Call once, before serving."""
+        """Take over who is banned, and the newest list. Call once, before serving."""
+        await self._read()
         kept = await self._database.run(peers.get_setting, REVOCATIONS)
         if kept is not None:
             self._newest = Signed.from_bytes(bytes.fromhex(kept))
             newest = unseal(self._newest, REVOCATION_CONTEXT, Revocations, signer=self._key.peer_id)
-            self._number, self._listed = newest.number, newest.peers
+            self._number, self._listed, self._told = newest.number, newest.peers, frozenset(newest.peers)
 
     async def tick(self) -> None:
-        """Look who is banned now, and make a list of it if that has changed."""
-        rows = await self._database.run(bans.load_bans, now_s=self._clock.wall())
-        self._rows = {row.peer: row for row in rows}
-        listed = tuple(sorted(row.peer for row in rows[:MAX_REVOKED]))
-        if listed == self._listed:
-            return
-        number = self._number + 1
-        signed = revoke(self._key, run=self._run, number=number, issued_s=self._clock.wall(), peers=listed)
+        """Look who is banned now, put them out, and make a list of them if that has changed."""
         try:
-            await self._database.run(peers.put_setting, REVOCATIONS, signed.to_bytes().hex())
+            await self._read()
+            await self._renew()
         except StorageError as error:  # tried again at the next tick
             self._journal.note(DISK_NOTE, str(error))
             return
-        before, self._listed, self._number, self._newest = self._listed, listed, number, signed
-        self.on_list(signed)
-        for peer in sorted(set(listed) - set(before)):
-            await self._registry.expel(peer, self._rows[peer].reason)
+        for row in self._rows.values():
+            await self._registry.expel(row.peer, row.reason)
+        before, self._told = self._told, frozenset(self._rows)
+        for peer in sorted(self._told - before):
             await self._journal.event("peer.banned", peer, self._rows[peer].reason)
-        for peer in sorted(set(before) - set(listed)):
+        for peer in sorted(before - self._told):
             await self._journal.event("peer.unbanned", peer)
+
+    async def _read(self) -> None:
+        rows = await self._database.run(bans.load_bans, now_s=self._clock.wall())
+        self._rows = {row.peer: row for row in rows}
+
+    async def _renew(self) -> None:
+        """Make a new list if the old one does not fit. Its number is a time: made after a backup, it is newer."""
+        listed = tuple(sorted(list(self._rows)[:MAX_REVOKED]))  # the newest come first
+        if listed == self._listed:
+            return
+        number = max(self._number + 1, int(1000 * self._clock.wall()))
+        signed = revoke(self._key, run=self._run, number=number, issued_s=self._clock.wall(), peers=listed)
+        await self._database.run(peers.put_setting, REVOCATIONS, signed.to_bytes().hex())
+        self._listed, self._number, self._newest = listed, number, signed
+        self.on_list(signed)
 
     @property
     def number(self) -> int:

@@ -260,7 +260,7 @@ async def say_goodbye(link: Link, *, reason: str) -> None:
     """Tell the coordinator that this peer goes; it would notice anyway."""
     try:
         await link.calls.tell(link.coordinator, Leave(reason=reason), timeout_s=LEAVE_TIMEOUT_S)
-    except (TransientError, RefusedError) as error:  # also if it has banned us: why we go is said already
+    except (TransientError, PeerFault, RefusedError) as error:  # it may have banned us: why we go is said already
         log.debug("coordinator.silent", error=error.one_line())
 
 

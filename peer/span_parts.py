@@ -160,14 +160,7 @@ class SpanParts:
             num_numbers=lambda round_id: len(self._batches.plan(round_id)),
             round_deadline_s=manifest.timing.round_deadline_s,
         )
-        self._reduce = GroupReduce(
-            link.node.p2p,
-            namespace=run,
-            folder=folder,
-            line=link.line,
-            door=link.door,
-            introduce=link.passes.introduce,
-        )
+        self._reduce = GroupReduce(link.node.p2p, namespace=run, folder=folder, line=link.line, passes=link.passes)
         self._feeder = Feeder(
             run=run,
             me=link.peer_id,

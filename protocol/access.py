@@ -33,7 +33,7 @@ MAX_STRANGERS = 4096  # callers without one whose knocking is counted one by one
 
 GUEST_RATE, GUEST_BURST = 500.0, 2000.0
 """Streams per second that an admitted caller may open, and how many at once: what tiny rounds on one machine need."""
-STRANGER_RATE, STRANGER_BURST = 2.0, 10.0
+STRANGER_RATE, STRANGER_BURST = 4.0, 40.0
 ALL_STRANGERS_RATE, ALL_STRANGERS_BURST = 200.0, 400.0
 """Of all callers without a pass together: an identity costs them nothing."""
 
@@ -89,7 +89,7 @@ class Door:
         """`clock` gives Unix seconds. Who is banned is not let in at all, or hears why if it `tells_banned`."""
         self._tells_banned = tells_banned
         self._run = run
-        self._coordinator = coordinator
+        self.coordinator = coordinator
         self._clock = clock
         self._monotonic = monotonic
         self._guests: OrderedDict[PeerId, _Guest] = OrderedDict()
@@ -111,16 +111,20 @@ class Door:
         if caller in self.banned:
             raise RefusedError(f"{caller} is banned.")
         now_s = self._clock()
-        shown = check_admission(admission, run=self._run, coordinator=self._coordinator, peer=caller, now_s=now_s)
+        shown = check_admission(admission, run=self._run, coordinator=self.coordinator, peer=caller, now_s=now_s)
         known = self._guests.pop(caller, None)
+        expires_s = shown.expires_s + CLOCK_SLACK_S
         fresh = Allowance(GUEST_RATE, GUEST_BURST, GUEST_BURST, self._monotonic())
-        self._guests[caller] = _Guest(shown.expires_s + CLOCK_SLACK_S, fresh if known is None else known.allowance)
+        # two of its calls may have crossed: the older pass takes nothing away
+        self._guests[caller] = (
+            _Guest(expires_s, fresh) if known is None else _Guest(max(expires_s, known.expires_s), known.allowance)
+        )
         while len(self._guests) > MAX_GUESTS:
             self._guests.popitem(last=False)
 
     def is_admitted(self, caller: PeerId) -> bool:
         """Tell whether a caller has shown a pass that is still good."""
-        if caller == self._coordinator:
+        if caller == self.coordinator:
             return True
         guest = self._guests.get(caller)
         return guest is not None and caller not in self.banned and self._clock() <= guest.expires_s
@@ -128,7 +132,7 @@ class Door:
     def knock(self, caller: PeerId) -> bool:
         """Count a stream that a caller opens; False if it, or all strangers together, have opened too many lately."""
         now_s = self._monotonic()
-        if caller == self._coordinator:
+        if caller == self.coordinator:
             return True
         if caller in self.banned and not self._tells_banned:
             return False
@@ -142,7 +146,9 @@ class Door:
 
     def learn(self, signed: Signed) -> bool:
         """Take over a revocation list if it is newer than ours; tell whether it was. Raises `PeerFault` for none."""
-        revocations = unseal(signed, REVOCATION_CONTEXT, Revocations, signer=self._coordinator)
+        if signed == self.revoked:
+            return False
+        revocations = unseal(signed, REVOCATION_CONTEXT, Revocations, signer=self.coordinator)
         if revocations.run != self._run:
             raise PeerFault("that revocation list is of another run")
         if self.revoked is not None and revocations.number <= self.number:

@@ -16,7 +16,7 @@ from hivemind.p2p import P2P
 
 from peer.averaging.butterfly import ButterflyRunner
 from peer.averaging.exchange import ExchangeRunner
-from peer.averaging.link import Introduce, Link, from_hivemind
+from peer.averaging.link import Link, from_hivemind
 from peer.averaging.reduce import (
     Reduced,
     ReduceError,
@@ -28,9 +28,9 @@ from peer.averaging.reduce import (
 from peer.averaging.reduce_service import ReduceService
 from peer.averaging.spool import Spool
 from peer.codecs import codec
-from protocol.access import Door
 from protocol.errors import LocalFault
 from protocol.ids import Digest, digest
+from protocol.transport.passes import Passes
 from protocol.transport.throttle import Line
 
 log = structlog.get_logger()
@@ -48,24 +48,27 @@ class GroupReduce:
         namespace: str,
         folder: Path | None = None,
         line: Line | None = None,
-        door: Door | None = None,
-        introduce: Introduce | None = None,
+        passes: Passes | None = None,
         early_wait_s: float = EARLY_WAIT_S,
     ) -> None:
         """Long results are put into `folder` while they come in; without one they are in memory.
 
-        `door` says who may come in, and `introduce` shows our pass to whom we call.
+        `passes` shows ours to whom we call, and its door says who may come in.
         """
-        self._link = Link(p2p, line, door=door, introduce=introduce)
+        self._link, self._passes = Link(p2p, line, passes=passes), passes
         self._namespace, self._folder = namespace, folder
         self._service = ReduceService(from_hivemind(p2p.peer_id), early_wait_s=early_wait_s)
 
     async def start(self) -> None:
         """Begin to answer other members."""
+        if self._passes is not None:
+            self._passes.door.on_banned.append(self._link.hang_up_on)
         await self._service.add_p2p_handlers(self._link, namespace=self._namespace)
 
     async def stop(self) -> None:
         """Stop answering. Reduces under way belong to their callers, who cancel them first."""
+        if self._passes is not None:
+            self._passes.door.on_banned.remove(self._link.hang_up_on)
         await self._service.remove_p2p_handlers(self._link, namespace=self._namespace)
 
     async def reduce(self, group: ReduceGroup, shards: Shards) -> Reduced:

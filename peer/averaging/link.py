@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -28,16 +28,15 @@ from hivemind.proto.p2pd_pb2 import RPCError
 from peer.averaging.group_message import GroupMessage
 from peer.averaging.messages import END_OF_STREAM, MessageReader, head_of
 from peer.codecs import Buffer
-from protocol.access import Door
 from protocol.errors import RefusedError, SwarmError, UnreachableError, WireError
 from protocol.ids import PeerId
 from protocol.transport.dial import dial, hang_up
+from protocol.transport.passes import Passes
 from protocol.transport.throttle import Lane, Line
 
 log = structlog.get_logger()
 
 T = TypeVar("T")
-Introduce = Callable[[PeerId], Awaitable[None]]
 Handler = Callable[[AsyncGenerator[GroupMessage, None], P2PContext], AsyncGenerator[GroupMessage, None]]
 
 SHORT_BYTES = 64  # such messages are not worth a turn
@@ -79,17 +78,15 @@ class CallContext(P2PContext):  # type: ignore[misc]
 class Link:
     """One p2p daemon, shared by all groups of this process."""
 
-    def __init__(
-        self, p2p: P2P, line: Line | None = None, *, door: Door | None = None, introduce: Introduce | None = None
-    ) -> None:
+    def __init__(self, p2p: P2P, line: Line | None = None, *, passes: Passes | None = None) -> None:
         """What goes over `line` takes turns with the rest of this peer, which goes first.
 
-        `door` says who may come in, anybody if there is none; `introduce` shows our pass to whom we call.
+        `passes` shows ours to whom we call, and its door says who may come in; without one, anybody may.
         """
         self._p2p, self._line = p2p, line or Line()
-        self._door, self._introduce = door, introduce
+        self._passes = passes
         self._served: Counter[PeerID] = Counter()
-        self._serving: set[asyncio.Task[Any]] = set()
+        self._serving: dict[asyncio.Task[Any], PeerID] = {}
 
     @property
     def peer_id(self) -> PeerID:
@@ -110,12 +107,13 @@ class Link:
     ) -> Exchange:
         """Open a stream to `peer`'s handler `name`. Called by hivemind's stubs.
 
-        Raises `UnreachableError` if the peer or the handler is not there, `DeadlineError` if it takes too long.
+        Raises `UnreachableError` if the peer or the handler is not there, `DeadlineError` if it takes too long, other
+        `TransientError`s or `PeerFault` if it does not take our pass.
         """
-        if self._introduce is not None:
-            await self._introduce(from_hivemind(peer))
+        if self._passes is not None:
+            await self._passes.introduce(from_hivemind(peer))
         reader, writer = await dial(self._p2p, peer, name)
-        return Exchange(peer, LinkStream(reader, writer, self._line), requests)
+        return Exchange(peer, LinkStream(reader, writer, self._line), requests, on_unanswered=self._forget)
 
     async def add_protobuf_handler(
         self,
@@ -157,12 +155,23 @@ class Link:
             task.cancel()
         await asyncio.gather(*serving, return_exceptions=True)
 
+    def hang_up_on(self, banned: Collection[PeerId]) -> None:
+        """End the streams of peers that are banned now."""
+        for task, caller in list(self._serving.items()):
+            if from_hivemind(caller) in banned:
+                task.cancel()
+
+    def _forget(self, peer: PeerID) -> None:
+        """It may have been restarted, and take us for a stranger: it will be shown our pass again."""
+        if self._passes is not None:
+            self._passes.forget(from_hivemind(peer))
+
     @contextmanager
     def _admission(self, caller: PeerID) -> Iterator[bool]:
         """Count the streams of a caller; False if it has too many, or all callers together have."""
         task = asyncio.current_task()
         assert task is not None
-        if self._door is not None and not self._door.is_admitted(from_hivemind(caller)):
+        if self._passes is not None and not self._passes.door.is_admitted(from_hivemind(caller)):
             log.debug("reduce.stream_refused", caller=str(caller), reason="no pass, or banned")
             yield False
             return
@@ -171,11 +180,11 @@ class Link:
             yield False
             return
         self._served[caller] += 1
-        self._serving.add(task)
+        self._serving[task] = caller
         try:
             yield True
         finally:
-            self._serving.discard(task)
+            self._serving.pop(task, None)
             self._served[caller] -= 1
             if not self._served[caller]:
                 del self._served[caller]
@@ -243,8 +252,12 @@ class Exchange:
         peer: PeerID,
         stream: LinkStream,
         requests: AsyncGenerator[GroupMessage, None],
+        *,
+        on_unanswered: Callable[[PeerID], None] = lambda peer: None,
     ) -> None:
+        """`on_unanswered` hears of a peer that ends the stream before it has said anything."""
         self._peer, self._stream = peer, stream
+        self._on_unanswered, self._has_answered = on_unanswered, False
         self._requests = requests
         self._writing = asyncio.create_task(self._write(), name=f"reduce: write to {peer}")
 
@@ -263,7 +276,10 @@ class Exchange:
         try:
             answer = await self._stream.receive()
         except READ_ENDED:
+            if not self._has_answered:
+                self._on_unanswered(self._peer)
             raise StopAsyncIteration from None
+        self._has_answered = True
         if isinstance(answer, RPCError):
             raise RefusedError(f"{self._peer} failed: {answer.message[:200]}")
         return answer

@@ -51,7 +51,7 @@ from peer.averaging.reduce import ReduceError, ReduceGroup, Shards
 from peer.averaging.reduce_service import ReduceService
 from peer.averaging.spool import Spool
 from peer.codecs import Buffer, codec
-from protocol.errors import SwarmError, TransientError, WireError
+from protocol.errors import PeerFault, SwarmError, TransientError, WireError
 from protocol.ids import Digest, RunningDigest
 from protocol.transport.dial import LAST_WORD_S
 
@@ -218,7 +218,7 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
             exchange: Exchange = await self._get_peer_stub(peer_id).rpc_aggregate_part(
                 self._generate_input_for_peer(reducer)
             )
-        except TransientError as error:
+        except (TransientError, PeerFault) as error:
             raise self._blame(reducer, f"cannot be reached ({error})") from None
         self._traffic.append(exchange.traffic)
         try:

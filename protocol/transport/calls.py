@@ -30,6 +30,7 @@ log = structlog.get_logger()
 
 CALL_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 5.0
+STRANGER_TIMEOUT_S = 3.0  # who has shown no pass may not hold a place for longer without a word
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
@@ -91,7 +92,7 @@ class Calls:
         timeout_s: float = CALL_TIMEOUT_S,
         introduced: bool = True,
     ) -> Response:
-        """Ask `peer` and return its answer. It is shown our pass first, unless what we ask needs none.
+        """Ask `peer` and return its answer. It is shown our pass first, if we are to be `introduced`.
 
         Raises `TransientError` kinds if it cannot be reached or says no, `WireError` if one side cannot read the
         other. Only the coordinator can cause a `RefusedError` or a `ClockError`.
@@ -117,15 +118,18 @@ class Calls:
             answer: Message = await stream.receive(response, Failure, timeout_s=timeout_s)
             return answer
 
-    async def tell(self, peer: PeerId, message: Message, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
+    async def tell(
+        self, peer: PeerId, message: Message, *, timeout_s: float = CALL_TIMEOUT_S, introduced: bool = True
+    ) -> None:
         """Deliver a message that needs no answer but its receipt."""
-        await self.call(peer, message, Done, timeout_s=timeout_s)
+        await self.call(peer, message, Done, timeout_s=timeout_s, introduced=introduced)
 
     async def _answer(self, stream: Stream) -> None:
-        request = await stream.receive(*self._handlers, timeout_s=CALL_TIMEOUT_S)
+        timeout_s = CALL_TIMEOUT_S if stream.is_admitted else STRANGER_TIMEOUT_S
+        request = await stream.receive(*self._handlers, timeout_s=timeout_s)
         if not stream.is_admitted and type(request) not in self._open_to_all:
             await stream.refuse_stranger()
-            await stream.wait_closed(timeout_s=CLOSE_TIMEOUT_S)
+            await stream.wait_closed(timeout_s=timeout_s)
             return
         try:
             handler = self._handlers.get(type(request))

@@ -14,7 +14,7 @@ import structlog
 from pydantic import Field
 
 from protocol.access import Door
-from protocol.errors import PeerFault, TransientError
+from protocol.errors import PeerFault, RefusedError, TransientError
 from protocol.ids import PeerId
 from protocol.signing import Signed
 from protocol.transport.calls import Calls, Done
@@ -23,7 +23,7 @@ from protocol.wire import Message
 
 log = structlog.get_logger()
 
-SHOW_TIMEOUT_S = 5.0
+SHOW_TIMEOUT_S = 10.0
 HANDED_ON_TO = 4  # peers that hear of a new revocation list from each who learns it: with beats, far more than enough
 
 
@@ -51,11 +51,13 @@ class Passes:
     """Shows our pass to everybody whom we call, once, and looks at what others show."""
 
     def __init__(self, calls: Calls, streams: Streams, door: Door, *, me: PeerId) -> None:
+        self.door = door
         self._calls = calls
-        self._door = door
         self._me = me
         self._shown: dict[PeerId, Signed] = {}
-        self._showing: dict[PeerId, asyncio.Lock] = {}
+        self._showing: dict[PeerId, asyncio.Task[None]] = {}
+        self._handed: dict[PeerId, int] = {}
+        """Who was given which revocation list: nobody gets one twice, whatever it says of itself."""
         self._handing: set[asyncio.Task[None]] = set()
         self.own: Signed | None = None
         """Our newest pass, once we have one."""
@@ -69,28 +71,41 @@ class Passes:
         self._calls.on(HandOn, self._on_hand_on)
 
     async def introduce(self, peer: PeerId) -> None:
-        """Show our pass to a peer that has not seen it. Raises what the call raises if it cannot be shown."""
-        own = self.own
-        if own is None or peer == self._me or self._shown.get(peer) == own:
+        """Show our pass to a peer that has not seen it. Raises what the call raises if it cannot be shown.
+
+        Everybody who waits for the same peer waits for the same call, and no longer than that.
+        """
+        if self.own is None or peer == self._me or self._shown.get(peer) == self.own:
             return
-        async with self._showing.setdefault(peer, asyncio.Lock()):
-            if self._shown.get(peer) == own:
-                return
-            try:
-                shown = ShowPass(admission=own, number=self._door.number)
-                seen = await self._calls.call(peer, shown, Seen, timeout_s=SHOW_TIMEOUT_S, introduced=False)
-            finally:
-                self._showing.pop(peer, None)
-            self._shown[peer] = own
+        showing = self._showing.get(peer)
+        if showing is None:
+            showing = self._showing[peer] = asyncio.create_task(self._show(peer))
+            showing.add_done_callback(lambda task: self._end_showing(peer, task))
+        await asyncio.shield(showing)
+
+    async def _show(self, peer: PeerId) -> None:
+        own = self.own
+        assert own is not None, "it is never taken back"
+        shown = ShowPass(admission=own, number=self.door.number)
+        seen = await self._calls.call(peer, shown, Seen, timeout_s=SHOW_TIMEOUT_S, introduced=False)
+        self._shown[peer] = own
         if seen.revoked is not None:
-            self.learn(seen.revoked)
-        elif seen.number < self._door.number:
+            try:
+                self.learn(seen.revoked)
+            except PeerFault as fault:  # it is in, whatever else it says
+                log.info("revocations.refused", peer=peer, error=fault.one_line())
+        elif seen.number < self.door.number:
             self._hand_on(peer)
+
+    def _end_showing(self, peer: PeerId, task: asyncio.Task[None]) -> None:
+        self._showing.pop(peer, None)
+        if not task.cancelled():
+            task.exception()  # who waited has it; nobody may have
 
     def learn(self, revoked: Signed) -> None:
         """Take over a revocation list, from whomever, and hand a new one on. Raises `PeerFault` if it is none."""
-        if self._door.learn(revoked):
-            known = [peer for peer in self._shown if peer not in self._door.banned]
+        if self.door.learn(revoked):
+            known = [peer for peer in self._shown if peer not in self.door.banned and peer != self.door.coordinator]
             for peer in random.sample(known, min(len(known), HANDED_ON_TO)):
                 self._hand_on(peer)
 
@@ -99,22 +114,25 @@ class Passes:
         self._shown.pop(peer, None)
 
     async def _on_show(self, caller: PeerId, shown: ShowPass) -> Seen:
-        self._door.show(caller, shown.admission)
-        is_behind = shown.number < self._door.number
-        return Seen(number=self._door.number, revoked=self._door.revoked if is_behind else None)
+        self.door.show(caller, shown.admission)
+        is_behind = shown.number < self.door.number
+        return Seen(number=self.door.number, revoked=self.door.revoked if is_behind else None)
 
     async def _on_hand_on(self, caller: PeerId, handed: HandOn) -> Done:
         self.learn(handed.revoked)
         return Done()
 
     def _hand_on(self, peer: PeerId) -> None:
+        if self._handed.get(peer, -1) >= self.door.number:
+            return
+        self._handed[peer] = self.door.number
         task = asyncio.create_task(self._tell(peer))
         self._handing.add(task)
         task.add_done_callback(self._handing.discard)
 
     async def _tell(self, peer: PeerId) -> None:
-        assert self._door.revoked is not None, "its number is above another's"
+        assert self.door.revoked is not None, "its number is above another's"
         try:
-            await self._calls.tell(peer, HandOn(revoked=self._door.revoked), timeout_s=SHOW_TIMEOUT_S)
-        except (TransientError, PeerFault) as error:  # it will hear of it from others
+            await self._calls.tell(peer, HandOn(revoked=self.door.revoked), timeout_s=SHOW_TIMEOUT_S, introduced=False)
+        except (TransientError, PeerFault, RefusedError) as error:  # it will hear of it from others
             log.debug("revocations.undelivered", peer=peer, error=error.one_line())

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
 import structlog
@@ -51,8 +51,8 @@ log = structlog.get_logger()
 CHUNK_TIMEOUT_S = 60.0  # 1 MiB at 0.14 Mbit/s: slower than that is not a link
 MAX_STREAMS_PER_CALLER = 64  # far above what an honest peer keeps open; bounds memory under a flood
 MAX_STREAMS = 1024
-MAX_STRANGERS = 64  # streams besides them of who has no pass: nothing that strangers do takes anybody's room
-MAX_STREAMS_PER_STRANGER = 4
+MAX_STRANGERS = 256  # streams besides them of who has no pass: nothing that strangers do takes anybody's room
+MAX_STREAMS_PER_STRANGER = 16  # an honest peer whom we have forgotten calls with all that it has under way
 STRANGER_TIMEOUT_S = 2.0
 
 M = TypeVar("M", bound=Message)
@@ -219,11 +219,13 @@ class Streams:
     ) -> AsyncIterator[Stream]:
         """Open a stream to `peer`'s handler `name`; it is closed when the block is left.
 
-        The peer is shown our pass first, unless `introduced` says that what we want needs none. Raises
+        The peer is shown our pass first, if we are to be `introduced`. Raises
         `UnreachableError` if the peer or its handler is not there, `DeadlineError` if it takes too long.
         """
+        if self._is_banned(peer):
+            raise UnreachableError(f"{peer} is banned")
         if introduced and self.introduce is not None:
-            await self.introduce(peer)
+            await self._show_our_pass(peer, timeout_s)
         reader, writer = await dial(self._p2p, _peer_id(peer), name, timeout_s=timeout_s)
         async with _ending(writer):
             try:
@@ -231,6 +233,19 @@ class Streams:
             except StrangerError:
                 self.on_stranger(peer)
                 raise
+
+    async def _show_our_pass(self, peer: PeerId, timeout_s: float) -> None:
+        """Introduce ourselves within a caller's time; if that fails, the peer is as good as not there."""
+        assert self.introduce is not None
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.introduce(peer)
+        except TimeoutError:
+            raise DeadlineError(f"{peer} did not look at our pass within {timeout_s:g} s") from None
+        except (UnreachableError, DeadlineError):
+            raise
+        except (TransientError, PeerFault) as error:
+            raise UnreachableError(f"{peer} does not take our pass: {error}") from None
 
     async def serve(self, name: str, handler: Handler, *, lane: Lane = Lane.PROMPT, open_to_all: bool = False) -> None:
         """Let `handler` serve streams called `name`, instead of whoever did before.
@@ -305,7 +320,8 @@ class Streams:
                     await handler(stream)
                 else:
                     await stream.refuse_stranger()
-                    await stream.wait_closed(timeout_s=STRANGER_TIMEOUT_S)
+                    with suppress(WireError):  # what it has sent meanwhile is nobody's fault
+                        await stream.wait_closed(timeout_s=STRANGER_TIMEOUT_S)
         except PeerFault as error:
             log.info("stream.fault", name=name, caller=caller, error=error.one_line())
         except TransientError as error:

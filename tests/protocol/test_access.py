@@ -93,6 +93,14 @@ def test_the_coordinator_needs_none(door: Door) -> None:
     assert all(door.knock(COORDINATOR.peer_id) for _ in range(10 * int(GUEST_BURST)))
 
 
+def test_an_older_pass_takes_nothing_from_a_newer_one(door: Door, time: Time) -> None:
+    """Two calls of the same peer have crossed."""
+    door.show(ANNE, pass_of(ANNE, issued_s=NOW_S))
+    door.show(ANNE, pass_of(ANNE, issued_s=NOW_S - 1800))
+    time.passed_s = 3000.0
+    assert door.is_admitted(ANNE)
+
+
 def test_strangers_are_slow_each_and_together(door: Door, time: Time) -> None:
     """Oracle: what is let in at once, and then in ten seconds, by the rates."""
     assert sum(door.knock(ANNE) for _ in range(100)) == STRANGER_BURST

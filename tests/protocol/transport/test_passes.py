@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import pytest
 
 from protocol.access import Door, revoke
-from protocol.errors import StrangerError, TransientError, UnreachableError
+from protocol.errors import DeadlineError, PeerFault, StrangerError, TransientError, UnreachableError
 from protocol.ids import PeerId
 from protocol.records import admit
 from protocol.signing import Signed
 from protocol.transport.blobs import Blobs
 from protocol.transport.calls import Calls, Done
 from protocol.transport.node import Node
-from protocol.transport.passes import Passes, ShowPass
+from protocol.transport.passes import HandOn, Passes, ShowPass
 from protocol.transport.streams import MAX_STRANGERS, Stream, Streams
 from protocol.wire import Message
 from tests.protocol.transport.network import COORDINATOR, RUN, STRANGER, StartNode
@@ -201,6 +201,48 @@ async def test_strangers_take_no_room_from_who_has_a_pass(start: StartNode, monk
     with pytest.raises(TransientError):
         await third.calls.tell(second.peer, OpenQuestion(number=1), timeout_s=2.0)
     assert [number for _, number in second.asked] == [1]
+
+
+async def test_who_waits_for_the_same_peer_fails_with_it_and_in_its_own_time(
+    start: StartNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that does not look at passes. Oracle: how often it was shown one; the clock, generously."""
+    first, second = await pair(start)
+    first.admit()
+    shown: list[PeerId] = []
+
+    async def never(caller: PeerId, message: ShowPass) -> Message:
+        shown.append(caller)
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    second.calls.on(ShowPass, never, open_to_all=True)
+    started_s = time.monotonic()
+    asked = [first.calls.tell(second.peer, Question(number=1), timeout_s=0.5) for _ in range(8)]
+    results = await asyncio.gather(*asked, return_exceptions=True)
+    assert all(isinstance(each, DeadlineError) for each in results), results
+    assert time.monotonic() - started_s < 5.0
+    assert shown == [first.peer]
+
+
+async def test_nobody_is_handed_the_same_list_twice(start: StartNode) -> None:
+    """It says again and again that it has none, and takes none."""
+    first, second = await pair(start)
+    first.admit()
+    first.door.learn(revoke(COORDINATOR, run=RUN, number=9, issued_s=1.0, peers=()))
+    handed: list[PeerId] = []
+
+    async def refuse(caller: PeerId, message: HandOn) -> Message:
+        handed.append(caller)
+        raise PeerFault("no")
+
+    second.calls.on(HandOn, refuse)
+    for _ in range(5):
+        first.passes.forget(second.peer)
+        await first.ask(second)
+    await until(lambda: handed)
+    await asyncio.sleep(0.2)
+    assert len(handed) == 1
 
 
 async def test_a_pass_is_shown_before_anything_is_asked(start: StartNode) -> None:
