@@ -40,6 +40,7 @@ from hivemind.utils.timed_storage import TimedStorage, ValueWithExpiration
 
 from protocol.errors import LocalFault, WireError
 from protocol.records import MAX_RECORD_BYTES, REPLICAS_PER_KEY
+from protocol.wire import decode_msgpack
 
 HIVEMIND_VERSION = "1.1.12"
 MAX_DEPTH = 8  # a dictionary of tuples needs 4
@@ -139,7 +140,7 @@ def _decode(data: bytes, *, depth: int) -> Any:
         raise WireError(f"msgpack extension type {code} is not expected in the DHT")
 
     try:
-        return msgpack.unpackb(data, ext_hook=extension, raw=False)
+        return decode_msgpack(data, ext_hook=extension, raw=False)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise WireError(f"not a DHT value: {str(error) or type(error).__name__}") from None
 

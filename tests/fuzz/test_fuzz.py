@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
 from pathlib import Path
@@ -89,6 +90,17 @@ def test_subkeys_of_different_types_that_expire_together_are_one_clear_error() -
     """Found by `make fuzz`: they were compared with each other."""
     entries = [["a", b"x", 1.0], [1, b"y", 1.0], [b"b", b"z", 1.0]]
     assert not try_it(targets()["DHT dictionary"], msgpack.packb([None, 1.0, entries]))
+
+
+def test_nesting_does_not_set_the_garbage_collector_on_everything_that_lives_here() -> None:
+    """Found by `make fuzz`: 200 KB of lists in lists took half a second. Oracle: the collector's count of its runs."""
+    many = b"\xdc\x01\xf4" + nested(400, extension=False) * 500
+    for name in ("DHT dictionary", "DHT value", "unpack"):
+        before = [generation["collections"] for generation in gc.get_stats()]
+        try_it(targets()[name], many)
+        runs = [generation["collections"] - was for generation, was in zip(gc.get_stats(), before, strict=True)]
+        assert sum(runs) <= 10, (name, runs)
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("kind", kinds_of_messages(), ids=lambda kind: kind.__name__)
