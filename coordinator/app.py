@@ -7,6 +7,7 @@ any service works. Everything here may be killed at any moment: what a peer was 
     registry -> ledger, placement        every beat
     charters -> founding                 every tick
     reunion -> forks                     every tick
+    credits -> settlement                every tick
     collector -> offers, fetching        beside
 """
 
@@ -27,6 +28,7 @@ from coordinator.charters import CharterOffice
 from coordinator.checkpointfiles import Checkpoint
 from coordinator.checkpoints import Collector, versions
 from coordinator.clock import Clock
+from coordinator.credits import Credits
 from coordinator.finish import Finish
 from coordinator.http import serving_status
 from coordinator.journal import Journal
@@ -73,6 +75,7 @@ class Services:
     charters: CharterOffice
     reunion: Reunion
     bans: Bans
+    credits: Credits
     finish: Finish
     shared_status: SharedStatus
     _status_turn: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
@@ -91,6 +94,7 @@ class Services:
         if not self.finish.is_reached:
             await self.charters.tick()
             await self.reunion.tick()
+        await self.credits.tick()
         await self.finish.tick(newest)
         await self._save_notes()
 
@@ -135,6 +139,7 @@ def make_services(run: RunDir, settings: CoordinatorSettings, *, database: Datab
     )
     reunion = Reunion(manifest, settings=settings, registry=registry, ledger=ledger, journal=journal, clock=clock)
     bans = Bans(manifest.run_id, key=run.key, registry=registry, database=database, journal=journal, clock=clock)
+    credits = Credits(manifest, settings=settings, database=database, journal=journal, clock=clock)
     finish = Finish(manifest, registry=registry, database=database, journal=journal, clock=clock)
     return Services(
         run=run,
@@ -147,6 +152,7 @@ def make_services(run: RunDir, settings: CoordinatorSettings, *, database: Datab
         charters=charters,
         reunion=reunion,
         bans=bans,
+        credits=credits,
         finish=finish,
         shared_status=SharedStatus(lambda: status_of_run(run)),
     )

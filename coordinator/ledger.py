@@ -10,7 +10,7 @@ one line in the log, and counts for nothing.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 
 import structlog
@@ -18,13 +18,23 @@ import structlog
 from coordinator.clock import Clock
 from coordinator.store import history, tree
 from coordinator.store.database import Database
+from coordinator.store.receipts import ReceiptRow
 from coordinator.store.rounds import ClosingRow
 from coordinator.store.tree import CommitLink
 from protocol.batches import has_evaluation
-from protocol.control import AveragingReport, ClosingReport, CommitReport, NumberedReport, Report, WorkReport
+from protocol.control import (
+    AveragingReport,
+    ClosingReport,
+    CommitReport,
+    NumberedReport,
+    ReceiptReport,
+    Report,
+    WorkReport,
+)
 from protocol.errors import PeerFault
 from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, digest
 from protocol.manifest import Manifest
+from protocol.receipts import MAX_HOPS, RECEIPT_CONTEXT, Window
 from protocol.rounds.lineage import next_lineage, root_lineage
 from protocol.rounds.messages import CLOSING_CONTEXT, COMMIT_CONTEXT, Charter, Closing, Commit, Seats
 from protocol.signing import Signed, unseal
@@ -32,6 +42,7 @@ from protocol.signing import Signed, unseal
 log = structlog.get_logger()
 
 MAX_NUMBER = 1 << 53  # far above any honest count, exact as a float, and SQLite adds 1,024 of them without overflow
+EXTRA_WINDOWS = 16  # of a peer and a round, beyond four hops of every number: it may have been restarted meanwhile
 MAX_LINEAGES = 4096  # whose seats are remembered: the newest of every stage are all that is asked for
 
 Seating = frozenset[tuple[PeerId, int]]
@@ -170,7 +181,26 @@ class Ledger:
                 self._check_place(0, report.round)
                 tasks = (report.tasks_fed, report.tasks_resent, report.hops)
                 _check_numbers(*tasks, report.activation_bytes, report.target_tokens)
+            case ReceiptReport():
+                return self._read_receipts(peer, report.window)
         return report
+
+    def _read_receipts(self, peer: PeerId, signed: Signed) -> history.ReceiptEntry:
+        window = unseal(signed, RECEIPT_CONTEXT, Window, signer=peer)
+        batch, num_stages = self._manifest.batch, self._manifest.model.num_stages
+        self._check_run(window.run)
+        self._check_place(0, window.round)
+        if window.peer != peer:
+            raise PeerFault("its receipts are of another peer")
+        tokens = batch.sequences_per_microbatch * batch.sequence_length
+        for hop in (*window.sent_hops(), *window.served_hops()):
+            fits = 0 < hop.first_stage < hop.end_stage <= num_stages and hop.number < batch.microbatches_per_round
+            if not (fits and 0 < hop.target_tokens <= tokens):
+                raise PeerFault(f"its receipts speak of number {hop.number} at stages that there are not")
+        row = ReceiptRow(
+            peer=peer, session=window.session, round=window.round, part=window.part, signed=signed.to_bytes()
+        )
+        return history.ReceiptEntry(row, max_per_round=EXTRA_WINDOWS + 4 * batch.microbatches_per_round // MAX_HOPS)
 
     def _read_closing(self, signed: Signed) -> ClosingRow:
         closing = unseal(signed, CLOSING_CONTEXT, Closing)
@@ -180,6 +210,12 @@ class Ledger:
         num_train = batch.microbatches_per_round if closing.round < batch.num_rounds else 0
         if closing.num_train != num_train or bool(closing.num_eval) != has_evaluation(batch, closing.round):
             raise PeerFault(f"a closing of round {closing.round} speaks of other microbatches")
+        carried = Counter[StageId]()
+        for credit in closing.credits:
+            self._check_place(credit.stage, closing.round)
+            carried[credit.stage] += credit.tokens
+        if max(carried.values(), default=0) > closing.target_tokens:
+            raise PeerFault(f"a closing of round {closing.round} credits more tokens than it counts")
         if closing.target_tokens > batch.tokens_per_round or closing.eval_tokens > _heldout_tokens(self._manifest):
             raise PeerFault(f"a closing of round {closing.round} counts more tokens than there are")
         return ClosingRow(
@@ -192,6 +228,7 @@ class Ledger:
             tokens=closing.target_tokens,
             heldout_loss_sum=closing.eval_loss_sum,
             heldout_tokens=closing.eval_tokens,
+            credits=tuple((credit.stage, credit.peer, credit.tokens) for credit in closing.credits),
         )
 
     def _read_commit(self, signed: Signed) -> Commit:

@@ -41,6 +41,8 @@ class CoordinatorSettings(BaseSettings):
     move_after_s: Seconds = 5.0
     """How long a stage may stand empty, waiting for a joiner, before a peer of another stage is moved there."""
     admission_hours: Annotated[float, Field(gt=0, le=720)] = 24.0
+    hold_hours: Annotated[float, Field(gt=0, le=2160)] = 24.0
+    """How long what a peer has earned can be taken back before it is its own."""
     tick_s: Annotated[float, Field(gt=0, le=60)] = 0.5
 
 

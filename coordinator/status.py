@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from coordinator.store import history, peers, tallies
+from coordinator.store import credits, history, peers, receipts, tallies
 from coordinator.store.database import Connection
 from protocol.control import StatusAnswer
 from protocol.ids import RoundId
@@ -148,7 +148,7 @@ def _stages(
 
 def _peers(db: Connection, rows: list[peers.PeerRow], *, now_s: float) -> list[Document]:
     """List the peers that are here first, then the newest of the others."""
-    tokens = tallies.tokens_by_peer(db)
+    tokens, balances, disputes = tallies.tokens_by_peer(db), credits.balances(db), receipts.count_disputes(db)
     ordered = sorted(rows, key=lambda row: (row.presence != "live", -row.joined_s, row.peer))
     return [
         {
@@ -159,6 +159,8 @@ def _peers(db: Connection, rows: list[peers.PeerRow], *, now_s: float) -> list[D
             "reason": row.reason,
             "stages": list(row.stages),
             "tokens": tokens.get(row.peer, 0),
+            "credits": asdict(balances.get(row.peer, credits.Balance())),
+            "disputed_hops": disputes.get(row.peer, (0, 0))[0],
             "seen_s_ago": max(0.0, now_s - row.seen_s),
         }
         for row in ordered[:MAX_PEERS]

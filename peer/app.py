@@ -24,6 +24,7 @@ from peer.link import Link, connected
 from peer.memory.executor import Pause
 from peer.pipeline.compute import ComputeThread, Priority
 from peer.presence import Presence
+from peer.report_spool import ReportSpool
 from peer.reports import ReportQueue
 from peer.session import Ending, Session
 from peer.settings import PeerSettings
@@ -66,7 +67,8 @@ async def join_run(invite: Invite, settings: PeerSettings) -> None:
 
 async def _live(link: Link, settings: PeerSettings, registration: Registration, *, stop: asyncio.Event) -> None:
     """Run sessions until one ends for good."""
-    reports = ReportQueue()
+    folder = _run_folder(settings, registration.manifest.run_id)
+    reports = await asyncio.to_thread(ReportQueue, ReportSpool(folder / "reports"))
     compute = ComputeThread()
     present = _Present()
     try:

@@ -29,7 +29,7 @@ from peer.engine.span import SpanEngine
 from peer.link import Link
 from peer.memory.executor import Pause
 from peer.pipeline.board import Board
-from peer.pipeline.callee import HopServer, HostedTask
+from peer.pipeline.callee import HopServer, HostedTask, TaskKey
 from peer.pipeline.caller import HopCaller
 from peer.pipeline.compute import ComputeThread, Priority
 from peer.pipeline.demand import WAVES, Demand, InFlight
@@ -39,12 +39,13 @@ from peer.pipeline.router import Router
 from peer.pipeline.span import SpanRunner
 from peer.pipeline.view import Membership, View
 from peer.pipeline.waves import Waves
+from peer.receipts import ReceiptBook
 from peer.reports import ReportQueue
 from peer.settings import PeerSettings
 from peer.tally import Tally
-from peer.tasks import Outcome, TaskId
+from peer.tasks import Body, Outcome, TaskId
 from protocol.batches import Microbatch, TaskKind
-from protocol.control import CommitReport, GivenUp
+from protocol.control import CommitReport, GivenUp, ReceiptReport
 from protocol.errors import PeerFault, RefusedError, TransientError
 from protocol.history import CommitNews, LogAnswer, LogRequest, StateAnswer, StateRequest
 from protocol.ids import Lineage, PeerId, RoundId, StageId, Version
@@ -124,6 +125,8 @@ class SpanParts:
             hop_silence_s=manifest.timing.hop_silence_s,
         )
         self._caller.on_lost = link.lost
+        self._caller.on_answer = self._note_answer
+        self._receipts = ReceiptBook(run, link.key, session=session)
         # whoever waits for us must not take a wave that gathers for a peer that is gone
         patience_s = min(engine.wave_patience_s, manifest.timing.hop_silence_s / 4)
         self._demand = Demand(self.view, last=engine.last)
@@ -152,6 +155,7 @@ class SpanParts:
             streams=link.streams,
             gate=self.gate,
             work=self._work,
+            on_answered=self._note_served,
             on_received=self._count_received,
             body_bytes=engine.body_bytes,
             load_s=self.load_s,
@@ -230,6 +234,8 @@ class SpanParts:
         for task in list(self._errands):
             task.cancel()
         await asyncio.gather(*self._errands, return_exceptions=True)
+        for window in self._receipts.close_all():
+            self._reports.add(ReceiptReport(window=window))
         await self._reduce.stop()
         self._waves.close()
         await self._compute.run(self._engine.close, priority=Priority.CONTROL)
@@ -355,6 +361,12 @@ class SpanParts:
             retries_left=hosted.retries_left,
         )
 
+    def _note_served(self, key: TaskKey, outcome: Outcome) -> None:
+        self._receipts.note(key.task, key.caller, self._link.peer_id, key.stage, key.body_digest, outcome)
+
+    def _note_answer(self, task: TaskId, callee: PeerId, stage: StageId, body: Body, outcome: Outcome) -> None:
+        self._receipts.note(task, self._link.peer_id, callee, stage, body.digest, outcome)
+
     def _count_received(self, task: TaskId, target_tokens: int) -> None:
         if task.kind is TaskKind.TRAIN:
             self.tally.accept(target_tokens, fed=False)
@@ -385,6 +397,8 @@ class SpanParts:
         self._start(self._tell_neighbours(commit, signed))
 
     def _report_work(self, round_id: RoundId) -> None:
+        for window in self._receipts.close(round_id):
+            self._reports.add(ReceiptReport(window=window))
         self._reports.add(
             self.tally.end_round(
                 round_id,

@@ -166,7 +166,13 @@ class WorkReport(Message):
     compute_seconds: Seconds
 
 
-Report = ClosingReport | CommitReport | AveragingReport | WorkReport
+class ReceiptReport(Message):
+    """What its sender says of its hops in one round; see `protocol/receipts.py`."""
+
+    window: Signed
+
+
+Report = ClosingReport | CommitReport | AveragingReport | WorkReport | ReceiptReport
 
 
 class NumberedReport(Message):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from coordinator.store import tree
 from coordinator.store.peers import is_known
+from coordinator.store.receipts import ReceiptRow, add_receipt
 from coordinator.store.rounds import ClosingRow, add_closing
 from protocol.control import AveragingReport, WorkReport
 from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, Version
@@ -56,7 +57,15 @@ class CommitRow:
     signed: bytes
 
 
-Said = ClosingRow | CommitRow | AveragingReport | WorkReport
+@dataclass(frozen=True, slots=True)
+class ReceiptEntry:
+    """Receipts, and how many of a peer and a round are enough."""
+
+    row: ReceiptRow
+    max_per_round: int
+
+
+Said = ClosingRow | CommitRow | AveragingReport | WorkReport | ReceiptEntry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +144,8 @@ def _store(db: sqlite3.Connection, peer: PeerId, entry: ReportEntry, received_s:
             add_averaging(db, peer, entry.sequence, report=averaging, received_s=received_s)
         case WorkReport() as work:
             add_work(db, peer, entry.sequence, report=work)
+        case ReceiptEntry(row, max_per_round):
+            add_receipt(db, row, received_s=received_s, max_per_round=max_per_round)
     return given_up
 
 

@@ -1,6 +1,6 @@
 """Closed rounds: adding them, and which closing of a round stands.
 
-Owns: the SQL of `rounds`. Must not know: whether a closing is believed.
+Owns: the SQL of `rounds` and `round_credits`. Must not know: whether a closing is believed.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sqlite3
 from dataclasses import dataclass
 
-from protocol.ids import Digest, PeerId, RoundId
+from protocol.ids import Digest, PeerId, RoundId, StageId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +24,8 @@ class ClosingRow:
     tokens: int
     heldout_loss_sum: float
     heldout_tokens: int
+    credits: tuple[tuple[StageId, PeerId, int], ...] = ()
+    """Target tokens that each peer carried through each stage. What a commit keeps of a closing has none."""
 
 
 def add_closing(db: sqlite3.Connection, row: ClosingRow, *, closed_s: float) -> None:
@@ -41,6 +43,10 @@ def add_closing(db: sqlite3.Connection, row: ClosingRow, *, closed_s: float) -> 
             row.heldout_tokens,
             closed_s,
         ),
+    )
+    db.executemany(
+        "INSERT OR IGNORE INTO round_credits VALUES (?, ?, ?, ?, ?)",
+        [(row.digest, row.round, *credit) for credit in row.credits],
     )
     settle_round(db, row.round)
 

@@ -224,6 +224,94 @@ MIGRATIONS: tuple[str, ...] = (
         reason TEXT NOT NULL
     ) WITHOUT ROWID;
     """,
+    # Receipts, and the credits that are booked for them. Entries are never changed: the triggers see to that, and to
+    # the balances, which are nothing but their sums.
+    """
+    CREATE TABLE round_credits (
+        closing BLOB NOT NULL,
+        round INTEGER NOT NULL,
+        stage INTEGER NOT NULL,
+        peer TEXT NOT NULL,
+        tokens INTEGER NOT NULL,        -- by the signed paths, as the clock added them up
+        PRIMARY KEY (closing, stage, peer)
+    ) WITHOUT ROWID;
+    CREATE INDEX round_credits_by_round ON round_credits (round);
+
+    CREATE TABLE receipts (
+        peer TEXT NOT NULL,
+        session INTEGER NOT NULL,
+        round INTEGER NOT NULL,
+        part INTEGER NOT NULL,
+        signed BLOB NOT NULL,
+        received_s REAL NOT NULL,
+        settled INTEGER NOT NULL DEFAULT 0,
+        PRIMARY KEY (round, peer, session, part)
+    ) WITHOUT ROWID;
+    CREATE INDEX receipts_unsettled ON receipts (round, received_s) WHERE NOT settled;
+
+    CREATE TABLE disputes (
+        round INTEGER NOT NULL,
+        number INTEGER NOT NULL,
+        first_stage INTEGER NOT NULL,
+        caller TEXT NOT NULL,
+        callee TEXT NOT NULL,
+        quarrel TEXT NOT NULL,
+        at_s REAL NOT NULL,
+        PRIMARY KEY (round, number, first_stage, caller, callee)
+    ) WITHOUT ROWID;
+
+    CREATE TABLE evidence (
+        id INTEGER PRIMARY KEY,
+        peer TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        subject TEXT NOT NULL,
+        detail TEXT NOT NULL,
+        proof BLOB NOT NULL,
+        at_s REAL NOT NULL,
+        UNIQUE (peer, kind, subject)
+    );
+
+    -- Millions of floating-point operations move from one account of a peer to another. `of` is the entry of work
+    -- that is released or revoked: each once.
+    CREATE TABLE credit_entries (
+        id INTEGER PRIMARY KEY,
+        at_s REAL NOT NULL,
+        kind TEXT NOT NULL CHECK (kind IN ('work', 'release', 'revoke')),
+        peer TEXT NOT NULL,
+        debit TEXT NOT NULL CHECK (debit IN ('mint', 'held')),
+        credit TEXT NOT NULL CHECK (credit IN ('held', 'free', 'mint')),
+        mflop INTEGER NOT NULL CHECK (mflop >= 0),
+        tokens INTEGER NOT NULL CHECK (tokens >= 0),
+        round INTEGER NOT NULL,
+        stage INTEGER NOT NULL,
+        of INTEGER UNIQUE REFERENCES credit_entries (id),
+        reason TEXT NOT NULL DEFAULT ''
+    );
+    CREATE INDEX credit_entries_by_round ON credit_entries (round) WHERE kind = 'work';
+    CREATE INDEX credit_entries_by_peer ON credit_entries (peer);
+    CREATE INDEX credit_entries_released ON credit_entries (of) WHERE kind = 'release';
+
+    CREATE TABLE balances (
+        peer TEXT NOT NULL,
+        account TEXT NOT NULL,
+        mflop INTEGER NOT NULL,
+        tokens INTEGER NOT NULL,
+        PRIMARY KEY (peer, account)
+    ) WITHOUT ROWID;
+
+    CREATE TRIGGER credit_entries_add_up AFTER INSERT ON credit_entries BEGIN
+        INSERT INTO balances VALUES (NEW.peer, NEW.credit, NEW.mflop, NEW.tokens) ON CONFLICT DO UPDATE
+            SET mflop = mflop + excluded.mflop, tokens = tokens + excluded.tokens;
+        INSERT INTO balances VALUES (NEW.peer, NEW.debit, -NEW.mflop, -NEW.tokens) ON CONFLICT DO UPDATE
+            SET mflop = mflop + excluded.mflop, tokens = tokens + excluded.tokens;
+    END;
+    CREATE TRIGGER credit_entries_stay BEFORE UPDATE ON credit_entries BEGIN
+        SELECT RAISE(ABORT, 'credit entries are never changed');
+    END;
+    CREATE TRIGGER credit_entries_are_kept BEFORE DELETE ON credit_entries BEGIN
+        SELECT RAISE(ABORT, 'credit entries are never deleted');
+    END;
+    """,
 )
 
 SCHEMA_VERSION = len(MIGRATIONS)

@@ -85,6 +85,7 @@ class HopServer:
         streams: Streams,
         gate: Gate,
         work: Work,
+        on_answered: Callable[[TaskKey, Outcome], None],
         on_received: Callable[[TaskId, int], None],
         body_bytes: Callable[[tuple[int, ...]], int],
         load_s: Callable[[], float],
@@ -94,6 +95,8 @@ class HopServer:
         round_deadline_s: float,
     ) -> None:
         """`work` runs a task to its end; `on_received` hears of what a caller has got, and its target tokens.
+
+        `on_answered` hears of every answer that went out whole, received or not, as often as it was sent.
 
         `body_bytes` gives the exact size of a body of a shape, or raises. `num_numbers` says how many microbatches a
         round has. No caller gets more than `round_deadline_s`.
@@ -106,6 +109,7 @@ class HopServer:
         self._streams = streams
         self._gate = gate
         self._work = work
+        self._on_answered = on_answered
         self._on_received = on_received
         self._body_bytes = body_bytes
         self._load_s = load_s
@@ -289,6 +293,8 @@ class HopServer:
         await stream.send(answer)
         if gradient is not None:
             await stream.send_body(memoryview(gradient))
+        if answer.status is AnswerStatus.DONE:
+            self._on_answered(hosted.key, hosted.result.result())
         await stream.receive(Received, timeout_s=RECEIVED_TIMEOUT_S)
         is_first_time = self._tasks.pop(hosted.key, None) is not None
         if is_first_time and answer.status is AnswerStatus.DONE:

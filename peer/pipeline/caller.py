@@ -118,6 +118,8 @@ class HopCaller:
         self.on_stale_view: asyncio.Queue[tuple[StageId, PeerId | None]] = asyncio.Queue()
         """Whose newest membership should be asked for, and of whom (None: of anybody who may know)."""
         self._asked: set[tuple[StageId, PeerId | None]] = set()
+        self.on_answer: Callable[[TaskId, PeerId, StageId, Body, Outcome], None] = lambda *_: None
+        """Called with every checked answer: to which task, of whom, from which stage on, to what."""
         self.on_lost: Callable[[PeerId], None] = lambda peer: None
         """Called when a peer could not be dialled, or has gone silent."""
 
@@ -282,18 +284,20 @@ class HopCaller:
             stage=errand.stage,
             num_stages=self._num_stages,
         )
-        await stream.send(Received())
-        self.statistics.hops += 1
-        self.statistics.bytes_received += len(gradient)
-        now_s = time.monotonic()
-        self._router.observe(peer, task_s=now_s - started_s, load_s=answer.load_s, now_s=now_s)
-        return Outcome(
+        outcome = Outcome(
             gradient=gradient or None,
             gradient_digest=gradient_digest,
             loss_sum=answer.loss_sum,
             target_tokens=answer.target_tokens,
             path=answer.path,
         )
+        self.on_answer(errand.task, peer, errand.stage, errand.body, outcome)
+        await stream.send(Received())
+        self.statistics.hops += 1
+        self.statistics.bytes_received += len(gradient)
+        now_s = time.monotonic()
+        self._router.observe(peer, task_s=now_s - started_s, load_s=answer.load_s, now_s=now_s)
+        return outcome
 
     async def _wait_answer(self, stream: Stream, errand: _Errand) -> Answer:
         """Read progress until the answer comes. Only real progress, or waiting downstream, resets the timer.

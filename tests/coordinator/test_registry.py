@@ -6,6 +6,7 @@ Oracles: the rules of placement counted by hand; a clock that only the test move
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from coordinator.placement import Host, choose_mover, place
 from coordinator.store import history, tallies
+from protocol.architecture import preset
 from protocol.control import Leave, PeerState, StageState
 from protocol.errors import ClockError, IncompatibleError, RefusedError, WireError
 from protocol.ids import PeerId, RunId, StageId
@@ -28,7 +30,8 @@ A, B, C = Volunteer("a"), Volunteer("b"), Volunteer("c")
 
 
 def with_stages(number: int) -> Manifest:
-    return manifest(model=ModelSpec(config_json="{}", num_stages=number, init_seed=0))
+    config = {**preset("tiny"), "num_hidden_layers": max(4, number)}
+    return manifest(model=ModelSpec(config_json=json.dumps(config), num_stages=number, init_seed=0))
 
 
 # -- placement ----------------------------------------------------------------------------------------

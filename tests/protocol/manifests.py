@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+from protocol.architecture import preset
 from protocol.ids import digest
 from protocol.manifest import (
     AveragingSpec,
@@ -61,7 +63,7 @@ def manifest(**changes: Any) -> Manifest:
         "name": "a run",
         "created_s": 1_700_000_000.5,
         "coordinator": KEY.peer_id,
-        "model": ModelSpec(config_json='{"model_type": "llama"}', num_stages=2, init_seed=-1),
+        "model": ModelSpec(config_json=json.dumps(preset("tiny"), sort_keys=True), num_stages=2, init_seed=-1),
         "data": data_spec(),
         "batch": batch_spec(),
         "optimizer": OptimizerSpec(

@@ -65,6 +65,7 @@ class Host:
             streams=self.streams,
             gate=self.gate,
             work=work,
+            on_answered=lambda key, outcome: None,
             on_received=lambda task, target_tokens: None,
             body_bytes=body_bytes,
             load_s=lambda: 0.0,

@@ -68,6 +68,7 @@ class Server:
         self.gate = Gate(run=RUN)
         self.gate.open(STAGE, round_id=RoundId(0), version=Version(0), lineage=Lineage(bytes(32)))
         self.hosted: list[HostedTask] = []
+        self.answered: list[int] = []
         self.received: list[tuple[int, int]] = []
         self.server = HopServer(
             run=RUN,
@@ -75,6 +76,7 @@ class Server:
             streams=cast(Streams, None),
             gate=self.gate,
             work=self._work,
+            on_answered=lambda key, outcome: self.answered.append(key.task.number),
             on_received=lambda task, target_tokens: self.received.append((task.number, target_tokens)),
             body_bytes=lambda shape: len(BODY),
             load_s=lambda: 0.0,
