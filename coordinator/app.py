@@ -249,6 +249,7 @@ async def _serve(
         await streams.stop()
         await asyncio.shield(node.stop())
         await services.registry.save()
+        await services.credits.settle_rest()
         log.info("coordinator.stopped")
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from coordinator.commandline import finish, print_document, with_debug, with_json
+from coordinator.monitor.standings import flop
 from protocol.errors import ConfigError
 from protocol.ids import PeerId
 
@@ -30,9 +31,18 @@ PEER_ID = "12D3KooW[1-9A-HJ-NP-Za-km-z]{44}"
 @click.argument("peer")
 @click.option("--reason", default="", help="Shown to the peer, and in the events.")
 @click.option("--for", "duration", default=None, metavar="TIME", help="Such as 30m, 12h, 7d. [default: for good]")
+@click.option("--revoke-credits", is_flag=True, help="Take back what it has earned and is still held.")
 @with_json
 @with_debug
-def ban(directory: Path, peer: str, reason: str, duration: str | None, as_json: bool, debug: bool) -> None:
+def ban(
+    directory: Path,
+    peer: str,
+    reason: str,
+    duration: str | None,
+    revoke_credits: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
     """Keep PEER (its id, or its name) out of the run in DIRECTORY.
 
     A coordinator that runs takes it over within a second, and every peer hears of it with its next beat.
@@ -42,19 +52,21 @@ def ban(directory: Path, peer: str, reason: str, duration: str | None, as_json: 
 
     def command() -> None:
         from coordinator.store.bans import BanRow, add_ban
+        from coordinator.store.credits import revoke
 
         since_s = time.time()
         until_s = None if duration is None else since_s + _seconds(duration)
         if len(reason) > MAX_REASON_CHARS or not reason.isprintable():
             raise ConfigError(f"--reason: at most {MAX_REASON_CHARS} printable characters.")
 
-        def add(db: Any) -> BanRow:
+        def add(db: Any) -> tuple[BanRow, int]:
             row = BanRow(peer=_find(db, peer), since_s=since_s, until_s=until_s, reason=reason)
             add_ban(db, row)
-            return row
+            return row, revoke(db, row.peer, reason=reason or "banned", at_s=since_s) if revoke_credits else 0
 
-        row = _write(directory, add)
-        _say(as_json, "coordinator.ban/1", row.peer, f"{row.peer} is banned", until_s=until_s)
+        row, mflop = _write(directory, add)
+        text = f"{row.peer} is banned" + (f", {flop(mflop)} taken back" if revoke_credits else "")
+        _say(as_json, "coordinator.ban/1", row.peer, text, until_s=until_s, revoked_mflop=mflop)
 
     finish(command, "ban", debug)
 
@@ -113,6 +125,42 @@ def bans(directory: Path, as_json: bool, debug: bool) -> None:
             click.echo(f"{row.peer}  {until(row)}  {row.reason}")
 
     finish(command, "bans", debug)
+
+
+@click.command()
+@click.argument("directory", type=DIRECTORY)
+@click.argument("peer")
+@with_json
+@with_debug
+def evidence(directory: Path, peer: str, as_json: bool, debug: bool) -> None:
+    """Show what speaks against PEER (its id, or its name) in the run in DIRECTORY.
+
+    Evidence is what a peer has signed itself and contradicts. Disputes are hops that its neighbours tell otherwise:
+    that says of two that one is wrong, and not which.
+
+    Example: coordinator evidence my-run oak --json
+    """
+
+    def command() -> None:
+        from coordinator.store.database import DATABASE_FILE, reading
+        from coordinator.store.receipts import count_disputes, evidence_of
+
+        with reading(directory / DATABASE_FILE) as db:
+            found = _find(db, peer)
+            rows, (hops, partners) = evidence_of(db, found), count_disputes(db).get(found, (0, 0))
+        shown = [
+            {"kind": row.kind, "subject": row.subject, "detail": row.detail, "at_s": row.at_s, "proof": row.proof.hex()}
+            for row in rows
+        ]
+        if as_json:
+            disputes = {"hops": hops, "partners": partners}
+            print_document("coordinator.evidence/1", {"peer": found, "evidence": shown, "disputes": disputes})
+            return
+        for row in rows:
+            click.echo(f"{row.kind}: {row.detail} ({row.subject})")
+        click.echo(f"{len(rows)} pieces of evidence; {hops} hops disputed with {partners} others", err=True)
+
+    finish(command, "evidence", debug)
 
 
 def _find(db: Any, who: str) -> PeerId:

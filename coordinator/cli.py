@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from coordinator.bancli import ban, bans, unban
+from coordinator.bancli import ban, bans, evidence, unban
 from coordinator.commandline import (
     SETTING,
     Command,
@@ -314,7 +314,7 @@ def demo(
     finish(command, "demo", debug)
 
 
-for command in (plan, ban, unban, bans):
+for command in (plan, ban, unban, bans, evidence):
     coordinator.add_command(command)
 
 

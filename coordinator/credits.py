@@ -70,6 +70,14 @@ class Credits:
         except StorageError as error:
             self._journal.note(DISK_NOTE, str(error))
 
+    async def settle_rest(self) -> None:
+        """Settle all that was handed in, before the coordinator goes: a run that has ended is not served again."""
+        try:
+            while await self.settle_due(quiet_since_s=float("inf"), waiting_since_s=float("inf")):
+                pass
+        except StorageError as error:  # due again at the next start
+            log.warning("credits.unsettled", error=error.one_line())
+
     async def settle_due(self, *, quiet_since_s: float, waiting_since_s: float) -> int:
         """Settle rounds of which nothing new has come since a time; return how many. Raises `StorageError`."""
         due = await self._database.run(

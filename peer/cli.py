@@ -6,6 +6,7 @@ answers at once.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import replace
@@ -116,6 +117,35 @@ def sample(model_dir: Path, prompt: str, tokens: int, seed: int, debug: bool) ->
         click.echo(generate(model_dir, prompt, max_new_tokens=tokens, seed=seed))
 
     sys.exit(run_command(command, program="peer sample", debug=debug))
+
+
+@peer.command()
+@click.argument("invite")
+@click.option("--data-dir", type=FOLDER, default=None, help="As given to peer join.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@click.option("--debug", is_flag=True, help="Show a traceback if something unexpected happens.")
+def receipts(invite: str, data_dir: Path | None, as_json: bool, debug: bool) -> None:
+    """Show what this peer was credited with in the run that INVITE names, and what it has not handed in yet.
+
+    Example: peer receipts handcar1:3vQB7B6MrGQZaxCuFg4oh
+    """
+
+    def command() -> None:
+        from peer.earnings import look  # imports hivemind
+        from peer.link import IDENTITY_FILE
+
+        folder = data_dir or default_data_dir()
+        if not (folder / IDENTITY_FILE).exists():
+            raise ConfigError(
+                f"no peer ever joined from {folder}.", hint="Give --data-dir as you gave it to peer join."
+            )
+        found = run_loop(look(Invite.from_text(invite), data_dir=folder, identity_file=IDENTITY_FILE))
+        if as_json:
+            click.echo(json.dumps({"schema": "peer.receipts/1", "ok": True, "data": found.to_json()}))
+        else:
+            click.echo("\n".join(found.lines()))
+
+    sys.exit(run_command(command, program="peer receipts", debug=debug))
 
 
 @peer.group()

@@ -31,7 +31,7 @@ class ReportSpool:
         self._is_refused = False
 
     def load(self) -> Iterator[tuple[NumberedReport, int]]:
-        """Read what an earlier process left, oldest first, with sizes; what is damaged is dropped, and said."""
+        """Read what an earlier process left, oldest first, with sizes; what is damaged is passed over, and said."""
         try:
             paths = sorted(path for path in self._folder.iterdir() if path.suffix == SUFFIX)
         except FileNotFoundError:
@@ -45,7 +45,6 @@ class ReportSpool:
                 yield NumberedReport.from_bytes(data), len(data)
             except WireError as error:
                 log.warning("reports.damaged", file=path.name, error=str(error))
-                path.unlink(missing_ok=True)
             except OSError as error:
                 self._refuse(error)
 

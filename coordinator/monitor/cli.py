@@ -7,6 +7,7 @@ machine, from the run directory's database (DIR), also while no coordinator runs
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,15 @@ def swarm() -> None:
     """Look at a Handcar run."""
 
 
+def _reader(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command what all of them take."""
+    command = click.option("--debug", is_flag=True, help="Show a traceback if something unexpected happens.")(command)
+    command = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)
+    return click.argument("source", metavar="INVITE|DIR")(command)
+
+
 @swarm.command()
-@click.argument("source", metavar="INVITE|DIR")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--debug", is_flag=True, help="Show a traceback if something unexpected happens.")
+@_reader
 def status(source: str, as_json: bool, debug: bool) -> None:
     """Show round, losses, speed, stages and peers of a run.
 
@@ -40,6 +46,41 @@ def status(source: str, as_json: bool, debug: bool) -> None:
         click.echo(envelope(document) if as_json else "\n".join(render(document)))
 
     sys.exit(run_command(command, program="swarm status", debug=debug))
+
+
+@swarm.command()
+@_reader
+def peers(source: str, as_json: bool, debug: bool) -> None:
+    """List who takes part, what they earned, and with whom their neighbours quarrel.
+
+    Example: swarm peers my-run
+    """
+    _show("peers", "swarm.peers/1", source, as_json=as_json, debug=debug)
+
+
+@swarm.command()
+@_reader
+def credits(source: str, as_json: bool, debug: bool) -> None:
+    """Show what everybody has earned, most first.
+
+    Credits are floating-point operations that the coordinator worked out from receipts that both ends of every hop
+    have signed. They are held for a while before they are free. Peers appear under the name that they gave themselves
+    with --name; who gave none is a random word.
+
+    Example: swarm credits my-run --json
+    """
+    _show("credits", "swarm.credits/1", source, as_json=as_json, debug=debug)
+
+
+def _show(what: str, schema: str, source: str, *, as_json: bool, debug: bool) -> None:
+    def command() -> None:
+        from coordinator.monitor import standings
+        from coordinator.status import envelope
+
+        table = standings.TABLES[what](read_status(source))
+        click.echo(envelope(table.data, schema=schema) if as_json else "\n".join(table.lines))
+
+    sys.exit(run_command(command, program=f"swarm {what}", debug=debug))
 
 
 def main() -> None:
@@ -61,10 +102,10 @@ def read_status(source: str) -> dict[str, Any]:
         if path.exists() or "/" in source:
             raise ConfigError(f"{source} is neither an invite nor a run directory.")
     invite = Invite.from_text(source)
-    from coordinator.monitor.remote import ask_status  # imports hivemind
+    from coordinator.monitor.remote import remote_status  # imports hivemind
     from protocol.process import run_loop
 
-    document: dict[str, Any] = run_loop(ask_status(invite))
+    document: dict[str, Any] = run_loop(remote_status(invite))
     return document
 
 

@@ -1,42 +1,26 @@
-"""Asking a coordinator for the status with a throw-away identity: nothing is joined, nothing is kept.
+"""Reading what a coordinator answers to who asks for the status.
 
-Owns: the short-lived p2pd, the one call, and reading the answer. Must not know: how the status is shown.
+Owns: the envelope's schema. Must not know: how the status is shown.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from coordinator.status import SCHEMA
-from protocol.control import StatusAnswer, StatusRequest
+from protocol.control import StatusAnswer
 from protocol.errors import IncompatibleError
 from protocol.invite import Invite
-from protocol.transport import identity
-from protocol.transport.calls import Calls
-from protocol.transport.daemon import STOP_TIMEOUT_S, Daemon
-from protocol.transport.streams import Streams
-
-LISTEN = ("/ip4/127.0.0.1/tcp/0",)  # p2pd wants to listen somewhere; nobody needs to reach us
+from protocol.transport.asking import ask_status
 
 
-async def ask_status(invite: Invite) -> dict[str, Any]:
+async def remote_status(invite: Invite) -> dict[str, Any]:
     """Return the status document of the invite's run.
 
     Raises `UnreachableError` if the coordinator is not there, or is not the one that the invite names.
     """
-    with tempfile.TemporaryDirectory(prefix="handcar-status-") as folder:
-        key_path = Path(folder) / "identity.key"
-        identity.create(key_path)
-        daemon = await Daemon.launch(key_path, host_maddrs=LISTEN, initial_peers=invite.addresses)
-        try:
-            calls = Calls(Streams(daemon), run=invite.run, coordinator=invite.coordinator)
-            answer = await calls.call(invite.coordinator, StatusRequest(), StatusAnswer)
-        finally:
-            await daemon.stop(timeout_s=STOP_TIMEOUT_S)
-    return read_answer(answer)
+    return read_answer(await ask_status(invite))
 
 
 def read_answer(answer: StatusAnswer) -> dict[str, Any]:

@@ -16,7 +16,7 @@ KIB = 1024
 
 def render(document: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines of `swarm status`."""
-    yield _line("run", f"{_plain(document['name'])} ({document['run'][:12]})  {document['state']}")
+    yield _line("run", f"{plain(document['name'])} ({document['run'][:12]})  {document['state']}")
     yield _line("round", f"{_number(document['round'])} of {document['num_rounds']}  {_speed(document)}")
     yield _line("loss", _losses(document))
     yield _line("work", _work(document["ledger"]))
@@ -24,7 +24,7 @@ def render(document: Mapping[str, Any]) -> Iterator[str]:
         yield _line(f"stage {stage['stage']}", _stage(stage))
     yield from _peers(document)
     for topic, text in sorted(document["notes"].items()):
-        yield _line("note", f"{_plain(topic)}: {_plain(text)}")
+        yield _line("note", f"{plain(topic)}: {plain(text)}")
 
 
 def num_bytes(count: float) -> str:
@@ -62,7 +62,7 @@ def _work(ledger: Mapping[str, Any]) -> str:
 
 
 def _stage(stage: Mapping[str, Any]) -> str:
-    names = [_plain(replica["name"]) + ("" if replica["member"] else "*") for replica in stage["replicas"]]
+    names = [plain(replica["name"]) + ("" if replica["member"] else "*") for replica in stage["replicas"]]
     text = f"version {_number(stage['version'])}  {len(names)} replicas: {', '.join(names[:8]) or 'nobody'}"
     if len(names) > 8:
         text += ", ..."
@@ -70,7 +70,7 @@ def _stage(stage: Mapping[str, Any]) -> str:
     if last is None:
         return text
     if not last["ok"]:
-        return f"{text}  averaging of {last['took_part']} of {last['asked']} failed: {_plain(last['reason'])}"
+        return f"{text}  averaging of {last['took_part']} of {last['asked']} failed: {plain(last['reason'])}"
     size = f"{num_bytes(last['bytes_sent'])} up, {num_bytes(last['bytes_received'])} down in {last['seconds']:.1f} s"
     hidden = f" ({last['hidden_share']:.0%} hidden)" if last["hidden_share"] else ""
     return f"{text}  averaged {last['took_part']} of {last['asked']}, {size}{hidden}, group {last['group'][:8]}"
@@ -80,10 +80,10 @@ def _peers(document: Mapping[str, Any]) -> Iterator[str]:
     here = [peer for peer in document["peers"] if peer["presence"] == "live"]
     gone = len(document["peers"]) - len(here) + document["peers_omitted"]
     for peer in here[:MAX_SHOWN_PEERS]:
-        reason = f"({_plain(peer['reason'])})" if peer["reason"] else ""
+        reason = f"({plain(peer['reason'])})" if peer["reason"] else ""
         stages = ", ".join(str(stage) for stage in peer["stages"])
         seen = f"seen {peer['seen_s_ago']:.0f} s ago"
-        yield _line("peer", f"{_plain(peer['name']):<16} {peer['state'] + reason:<28} stages {stages}  {seen}")
+        yield _line("peer", f"{plain(peer['name']):<16} {peer['state'] + reason:<28} stages {stages}  {seen}")
     hidden = max(0, len(here) - MAX_SHOWN_PEERS)
     yield _line("peers", f"{len(here)} here{f' ({hidden} not shown)' if hidden else ''}, {gone} gone")
 
@@ -96,5 +96,6 @@ def _number(value: int | None) -> str:
     return UNKNOWN if value is None else str(value)
 
 
-def _plain(text: Iterable[str]) -> str:
+def plain(text: Iterable[str]) -> str:
+    """Strip what a terminal would obey."""
     return "".join(char for char in text if char.isprintable())

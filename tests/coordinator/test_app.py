@@ -23,7 +23,7 @@ from click.testing import CliRunner
 
 from coordinator.app import run_coordinator
 from coordinator.monitor.cli import read_status, swarm
-from coordinator.monitor.remote import ask_status
+from coordinator.monitor.remote import remote_status
 from coordinator.rundir import RunDir
 from coordinator.settings import CoordinatorSettings
 from coordinator.status import FINISHED
@@ -195,7 +195,7 @@ async def test_a_peer_joins_gets_tokens_reports_and_its_snapshot_becomes_a_check
         weights = await peer.blobs.fetch(invite.coordinator, "checkpoint/2/stage-0.weights.safetensors", max_bytes=9999)
         assert weights == peer.served["state/0/2/weights"]
 
-        document = await ask_status(invite)
+        document = await remote_status(invite)
         assert document["ledger"]["hops"] == 4
         assert document["stages"][0]["replicas"][0]["name"] == "client"
         local = await asyncio.to_thread(read_status, str(run.path))
@@ -266,7 +266,7 @@ async def test_a_wrong_fingerprint_reaches_nobody(run: RunDir) -> None:
         addresses = tuple(address.replace(invite.coordinator, other) for address in invite.addresses)
         forged = invite.model_copy(update={"coordinator": other, "addresses": addresses})
         with pytest.raises(InviteError, match="another key"):
-            await ask_status(forged)
+            await remote_status(forged)
 
 
 def test_the_command_prints_its_invite_survives_kill_9_and_ends_cleanly(tmp_path: Path) -> None:
