@@ -17,7 +17,7 @@ FITS := import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 
 HAS_TORCH := import importlib.metadata as m; raise SystemExit([int(n) for n in m.version("torch").split(".")[:2]] < [2, 10])
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check lint bench fuzz chaos-memory chaos-averaging lock clean
+.PHONY: help setup demo test test-all check lint bench fuzz chaos-memory chaos-averaging chaos-trust lock clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -59,6 +59,9 @@ chaos-memory: $(STAMP) ## kill -9 training with its state on disk, 100 times
 
 chaos-averaging: $(STAMP) ## kill -9 members of a stage while they average, 100 times
 	@$(BIN)/python -m tests.e2e.averaging_chaos $(ARGS)
+
+chaos-trust: $(STAMP) ## kill -9 the coordinator while it settles credits, 100 times
+	@$(BIN)/python -m tests.e2e.trust_chaos $(ARGS)
 
 lock: $(STAMP) ## resolve the locked dependency set again
 	@$(PIP) install 'uv>=0.9'

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from protocol.ids import PeerId, RoundId, StageId
 
 CONTRADICTION = "two windows"
+MAX_ROUNDS_AHEAD = 4  # of the newest that we know to be over
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +52,13 @@ class EvidenceRow:
 
 
 def add_receipt(db: sqlite3.Connection, row: ReceiptRow, *, received_s: float, max_per_round: int) -> None:
-    """Add a window of a round that is known to be over, unless it is known or the peer has said more than enough.
+    """Add a window of a round that is over, unless it is known or the peer has said more than enough.
 
-    Two different windows under one name prove that their signer lies to somebody: the second is evidence.
+    Or is about to be over: who leaves in the middle of a round hands in what it has done so far. Two different windows
+    under one name prove that their signer lies to somebody: the second is evidence.
     """
-    if db.execute("SELECT 1 FROM rounds WHERE round = ? LIMIT 1", (row.round,)).fetchone() is None:
+    (newest,) = db.execute("SELECT coalesce(max(round), -1) FROM rounds").fetchone()
+    if row.round > newest + MAX_ROUNDS_AHEAD:
         return
     key = row.round, row.peer, row.session, row.part
     known = db.execute(
@@ -72,6 +75,11 @@ def add_receipt(db: sqlite3.Connection, row: ReceiptRow, *, received_s: float, m
     ).fetchone()
     if count < max_per_round:
         db.execute("INSERT INTO receipts VALUES (?, ?, ?, ?, ?, ?, 0)", (*_keyed(row), row.signed, received_s))
+
+
+def settle_again(db: sqlite3.Connection, round_id: RoundId) -> None:
+    """Have a round worked out anew: its closing came, or another one, and with it more that may be earned."""
+    db.execute("UPDATE receipts SET settled = 0 WHERE round = ?", (round_id,))
 
 
 def due_rounds(db: sqlite3.Connection, *, quiet_since_s: float, waiting_since_s: float, limit: int) -> list[RoundId]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sqlite3
 from dataclasses import dataclass
 
+from coordinator.store import receipts
 from protocol.ids import Digest, PeerId, RoundId, StageId
 
 
@@ -44,10 +45,12 @@ def add_closing(db: sqlite3.Connection, row: ClosingRow, *, closed_s: float) -> 
             closed_s,
         ),
     )
-    db.executemany(
+    credited = db.executemany(
         "INSERT OR IGNORE INTO round_credits VALUES (?, ?, ?, ?, ?)",
         [(row.digest, row.round, *credit) for credit in row.credits],
     )
+    if credited.rowcount > 0:
+        receipts.settle_again(db, row.round)
     settle_round(db, row.round)
 
 

@@ -141,6 +141,20 @@ async def test_what_comes_drop_by_drop_adds_up_to_what_comes_at_once(tmp_path: P
         assert (await balances(office))["b"].held_mflop == worth(office, 1, NUMBERS * TOKENS)
 
 
+async def test_receipts_may_come_before_the_closing_of_their_round(tmp_path: Path) -> None:
+    """Of somebody who leaves in the middle of the round, for example; settled to nothing until the closing is there."""
+    async with open_office(tmp_path) as office:
+        await enter(office)
+        hops = [hop(number) for number in range(NUMBERS)]
+        await say(office, A, receipt(office, A, *hops))
+        await say(office, B, receipt(office, B, *hops))
+        await office.tick(QUIET_S)
+        assert await balances(office) == {}
+        await say(office, A, closing_report(closed(office)), first=2)
+        await office.tick(QUIET_S)
+        assert (await balances(office))["b"].held_tokens == NUMBERS * TOKENS
+
+
 async def test_one_side_alone_earns_nothing_and_a_contradiction_is_on_record(tmp_path: Path) -> None:
     async with open_office(tmp_path) as office:
         await enter(office)

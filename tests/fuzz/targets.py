@@ -7,7 +7,7 @@ themselves. Must not know: how bytes are changed, or what may come of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from random import Random
 from types import ModuleType
@@ -18,8 +18,8 @@ from hivemind.utils.serializer import MSGPackSerializer
 
 from peer.averaging.group_message import GroupMessage
 from peer.codecs import codec, codec_names
-from protocol import access, control, history, hops, manifest, records
-from protocol.ids import RunId
+from protocol import access, control, history, hops, manifest, receipts, records
+from protocol.ids import RoundId, RunId, StageId
 from protocol.invite import Invite
 from protocol.records import key_id
 from protocol.rounds import messages as rounds
@@ -40,7 +40,19 @@ from protocol.wire import (
 from tests.fuzz.plausible import plausible
 from tests.protocol.test_records import ALICE, COORDINATOR, NOW, RUN, publication
 
-MODULES: tuple[ModuleType, ...] = (access, blobs, calls, control, history, hops, manifest, passes, records, rounds)
+MODULES: tuple[ModuleType, ...] = (
+    access,
+    blobs,
+    calls,
+    control,
+    history,
+    hops,
+    manifest,
+    passes,
+    receipts,
+    records,
+    rounds,
+)
 SEEDS_PER_KIND = 6
 NUM_ELEMENTS = 1000
 
@@ -95,6 +107,18 @@ def _envelopes() -> Iterator[Target]:
         return unseal(Signed.from_bytes(data), records.ADMISSION_CONTEXT, records.Admission)
 
     yield Target("signed envelope", open_signed, (signed.to_bytes(),))
+
+    hop = receipts.Hop(3, ALICE.peer_id, COORDINATOR.peer_id, StageId(1), 2, 64, b"g" * 16, b"r" * 16)
+    answered = replace(hop, caller=COORDINATOR.peer_id, callee=ALICE.peer_id)
+    windows = receipts.draw_windows(
+        ALICE, run=RunId(RUN), session=7, round_id=RoundId(2), sent=[hop] * 3, served=[answered] * 2
+    )
+
+    def open_window(data: bytes) -> object:
+        window = receipts.Window.from_bytes(data)
+        return list(window.sent_hops()), list(window.served_hops())
+
+    yield Target("receipts", open_window, tuple(each.payload for each in windows))
     invite = Invite(addresses=("/ip4/192.0.2.1/tcp/4001",), run=RUN, coordinator=COORDINATOR.peer_id).to_text()
     yield Target("invite", lambda data: Invite.from_text(data.decode("utf-8", "replace")), (invite.encode(),))
 
