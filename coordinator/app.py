@@ -8,6 +8,7 @@ any service works. Everything here may be killed at any moment: what a peer was 
     charters -> founding                 every tick
     reunion -> forks                     every tick
     credits -> settlement                every tick
+    audits -> court, policy              every tick
     collector -> offers, fetching        beside
 """
 
@@ -23,6 +24,7 @@ from pathlib import Path
 import structlog
 
 from coordinator import listening, status
+from coordinator.audit.office import AuditOffice
 from coordinator.bans import Bans
 from coordinator.charters import CharterOffice
 from coordinator.checkpointfiles import Checkpoint
@@ -76,6 +78,7 @@ class Services:
     reunion: Reunion
     bans: Bans
     credits: Credits
+    audits: AuditOffice
     finish: Finish
     shared_status: SharedStatus
     _status_turn: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
@@ -86,6 +89,7 @@ class Services:
         await self.ledger.load()
         await self.registry.load()
         await self.bans.load()
+        await self.audits.load()
 
     async def tick(self, newest: Checkpoint | None) -> None:
         """Do what is due. Once per `tick_s`."""
@@ -95,6 +99,7 @@ class Services:
             await self.charters.tick()
             await self.reunion.tick()
         await self.credits.tick()
+        await self.audits.tick()
         await self.finish.tick(newest)
         await self._save_notes()
 
@@ -140,6 +145,8 @@ def make_services(run: RunDir, settings: CoordinatorSettings, *, database: Datab
     reunion = Reunion(manifest, settings=settings, registry=registry, ledger=ledger, journal=journal, clock=clock)
     bans = Bans(manifest.run_id, key=run.key, registry=registry, database=database, journal=journal, clock=clock)
     credits = Credits(manifest, settings=settings, database=database, journal=journal, clock=clock)
+    audits = AuditOffice(manifest, registry=registry, database=database, journal=journal, clock=clock)
+    ledger.on_receipts, ledger.on_audit = audits.hear_receipts, audits.hear
     finish = Finish(manifest, registry=registry, database=database, journal=journal, clock=clock)
     return Services(
         run=run,
@@ -153,6 +160,7 @@ def make_services(run: RunDir, settings: CoordinatorSettings, *, database: Datab
         reunion=reunion,
         bans=bans,
         credits=credits,
+        audits=audits,
         finish=finish,
         shared_status=SharedStatus(lambda: status_of_run(run)),
     )

@@ -11,7 +11,7 @@ one line in the log, and counts for nothing.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import structlog
 
@@ -21,6 +21,7 @@ from coordinator.store.database import Database
 from coordinator.store.receipts import ReceiptRow
 from coordinator.store.rounds import ClosingRow
 from coordinator.store.tree import CommitLink
+from protocol.audits import AuditReport, SketchReport
 from protocol.batches import has_evaluation
 from protocol.control import (
     AveragingReport,
@@ -61,6 +62,10 @@ class Ledger:
         """Commits that nothing follows, by their envelopes."""
         self._roots: dict[StageId, Lineage] = {}
         self._given_up: set[Lineage] = set()
+        self.on_receipts: Callable[[Window], None] = lambda window: None
+        """Hears of receipts that are believed to be their sender's; the audit office puts itself here."""
+        self.on_audit: Callable[[PeerId, AuditReport | SketchReport], None] = lambda peer, report: None
+        """Hears of answers to its orders; likewise."""
 
     async def load(self) -> None:
         """Take over the newest commits. Call once, before serving, when the charters are known."""
@@ -164,7 +169,7 @@ class Ledger:
             said = None
         return history.ReportEntry(sequence=numbered.sequence, said=said)
 
-    def _read(self, peer: PeerId, report: Report) -> history.Said:
+    def _read(self, peer: PeerId, report: Report) -> history.Said | None:
         match report:
             case ClosingReport():
                 return self._read_closing(report.closing)
@@ -183,6 +188,9 @@ class Ledger:
                 _check_numbers(*tasks, report.activation_bytes, report.target_tokens)
             case ReceiptReport():
                 return self._read_receipts(peer, report.window)
+            case AuditReport() | SketchReport():
+                self.on_audit(peer, report)
+                return None
         return report
 
     def _read_receipts(self, peer: PeerId, signed: Signed) -> history.ReceiptEntry:
@@ -197,6 +205,7 @@ class Ledger:
             fits = 0 < hop.first_stage < hop.end_stage <= num_stages and hop.number < batch.microbatches_per_round
             if not (fits and 0 < hop.target_tokens <= tokens):
                 raise PeerFault(f"its receipts speak of number {hop.number} at stages that there are not")
+        self.on_receipts(window)
         row = ReceiptRow(
             peer=peer, session=window.session, round=window.round, part=window.part, signed=signed.to_bytes()
         )

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from peer.tasks import Outcome, TaskId
+from peer.tasks import Body, Outcome, TaskId
 from protocol.batches import TaskKind
 from protocol.hops import PathEntry
-from protocol.ids import Digest, PeerId, RoundId, RunId, StageId
+from protocol.ids import PeerId, RoundId, RunId, StageId
 from protocol.receipts import Hop, draw_windows, shortened
 from protocol.signing import Signed, SigningKey
 
@@ -39,9 +39,7 @@ class ReceiptBook:
         self._closed: RoundId | None = None
         """The newest round whose windows are signed: what comes later for it would contradict them."""
 
-    def note(
-        self, task: TaskId, caller: PeerId, callee: PeerId, stage: StageId, given: Digest, outcome: Outcome
-    ) -> None:
+    def note(self, task: TaskId, caller: PeerId, callee: PeerId, stage: StageId, body: Body, outcome: Outcome) -> None:
         """Note a hop with us at one end, as its signed path describes it. Said twice it counts once."""
         is_late = self._closed is not None and task.round <= self._closed
         if task.kind is not TaskKind.TRAIN or caller == callee or is_late:
@@ -54,8 +52,11 @@ class ReceiptBook:
             first_stage=stage,
             num_stages=len(entry.stages),
             target_tokens=outcome.target_tokens,
-            given=shortened(given),
+            given=shortened(body.digest),
             returned=shortened(outcome.gradient_digest),
+            version=entry.version,
+            local_step=entry.local_step,
+            caller_step=body.local_step,
         )
         notes = self._notes[task.round]
         if len(notes.sent) + len(notes.served) < MAX_HOPS_NOTED:

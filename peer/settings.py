@@ -45,6 +45,8 @@ class PeerSettings:
     """Memory for kept activations; beyond it they are recomputed."""
     limits: Limits = field(default_factory=Limits)
     """Of memory, and of an NVMe drive for what fits nowhere else."""
+    audit_bytes: int = 1 << 30
+    """Host memory for what audits ask for: past weights, and what crossed our hops lately."""
     upload_mbps: float | None = None
     download_mbps: float | None = None
     """How much of the home's line the peer may take, in megabits (10^6) per second; None: all of it."""

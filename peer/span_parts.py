@@ -14,6 +14,7 @@ from pathlib import Path
 
 import structlog
 
+from peer.auditor import Auditor
 from peer.averaging.driver import Hooks, StageDriver, membership_of
 from peer.averaging.group_reduce import GroupReduce
 from peer.averaging.history import History
@@ -21,15 +22,19 @@ from peer.averaging.own_disk import OwnDisk
 from peer.averaging.restore import Restorer
 from peer.averaging.rules import done_task, machine_settings, round_timers
 from peer.averaging.sync import StageSync
+from peer.codecs import codec
 from peer.data.fetch import SwarmChunks, serve_tokens
 from peer.data.source import BatchSource
 from peer.data.tokens import TokenFile
+from peer.engine.recompute import Recomputer
 from peer.engine.schedule import learning_rate
 from peer.engine.span import SpanEngine
+from peer.engine.weights import PastWeights
 from peer.link import Link
 from peer.memory.executor import Pause
+from peer.payloads import Payloads
 from peer.pipeline.board import Board
-from peer.pipeline.callee import HopServer, HostedTask, TaskKey
+from peer.pipeline.callee import HopServer, HostedTask
 from peer.pipeline.caller import HopCaller
 from peer.pipeline.compute import ComputeThread, Priority
 from peer.pipeline.demand import WAVES, Demand, InFlight
@@ -44,10 +49,12 @@ from peer.reports import ReportQueue
 from peer.settings import PeerSettings
 from peer.tally import Tally
 from peer.tasks import Body, Outcome, TaskId
+from protocol.audits import AuditOrder, SketchOrder
 from protocol.batches import Microbatch, TaskKind
 from protocol.control import CommitReport, GivenUp, ReceiptReport
 from protocol.errors import PeerFault, RefusedError, TransientError
 from protocol.history import CommitNews, LogAnswer, LogRequest, StateAnswer, StateRequest
+from protocol.hops import MAX_BODY_BYTES
 from protocol.ids import Lineage, PeerId, RoundId, StageId, Version
 from protocol.manifest import Manifest
 from protocol.ownership import rendezvous
@@ -127,6 +134,17 @@ class SpanParts:
         self._caller.on_lost = link.lost
         self._caller.on_answer = self._note_answer
         self._receipts = ReceiptBook(run, link.key, session=session)
+        self._payloads = Payloads(max_bytes=settings.audit_bytes // 2)
+        sequences, length = manifest.batch.sequences_per_microbatch, manifest.batch.sequence_length
+        self._recomputer = Recomputer(
+            manifest.model.config,
+            num_stages=self.num_stages,
+            engines=engine.engines,
+            past=PastWeights(max_bytes=settings.audit_bytes // 2),
+            codec=codec(forward_codec),
+            gradient_codec=codec(gradient_codec),
+            microbatch=(sequences, length),
+        )
         # whoever waits for us must not take a wave that gathers for a peer that is gone
         patience_s = min(engine.wave_patience_s, manifest.timing.hop_silence_s / 4)
         self._demand = Demand(self.view, last=engine.last)
@@ -163,6 +181,18 @@ class SpanParts:
             num_slots=serving.limit,
             num_numbers=lambda round_id: len(self._batches.plan(round_id)),
             round_deadline_s=manifest.timing.round_deadline_s,
+        )
+        self._auditor = Auditor(
+            link=link,
+            compute=compute,
+            recomputer=self._recomputer,
+            payloads=self._payloads,
+            batches=self._batches,
+            gate=self.gate,
+            reports=reports,
+            stages=self.stages,
+            num_stages=self.num_stages,
+            max_body_bytes=MAX_BODY_BYTES,
         )
         self._reduce = GroupReduce(link.node.p2p, namespace=run, folder=folder, line=link.line, passes=link.passes)
         self._feeder = Feeder(
@@ -221,6 +251,7 @@ class SpanParts:
         if self._engine.is_first:
             yield self._feeder.run()
         yield self._refresh_views()
+        yield self._auditor.run()
 
     async def stop(self) -> None:
         """Stop what serves; the files stay.
@@ -276,6 +307,10 @@ class SpanParts:
         if what.stage in self.drivers:
             self.drivers[what.stage].post(events.Rejoin(what.lineage, what.members))
 
+    def audit(self, orders: Iterable[AuditOrder | SketchOrder]) -> None:
+        """Carry out what the coordinator wants to be looked at."""
+        self._auditor.take(orders)
+
     def learn_charter(self, charter: Charter, lineage: Lineage) -> None:
         """Let the router know the members that a charter names."""
         self.view.learn(
@@ -323,6 +358,7 @@ class SpanParts:
             check_history=partial(Chain.of_history, machine),
             init_seed=self._manifest.model.init_seed,
             resumed=self._engine.resumed.get(stage),
+            before_step=lambda: self._recomputer.keep(stage),
         )
 
     def _make_driver(self, stage: StageId, machine: Settings) -> StageDriver:
@@ -352,6 +388,8 @@ class SpanParts:
         )
 
     async def _work(self, hosted: HostedTask) -> Outcome:
+        if hosted.key.task.kind is TaskKind.TRAIN:
+            self._payloads.keep(hosted.body.digest, hosted.body.data)
         return await self._runner.work(
             hosted.key.task,
             hosted.key.stage,
@@ -361,11 +399,17 @@ class SpanParts:
             retries_left=hosted.retries_left,
         )
 
-    def _note_served(self, key: TaskKey, outcome: Outcome) -> None:
-        self._receipts.note(key.task, key.caller, self._link.peer_id, key.stage, key.body_digest, outcome)
+    def _note_served(self, hosted: HostedTask, outcome: Outcome) -> None:
+        key = hosted.key
+        self._receipts.note(key.task, key.caller, self._link.peer_id, key.stage, hosted.body, outcome)
+        if key.task.kind is TaskKind.TRAIN:
+            self._payloads.keep(outcome.gradient_digest, outcome.gradient)
 
     def _note_answer(self, task: TaskId, callee: PeerId, stage: StageId, body: Body, outcome: Outcome) -> None:
-        self._receipts.note(task, self._link.peer_id, callee, stage, body.digest, outcome)
+        self._receipts.note(task, self._link.peer_id, callee, stage, body, outcome)
+        if task.kind is TaskKind.TRAIN:
+            self._payloads.keep(body.digest, body.data)
+            self._payloads.keep(outcome.gradient_digest, outcome.gradient)
 
     def _count_received(self, task: TaskId, target_tokens: int) -> None:
         if task.kind is TaskKind.TRAIN:
@@ -440,6 +484,8 @@ class SpanParts:
         kinds = {TaskKind.TRAIN: self._manifest.data.train.name, TaskKind.EVAL: self._manifest.data.heldout.name}
         if name.startswith("tokens/"):
             return serve_tokens(name, ((kinds[kind], file) for kind, file in self._token_files.items()))
+        if name.startswith("payload/"):
+            return self._payloads.resolve(name)
         pieces = name.split("/")
         if len(pieces) not in (3, 4) or not pieces[1].isdecimal() or int(pieces[1]) not in self._histories:
             return None

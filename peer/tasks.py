@@ -30,10 +30,12 @@ class Body:
     data: bytes | bytearray
     shape: tuple[int, ...]
     digest: Digest
+    local_step: int = 0
+    """0 if it was made with weights that all replicas of a version have."""
 
     @classmethod
-    def of(cls, data: bytes | bytearray, shape: tuple[int, ...]) -> Body:
-        return cls(data, shape, digest(memoryview(data)))
+    def of(cls, data: bytes | bytearray, shape: tuple[int, ...], *, local_step: int = 0) -> Body:
+        return cls(data, shape, digest(memoryview(data)), local_step)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from protocol.audits import MAX_ORDERS, AuditOrder, AuditReport, SketchOrder, SketchReport
 from protocol.ids import Digest, Lineage, PeerId, RoundId, RunId, StageId, Version
 from protocol.signing import Signed
 from protocol.wire import Message
@@ -172,7 +173,7 @@ class ReceiptReport(Message):
     window: Signed
 
 
-Report = ClosingReport | CommitReport | AveragingReport | WorkReport | ReceiptReport
+Report = ClosingReport | CommitReport | AveragingReport | WorkReport | ReceiptReport | AuditReport | SketchReport
 
 
 class NumberedReport(Message):
@@ -220,6 +221,10 @@ class BeatReply(Message):
     """Where this peer should not stand any more."""
     revoked: Signed | None = None
     """The newest revocation list, if the peer has an older one."""
+    audits: Annotated[tuple[AuditOrder, ...], Field(max_length=MAX_ORDERS)] = ()
+    """Work of others that this peer should recompute; repeated until it has answered."""
+    sketches: Annotated[tuple[SketchOrder, ...], Field(max_length=4 * MAX_ORDERS)] = ()
+    """What this peer should sketch of what it holds; likewise."""
     finished: bool = False
     """The run has its last checkpoint; there is nothing left to do."""
 

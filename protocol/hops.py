@@ -67,7 +67,7 @@ class OpenTask(Message):
     lineage: Lineage
     version: Version
     local_step: Count
-    """Which local step the caller's weights are at. Always 0 for now, also in `diloco` mode."""
+    """0 if the caller's weights were those of its versions, and not its own: then its work can be recomputed."""
     time_left_s: Annotated[float, Field(ge=0, le=MAX_TIME_LEFT_S)]
     retries_left: Count
     tensors: Annotated[tuple[TensorSpec, ...], Field(min_length=1, max_length=8)]

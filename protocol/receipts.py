@@ -19,19 +19,22 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from protocol.errors import WireError
-from protocol.ids import Digest, PeerId, RoundId, RunId, StageId
+from protocol.ids import Digest, PeerId, RoundId, RunId, StageId, Version
 from protocol.signing import MAX_PEER_ID_CHARS, Signed, SigningKey, seal
 from protocol.wire import Message
 
 RECEIPT_CONTEXT = "handcar receipts"
 SHORT_DIGEST_BYTES = 16  # of a SHA-256: nobody finds a second input for one, and half the bytes travel
-MAX_HOPS = 1024  # in one window, about 46 KiB
+MAX_HOPS = 1024  # in one window, about 54 KiB
+FIRST_VERSION = Version(0)
+MAX_LOCAL_STEP = (1 << 16) - 1
 MAX_PARTNERS = 1024
 MAX_PARTS = 1024
 
-_HOP = struct.Struct(f">IHHHI{SHORT_DIGEST_BYTES}s{SHORT_DIGEST_BYTES}s")
+_HOP = struct.Struct(f">IHHHI{SHORT_DIGEST_BYTES}s{SHORT_DIGEST_BYTES}sIHH")
 HOP_BYTES = _HOP.size
 
+_Fields = tuple[int, StageId, int, int, bytes, bytes, Version, int, int]
 _Peer = Annotated[PeerId, Field(min_length=1, max_length=MAX_PEER_ID_CHARS)]
 _Hops = Annotated[bytes, Field(max_length=MAX_HOPS * HOP_BYTES)]
 _Part = Annotated[int, Field(ge=0, lt=MAX_PARTS)]
@@ -51,6 +54,12 @@ class Hop:
     """Of the activations, shortened."""
     returned: bytes
     """Of their gradient, shortened."""
+    version: Version = FIRST_VERSION
+    """Of the callee's first stage, as it has signed it."""
+    local_step: int = 0
+    """0 if the callee's weights were those of its versions both ways, and not its own."""
+    caller_step: int = 0
+    """The same of the caller's on the way forward."""
 
     @property
     def end_stage(self) -> int:
@@ -93,11 +102,14 @@ class Window(Message):
         for partner, fields in self._unpacked(self.served):
             yield Hop(fields[0], partner, self.peer, *fields[1:])
 
-    def _unpacked(self, packed: bytes) -> Iterator[tuple[PeerId, tuple[int, StageId, int, int, bytes, bytes]]]:
-        for number, partner, first_stage, num_stages, tokens, given, returned in _HOP.iter_unpack(packed):
+    def _unpacked(self, packed: bytes) -> Iterator[tuple[PeerId, _Fields]]:
+        for number, partner, first_stage, num_stages, tokens, given, returned, version, *steps in _HOP.iter_unpack(
+            packed
+        ):
             if partner >= len(self.partners):
                 raise WireError(f"a window of {self.peer} names partner {partner} of {len(self.partners)}")
-            yield self.partners[partner], (number, StageId(first_stage), num_stages, tokens, given, returned)
+            stage = StageId(first_stage)
+            yield self.partners[partner], (number, stage, num_stages, tokens, given, returned, version, *steps)
 
 
 def shortened(digest: Digest) -> bytes:
@@ -131,4 +143,6 @@ def draw_windows(
 
 
 def _packed(hop: Hop, partner: int) -> bytes:
-    return _HOP.pack(hop.number, partner, hop.first_stage, hop.num_stages, hop.target_tokens, hop.given, hop.returned)
+    steps = min(hop.local_step, MAX_LOCAL_STEP), min(hop.caller_step, MAX_LOCAL_STEP)
+    what = hop.target_tokens, hop.given, hop.returned, hop.version
+    return _HOP.pack(hop.number, partner, hop.first_stage, hop.num_stages, *what, *steps)

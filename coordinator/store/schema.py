@@ -312,6 +312,31 @@ MIGRATIONS: tuple[str, ...] = (
         SELECT RAISE(ABORT, 'credit entries are never deleted');
     END;
     """,
+    # 11: audits
+    """
+    CREATE TABLE audits (
+        id INTEGER PRIMARY KEY,
+        at_s REAL NOT NULL,
+        peer TEXT NOT NULL,
+        auditor TEXT NOT NULL,
+        round INTEGER NOT NULL,
+        number INTEGER NOT NULL,
+        first_stage INTEGER NOT NULL,
+        num_stages INTEGER NOT NULL,
+        finding TEXT NOT NULL,
+        outputs REAL NOT NULL,          -- relative distances from what was recomputed
+        returned REAL NOT NULL,
+        liars TEXT NOT NULL,            -- JSON lists of peers
+        missing TEXT NOT NULL,
+        seed BLOB NOT NULL
+    );
+    CREATE INDEX audits_by_peer ON audits (peer, finding);
+
+    CREATE TABLE standings (
+        peer TEXT PRIMARY KEY,
+        standing TEXT NOT NULL          -- JSON
+    ) WITHOUT ROWID;
+    """,
 )
 
 SCHEMA_VERSION = len(MIGRATIONS)

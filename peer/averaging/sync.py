@@ -127,8 +127,11 @@ class StageSync:
         check_history: Callable[[Signed, tuple[Signed, ...]], object],
         init_seed: int = 0,
         resumed: Standing | None = None,
+        before_step: Callable[[], None] = lambda: None,
     ) -> None:
         """`check_history` raises `PeerFault` unless commits follow a charter by the rules of the round machine.
+
+        `before_step` is called in the compute thread before the engine goes to the next version.
 
         The first commit is believed if the charter is not what it follows. `resumed` says where the engine's state
         stands if it was found on this peer's own disk.
@@ -144,6 +147,7 @@ class StageSync:
         self._coordinator = coordinator
         self._schedule = schedule
         self._init_seed = init_seed
+        self._before_step = before_step
         self._forgets = False
         self._held = None if resumed is None else (resumed, engine.changes)
         # the number of changes after which the engine held the initial weights; whatever changes it makes it another
@@ -245,6 +249,7 @@ class StageSync:
         def take_step() -> None:
             if commit.version != self._engine.version + 1:
                 raise PeerFault(f"commit of version {commit.version} does not follow version {self._engine.version}")
+            self._before_step()
             absorb(
                 self._engine,
                 update,

@@ -104,6 +104,11 @@ class Anchored:
         """
         return self._has_moved or self._has_contributed
 
+    @property
+    def is_at_anchor(self) -> bool:
+        """Tell whether the weights are the anchor. With fragments some always drift on."""
+        return not self.has_drift and self._spec.fragments == 1
+
     def note_step(self) -> None:
         """Take note that the weights have moved."""
         self._has_moved = True

@@ -52,6 +52,10 @@ class SpanTicket:
     """The stage at which the task came in."""
     tickets: list[Ticket]
     shape: tuple[int, ...]
+    standing: tuple[Version, ...] | None = None
+    """The versions of the stages whose weights it went forward with; None if one had steps of its own on top."""
+    is_steady: bool = False
+    """Whether it went back with the same weights, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,8 @@ class SpanLoss:
     loss_sum: float
     target_tokens: int
     gradient: bytes | None
+    standing: tuple[Version, ...] | None = None
+    """The versions of the stages whose weights it was worked on with; None if one had steps of its own on top."""
 
 
 class SpanEngine:
@@ -183,6 +189,11 @@ class SpanEngine:
         """Return the stages that a task passes which enters at `entry`."""
         return tuple(stage for stage in self.engines if stage >= entry)
 
+    def standing(self, entry: StageId) -> tuple[Version, ...] | None:
+        """Return the versions of the stages from `entry` on; None if one has weights that are not its version's."""
+        engines = self._engines_from(entry)
+        return tuple(engine.version for engine in engines) if all(engine.is_shared for engine in engines) else None
+
     def body_bytes(self, shape: tuple[int, ...]) -> int:
         """Return the exact size of an encoded (B, T, D) body, or raise `WireError` if it cannot be one."""
         most = (*self._microbatch, self._hidden_size)
@@ -210,6 +221,9 @@ class SpanEngine:
 
         def run(numbers: list[int], inputs: list[Tensor]) -> list[tuple[bytes, tuple[int, ...], SpanTicket]]:
             tickets = [tasks[number].tickets for number in numbers]
+            standing = self.standing(entry)
+            for number in numbers:
+                tasks[number].standing = standing
             with self.headroom.guarding(len(numbers)), self._discarding(entry, tickets):
                 for engine in self._engines_from(entry):
                     passed = engine.forward_wave(inputs)
@@ -268,8 +282,10 @@ class SpanEngine:
 
         def run(numbers: list[int], gradients: list[Tensor]) -> list[bytes | None]:
             tickets = [wave[number][0] for number in numbers]
+            standing = self.standing(first.entry)
             for ticket in tickets:
                 self._waiting.pop(id(ticket))
+                ticket.is_steady = standing is not None and ticket.standing == standing
             kept = [ticket.tickets for ticket in tickets]
             with self._discarding(first.entry, kept), self._adding(first.entry), self.headroom.guarding(len(numbers)):
                 results = self._run_down(engines, kept, gradients)
@@ -298,6 +314,7 @@ class SpanEngine:
         def run(numbers: list[int], started: list[tuple[Tensor, Tensor]]) -> list[SpanLoss]:
             inputs = [hidden_BTD for hidden_BTD, _ in started]
             tickets: list[list[Ticket]] = [[] for _ in numbers]
+            standing = self.standing(entry)
             with self.headroom.guarding(len(numbers)), self._discarding(entry, tickets):
                 for engine in before:
                     passed = engine.forward_wave(inputs)
@@ -313,6 +330,7 @@ class SpanEngine:
                     loss.loss_sum,
                     loss.target_tokens,
                     self._encode_gradient(each),
+                    standing,
                 )
                 for loss, each in zip(losses, results, strict=True)
             ]

@@ -213,6 +213,28 @@ class StageState:
                 parts.setdefault(name, []).append(view)
         return {name: rows[0] if len(rows) == 1 else torch.cat(rows) for name, rows in parts.items()}
 
+    def shared_weights(self) -> list[Tensor]:
+        """Return a copy of the weights that replicas agree on, one flat fp32 buffer in host memory for each block."""
+        if self.anchored is not None:
+            return [self.anchored.block_weights(block).cpu().clone() for block in self._blocks]
+        shards: list[list[Tensor]] = [[] for _ in self._stage.blocks]
+        self._read_shards(lambda block, layout, weights, moments: shards[block].append(weights.cpu().clone()))
+        return [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in shards]
+
+    @property
+    def device(self) -> torch.device:
+        return self._stage.device
+
+    @property
+    def num_elements(self) -> int:
+        """Return how many numbers the weights are, padding included."""
+        return sum(layout.num_elements for layout in self._stage.layouts)
+
+    @property
+    def is_shared(self) -> bool:
+        """Tell whether the weights are those of the version, and not on their way from there by steps of our own."""
+        return self.anchored is None or self.anchored.is_at_anchor
+
     def forget_drift(self) -> None:
         """Go back to the anchor, unless we are there."""
         assert self.anchored is not None, "without an anchor there is no drift"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 
@@ -85,7 +85,7 @@ class HopServer:
         streams: Streams,
         gate: Gate,
         work: Work,
-        on_answered: Callable[[TaskKey, Outcome], None],
+        on_answered: Callable[[HostedTask, Outcome], None],
         on_received: Callable[[TaskId, int], None],
         body_bytes: Callable[[tuple[int, ...]], int],
         load_s: Callable[[], float],
@@ -239,7 +239,7 @@ class HopServer:
             raise DeadlineError(f"{stream.remote} let its slot lapse") from None
         if end.digest != digest:
             raise WireError(f"{stream.remote} sent a body that does not fit its own digest")
-        return Body(data, header.tensors[0].shape, digest)
+        return Body(data, header.tensors[0].shape, digest, header.local_step)
 
     def _time_left_s(self, header: OpenTask) -> float:
         return min(header.time_left_s, self._round_deadline_s)
@@ -270,7 +270,7 @@ class HopServer:
         try:
             return await self._work(hosted)
         finally:
-            hosted.body = Body(b"", hosted.body.shape, hosted.body.digest)  # only the answer is still wanted
+            hosted.body = replace(hosted.body, data=b"")  # only the answer is still wanted
             self._drop_unfetched(hosted.key.caller)
 
     def _drop_unfetched(self, caller: PeerId) -> None:
@@ -294,7 +294,7 @@ class HopServer:
         if gradient is not None:
             await stream.send_body(memoryview(gradient))
         if answer.status is AnswerStatus.DONE:
-            self._on_answered(hosted.key, hosted.result.result())
+            self._on_answered(hosted, hosted.result.result())
         await stream.receive(Received, timeout_s=RECEIVED_TIMEOUT_S)
         is_first_time = self._tasks.pop(hosted.key, None) is not None
         if is_first_time and answer.status is AnswerStatus.DONE:

@@ -226,7 +226,7 @@ class HopCaller:
             stage=errand.stage,
             lineage=membership.lineage,
             version=membership.version,
-            local_step=0,
+            local_step=errand.body.local_step,
             time_left_s=max(0.0, errand.time_left_s() - MARGIN_S),
             retries_left=max(0, errand.retries_left),
             tensors=(TensorSpec(name="hidden", shape=errand.body.shape),),

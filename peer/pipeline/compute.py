@@ -34,6 +34,8 @@ class Priority(IntEnum):
     """Freezing a round, applying an update: everything else waits for it anyway."""
     BACKWARD = 1
     FORWARD = 2
+    AUDIT = 3
+    """Recomputing what somebody else did: nobody's round waits for it."""
 
 
 @dataclass(order=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 
 from protocol.hops import OpenTask, RefusalCode, Refused
@@ -17,6 +17,8 @@ from protocol.ids import Lineage, RoundId, RunId, StageId, Version
 from protocol.wire import PROTOCOL_VERSION
 
 AHEAD_HOLD_S = 3.0  # a caller that is a round ahead waits here instead of polling; our commit is on its way
+
+MAX_ROUNDS_KNOWN = 1024  # of all hosted stages together
 
 
 @dataclass(slots=True)
@@ -40,6 +42,7 @@ class Gate:
         self._left: set[StageId] = set()
         self._open_s: defaultdict[StageId, float] = defaultdict(float)
         """How long each stage was open, but for the present opening."""
+        self._began: OrderedDict[tuple[StageId, RoundId], Version] = OrderedDict()
         self.is_leaving = False
         """The whole span goes."""
 
@@ -47,6 +50,9 @@ class Gate:
         """Let tasks of `round_id` in."""
         self._close(stage)
         self._stages[stage] = Opening(round_id, version, lineage, time.monotonic())
+        self._began[stage, round_id] = version
+        while len(self._began) > MAX_ROUNDS_KNOWN:
+            self._began.popitem(last=False)
         self._notify()
 
     def freeze(self, stage: StageId) -> None:
@@ -69,6 +75,10 @@ class Gate:
         """Return a hosted stage's version (0 before it has begun)."""
         known = self._stages.get(stage)
         return Version(0) if known is None else known.version
+
+    def version_at(self, stage: StageId, round_id: RoundId) -> Version | None:
+        """Return the version with which a hosted stage began a round, if that was lately."""
+        return self._began.get((stage, round_id))
 
     def opening(self, stage: StageId) -> Opening | None:
         """Return a hosted stage's newest opening, which may be over."""

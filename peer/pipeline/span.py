@@ -23,7 +23,7 @@ from peer.tasks import Body, Outcome, Pulse, TaskId
 from protocol.batches import TaskKind
 from protocol.errors import PeerFault, SwarmError, TransientError
 from protocol.hops import ENTRY_CONTEXT, PathEntry, path_digest
-from protocol.ids import Digest, RoundId, RunId, StageId, digest
+from protocol.ids import Digest, RoundId, RunId, StageId, Version, digest
 from protocol.signing import Signed, SigningKey, seal
 
 if TYPE_CHECKING:
@@ -170,7 +170,8 @@ class SpanRunner:
         except BaseException:
             self._discard(ticket)
             raise
-        return self._sign(entering, gradient, answer.loss_sum, answer.target_tokens, answer.path)
+        standing = ticket.standing if ticket.is_steady else None
+        return self._sign(entering, gradient, answer.loss_sum, answer.target_tokens, answer.path, standing=standing)
 
     async def _finish(self, entering: _Entering) -> Outcome:
         """Do the last stage's part: labels from our own token file, loss, and backward in one go."""
@@ -180,12 +181,12 @@ class SpanRunner:
         item = (entering.source, entering.body.shape, labels_BT)
         if task.kind is TaskKind.EVAL:
             result = await self._enter(entering, item, lambda wave: self._engine.evaluate_wave(wave, entry=entry))
-            gradient = NO_GRADIENT
+            return self._sign(entering, NO_GRADIENT, result.loss_sum, result.target_tokens, ())
         else:
             result, gradient = await self._enter(
                 entering, item, lambda wave: self._finish_wave(wave, entry, task.round)
             )
-        return self._sign(entering, gradient, result.loss_sum, result.target_tokens, ())
+        return self._sign(entering, gradient, result.loss_sum, result.target_tokens, (), standing=result.standing)
 
     async def _enter(
         self, entering: _Entering, item: Item, work: Callable[[list[Item]], Sequence[Result | SwarmError]]
@@ -204,7 +205,7 @@ class SpanRunner:
         results = self._engine.forward_wave(
             [(each.source, each.body.shape) for each in wave], entry=wave[0].stage, round_id=wave[0].task.round
         )
-        return [each if isinstance(each, SwarmError) else (Body.of(each[0], each[1]), each[2]) for each in results]
+        return [each if isinstance(each, SwarmError) else (_onward(*each), each[2]) for each in results]
 
     def _forward_only_wave(self, wave: Sequence[_Entering]) -> list[Body | SwarmError]:
         results = self._engine.forward_only_wave([(each.source, each.body.shape) for each in wave], entry=wave[0].stage)
@@ -246,7 +247,10 @@ class SpanRunner:
         loss_sum: float,
         target_tokens: int,
         behind: tuple[Signed, ...],
+        *,
+        standing: tuple[Version, ...] | None = None,
     ) -> Outcome:
+        """`standing` is known if the weights were those of these versions, both ways."""
         task, (data, gradient_digest) = entering.task, gradient
         entry = PathEntry(
             run=self._run,
@@ -255,8 +259,8 @@ class SpanRunner:
             number=task.number,
             stages=self._engine.stages_from(entering.stage),
             peer=self._key.peer_id,
-            version=self._gate.version_of(entering.stage),
-            local_step=0,
+            version=self._gate.version_of(entering.stage) if standing is None else standing[0],
+            local_step=int(standing is None and task.kind is TaskKind.TRAIN),
             input_digest=entering.body.digest,
             output_digest=gradient_digest,
             behind=path_digest(behind),
@@ -275,6 +279,11 @@ def _inward(task: TaskId, entry: StageId) -> Hashable:
 def _returning(task: TaskId, entry: StageId) -> Hashable:
     """Name the waves in which the gradients of tasks like this one pass the span."""
     return ("back", task.kind, entry, task.round)
+
+
+def _onward(data: bytes, shape: tuple[int, ...], ticket: SpanTicket) -> Body:
+    """Hash what goes to the next stage, in the compute thread as well."""
+    return Body.of(data, shape, local_step=int(ticket.standing is None))
 
 
 def _hashed(gradient: bytes | None) -> Gradient:

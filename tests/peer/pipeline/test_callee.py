@@ -76,7 +76,7 @@ class Server:
             streams=cast(Streams, None),
             gate=self.gate,
             work=self._work,
-            on_answered=lambda key, outcome: self.answered.append(key.task.number),
+            on_answered=lambda hosted, outcome: self.answered.append(hosted.key.task.number),
             on_received=lambda task, target_tokens: self.received.append((task.number, target_tokens)),
             body_bytes=lambda shape: len(BODY),
             load_s=lambda: 0.0,

@@ -1,0 +1,242 @@
+"""Audits as a service: draws work, hands out orders with beats, and acts on what comes back.
+
+Owns: when what is drawn, who recomputes it, and keeping findings and standings. Must not know: how a case is judged
+(`court.py`), what a standing means (`policy.py`), who carries orders to peers (`registry.py`).
+
+Nothing here holds up training, and without a coordinator nobody is audited or put out: what was done meanwhile is drawn
+from only as long as peers still hold it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import random
+import secrets
+from collections import OrderedDict, defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import structlog
+
+from coordinator.audit import policy
+from coordinator.audit.carries import Carry, RoundHops
+from coordinator.audit.court import Case, Court, Finding, Verdict
+from coordinator.audit.policy import Sanction, Standing, State
+from coordinator.audit.tolerance import tolerance_of
+from coordinator.clock import Clock
+from coordinator.journal import DISK_NOTE, Journal
+from coordinator.registry import Registry
+from coordinator.store import audits, bans, credits
+from coordinator.store.bans import BanRow
+from coordinator.store.database import Connection, Database
+from protocol.audits import MAX_ORDERS, SEED_BYTES, AuditOrder, AuditReport, SketchOrder, SketchReport
+from protocol.errors import StorageError
+from protocol.ids import PeerId, RoundId, StageId
+from protocol.manifest import Manifest
+from protocol.receipts import Window
+
+log = structlog.get_logger()
+
+MAX_ROUNDS = 8  # of which receipts are looked through for work to draw; what is older nobody holds any more
+MAX_PER_ROUND = 20  # of one peer's microbatches in one round
+MAX_WAITING = 4  # audits that wait at one auditor
+RINGER_RATE = 1 / 8  # of audits: somebody else does the same once more, so that who answers at random is noticed
+PRUNE_EVERY_S = 600.0
+KEEP_S = 7 * 86400.0
+
+
+class AuditOffice:
+    """The audits of one run."""
+
+    def __init__(
+        self, manifest: Manifest, *, registry: Registry, database: Database, journal: Journal, clock: Clock
+    ) -> None:
+        self._num_stages = manifest.model.num_stages
+        self._registry, self._database, self._journal, self._clock = registry, database, journal, clock
+        self._secret = secrets.token_bytes(32)
+        self._chance = random.Random(self._secret)
+        self._order = int(clock.wall() * 1000)  # so that no number comes twice, whoever has answered an earlier one
+        self._court = Court(tolerance_of(*manifest.averaging.hop_codecs), next_order=self._next_order)
+        self._standings: dict[PeerId, Standing] = {}
+        self._rounds: OrderedDict[RoundId, RoundHops] = OrderedDict()
+        self._touched: set[RoundId] = set()
+        self._drawn: defaultdict[tuple[RoundId, PeerId], int] = defaultdict(int)
+        self._verdicts: list[Verdict] = []
+        self._pruned_s = float("-inf")
+        registry.orders = self.orders_for
+
+    async def load(self) -> None:
+        """Take over where everybody stands. Call once, before serving."""
+        for peer, fields in (await self._database.run(audits.load_standings)).items():
+            self._standings[peer] = _standing(peer, fields)
+
+    # -- what is heard ----------------------------------------------------------------------------------
+
+    def hear_receipts(self, window: Window) -> None:
+        """Take what a peer says of its hops, whose signature was checked."""
+        if window.round not in self._rounds:
+            self._rounds[window.round] = RoundHops(window.round, num_stages=self._num_stages)
+            while len(self._rounds) > MAX_ROUNDS:
+                oldest = min(self._rounds)
+                del self._rounds[oldest]
+                for key in [key for key in self._drawn if key[0] == oldest]:
+                    del self._drawn[key]
+        if window.round in self._rounds:
+            self._rounds[window.round].add(window)
+            self._touched.add(window.round)
+
+    def hear(self, peer: PeerId, report: AuditReport | SketchReport) -> None:
+        """Take an answer; what it comes to is dealt with at the next tick."""
+        verdict = self._court.hear(peer, report)
+        if verdict is not None:
+            self._verdicts.append(verdict)
+
+    def orders_for(self, peer: PeerId) -> tuple[Sequence[AuditOrder], Sequence[SketchOrder]]:
+        """Return what a peer is asked with the answer to its beat."""
+        waiting = self._court.orders_for(peer)
+        recomputing = [order for order in waiting if isinstance(order, AuditOrder)]
+        sketching = [order for order in waiting if isinstance(order, SketchOrder)]
+        return recomputing[:MAX_ORDERS], sketching[: 4 * MAX_ORDERS]
+
+    def standing(self, peer: PeerId) -> Standing:
+        """Return where a peer stands."""
+        return self._standings.get(peer) or Standing(peer=peer)
+
+    # -- what is done -----------------------------------------------------------------------------------
+
+    async def tick(self) -> None:
+        """Deal with verdicts, and draw from what was told since the last time."""
+        now_s = self._clock.wall()
+        verdicts, self._verdicts = self._verdicts, []
+        verdicts += self._court.expire(now_s=self._clock.monotonic())
+        try:
+            for verdict in verdicts:
+                await self._act(verdict, now_s=now_s)
+            if now_s - self._pruned_s >= PRUNE_EVERY_S:
+                self._pruned_s = now_s
+                await self._database.run(audits.prune_audits, before_s=now_s - KEEP_S)
+        except StorageError as error:  # what was found is lost; who does wrong is found again
+            self._journal.note(DISK_NOTE, str(error))
+        self._draw(now_s=now_s)
+
+    def _draw(self, *, now_s: float) -> None:
+        hosts = {peer.peer: peer.stages for peer in self._registry.live()}
+        touched, self._touched = self._touched, set()
+        for round_id in sorted(touched & self._rounds.keys()):
+            for carry in sorted(self._rounds[round_id].fresh(hosts), key=self._lot):
+                drawn = self._drawn[round_id, carry.peer]
+                chance = policy.rate(self.standing(carry.peer), now_s=now_s)
+                if drawn >= MAX_PER_ROUND or self._lot(carry) >= chance:
+                    continue
+                if self._open(carry, without=()):
+                    self._drawn[round_id, carry.peer] = drawn + 1
+                    if self._chance.random() < RINGER_RATE:
+                        self._open(carry, without=self._auditors_of(carry))
+
+    def _open(self, carry: Carry, *, without: Collection[PeerId], first: Case | None = None) -> bool:
+        """Have somebody recompute it, if there is anybody who can."""
+        free = [
+            peer.peer
+            for peer in self._registry.live()
+            if peer.peer not in {carry.peer, *carry.neighbours, *without}
+            and set(carry.stages) <= {replica.stage for replica in peer.replicas if replica.ready}
+            and self._court.load(peer.peer) < MAX_WAITING
+        ]
+        if not free:
+            return False
+        now_s = self._clock.wall()
+        trusted = [peer for peer in free if policy.state_of(self.standing(peer), now_s=now_s) is State.TRUSTED]
+        auditor = self._chance.choice(trusted or free)
+        seed = first.seed if first is not None else secrets.token_bytes(SEED_BYTES)
+        self._court.open(carry, auditor, seed, now_s=self._clock.monotonic(), first=first)
+        return True
+
+    async def _act(self, verdict: Verdict, *, now_s: float) -> None:
+        case, peer = verdict.case, verdict.case.carry.peer
+        standing = self.standing(peer)
+        if verdict.finding is Finding.VALID:
+            await self._keep(verdict, now_s, policy.passed(standing, now_s=now_s))
+        elif verdict.finding is Finding.DIFFERS:
+            has_second = self._open(case.carry, without=(case.auditor,), first=case)
+            log.info("audit.differs", peer=peer, round=case.carry.round, number=case.carry.number, second=has_second)
+            after, sanction = policy.doubted(standing, case.auditor, now_s=now_s)
+            if has_second:  # it will settle that
+                after, sanction = standing, None
+            await self._keep(verdict, now_s, after, sanction)
+        elif verdict.finding is Finding.CONFIRMED:
+            await self._keep(verdict, now_s, *policy.struck(standing, now_s=now_s))
+        elif verdict.finding is Finding.CLEARED:
+            await self._keep(verdict, now_s, policy.passed(standing, now_s=now_s))
+            for liar in verdict.liars:
+                after, sanction = policy.doubted(self.standing(liar), case.auditor, now_s=now_s)
+                await self._keep(None, now_s, after, sanction)
+        elif case.first is not None:  # the second opinion has come to nothing: the first one stands alone
+            after, sanction = policy.doubted(standing, case.first.auditor, now_s=now_s)
+            await self._keep(verdict, now_s, after, sanction)
+        else:
+            await self._database.run(audits.add_audit, _row(verdict, now_s))
+
+    async def _keep(
+        self, verdict: Verdict | None, now_s: float, standing: Standing, sanction: Sanction | None = None
+    ) -> None:
+        """Keep a finding, a standing and what follows from it, all or nothing."""
+        since_s = self.standing(standing.peer).last_valid_s
+
+        def write(db: Connection) -> None:
+            if verdict is not None:
+                audits.add_audit(db, _row(verdict, now_s))
+            audits.put_standing(db, standing.peer, _fields(standing))
+            if sanction is not None:
+                until_s = now_s + sanction.hours * 3600
+                reason = f"{sanction.state.value}: {sanction.reason}"
+                bans.add_ban(db, BanRow(peer=standing.peer, since_s=now_s, until_s=until_s, reason=reason))
+                credits.revoke(db, standing.peer, reason=reason, at_s=now_s, since_s=max(0.0, since_s))
+
+        await self._database.run(write)
+        self._standings[standing.peer] = standing
+        if sanction is not None:
+            await self._journal.event(f"peer.{sanction.state.value}", standing.peer, sanction.reason)
+
+    def _auditors_of(self, carry: Carry) -> tuple[PeerId, ...]:
+        return tuple(case.auditor for case in self._court.cases_of(carry))
+
+    def _lot(self, carry: Carry) -> float:
+        """Draw a number from 0 to 1 for a piece of work, which nobody can know before."""
+        name = repr(carry.key).encode()
+        return int.from_bytes(hmac.digest(self._secret, name, hashlib.sha256)[:8], "big") / 2.0**64
+
+    def _next_order(self) -> int:
+        self._order += 1
+        return self._order
+
+
+def _row(verdict: Verdict, now_s: float) -> audits.AuditRow:
+    carry = verdict.case.carry
+    return audits.AuditRow(
+        at_s=now_s,
+        peer=carry.peer,
+        auditor=verdict.case.auditor,
+        round=carry.round,
+        number=carry.number,
+        first_stage=StageId(carry.first_stage),
+        num_stages=carry.num_stages,
+        finding=verdict.finding.value,
+        outputs=min(verdict.outputs, 1e9),
+        returned=min(verdict.returned, 1e9),
+        liars=verdict.liars,
+        missing=verdict.missing,
+        seed=verdict.case.seed,
+    )
+
+
+def _fields(standing: Standing) -> dict[str, Any]:
+    return {key: sorted(value) if isinstance(value, frozenset) else value for key, value in asdict(standing).items()}
+
+
+def _standing(peer: PeerId, fields: dict[str, Any]) -> Standing:
+    known = {**fields, "peer": peer}
+    for name, kind in (("strikes", tuple), ("faults", tuple), ("accusers", frozenset)):
+        known[name] = kind(known[name])
+    return Standing(**known)

@@ -1,0 +1,142 @@
+"""How closely a peer is looked at, and what follows from what was seen. Pure.
+
+Owns: standings, the rate of audits, and sanctions. Must not know: how an audit goes (`court.py`), the database.
+
+Rates follow BOINC's adaptive replication: everything at first, then less with every audit that found nothing, down to
+one in fifty. A cheater does not know which of its tasks are drawn, so before it is caught it gets away with one over
+the rate of them, however rarely it cheats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from protocol.ids import PeerId
+
+TRUSTED_AFTER = 20  # audits in a row that found nothing
+LEAST_RATE = 0.02
+TRUST = 10.0  # rate times audits that found nothing
+DOUBT_S = 3600.0
+"""How long somebody is looked at closely after an audit that found something and was not settled."""
+STRIKES_COUNT_S = 7 * 86400.0
+LIGHT_HOURS, HEAVY_HOURS = 1.0, 24.0
+BAN_HOURS = 7 * 24.0
+PROVEN = 100  # audits that found nothing: who then does wrong once is probably broken, and not a liar
+
+
+class State(StrEnum):
+    """Where a peer stands."""
+
+    NEW = "new"
+    PROBATION = "probation"
+    """All of its work is looked at."""
+    TRUSTED = "trusted"
+    SUSPECT = "suspect"
+    """Something was found that is not settled; all of its work is looked at."""
+    QUARANTINED = "quarantined"
+    HARDWARE_FAULT = "hardware_fault"
+    BANNED = "banned"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """What audits know of one peer."""
+
+    peer: PeerId
+    valid: int = 0
+    """Audits in a row that found nothing."""
+    audited: int = 0
+    strikes: tuple[float, ...] = ()
+    """When it was found to do wrong, by two witnesses. Unix seconds."""
+    faults: tuple[float, ...] = ()
+    """When that was taken for broken hardware."""
+    doubted_s: float = float("-inf")
+    accusers: frozenset[PeerId] = frozenset()
+    """Single witnesses, lately, that were not settled."""
+    out_until_s: float = float("-inf")
+    last_valid_s: float = float("-inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Sanction:
+    """What is done about a strike."""
+
+    state: State
+    hours: float
+    reason: str
+
+
+def state_of(standing: Standing, *, now_s: float) -> State:
+    """Return where a peer stands."""
+    if standing.out_until_s > now_s:
+        recent = _recent(standing.strikes, now_s)
+        if not recent:
+            return State.HARDWARE_FAULT
+        return State.BANNED if len(recent) >= 3 else State.QUARANTINED
+    if now_s - standing.doubted_s < DOUBT_S:
+        return State.SUSPECT
+    if standing.audited == 0:
+        return State.NEW
+    return State.TRUSTED if standing.valid >= TRUSTED_AFTER else State.PROBATION
+
+
+def rate(standing: Standing, *, now_s: float) -> float:
+    """Return with which probability one of its microbatches is looked at."""
+    if state_of(standing, now_s=now_s) is not State.TRUSTED:
+        return 1.0
+    return max(LEAST_RATE, TRUST / standing.valid) if standing.valid > TRUST else 1.0
+
+
+def passed(standing: Standing, *, now_s: float) -> Standing:
+    """An audit has found nothing."""
+    return replace(standing, valid=standing.valid + 1, audited=standing.audited + 1, last_valid_s=now_s)
+
+
+def doubted(standing: Standing, accuser: PeerId, *, now_s: float) -> tuple[Standing, Sanction | None]:
+    """One witness speaks against it. A second one, another, makes it a strike."""
+    fresh = standing.accusers if now_s - standing.doubted_s < DOUBT_S else frozenset[PeerId]()
+    accusers = fresh | {accuser}
+    if len(accusers) > 1:
+        return struck(standing, now_s=now_s)
+    return replace(standing, valid=0, audited=standing.audited + 1, doubted_s=now_s, accusers=accusers), None
+
+
+def struck(standing: Standing, *, now_s: float) -> tuple[Standing, Sanction]:
+    """Two witnesses agree that it did wrong.
+
+    Once, after a long time of doing right, is what a card does that is too hot: it gets an hour to cool down, and loses
+    nothing but what it did wrong. Whoever does it again is taken for a liar.
+    """
+    fresh = replace(standing, valid=0, audited=standing.audited + 1, accusers=frozenset(), doubted_s=now_s)
+    if standing.valid >= PROVEN and not standing.strikes and not _recent(standing.faults, now_s):
+        sanction = Sanction(
+            State.HARDWARE_FAULT,
+            LIGHT_HOURS,
+            "its results were wrong once, after many that were right; check its temperature, memory and overclocking",
+        )
+        fresh = replace(fresh, faults=(*standing.faults, now_s))
+    else:
+        strikes = (*standing.strikes, now_s)
+        count = len(_recent(strikes, now_s))
+        hours = (LIGHT_HOURS, HEAVY_HOURS, BAN_HOURS)[min(count, 3) - 1]
+        state = State.BANNED if count >= 3 else State.QUARANTINED
+        sanction = Sanction(state, hours, f"two others recomputed its work and found it wrong ({count}. time)")
+        fresh = replace(fresh, strikes=strikes)
+    return replace(fresh, out_until_s=now_s + sanction.hours * 3600), sanction
+
+
+def pardoned(standing: Standing) -> Standing:
+    """An appeal was granted: the last strike or fault is taken back, and it starts on probation."""
+    return replace(
+        standing,
+        strikes=standing.strikes[:-1],
+        faults=standing.faults[:-1] if not standing.strikes else standing.faults,
+        valid=0,
+        doubted_s=float("-inf"),
+        out_until_s=float("-inf"),
+    )
+
+
+def _recent(times_s: tuple[float, ...], now_s: float) -> list[float]:
+    return [at_s for at_s in times_s if now_s - at_s < STRIKES_COUNT_S]

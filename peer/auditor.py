@@ -1,0 +1,173 @@
+"""Audits that this peer carries out: it recomputes what another replica of its stages did.
+
+Owns: the orders that are under way, fetching their inputs from the neighbours of the audited, and the answers. Must not
+know: what follows from an answer (the coordinator does), tensors (`peer/engine/recompute.py` does).
+
+One at a time, after everything else that waits for the compute thread. An order comes with every beat until it is
+answered, and is carried out once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import structlog
+
+from peer.data.source import BatchSource
+from peer.link import Link
+from peer.payloads import Payloads
+from peer.pipeline.compute import ComputeThread, Priority
+from peer.pipeline.gate import Gate
+from peer.reports import ReportQueue
+from peer.tasks import TaskId
+from protocol.audits import AuditOrder, AuditOutcome, AuditReport, Payload, SketchOrder, SketchReport, payload_name
+from protocol.batches import TaskKind
+from protocol.errors import PeerFault, SwarmError, TransientError
+from protocol.ids import PeerId, StageId, Version, digest
+from protocol.receipts import shortened
+
+if TYPE_CHECKING:
+    from peer.engine.recompute import Recomputer, Source
+
+log = structlog.get_logger()
+
+MAX_WAITING = 64
+MAX_REMEMBERED = 4096
+FETCH_S = 20.0
+
+
+class _Withheld(Exception):
+    """Somebody does not bring what it vouched for."""
+
+    def __init__(self, holder: PeerId) -> None:
+        super().__init__(holder)
+        self.holder = holder
+
+
+class Auditor:
+    """Carries out what the coordinator orders."""
+
+    def __init__(
+        self,
+        *,
+        link: Link,
+        compute: ComputeThread,
+        recomputer: Recomputer,
+        payloads: Payloads,
+        batches: BatchSource,
+        gate: Gate,
+        reports: ReportQueue,
+        stages: tuple[StageId, ...],
+        num_stages: int,
+        max_body_bytes: int,
+    ) -> None:
+        self._link, self._compute, self._recomputer = link, compute, recomputer
+        self._payloads, self._batches, self._gate, self._reports = payloads, batches, gate, reports
+        self._stages, self._num_stages, self._max_body_bytes = stages, num_stages, max_body_bytes
+        self._waiting: asyncio.Queue[AuditOrder | SketchOrder] = asyncio.Queue(MAX_WAITING)
+        self._known: OrderedDict[int, None] = OrderedDict()
+
+    def take(self, orders: Iterable[AuditOrder | SketchOrder]) -> None:
+        """Take orders that are not known yet, as many as may wait; the others come again."""
+        for order in orders:
+            if order.order in self._known or self._waiting.full():
+                continue
+            self._known[order.order] = None
+            while len(self._known) > MAX_REMEMBERED:
+                self._known.popitem(last=False)
+            self._waiting.put_nowait(order)
+
+    async def run(self) -> None:
+        """Carry out orders until cancelled."""
+        while True:
+            order = await self._waiting.get()
+            if isinstance(order, SketchOrder):
+                self._reports.add(SketchReport(order=order.order, sketch=await self._sketch(order)))
+            else:
+                self._reports.add(await self._audit(order))
+
+    async def _sketch(self, order: SketchOrder) -> bytes:
+        data = self._payloads.find(order.digest)
+        if data is None:
+            return b""
+        return await self._sketch_bytes(data, order.seed, is_gradient=order.is_gradient)
+
+    async def _sketch_bytes(self, data: bytes | bytearray, seed: bytes, *, is_gradient: bool) -> bytes:
+        try:
+            return await asyncio.to_thread(self._recomputer.sketch_bytes, data, seed, is_gradient=is_gradient)
+        except SwarmError as error:  # it went over our hop, and is nothing: an empty sketch says so
+            log.warning("audit.unreadable", error=error.one_line())
+            return b""
+
+    async def _audit(self, order: AuditOrder) -> AuditReport:
+        places = self._places(order)
+        if places is None:
+            return AuditReport(order=order.order, outcome=AuditOutcome.STALE)
+        try:
+            return await self._recompute(order, places)
+        except _Withheld as error:
+            return AuditReport(order=order.order, outcome=AuditOutcome.MISSING, missing=error.holder)
+        except SwarmError as error:
+            log.warning("audit.failed", round=order.round, number=order.number, error=error.one_line())
+            return AuditReport(order=order.order, outcome=AuditOutcome.FAILED)
+
+    def _places(self, order: AuditOrder) -> tuple[tuple[StageId, Version], ...] | None:
+        """Return the stages and versions that an order means, or None if they are not ours to know."""
+        stages = range(order.first_stage, order.first_stage + order.num_stages)
+        began = [self._gate.version_at(StageId(stage), order.round) for stage in stages]
+        if not set(stages) <= set(self._stages) or None in began:
+            return None
+        versions = [Version(each) for each in began if each is not None]
+        if order.version is not None and order.version != versions[0]:
+            if len(versions) > 1:  # a new version came in the middle of the round, and for each stage at another moment
+                return None
+            versions = [order.version]
+        return tuple((StageId(stage), version) for stage, version in zip(stages, versions, strict=True))
+
+    async def _recompute(self, order: AuditOrder, places: tuple[tuple[StageId, Version], ...]) -> AuditReport:
+        task = TaskId(TaskKind.TRAIN, order.round, order.number)
+        is_last = order.first_stage + order.num_stages == self._num_stages
+        source = await self._source(order.inputs, lambda: self._batches.inputs(task))
+        target = await self._source(order.gradient, lambda: self._batches.labels(task))
+        if (order.inputs is None) != (order.first_stage == 0) or (order.gradient is None) != is_last:
+            raise PeerFault("an audit of stages that need other inputs")
+        seen = [
+            b"" if named is None else await self._sketch_bytes(await self._fetch(named), order.seed, is_gradient=back)
+            for named, back in ((order.outputs, False), (order.returned, True))
+        ]
+        found = await self._compute.run(
+            lambda: self._recomputer.recompute(places, source, target, order.seed), priority=Priority.AUDIT
+        )
+        if found is None:
+            return AuditReport(order=order.order, outcome=AuditOutcome.STALE)
+        return AuditReport(
+            order=order.order,
+            outcome=AuditOutcome.DONE,
+            outputs=found.outputs,
+            returned=found.returned,
+            seen_outputs=seen[0],
+            seen_returned=seen[1],
+        )
+
+    async def _source(self, named: Payload | None, own: Callable[[], object]) -> Source:
+        return await self._fetch(named) if named is not None else await own()  # type: ignore[misc]
+
+    async def _fetch(self, named: Payload) -> bytes | bytearray:
+        """Bring bytes from who holds them. Raises `_Withheld` if they do not come, or are others."""
+        if named.holder == self._link.peer_id:
+            data = self._payloads.find(named.digest)
+        else:
+            try:
+                async with asyncio.timeout(FETCH_S):
+                    data = await self._link.blobs.fetch(
+                        named.holder, payload_name(named.digest), max_bytes=self._max_body_bytes
+                    )
+            except (TransientError, PeerFault, TimeoutError) as error:
+                log.info("audit.withheld", peer=named.holder, error=str(error))
+                data = None
+        if data is None or shortened(digest(memoryview(data))) != named.digest:
+            raise _Withheld(named.holder)
+        return data

@@ -1,0 +1,107 @@
+"""Audits: what the coordinator asks of who recomputes somebody's work, and of who holds its inputs. Pure.
+
+Owns: the orders and their answers. Must not know: who is drawn and what follows (`coordinator/audit/`), tensors.
+
+An order comes after the work is signed away, so nobody knows beforehand what will be looked at. The auditor takes the
+inputs from the neighbours of the audited, never from itself, and is not told the result: it sends a sketch of its own,
+and the neighbours send one of what they were given. The seed of these sketches is as new as the order.
+
+Blob name that a peer serves: `payload/DIGEST` (32 hex digits), bytes that crossed a hop of which it was one end.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field
+
+from protocol.ids import PeerId, RoundId, StageId, Version
+from protocol.receipts import SHORT_DIGEST_BYTES
+from protocol.signing import MAX_PEER_ID_CHARS
+from protocol.sketch import MAX_SKETCH_BYTES
+from protocol.wire import Message
+
+MAX_ORDERS = 16  # in one answer to a beat
+SEED_BYTES = 32
+
+_Number = Annotated[int, Field(ge=0, lt=1 << 53)]
+_Seed = Annotated[bytes, Field(min_length=SEED_BYTES, max_length=SEED_BYTES)]
+_Short = Annotated[bytes, Field(min_length=SHORT_DIGEST_BYTES, max_length=SHORT_DIGEST_BYTES)]
+_Sketch = Annotated[bytes, Field(max_length=MAX_SKETCH_BYTES)]
+
+
+class Payload(Message):
+    """Bytes that crossed a hop, and who holds them."""
+
+    holder: Annotated[PeerId, Field(min_length=1, max_length=MAX_PEER_ID_CHARS)]
+    digest: _Short
+
+
+class AuditOrder(Message):
+    """Recompute one microbatch of one peer at its stages, forward and backward."""
+
+    order: _Number
+    round: RoundId
+    number: Annotated[int, Field(ge=0, lt=1 << 32)]
+    first_stage: StageId
+    num_stages: Annotated[int, Field(ge=1, le=256)]
+    version: Version | None
+    """Of the first of these stages; None: the one with which the round began."""
+    seed: _Seed
+    inputs: Payload | None
+    """Activations that came in; None at the first stage, which reads tokens."""
+    gradient: Payload | None
+    """By the activations that went out; None at the last stage, which has labels."""
+    outputs: Payload | None = None
+    """The activations that went out; given to a second witness only, who checks the bytes as well."""
+    returned: Payload | None = None
+    """The gradient that went back; likewise."""
+
+
+class SketchOrder(Message):
+    """Sketch bytes that you hold, of a gradient or of activations."""
+
+    order: _Number
+    digest: _Short
+    is_gradient: bool
+    seed: _Seed
+
+
+class AuditOutcome(StrEnum):
+    """How an audit ended at the auditor."""
+
+    DONE = "done"
+    STALE = "stale"
+    """It has no weights of that version (any more)."""
+    MISSING = "missing"
+    """Somebody did not bring the bytes; `missing` says who."""
+    FAILED = "failed"
+    """This machine could not."""
+
+
+class AuditReport(Message):
+    """What an auditor has found. Sketches are empty where there is nothing to sketch."""
+
+    order: _Number
+    outcome: Annotated[AuditOutcome, Field(strict=False)]
+    missing: Annotated[PeerId, Field(max_length=MAX_PEER_ID_CHARS)] | None = None
+    outputs: _Sketch = b""
+    """Of the activations as they would have gone out: encoded and decoded."""
+    returned: _Sketch = b""
+    """Of the gradient as it would have gone back."""
+    seen_outputs: _Sketch = b""
+    """Of the bytes that did go out, if the order named them."""
+    seen_returned: _Sketch = b""
+
+
+class SketchReport(Message):
+    """A sketch that was asked for; empty if the bytes are not here (any more)."""
+
+    order: _Number
+    sketch: _Sketch
+
+
+def payload_name(digest: bytes) -> str:
+    """Return the blob name of bytes that crossed a hop."""
+    return f"payload/{digest.hex()}"

@@ -1,0 +1,68 @@
+"""Sketches: a few numbers that tell how far two tensors are apart, if nobody knew the seed beforehand. Pure.
+
+Owns: the count sketch (Charikar, Chen, Farach-Colton 2002) of flat values, and the distance of two of them. Must not
+know: what is compared, or how far apart honest machines are (`coordinator/audit/tolerance.py`).
+
+A sketch sees sign and scale, and it is linear: that of a sum is the sum of sketches. What it does not see lies in its
+null space, and without the seed nobody finds that: so a seed is given out only once the values cannot change any more.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from protocol.errors import WireError
+from protocol.ids import digest
+
+WIDTH = 256  # numbers per piece: the distance is estimated to 7 % (one standard deviation)
+MAX_PIECES = 8
+MAX_SKETCH_BYTES = MAX_PIECES * WIDTH * 4
+QUIET = 0.1  # of the mean: a piece that has less than so much is measured by that, or rounding would be all of it
+
+Values = npt.NDArray[np.float32]
+
+
+def pattern(seed: bytes, length: int) -> tuple[npt.NDArray[np.int64], Values]:
+    """Return for each of `length` values where it is added, below `WIDTH`, and with which sign."""
+    raw = np.random.Philox(key=int.from_bytes(digest(seed)[:16], "big")).random_raw(length)
+    return (raw % WIDTH).astype(np.int64), np.where(raw >> np.uint64(63), np.float32(1), np.float32(-1))
+
+
+def sketch(values: Values, seed: bytes, *, pieces: int = MAX_PIECES) -> bytes:
+    """Sketch flat fp32 values, cut into up to `pieces` of equal length (the last may be shorter).
+
+    Returns fp32, little-endian, `WIDTH` for each piece. The pieces localise: what spoils a few tokens is a small part
+    of the whole, and a large one of its piece.
+    """
+    length = max(1, -(-len(values) // pieces))
+    buckets, signs = pattern(seed, min(length, len(values)))
+    rows = []
+    for start in range(0, len(values), length):
+        piece = values[start : start + length]
+        rows.append(np.bincount(buckets[: len(piece)], piece * signs[: len(piece)], minlength=WIDTH))
+    return np.asarray(rows, dtype="<f4").tobytes()
+
+
+def distance(ours: bytes, theirs: bytes) -> float:
+    """Estimate the largest relative L2 distance of a piece of two tensors: 0 for equal ones, 2 for opposite signs.
+
+    Not finite values are infinitely far from anything. Raises `WireError` if the sketches do not fit each other.
+    """
+    mine, other = _rows(ours), _rows(theirs)
+    if mine.shape != other.shape:
+        raise WireError(f"a sketch of {len(other)} pieces where {len(mine)} were expected")
+    if not (np.isfinite(mine).all() and np.isfinite(other).all()):
+        return math.inf
+    norms = np.linalg.norm(mine, axis=1)
+    scale = np.maximum(norms, QUIET * float(np.sqrt(np.mean(norms**2))))
+    apart = np.linalg.norm(mine - other, axis=1)
+    return float(np.max(np.divide(apart, scale, out=np.where(apart > 0, np.inf, 0.0), where=scale > 0)))
+
+
+def _rows(packed: bytes) -> npt.NDArray[np.float64]:
+    if not packed or len(packed) % (4 * WIDTH) or len(packed) > MAX_SKETCH_BYTES:
+        raise WireError(f"a sketch of {len(packed)} bytes")
+    return np.frombuffer(packed, dtype="<f4").reshape(-1, WIDTH).astype(np.float64)
