@@ -157,6 +157,8 @@ class Court:
         if report.outcome is not AuditOutcome.DONE:
             missing = () if report.missing is None else (report.missing,)
             return Verdict(case=case, finding=Finding.NOTHING, missing=missing)
+        if not _is_complete(case, report):
+            return Verdict(case=case, finding=Finding.NOTHING, missing=(case.auditor,))
         if case.first is not None:
             return self._judge_second(case, case.first, report)
         silent = tuple(case.orders[number][0] for number, sketch in case.sketches.items() if not sketch)
@@ -227,6 +229,15 @@ def _open(case: Case) -> Iterator[tuple[PeerId, AuditOrder | SketchOrder]]:
             yield who, order
         if isinstance(order, SketchOrder) and number not in case.sketches:
             yield who, order
+
+
+def _is_complete(case: Case, report: AuditReport) -> bool:
+    """Tell whether an auditor has sketched what there is, and nothing else."""
+    has_outputs, has_returned = case.carry.downstream is not None, case.carry.upstream is not None
+    is_second = case.first is not None
+    wanted = (has_outputs, has_returned, has_outputs and is_second, has_returned and is_second)
+    given = (report.outputs, report.returned, report.seen_outputs, report.seen_returned)
+    return all(bool(sketch) == is_wanted for sketch, is_wanted in zip(given, wanted, strict=True))
 
 
 def _told(case: Case) -> tuple[bytes, bytes]:

@@ -156,7 +156,9 @@ class AuditOffice:
     async def _act(self, verdict: Verdict, *, now_s: float) -> None:
         case, peer = verdict.case, verdict.case.carry.peer
         standing = self.standing(peer)
-        if verdict.finding is Finding.VALID:
+        if standing.out_until_s > now_s:  # it has had its sentence for what was found at the same time
+            await self._database.run(audits.add_audit, _row(verdict, now_s))
+        elif verdict.finding is Finding.VALID:
             await self._keep(verdict, now_s, policy.passed(standing, now_s=now_s))
         elif verdict.finding is Finding.DIFFERS:
             has_second = self._open(case.carry, without=(case.auditor,), first=case)
@@ -237,6 +239,6 @@ def _fields(standing: Standing) -> dict[str, Any]:
 
 def _standing(peer: PeerId, fields: dict[str, Any]) -> Standing:
     known = {**fields, "peer": peer}
-    for name, kind in (("strikes", tuple), ("faults", tuple), ("accusers", frozenset)):
+    for name, kind in (("strikes", tuple), ("faults", tuple), ("accusers", frozenset), ("out_as", State)):
         known[name] = kind(known[name])
     return Standing(**known)

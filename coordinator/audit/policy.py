@@ -19,9 +19,10 @@ LEAST_RATE = 0.02
 TRUST = 10.0  # rate times audits that found nothing
 DOUBT_S = 3600.0
 """How long somebody is looked at closely after an audit that found something and was not settled."""
-STRIKES_COUNT_S = 7 * 86400.0
-LIGHT_HOURS, HEAVY_HOURS = 1.0, 24.0
-BAN_HOURS = 7 * 24.0
+STRIKES_COUNT_S = 30 * 86400.0
+HOURS = (1.0, 24.0, 7 * 24.0, 30 * 24.0)
+"""Out for so long with the first strike, the second, and so on."""
+BANNED_FROM = 3  # strikes
 PROVEN = 100  # audits that found nothing: who then does wrong once is probably broken, and not a liar
 
 
@@ -55,6 +56,8 @@ class Standing:
     accusers: frozenset[PeerId] = frozenset()
     """Single witnesses, lately, that were not settled."""
     out_until_s: float = float("-inf")
+    out_as: State = State.QUARANTINED
+    """What it is until then."""
     last_valid_s: float = float("-inf")
 
 
@@ -70,10 +73,7 @@ class Sanction:
 def state_of(standing: Standing, *, now_s: float) -> State:
     """Return where a peer stands."""
     if standing.out_until_s > now_s:
-        recent = _recent(standing.strikes, now_s)
-        if not recent:
-            return State.HARDWARE_FAULT
-        return State.BANNED if len(recent) >= 3 else State.QUARANTINED
+        return standing.out_as
     if now_s - standing.doubted_s < DOUBT_S:
         return State.SUSPECT
     if standing.audited == 0:
@@ -112,18 +112,18 @@ def struck(standing: Standing, *, now_s: float) -> tuple[Standing, Sanction]:
     if standing.valid >= PROVEN and not standing.strikes and not _recent(standing.faults, now_s):
         sanction = Sanction(
             State.HARDWARE_FAULT,
-            LIGHT_HOURS,
+            HOURS[0],
             "its results were wrong once, after many that were right; check its temperature, memory and overclocking",
         )
         fresh = replace(fresh, faults=(*standing.faults, now_s))
     else:
         strikes = (*standing.strikes, now_s)
         count = len(_recent(strikes, now_s))
-        hours = (LIGHT_HOURS, HEAVY_HOURS, BAN_HOURS)[min(count, 3) - 1]
-        state = State.BANNED if count >= 3 else State.QUARANTINED
+        hours = HOURS[min(count, len(HOURS)) - 1]
+        state = State.BANNED if count >= BANNED_FROM else State.QUARANTINED
         sanction = Sanction(state, hours, f"two others recomputed its work and found it wrong ({count}. time)")
         fresh = replace(fresh, strikes=strikes)
-    return replace(fresh, out_until_s=now_s + sanction.hours * 3600), sanction
+    return replace(fresh, out_until_s=now_s + sanction.hours * 3600, out_as=sanction.state), sanction
 
 
 def pardoned(standing: Standing) -> Standing:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy
 
-from peer.engine.span import SpanLoss
+from peer.engine.span import SpanLoss, SpanTicket
 from peer.pipeline.board import Board
 from peer.pipeline.caller import HopCaller
 from peer.pipeline.compute import ComputeThread, Priority
@@ -131,7 +131,8 @@ class PlayedEngine:
         return [result] * len(wave)
 
     def forward_wave(self, wave: Sequence[object], *, entry: StageId, round_id: RoundId) -> object:
-        return self._note("forward", wave, (b"body", SHAPE, None))
+        ticket = SpanTicket(round_id, entry, [], SHAPE)
+        return self._note("forward", wave, (b"body", SHAPE, ticket))
 
     def forward_only_wave(self, wave: Sequence[object], *, entry: StageId) -> object:
         return self._note("forward only", wave, (b"body", SHAPE))

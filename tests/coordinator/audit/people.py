@@ -1,0 +1,80 @@
+"""Neighbours, replicas and their microbatches, for tests of audits: every tensor is drawn from its name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from coordinator.audit.carries import Carry
+from protocol.audits import AuditOrder, AuditOutcome, AuditReport, SketchOrder, SketchReport
+from protocol.control import BeatReply
+from protocol.ids import PeerId, RoundId, StageId, digest
+from protocol.receipts import SHORT_DIGEST_BYTES
+from protocol.sketch import sketch
+
+
+def named(name: str) -> bytes:
+    """Return a shortened digest of a tensor's name."""
+    return digest(name.encode())[:SHORT_DIGEST_BYTES]
+
+
+def tensor(name: str) -> np.ndarray:
+    """Return the tensor of a name."""
+    seed = int.from_bytes(digest(name.encode())[:8], "big")
+    return np.random.default_rng(seed).standard_normal(8 * 512).astype(np.float32)
+
+
+def carry(peer: PeerId, upstream: PeerId, downstream: PeerId, number: int = 0) -> Carry:
+    """Return a microbatch at stage 1 of 3. What goes out and back is `y` and `dx`."""
+    return Carry(
+        peer=peer,
+        round=RoundId(3),
+        number=number,
+        first_stage=StageId(1),
+        num_stages=1,
+        version=None,
+        upstream=upstream,
+        given=named("x"),
+        returned=named("dx"),
+        downstream=downstream,
+        outputs=named("y"),
+        gradient=named("g"),
+    )
+
+
+@dataclass
+class Person:
+    """Answers orders. `sent` says what the audited really sent, by what it should have been."""
+
+    peer: PeerId
+    sent: dict[str, str] = field(default_factory=dict)
+    lies: bool = False
+    """As an auditor or a neighbour it tells of other tensors."""
+    outcome: AuditOutcome = AuditOutcome.DONE
+
+    def answers(self, reply: BeatReply) -> list[AuditReport | SketchReport]:
+        """Answer all that a beat has brought."""
+        return [*map(self.answer, reply.audits), *map(self.answer, reply.sketches)]
+
+    def answer(self, order: AuditOrder | SketchOrder) -> AuditReport | SketchReport:
+        if isinstance(order, SketchOrder):
+            what = "dx" if order.is_gradient else "y"
+            return SketchReport(order=order.order, sketch=self._sketch(self.sent.get(what, what), order.seed))
+        if self.outcome is not AuditOutcome.DONE:
+            return AuditReport(order=order.order, outcome=self.outcome)
+        seen = {
+            what: b"" if part is None else sketch(tensor(self.sent.get(what, what)), order.seed)
+            for what, part in (("y", order.outputs), ("dx", order.returned))
+        }
+        return AuditReport(
+            order=order.order,
+            outcome=AuditOutcome.DONE,
+            outputs=b"" if order.gradient is None else self._sketch("y", order.seed),
+            returned=b"" if order.inputs is None else self._sketch("dx", order.seed),
+            seen_outputs=seen["y"],
+            seen_returned=seen["dx"],
+        )
+
+    def _sketch(self, name: str, seed: bytes) -> bytes:
+        return sketch(tensor(f"{name} of {self.peer}" if self.lies else name), seed)

@@ -1,0 +1,132 @@
+"""What a case comes to, for everybody who may lie in it.
+
+Oracle: who does lie. Tensors are told apart by name: everybody honest sketches the same ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from coordinator.audit.court import PATIENCE_S, Case, Court, Finding, Tolerance, Verdict
+from protocol.audits import AuditOrder, AuditOutcome, SketchOrder
+from protocol.ids import PeerId
+from tests.coordinator.audit.people import Person, carry
+
+P, U, D, Q, R = (PeerId(name) for name in "PUDQR")
+SEED = b"s" * 32
+
+
+def court() -> Court:
+    counter = itertools.count(1)
+    return Court(Tolerance(outputs=0.03, returned=0.03), next_order=lambda: next(counter))
+
+
+def hold(own: Court, people: dict[PeerId, Person], case: Case) -> Verdict:
+    """Have everybody answer; return the verdict."""
+    verdicts = [own.hear(who, people[who].answer(order)) for who in list(people) for order in list(own.orders_for(who))]
+    found = [verdict for verdict in verdicts if verdict is not None]
+    assert len(found) == 1
+    assert len(own) == 0
+    assert found[0].case is case
+    return found[0]
+
+
+def tried(people: dict[PeerId, Person]) -> list[Verdict]:
+    """Hold one audit by Q, and a second one by R if that differs."""
+    own = court()
+    first = own.open(carry(P, U, D), Q, SEED, now_s=0.0)
+    verdicts = [hold(own, people, first)]
+    if verdicts[0].finding is Finding.DIFFERS:
+        second = own.open(carry(P, U, D), R, SEED, now_s=1.0, first=first)
+        verdicts.append(hold(own, people, second))
+    return verdicts
+
+
+def people(*, sent: dict[str, str] | None = None, liar: PeerId | None = None) -> dict[PeerId, Person]:
+    return {who: Person(who, sent=sent or {}, lies=who == liar) for who in (U, D, Q, R)}
+
+
+def test_honest_work_is_valid() -> None:
+    (verdict,) = tried(people())
+    assert (verdict.finding, verdict.outputs, verdict.returned) == (Finding.VALID, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("what", ["y", "dx"])
+def test_wrong_work_is_confirmed_by_a_second_witness(what: str) -> None:
+    first, second = tried(people(sent={what: "nonsense"}))
+    assert first.finding is Finding.DIFFERS
+    assert second.finding is Finding.CONFIRMED
+    assert second.liars == ()
+    assert max(second.outputs, second.returned) > 1
+
+
+@pytest.mark.parametrize("liar", [U, D, Q])
+def test_who_tells_something_else_of_honest_work_is_found(liar: PeerId) -> None:
+    """A neighbour that sketches other bytes than it was given, an auditor that answers at random."""
+    first, second = tried(people(liar=liar))
+    assert first.finding is Finding.DIFFERS
+    assert (second.finding, second.liars) == (Finding.CLEARED, (liar,))
+
+
+def test_a_second_witness_that_lies_convicts_nobody() -> None:
+    """The first one has called for it because of a neighbour that lies; two liars who do not agree are no witnesses."""
+    crowd = people(liar=R)
+    crowd[D] = Person(D, lies=True)
+    _, second = tried(crowd)
+    assert (second.finding, second.liars) == (Finding.NOTHING, ())
+
+
+def test_the_second_witness_is_given_the_bytes_and_the_first_is_not() -> None:
+    own = court()
+    first = own.open(carry(P, U, D), Q, SEED, now_s=0.0)
+    (order,) = own.orders_for(Q)
+    assert isinstance(order, AuditOrder)
+    assert order.outputs is None
+    assert order.returned is None
+    assert order.inputs is not None
+    assert order.gradient is not None
+    assert (order.inputs.holder, order.gradient.holder) == (U, D)
+    assert all(isinstance(each, SketchOrder) for who in (U, D) for each in own.orders_for(who))
+    own.open(carry(P, U, D), R, SEED, now_s=0.0, first=first)
+    (order,) = own.orders_for(R)
+    assert isinstance(order, AuditOrder)
+    assert order.outputs is not None
+    assert order.returned is not None
+    assert (order.outputs.holder, order.returned.holder) == (D, U)
+
+
+def test_weights_that_are_gone_find_nothing() -> None:
+    crowd = people()
+    crowd[Q].outcome = AuditOutcome.STALE
+    (verdict,) = tried(crowd)
+    assert verdict.finding is Finding.NOTHING
+
+
+def test_who_does_not_answer_is_named_and_the_case_ends() -> None:
+    own = court()
+    own.open(carry(P, U, D), Q, SEED, now_s=0.0)
+    (order,) = own.orders_for(U)
+    assert own.hear(U, Person(U).answer(order)) is None
+    assert own.expire(now_s=PATIENCE_S - 1) == []
+    (verdict,) = own.expire(now_s=PATIENCE_S + 1)
+    assert (verdict.finding, verdict.missing) == (Finding.NOTHING, (D, Q))
+    assert len(own) == 0
+    assert own.orders_for(Q) == []
+
+
+def test_only_who_was_asked_can_answer_and_only_once() -> None:
+    own = court()
+    own.open(carry(P, U, D), Q, SEED, now_s=0.0)
+    (order,) = own.orders_for(Q)
+    assert own.hear(P, Person(P).answer(order)) is None
+    assert own.orders_for(Q) == [order]
+    assert own.hear(Q, Person(Q).answer(order)) is None
+    assert own.orders_for(Q) == []
+    assert own.hear(Q, Person(Q, lies=True).answer(order)) is None
+    for who in (U, D):
+        (wanted,) = own.orders_for(who)
+        verdict = own.hear(who, Person(who).answer(wanted))
+    assert verdict is not None
+    assert verdict.finding is Finding.VALID

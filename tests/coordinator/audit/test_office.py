@@ -1,0 +1,210 @@
+"""Audits as a service: what is drawn, who recomputes it, and what is kept of it.
+
+Everything is real but tensors, the network and the time. Oracles: rows in SQLite, bans, balances, beats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from coordinator.audit.office import MAX_PER_ROUND
+from coordinator.audit.policy import State, state_of
+from coordinator.store import audits, bans, credits, history
+from protocol.control import BeatReply, ReceiptReport, Report
+from protocol.ids import RoundId, StageId
+from protocol.receipts import Hop, draw_windows
+from protocol.rounds.messages import Credit
+from tests.coordinator.audit.people import Person, named
+from tests.coordinator.office import (
+    Office,
+    StoppedTime,
+    Volunteer,
+    closing,
+    closing_report,
+    open_office,
+    sign_closing,
+    state,
+)
+from tests.protocol.manifests import batch_spec, manifest
+
+FEEDER, WORKER, SECOND, THIRD = (Volunteer(name) for name in ("feeder", "worker", "second", "third"))
+EVERYBODY = (FEEDER, WORKER, SECOND, THIRD)
+TOKENS = 64
+NUMBERS = 4
+RUN = manifest(batch=batch_spec(num_rounds=50, eval_every=1000))
+
+
+class Crew:
+    """The feeder of stage 0 and three replicas of stage 1, of two; they answer what they are asked."""
+
+    def __init__(self, office: Office, **lies: bool) -> None:
+        self.office = office
+        self.people = {who.peer: Person(who.peer, lies=lies.get(who.name, False)) for who in EVERYBODY}
+        self._sequences = dict.fromkeys((who.name for who in EVERYBODY), 0)
+
+    async def enter(self) -> None:
+        for who in EVERYBODY:
+            await self.office.join(who, wanted_stages=(StageId(int(who is not FEEDER)),))
+            await self.beat(who)
+
+    async def beat(self, who: Volunteer, *reports: Report) -> BeatReply:
+        numbered = []
+        for report in reports:
+            self._sequences[who.name] += 1
+            numbered.append((self._sequences[who.name], report))
+        return await self.office.beat(who, state(int(who is not FEEDER)), reports=numbered)
+
+    async def work(self, round_id: int, *, worker: Volunteer = WORKER) -> None:
+        """Report a round in which the worker did everything at stage 1."""
+        done = closing(RUN, round_id).model_copy(
+            update={
+                "credits": tuple(
+                    Credit(stage=StageId(stage), peer=who.peer, tokens=NUMBERS * TOKENS)
+                    for stage, who in enumerate((FEEDER, worker))
+                )
+            }
+        )
+        hops = [
+            Hop(
+                number=number,
+                caller=FEEDER.peer,
+                callee=worker.peer,
+                first_stage=StageId(1),
+                num_stages=1,
+                target_tokens=TOKENS,
+                given=named("x"),
+                returned=named("dx"),
+            )
+            for number in range(NUMBERS)
+        ]
+        await self.beat(FEEDER, closing_report(sign_closing(FEEDER, done)), self._window(FEEDER, round_id, sent=hops))
+        await self.beat(worker, self._window(worker, round_id, served=hops))
+
+    async def settle(self, beats: int = 6) -> None:
+        """Let everybody answer what it is asked, until nothing is."""
+        for _ in range(beats):
+            await self.office.tick(1.0)
+            for who in EVERYBODY:
+                reply = await self.beat(who)
+                answers = self.people[who.peer].answers(reply)
+                if answers:
+                    await self.beat(who, *answers)
+        await self.office.tick(1.0)
+
+    def state_of(self, who: Volunteer) -> State:
+        standing = self.office.services.audits.standing(who.peer)
+        return state_of(standing, now_s=self.office.services.clock.wall())
+
+    async def findings(self) -> dict[str, dict[str, int]]:
+        found = await self.office.services.database.run(audits.count_findings)
+        return {who.name: found[who.peer] for who in EVERYBODY if who.peer in found}
+
+    @staticmethod
+    def _window(who: Volunteer, round_id: int, *, sent: Sequence[Hop] = (), served: Sequence[Hop] = ()) -> Report:
+        (signed,) = draw_windows(
+            who.key, run=RUN.run_id, session=1, round_id=RoundId(round_id), sent=sent, served=served
+        )
+        return ReceiptReport(window=signed)
+
+
+async def test_honest_work_is_looked_at_and_earns_trust_that_outlives_a_restart(tmp_path: Path) -> None:
+    time = StoppedTime()
+    async with open_office(tmp_path, time=time, run=RUN) as office:
+        crew = Crew(office)
+        await crew.enter()
+        for round_id in range(6):
+            await crew.work(round_id)
+            await crew.settle()
+        found = (await crew.findings())["worker"]
+        assert set(found) == {"valid"}
+        assert found["valid"] >= 20
+        assert crew.state_of(WORKER) is State.TRUSTED
+    async with open_office(tmp_path, time=time, run=RUN) as office:
+        assert Crew(office).state_of(WORKER) is State.TRUSTED
+
+
+async def test_who_sends_nonsense_is_put_out_by_two_witnesses_and_loses_what_it_held(tmp_path: Path) -> None:
+    async with open_office(tmp_path, run=RUN) as office:
+        crew = Crew(office)
+        await crew.enter()
+        for person in crew.people.values():
+            person.sent = {"dx": "nonsense"}
+        await crew.work(0)
+        await office.tick(6.0)  # credits are booked
+        assert (await office.services.database.run(credits.balances))[WORKER.peer].held_tokens == NUMBERS * TOKENS
+        for _ in range(4):
+            await office.tick(1.0)
+            for who in (FEEDER, SECOND, THIRD):
+                reply = await crew.beat(who)
+                answers = crew.people[who.peer].answers(reply)
+                await crew.beat(who, *answers)
+        await office.tick(1.0)
+        assert crew.state_of(WORKER) is State.QUARANTINED
+        assert (await crew.findings())["worker"]["confirmed"] >= 1
+        (row,) = await office.services.database.run(lambda db: bans.load_bans(db, now_s=office.services.clock.wall()))
+        assert row.peer == WORKER.peer
+        assert "two others recomputed" in row.reason
+        assert (await office.services.database.run(credits.balances))[WORKER.peer].held_tokens == 0
+        events = await office.services.database.run(lambda db: history.last_events(db, limit=50))
+        assert "peer.quarantined" in {event.kind for event in events}
+        assert all(crew.state_of(who) in (State.NEW, State.PROBATION) for who in (FEEDER, SECOND, THIRD))
+
+
+async def test_a_lying_auditor_is_doubted_and_the_honest_worker_is_not_touched(tmp_path: Path) -> None:
+    async with open_office(tmp_path, run=RUN) as office:
+        crew = Crew(office, second=True)
+        await crew.enter()
+        for round_id in range(4):
+            await crew.work(round_id)
+            await crew.settle()
+        assert "confirmed" not in (await crew.findings())["worker"]
+        assert crew.state_of(WORKER) in (State.PROBATION, State.TRUSTED)
+        assert crew.state_of(SECOND) is State.SUSPECT  # one witness only: nobody is put out by one
+        assert await office.services.database.run(lambda db: bans.load_bans(db, now_s=0.0)) == []
+
+
+async def test_without_a_second_replica_nobody_is_put_out(tmp_path: Path) -> None:
+    async with open_office(tmp_path, run=RUN) as office:
+        crew = Crew(office)
+        for who in (FEEDER, WORKER, SECOND):
+            await office.join(who, wanted_stages=(StageId(int(who is not FEEDER)),))
+            await crew.beat(who)
+        for person in crew.people.values():
+            person.sent = {"dx": "nonsense"}
+        await crew.work(0)
+        for _ in range(4):
+            await office.tick(1.0)
+            for who in (FEEDER, SECOND):
+                reply = await crew.beat(who)
+                answers = crew.people[who.peer].answers(reply)
+                await crew.beat(who, *answers)
+        await office.tick(1.0)
+        assert crew.state_of(WORKER) is State.SUSPECT
+        assert await office.services.database.run(lambda db: bans.load_bans(db, now_s=0.0)) == []
+
+
+async def test_no_more_is_drawn_than_auditors_can_do(tmp_path: Path) -> None:
+    async with open_office(tmp_path, run=RUN) as office:
+        crew = Crew(office)
+        await crew.enter()
+        for round_id in range(8):
+            await crew.work(round_id)
+        await office.tick(1.0)
+        asked = [len((await crew.beat(who)).audits) for who in EVERYBODY]
+        assert 0 < max(asked) <= 5  # four that wait, and a second opinion
+        assert asked[1] == 0  # nobody is asked about itself
+        assert asked[0] == 0  # nor about a stage that it does not have
+        assert sum(asked) <= MAX_PER_ROUND
+
+
+async def test_a_peer_that_answers_what_it_was_not_asked_changes_nothing(tmp_path: Path) -> None:
+    async with open_office(tmp_path, run=RUN) as office:
+        crew = Crew(office)
+        await crew.enter()
+        await crew.work(0)
+        await office.tick(1.0)
+        reply = await crew.beat(SECOND)
+        assert reply.audits
+        await crew.beat(WORKER, *(crew.people[WORKER.peer].answer(order) for order in reply.audits))
+        assert (await crew.beat(SECOND)).audits == reply.audits

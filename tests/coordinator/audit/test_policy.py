@@ -1,0 +1,103 @@
+"""Standings, rates and sanctions. Oracles: the numbers of BOINC's rule by hand, and what must never happen."""
+
+from __future__ import annotations
+
+import pytest
+
+from coordinator.audit.policy import (
+    DOUBT_S,
+    LEAST_RATE,
+    PROVEN,
+    STRIKES_COUNT_S,
+    Standing,
+    State,
+    doubted,
+    pardoned,
+    passed,
+    rate,
+    state_of,
+    struck,
+)
+from protocol.ids import PeerId
+
+P, Q, R = (PeerId(name) for name in "PQR")
+DAY_S = 86400.0
+
+
+def proven(count: int, now_s: float = 0.0) -> Standing:
+    standing = Standing(peer=P)
+    for _ in range(count):
+        standing = passed(standing, now_s=now_s)
+    return standing
+
+
+@pytest.mark.parametrize(
+    ("count", "state", "expected"),
+    [
+        (0, State.NEW, 1.0),
+        (19, State.PROBATION, 1.0),
+        (20, State.TRUSTED, 0.5),
+        (100, State.TRUSTED, 0.1),
+        (500, State.TRUSTED, 0.02),
+        (5000, State.TRUSTED, LEAST_RATE),
+    ],
+)
+def test_everything_is_looked_at_first_and_then_less_and_less(count: int, state: State, expected: float) -> None:
+    standing = proven(count)
+    assert state_of(standing, now_s=0.0) is state
+    assert rate(standing, now_s=0.0) == expected
+
+
+def test_one_witness_puts_nobody_out_however_often_it_speaks() -> None:
+    standing = proven(500)
+    for second in range(50):
+        standing, sanction = doubted(standing, Q, now_s=float(second))
+        assert sanction is None
+    assert state_of(standing, now_s=60.0) is State.SUSPECT
+    assert rate(standing, now_s=60.0) == 1.0
+    assert state_of(standing, now_s=60.0 + DOUBT_S) is State.PROBATION
+
+
+def test_a_second_witness_makes_it_a_strike_and_an_old_one_does_not_count() -> None:
+    standing, _ = doubted(proven(30), Q, now_s=0.0)
+    _, sanction = doubted(standing, R, now_s=DOUBT_S + 1)
+    assert sanction is None
+    standing, sanction = doubted(standing, R, now_s=10.0)
+    assert sanction is not None
+    assert state_of(standing, now_s=11.0) is State.QUARANTINED
+
+
+def test_an_hour_then_a_day_then_a_week_then_a_month() -> None:
+    standing, now_s, hours = proven(5), 0.0, []
+    for _ in range(4):
+        standing, sanction = struck(standing, now_s=now_s)
+        hours.append(sanction.hours)
+        now_s = standing.out_until_s
+    assert hours == [1.0, 24.0, 168.0, 720.0]
+    assert state_of(standing, now_s=now_s - 1) is State.BANNED
+    assert rate(standing, now_s=now_s + 1) == 1.0
+
+
+def test_strikes_are_forgotten_after_a_month() -> None:
+    standing, _ = struck(proven(5), now_s=0.0)
+    _, sanction = struck(standing, now_s=STRIKES_COUNT_S + 1)
+    assert sanction.hours == 1.0
+
+
+def test_what_has_long_been_right_is_taken_for_broken_once() -> None:
+    standing, sanction = struck(proven(PROVEN), now_s=0.0)
+    assert sanction.state is State.HARDWARE_FAULT
+    assert standing.strikes == ()
+    assert state_of(standing, now_s=1.0) is State.HARDWARE_FAULT
+    for _ in range(PROVEN):
+        standing = passed(standing, now_s=DAY_S)
+    standing, sanction = struck(standing, now_s=DAY_S)
+    assert sanction.state is State.QUARANTINED
+    assert len(standing.strikes) == 1
+
+
+def test_an_appeal_takes_the_last_strike_back_and_no_trust_comes_with_it() -> None:
+    standing, _ = struck(proven(50), now_s=0.0)
+    standing = pardoned(standing)
+    assert standing.strikes == ()
+    assert state_of(standing, now_s=1.0) is State.PROBATION

@@ -1,0 +1,80 @@
+"""Sketches of tensors.
+
+Oracles: the exact relative distance in fp64, and what a sketch must not do: see nothing where a public one would.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.errors import WireError
+from protocol.sketch import MAX_PIECES, WIDTH, Values, distance, pattern, sketch
+
+SEED = b"s" * 32
+
+
+def values(seed: int, count: int = 64 * 1024) -> Values:
+    return np.random.default_rng(seed).standard_normal(count).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [0.003, 0.03, 0.3])
+def test_the_distance_is_about_the_exact_one(size: float) -> None:
+    x, noise = values(1), values(2)
+    y = x + np.float32(size) * noise
+    exact = np.linalg.norm((x - y).astype(np.float64)) / np.linalg.norm(x.astype(np.float64))
+    found = distance(sketch(x, SEED), sketch(y, SEED))
+    assert exact * 0.8 < found < exact * 1.4  # the largest of eight estimates with 7 % each
+
+
+def test_it_sees_signs_scale_and_a_few_spoilt_tokens() -> None:
+    x = values(1)
+    flipped, scaled, spoilt = -x, np.float32(1.5) * x, x.copy()
+    spoilt[:640] *= -1  # one percent
+    ours = sketch(x, SEED)
+    assert distance(ours, sketch(x, SEED)) == 0
+    assert distance(ours, sketch(flipped, SEED)) == pytest.approx(2)
+    assert distance(ours, sketch(scaled, SEED)) == pytest.approx(0.5)
+    assert distance(ours, sketch(spoilt, SEED)) > 0.4  # two of the square root of eight percent, in its piece
+
+
+def test_who_does_not_know_the_seed_cannot_hide_in_its_null_space() -> None:
+    x = values(1, 4096)
+    buckets, signs = pattern(SEED, 4096)
+    first = int(np.flatnonzero(buckets == buckets[0])[0])
+    second = int(np.flatnonzero(buckets == buckets[0])[1])
+    hidden = x.copy()
+    hidden[first] += 100 * signs[first]
+    hidden[second] -= 100 * signs[second]
+    one_piece = {"pieces": 1}
+    assert distance(sketch(x, SEED, **one_piece), sketch(hidden, SEED, **one_piece)) < 1e-4
+    assert distance(sketch(x, b"t" * 32, **one_piece), sketch(hidden, b"t" * 32, **one_piece)) > 0.5
+
+
+@given(st.integers(1, 5000), st.integers(0, 3))
+def test_a_sketch_of_a_sum_is_the_sum_of_sketches(count: int, seed: int) -> None:
+    x, y = values(seed, count), values(seed + 10, count)
+    packed = [np.frombuffer(sketch(each, SEED), "<f4") for each in (x, y, x + y)]
+    assert np.allclose(packed[0] + packed[1], packed[2], atol=1e-3)
+    assert len(packed[0]) <= MAX_PIECES * WIDTH
+
+
+def test_numbers_that_are_none_are_far_from_everything() -> None:
+    x = values(1, 512)
+    broken = x.copy()
+    broken[3] = math.nan
+    assert distance(sketch(x, SEED), sketch(broken, SEED)) == math.inf
+    assert distance(sketch(np.zeros(512, np.float32), SEED), sketch(x, SEED)) == math.inf
+    assert distance(sketch(np.zeros(512, np.float32), SEED), sketch(np.zeros(512, np.float32), SEED)) == 0
+
+
+@pytest.mark.parametrize("packed", [b"", b"x" * 3, b"x" * (4 * WIDTH * (MAX_PIECES + 1))])
+def test_what_is_no_sketch_is_refused(packed: bytes) -> None:
+    with pytest.raises(WireError):
+        distance(sketch(values(1), SEED), packed)
+    with pytest.raises(WireError):
+        distance(sketch(values(1), SEED), sketch(values(1), SEED, pieces=3))
