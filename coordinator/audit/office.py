@@ -142,7 +142,7 @@ class AuditOffice:
             for peer in self._registry.live()
             if peer.peer not in {carry.peer, *carry.neighbours, *without}
             and set(carry.stages) <= {replica.stage for replica in peer.replicas if replica.ready}
-            and self._court.load(peer.peer) < MAX_WAITING
+            and (first is not None or self._court.load(peer.peer) < MAX_WAITING)  # a second opinion is urgent
         ]
         if not free:
             return False

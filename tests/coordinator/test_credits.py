@@ -10,6 +10,7 @@ import pytest
 
 from coordinator.credits import QUIET_S, worth_of
 from coordinator.store import credits, receipts
+from coordinator.store.bans import BanRow, add_ban
 from coordinator.store.credits import Balance
 from protocol.control import ReceiptReport, Report
 from protocol.ids import RoundId, StageId
@@ -279,3 +280,13 @@ async def test_the_status_shows_credits_and_disputes(tmp_path: Path) -> None:
         document = await asyncio.to_thread(office.services.shared_status)
         shown = {peer["name"]: (peer["credits"]["held_tokens"], peer["disputed_hops"]) for peer in document["peers"]}
         assert shown == {"a": (NUMBERS * TOKENS, 2), "b": (NUMBERS * TOKENS, 0), "c": (0, 2)}
+
+
+async def test_who_is_banned_earns_nothing_for_what_was_not_settled_yet(tmp_path: Path) -> None:
+    async with open_office(tmp_path) as office:
+        await enter(office)
+        await hand_in(office)
+        row = BanRow(peer=B.peer, since_s=office.services.clock.wall(), until_s=None, reason="cheats")
+        await office.services.database.run(add_ban, row)
+        await office.tick(QUIET_S)
+        assert set(await balances(office)) == {"a"}

@@ -3,6 +3,7 @@
     python -m tests.e2e.odd_peer clock:30 join INVITE ...      its clock is half a minute ahead
     python -m tests.e2e.odd_peer protocol:99 join INVITE ...   it speaks another version of the protocol
     python -m tests.e2e.odd_peer slow:0.5 join INVITE ...      each microbatch takes half a second more, one way
+    python -m tests.e2e.odd_peer flips:0.5 join INVITE ...     half of what it sends on or back has the opposite sign
 
 Everything else is the real command.
 """
@@ -10,6 +11,7 @@ Everything else is the real command.
 from __future__ import annotations
 
 import functools
+import random
 import sys
 import time
 from typing import Any
@@ -30,6 +32,8 @@ def main() -> None:
         _speak(int(value))
     elif oddity == "slow":
         _dawdle(float(value))
+    elif oddity == "flips":
+        _flip(float(value))
     else:
         raise ValueError(f"no oddity is called '{oddity}'")
     cli.main()
@@ -52,6 +56,16 @@ def _dawdle(seconds: float) -> None:
     """Sleep before each pass, as long as a slower card would compute. What waits for it cannot tell."""
     for name in ("forward_wave", "backward_wave", "loss_wave"):
         setattr(SpanEngine, name, _delayed(getattr(SpanEngine, name), seconds))
+
+
+def _flip(share: float) -> None:
+    """Cheat with activations and gradients, and sign for them as for honest ones."""
+    honest, chance = SpanEngine._encode, random.Random(0)
+
+    def encode(self: SpanEngine, hidden_BTD: Any, *, using: Any) -> bytes:
+        return honest(self, -hidden_BTD if chance.random() < share else hidden_BTD, using=using)
+
+    SpanEngine._encode = encode  # type: ignore[method-assign]
 
 
 def _delayed(method: Any, seconds: float) -> Any:

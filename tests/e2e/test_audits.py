@@ -1,0 +1,43 @@
+"""A peer that cheats is found out by two others that recompute its work, and put out; nobody honest is.
+
+Real processes, SQLite and hivemind. Oracles: exit codes, the audits that were kept, the book of credits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from coordinator.store import audits, credits
+from protocol.ids import PeerId
+from tests.e2e.swarm import Swarm
+
+pytestmark = [pytest.mark.timeout(240), pytest.mark.long]
+
+SETTINGS = ("batch.microbatches_per_round=12", "batch.heldout_sequences=32", "batch.eval_every=1000")
+
+
+def test_who_flips_signs_is_put_out_and_nobody_else(tmp_path: Path, corpus: Path) -> None:
+    with Swarm(tmp_path, corpus=corpus, rounds=10_000, stages=2, settings=SETTINGS) as swarm:
+        swarm.start_coordinator("--start-peers", "4")
+        swarm.start_peer("ash", "--stage", "0")
+        for name in ("elm", "oak"):
+            swarm.start_peer(name, "--stage", "1")
+        cheat = swarm.start_peer("fir", "--stage", "1", oddity="flips:1.0")
+        cheat.is_expected_to_end = True
+        assert cheat.wait_end(timeout_s=120.0) == 4, cheat.story()
+        assert "two others recomputed its work and found it wrong" in cheat.story()
+        version = swarm.version(0)
+        swarm.wait_version(version + 5, timeout_s=60.0)
+        with swarm.database() as db:
+            names = {PeerId(peer): name for peer, name in db.execute("SELECT peer, name FROM peers")}
+            findings = {names[peer]: found for peer, found in audits.count_findings(db).items()}
+            balances = {names[peer]: found for peer, found in credits.balances(db).items()}
+        assert findings["fir"]["confirmed"] >= 1
+        for name in ("ash", "elm", "oak"):
+            assert set(findings.get(name, {})) <= {"valid", "nothing", "cleared"}, findings
+        assert balances.get("fir", credits.Balance()).held_tokens == 0
+        assert balances["elm"].held_tokens > 0
+        assert balances["oak"].held_tokens > 0
+        assert swarm.status()["round"] > 0
