@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -136,29 +137,41 @@ def evidence(directory: Path, peer: str, as_json: bool, debug: bool) -> None:
     """Show what speaks against PEER (its id, or its name) in the run in DIRECTORY.
 
     Evidence is what a peer has signed itself and contradicts. Disputes are hops that its neighbours tell otherwise:
-    that says of two that one is wrong, and not which.
+    that says of two that one is wrong, and not which. Audits are what others found who recomputed its work.
 
     Example: coordinator evidence my-run oak --json
     """
 
     def command() -> None:
+        from coordinator.store.audits import audits_of, count_findings
         from coordinator.store.database import DATABASE_FILE, reading
         from coordinator.store.receipts import count_disputes, evidence_of
 
         with reading(directory / DATABASE_FILE) as db:
             found = _find(db, peer)
             rows, (hops, partners) = evidence_of(db, found), count_disputes(db).get(found, (0, 0))
+            counts = count_findings(db).get(found, {})
+            audited = [row for row in audits_of(db, found) if row.finding not in ("valid", "nothing")]
         shown = [
             {"kind": row.kind, "subject": row.subject, "detail": row.detail, "at_s": row.at_s, "proof": row.proof.hex()}
             for row in rows
         ]
         if as_json:
             disputes = {"hops": hops, "partners": partners}
-            print_document("coordinator.evidence/1", {"peer": found, "evidence": shown, "disputes": disputes})
+            audits = {"findings": counts, "against": [{**asdict(row), "seed": row.seed.hex()} for row in audited]}
+            document = {"peer": found, "evidence": shown, "disputes": disputes, "audits": audits}
+            print_document("coordinator.evidence/1", document)
             return
         for row in rows:
             click.echo(f"{row.kind}: {row.detail} ({row.subject})")
+        for audit in audited:
+            who = f"{audit.peer}, by {audit.auditor}, lied: {', '.join(audit.liars) or 'nobody'}"
+            apart = f"activations {audit.outputs:.3g} apart, gradients {audit.returned:.3g}"
+            click.echo(f"audit {audit.finding}: round {audit.round}, microbatch {audit.number}: {apart} ({who})")
         click.echo(f"{len(rows)} pieces of evidence; {hops} hops disputed with {partners} others", err=True)
+        click.echo(
+            f"audits: {', '.join(f'{count} {name}' for name, count in sorted(counts.items())) or 'none'}", err=True
+        )
 
     finish(command, "evidence", debug)
 

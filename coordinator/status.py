@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from coordinator.store import credits, history, peers, receipts, tallies
+from coordinator.audit import policy
+from coordinator.store import audits, credits, history, peers, receipts, tallies
 from coordinator.store.database import Connection
 from protocol.control import StatusAnswer
 from protocol.ids import RoundId
@@ -149,6 +150,10 @@ def _stages(
 def _peers(db: Connection, rows: list[peers.PeerRow], *, now_s: float) -> list[Document]:
     """List the peers that are here first, then the newest of the others."""
     tokens, balances, disputes = tallies.tokens_by_peer(db), credits.balances(db), receipts.count_disputes(db)
+    standings = {
+        peer: policy.state_of(policy.standing_from(peer, fields), now_s=now_s).value
+        for peer, fields in audits.load_standings(db).items()
+    }
     ordered = sorted(rows, key=lambda row: (row.presence != "live", -row.joined_s, row.peer))
     return [
         {
@@ -160,6 +165,7 @@ def _peers(db: Connection, rows: list[peers.PeerRow], *, now_s: float) -> list[D
             "stages": list(row.stages),
             "tokens": tokens.get(row.peer, 0),
             "credits": asdict(balances.get(row.peer, credits.Balance())),
+            "standing": standings.get(row.peer, policy.State.NEW.value),
             "disputed_hops": disputes.get(row.peer, (0, 0))[0],
             "seen_s_ago": max(0.0, now_s - row.seen_s),
         }

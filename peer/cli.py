@@ -48,6 +48,7 @@ def peer() -> None:
 @click.option("--stage", "stages", type=click.IntRange(min=0), multiple=True, help="Ask for this stage; repeatable.")
 @click.option("--device-memory", metavar="SIZE", default=None, help="Such as 6GiB. [default: most of what is free]")
 @click.option("--host-memory", metavar="SIZE", default=None, help="For what the device cannot hold. [same default]")
+@click.option("--audit-memory", metavar="SIZE", default="1GiB", show_default=True, help="To recompute others' work.")
 @click.option("--nvme", metavar="DIR", type=FOLDER, default=None, help="For what memory cannot hold. [default: none]")
 @click.option("--nvme-limit", metavar="SIZE", default=None, help="Of the files there. [default: free space]")
 @click.option("--nvme-writes-per-day", metavar="SIZE", default=None, help="Spares the drive. [default: no cap]")
@@ -67,6 +68,7 @@ def join(
     stages: tuple[int, ...],
     device_memory: str | None,
     host_memory: str | None,
+    audit_memory: str,
     nvme: Path | None,
     nvme_limit: str | None,
     nvme_writes_per_day: str | None,
@@ -89,7 +91,12 @@ def join(
         limits = _limits(device_memory, host_memory, nvme, nvme_limit, nvme_writes_per_day)
         check_limits(limits)
         settings = _settings(name, data_dir, device, threads, stages, limits, listen, announce)
-        settings = replace(settings, upload_mbps=upload_mbps, download_mbps=download_mbps)
+        settings = replace(
+            settings,
+            upload_mbps=upload_mbps,
+            download_mbps=download_mbps,
+            audit_bytes=parse_size(audit_memory, what="--audit-memory"),
+        )
         parsed = Invite.from_text(invite)
         set_up_logging(level=log_level, file=log_file)
         from peer.app import join_run  # imports torch and hivemind

@@ -15,8 +15,6 @@ import random
 import secrets
 from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
-from typing import Any
 
 import structlog
 
@@ -70,7 +68,7 @@ class AuditOffice:
     async def load(self) -> None:
         """Take over where everybody stands. Call once, before serving."""
         for peer, fields in (await self._database.run(audits.load_standings)).items():
-            self._standings[peer] = _standing(peer, fields)
+            self._standings[peer] = policy.standing_from(peer, fields)
 
     # -- what is heard ----------------------------------------------------------------------------------
 
@@ -189,7 +187,7 @@ class AuditOffice:
         def write(db: Connection) -> None:
             if verdict is not None:
                 audits.add_audit(db, _row(verdict, now_s))
-            audits.put_standing(db, standing.peer, _fields(standing))
+            audits.put_standing(db, standing.peer, policy.fields_of(standing))
             if sanction is not None:
                 until_s = now_s + sanction.hours * 3600
                 reason = f"{sanction.state.value}: {sanction.reason}"
@@ -231,14 +229,3 @@ def _row(verdict: Verdict, now_s: float) -> audits.AuditRow:
         missing=verdict.missing,
         seed=verdict.case.seed,
     )
-
-
-def _fields(standing: Standing) -> dict[str, Any]:
-    return {key: sorted(value) if isinstance(value, frozenset) else value for key, value in asdict(standing).items()}
-
-
-def _standing(peer: PeerId, fields: dict[str, Any]) -> Standing:
-    known = {**fields, "peer": peer}
-    for name, kind in (("strikes", tuple), ("faults", tuple), ("accusers", frozenset), ("out_as", State)):
-        known[name] = kind(known[name])
-    return Standing(**known)

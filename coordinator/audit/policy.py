@@ -9,8 +9,10 @@ the rate of them, however rarely it cheats.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from protocol.ids import PeerId
 
@@ -136,6 +138,19 @@ def pardoned(standing: Standing) -> Standing:
         doubted_s=float("-inf"),
         out_until_s=float("-inf"),
     )
+
+
+def fields_of(standing: Standing) -> dict[str, Any]:
+    """Return a standing as it is kept."""
+    return {key: sorted(value) if isinstance(value, frozenset) else value for key, value in asdict(standing).items()}
+
+
+def standing_from(peer: PeerId, fields: Mapping[str, Any]) -> Standing:
+    """Return a standing that was kept."""
+    known = {**fields, "peer": peer}
+    for name, kind in (("strikes", tuple), ("faults", tuple), ("accusers", frozenset), ("out_as", State)):
+        known[name] = kind(known[name])
+    return Standing(**known)
 
 
 def _recent(times_s: tuple[float, ...], now_s: float) -> list[float]:

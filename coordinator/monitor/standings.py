@@ -24,12 +24,14 @@ class Table:
 def peers(document: Mapping[str, Any]) -> Table:
     """List everybody, those who are here first."""
     rows = document["peers"]
-    lines = [f"{'peer':<{NAME_WIDTH}} {'id':<{ID_CHARS}}  {'state':<12} {'stages':<10} {'earned':>12} disputed"]
+    place = f"{'peer':<{NAME_WIDTH}} {'id':<{ID_CHARS}}  {'state':<12} {'standing':<14} {'stages':<10}"
+    lines = [f"{place} {'earned':>12} disputed"]
     for row in rows:
         stages = ",".join(str(stage) for stage in row["stages"])
         earned = flop(_earned(row))
         name, short, state = plain(row["name"]), row["peer"][-ID_CHARS:], row["state"]
-        lines.append(f"{name:<{NAME_WIDTH}} {short}  {state:<12} {stages:<10} {earned:>12} {row['disputed_hops']}")
+        place = f"{name:<{NAME_WIDTH}} {short}  {state:<12} {row['standing']:<14} {stages:<10}"
+        lines.append(f"{place} {earned:>12} {row['disputed_hops']}")
     if document["peers_omitted"]:
         lines.append(f"and {document['peers_omitted']} more")
     return Table({"peers": rows, "peers_omitted": document["peers_omitted"]}, tuple(lines))
