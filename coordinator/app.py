@@ -146,7 +146,7 @@ def make_services(run: RunDir, settings: CoordinatorSettings, *, database: Datab
     bans = Bans(manifest.run_id, key=run.key, registry=registry, database=database, journal=journal, clock=clock)
     credits = Credits(manifest, settings=settings, database=database, journal=journal, clock=clock)
     audits = AuditOffice(manifest, registry=registry, database=database, journal=journal, clock=clock)
-    ledger.on_receipts, ledger.on_audit = audits.hear_receipts, audits.hear
+    ledger.on_receipts, ledger.on_commit, ledger.on_audit = audits.hear_receipts, audits.hear_commit, audits.hear
     finish = Finish(manifest, registry=registry, database=database, journal=journal, clock=clock)
     return Services(
         run=run,

@@ -21,7 +21,7 @@ from coordinator.store.database import Database
 from coordinator.store.receipts import ReceiptRow
 from coordinator.store.rounds import ClosingRow
 from coordinator.store.tree import CommitLink
-from protocol.audits import AuditReport, SketchReport
+from protocol.audits import AuditReport, ContributionReport, SketchReport
 from protocol.batches import has_evaluation
 from protocol.control import (
     AveragingReport,
@@ -48,6 +48,8 @@ MAX_LINEAGES = 4096  # whose seats are remembered: the newest of every stage are
 
 Seating = frozenset[tuple[PeerId, int]]
 
+Answer = AuditReport | SketchReport | ContributionReport
+
 
 class Ledger:
     """Stores reports, and knows who sits where in the lineages that it has seen."""
@@ -64,7 +66,9 @@ class Ledger:
         self._given_up: set[Lineage] = set()
         self.on_receipts: Callable[[Window], None] = lambda window: None
         """Hears of receipts that are believed to be their sender's; the audit office puts itself here."""
-        self.on_audit: Callable[[PeerId, AuditReport | SketchReport], None] = lambda peer, report: None
+        self.on_commit: Callable[[Commit, Lineage], None] = lambda commit, lineage: None
+        """Hears of commits that a member has signed, as often as they are reported; likewise."""
+        self.on_audit: Callable[[PeerId, Answer], None] = lambda peer, report: None
         """Hears of answers to its orders; likewise."""
 
     async def load(self) -> None:
@@ -177,7 +181,9 @@ class Ledger:
                 commit = self._read_commit(report.commit)
                 vouched = self._is_vouched(report.commit.signer, commit)
                 if vouched:  # at once: the next report of this beat may follow it
-                    self._remember(next_lineage(commit.parent, report.commit.payload), commit.seats)
+                    lineage = next_lineage(commit.parent, report.commit.payload)
+                    self._remember(lineage, commit.seats)
+                    self.on_commit(commit, lineage)
                 return _commit_row(report.commit, commit, is_member=peer in _members(commit), vouched=vouched)
             case AveragingReport():
                 self._check_place(report.stage, report.round)
@@ -188,7 +194,7 @@ class Ledger:
                 _check_numbers(*tasks, report.activation_bytes, report.target_tokens)
             case ReceiptReport():
                 return self._read_receipts(peer, report.window)
-            case AuditReport() | SketchReport():
+            case AuditReport() | SketchReport() | ContributionReport():
                 self.on_audit(peer, report)
                 return None
         return report

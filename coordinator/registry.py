@@ -25,7 +25,7 @@ from coordinator.placement import Host, place
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import history, peers
 from coordinator.store.database import Database
-from protocol.audits import AuditOrder, SketchOrder
+from protocol.audits import MAX_ORDERS, AuditOrder, SketchOrder, SumOrder
 from protocol.control import Beat, BeatReply, GivenUp, Leave, PeerState, Register, StageState, Welcome
 from protocol.errors import ClockError, IncompatibleError, RefusedError, StorageError, WireError
 from protocol.ids import PeerId, StageId
@@ -111,7 +111,7 @@ class Registry:
         """Newest charter of every stage; the charter office puts itself here."""
         self.astray: Callable[[LivePeer], tuple[GivenUp, ...]] = lambda peer: ()
         """Where a peer should not stand any more, and whom to follow instead; the reunion puts itself here."""
-        self.orders: Callable[[PeerId], tuple[Sequence[AuditOrder], Sequence[SketchOrder]]] = lambda peer: ((), ())
+        self.orders: Callable[[PeerId], Sequence[AuditOrder | SketchOrder | SumOrder]] = lambda peer: ()
         """What a peer should recompute and sketch; the audit office puts itself here."""
         self.bans: BanList | None = None
         """Who is kept out; `bans.py` puts itself here."""
@@ -238,7 +238,7 @@ class Registry:
         if beat.reports:
             await self._record(peer, beat)
         peer.replicas = beat.stages  # not before what led there is known
-        recomputing, sketching = self.orders(caller)
+        orders = self.orders(caller)
         return BeatReply(
             acknowledged=peer.acknowledged,
             stages=peer.stages,
@@ -246,8 +246,9 @@ class Registry:
             members=self._hints(caller),
             given_up=self.astray(peer),
             revoked=None if self.bans is None or beat.revocations >= self.bans.number else self.bans.newest,
-            audits=tuple(recomputing),
-            sketches=tuple(sketching),
+            audits=tuple(order for order in orders if isinstance(order, AuditOrder))[:MAX_ORDERS],
+            sketches=tuple(order for order in orders if isinstance(order, SketchOrder))[: 4 * MAX_ORDERS],
+            sums=tuple(order for order in orders if isinstance(order, SumOrder))[:1],
             finished=self.is_finished,
         )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
@@ -23,7 +24,17 @@ from peer.pipeline.compute import ComputeThread, Priority
 from peer.pipeline.gate import Gate
 from peer.reports import ReportQueue
 from peer.tasks import TaskId
-from protocol.audits import AuditOrder, AuditOutcome, AuditReport, Payload, SketchOrder, SketchReport, payload_name
+from protocol.audits import (
+    AuditOrder,
+    AuditOutcome,
+    AuditReport,
+    Payload,
+    SketchOrder,
+    SketchReport,
+    SumOrder,
+    Work,
+    payload_name,
+)
 from protocol.batches import TaskKind
 from protocol.errors import PeerFault, SwarmError, TransientError
 from protocol.ids import PeerId, StageId, Version, digest
@@ -33,6 +44,8 @@ if TYPE_CHECKING:
     from peer.engine.recompute import Recomputer, Source
 
 log = structlog.get_logger()
+
+Order = AuditOrder | SketchOrder | SumOrder
 
 MAX_WAITING = 64
 MAX_REMEMBERED = 4096
@@ -67,10 +80,10 @@ class Auditor:
         self._link, self._compute, self._recomputer = link, compute, recomputer
         self._payloads, self._batches, self._gate, self._reports = payloads, batches, gate, reports
         self._stages, self._num_stages, self._max_body_bytes = stages, num_stages, max_body_bytes
-        self._waiting: asyncio.Queue[AuditOrder | SketchOrder] = asyncio.Queue(MAX_WAITING)
+        self._waiting: asyncio.Queue[Order] = asyncio.Queue(MAX_WAITING)
         self._known: OrderedDict[int, None] = OrderedDict()
 
-    def take(self, orders: Iterable[AuditOrder | SketchOrder]) -> None:
+    def take(self, orders: Iterable[Order]) -> None:
         """Take orders that are not known yet, as many as may wait; the others come again."""
         for order in orders:
             if order.order in self._known or self._waiting.full():
@@ -87,7 +100,7 @@ class Auditor:
             if isinstance(order, SketchOrder):
                 self._reports.add(SketchReport(order=order.order, sketch=await self._sketch(order)))
             else:
-                self._reports.add(await self._audit(order))
+                self._reports.add(await self._recomputed(order))
 
     async def _sketch(self, order: SketchOrder) -> bytes:
         data = self._payloads.find(order.digest)
@@ -102,19 +115,21 @@ class Auditor:
             log.warning("audit.unreadable", error=error.one_line())
             return b""
 
-    async def _audit(self, order: AuditOrder) -> AuditReport:
+    async def _recomputed(self, order: AuditOrder | SumOrder) -> AuditReport:
         places = self._places(order)
         if places is None:
             return AuditReport(order=order.order, outcome=AuditOutcome.STALE)
         try:
+            if isinstance(order, SumOrder):
+                return await self._add_up(order, places)
             return await self._recompute(order, places)
         except _Withheld as error:
             return AuditReport(order=order.order, outcome=AuditOutcome.MISSING, missing=error.holder)
         except SwarmError as error:
-            log.warning("audit.failed", round=order.round, number=order.number, error=error.one_line())
+            log.warning("audit.failed", round=order.round, order=order.order, error=error.one_line())
             return AuditReport(order=order.order, outcome=AuditOutcome.FAILED)
 
-    def _places(self, order: AuditOrder) -> tuple[tuple[StageId, Version], ...] | None:
+    def _places(self, order: AuditOrder | SumOrder) -> tuple[tuple[StageId, Version], ...] | None:
         """Return the stages and versions that an order means, or None if they are not ours to know."""
         stages = range(order.first_stage, order.first_stage + order.num_stages)
         began = [self._gate.version_at(StageId(stage), order.round) for stage in stages]
@@ -128,12 +143,7 @@ class Auditor:
         return tuple((StageId(stage), version) for stage, version in zip(stages, versions, strict=True))
 
     async def _recompute(self, order: AuditOrder, places: tuple[tuple[StageId, Version], ...]) -> AuditReport:
-        task = TaskId(TaskKind.TRAIN, order.round, order.number)
-        is_last = order.first_stage + order.num_stages == self._num_stages
-        source = await self._source(order.inputs, lambda: self._batches.inputs(task))
-        target = await self._source(order.gradient, lambda: self._batches.labels(task))
-        if (order.inputs is None) != (order.first_stage == 0) or (order.gradient is None) != is_last:
-            raise PeerFault("an audit of stages that need other inputs")
+        source, target = await self._sources(order, order)
         seen = [
             b"" if named is None else await self._sketch_bytes(await self._fetch(named), order.seed, is_gradient=back)
             for named, back in ((order.outputs, False), (order.returned, True))
@@ -151,6 +161,26 @@ class Auditor:
             seen_outputs=seen[0],
             seen_returned=seen[1],
         )
+
+    async def _add_up(self, order: SumOrder, places: tuple[tuple[StageId, Version], ...]) -> AuditReport:
+        total = await self._compute.run(lambda: self._recomputer.sum_of(places, order.stage), priority=Priority.AUDIT)
+        if total is None:
+            return AuditReport(order=order.order, outcome=AuditOutcome.STALE)
+        for work in order.works:
+            source, target = await self._sources(order, work)
+            await self._compute.run(partial(total.add, source, target), priority=Priority.AUDIT)
+        found = await self._compute.run(lambda: total.sketch(order.seed), priority=Priority.AUDIT)
+        return AuditReport(order=order.order, outcome=AuditOutcome.DONE, outputs=found)
+
+    async def _sources(self, order: AuditOrder | SumOrder, work: AuditOrder | Work) -> tuple[Source, Source]:
+        """Bring what a microbatch enters and leaves the stages with."""
+        task = TaskId(TaskKind.TRAIN, order.round, work.number)
+        is_last = order.first_stage + order.num_stages == self._num_stages
+        if (work.inputs is None) != (order.first_stage == 0) or (work.gradient is None) != is_last:
+            raise PeerFault("an audit of stages that need other inputs")
+        source = await self._source(work.inputs, lambda: self._batches.inputs(task))
+        target = await self._source(work.gradient, lambda: self._batches.labels(task))
+        return source, target
 
     async def _source(self, named: Payload | None, own: Callable[[], object]) -> Source:
         return await self._fetch(named) if named is not None else await own()  # type: ignore[misc]

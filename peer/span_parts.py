@@ -15,6 +15,7 @@ from pathlib import Path
 import structlog
 
 from peer.auditor import Auditor
+from peer.averaging.absorb import Update, update_shards
 from peer.averaging.driver import Hooks, StageDriver, membership_of
 from peer.averaging.group_reduce import GroupReduce
 from peer.averaging.history import History
@@ -49,7 +50,7 @@ from peer.reports import ReportQueue
 from peer.settings import PeerSettings
 from peer.tally import Tally
 from peer.tasks import Body, Outcome, TaskId
-from protocol.audits import AuditOrder, SketchOrder
+from protocol.audits import AuditOrder, ContributionReport, SketchOrder, SumOrder, contribution_seed
 from protocol.batches import Microbatch, TaskKind
 from protocol.control import CommitReport, GivenUp, ReceiptReport
 from protocol.errors import PeerFault, RefusedError, TransientError
@@ -103,6 +104,7 @@ class SpanParts:
         self._engine = engine
         self._compute = compute
         self._reports = reports
+        self._loop = asyncio.get_running_loop()
         self._folder = folder
         self._errands: set[asyncio.Task[None]] = set()
         run = manifest.run_id
@@ -307,7 +309,7 @@ class SpanParts:
         if what.stage in self.drivers:
             self.drivers[what.stage].post(events.Rejoin(what.lineage, what.members))
 
-    def audit(self, orders: Iterable[AuditOrder | SketchOrder]) -> None:
+    def audit(self, orders: Iterable[AuditOrder | SketchOrder | SumOrder]) -> None:
         """Carry out what the coordinator wants to be looked at."""
         self._auditor.take(orders)
 
@@ -358,8 +360,22 @@ class SpanParts:
             check_history=partial(Chain.of_history, machine),
             init_seed=self._manifest.model.init_seed,
             resumed=self._engine.resumed.get(stage),
-            before_step=lambda: self._recomputer.keep(stage),
+            before_step=partial(self._before_step, stage),
         )
+
+    def _before_step(self, stage: StageId, commit: Commit, update: Update) -> None:
+        """Keep what an audit of the round may ask for. In the compute thread."""
+        self._recomputer.keep(stage)
+        lineage = next_lineage(commit.parent, commit.to_bytes())
+        seed = contribution_seed(lineage)
+        is_ours = any(each.peer == self._link.peer_id and each.tokens for each in commit.contributors)
+        if seed is None or not is_ours or not self._engine.engines[stage].has_contribution:
+            return
+        found = self._recomputer.contribution(stage, update_shards(self._engine.engines[stage], update), seed)
+        if found is not None:
+            own, total = found
+            report = ContributionReport(stage=stage, round=commit.round, lineage=lineage, own=own, total=total)
+            self._loop.call_soon_threadsafe(self._reports.add, report)
 
     def _make_driver(self, stage: StageId, machine: Settings) -> StageDriver:
         return StageDriver(

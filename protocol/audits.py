@@ -16,7 +16,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from protocol.ids import PeerId, RoundId, StageId, Version
+from protocol.ids import Lineage, PeerId, RoundId, StageId, Version, digest
 from protocol.receipts import SHORT_DIGEST_BYTES
 from protocol.signing import MAX_PEER_ID_CHARS
 from protocol.sketch import MAX_SKETCH_BYTES
@@ -24,6 +24,8 @@ from protocol.wire import Message
 
 MAX_ORDERS = 16  # in one answer to a beat
 SEED_BYTES = 32
+MAX_WORKS = 256  # of one peer in one round, in one order
+RECORDED_EVERY = 2  # commits
 
 _Number = Annotated[int, Field(ge=0, lt=1 << 53)]
 _Seed = Annotated[bytes, Field(min_length=SEED_BYTES, max_length=SEED_BYTES)]
@@ -100,6 +102,47 @@ class SketchReport(Message):
 
     order: _Number
     sketch: _Sketch
+
+
+class ContributionReport(Message):
+    """What a member has put into an average, and what came out, as sketches."""
+
+    stage: StageId
+    round: RoundId
+    lineage: Lineage
+    """Of the commit, which names the seed as well."""
+    own: Annotated[bytes, Field(min_length=1, max_length=MAX_SKETCH_BYTES)]
+    total: Annotated[bytes, Field(min_length=1, max_length=MAX_SKETCH_BYTES)]
+
+
+class Work(Message):
+    """One microbatch of a contribution, with its inputs as in `AuditOrder`."""
+
+    number: Annotated[int, Field(ge=0, lt=1 << 32)]
+    inputs: Payload | None
+    gradient: Payload | None
+
+
+class SumOrder(Message):
+    """Recompute what one peer's microbatches of a round add up to at one stage; the answer has that in `outputs`."""
+
+    order: _Number
+    round: RoundId
+    first_stage: StageId
+    num_stages: Annotated[int, Field(ge=1, le=256)]
+    version: Version | None
+    stage: StageId
+    seed: _Seed
+    works: Annotated[tuple[Work, ...], Field(min_length=1, max_length=MAX_WORKS)]
+
+
+def contribution_seed(lineage: Lineage) -> bytes | None:
+    """Return the seed for sketches of what a commit sums up; None for every other commit, which is not looked at.
+
+    It depends on the summed bytes, so nobody knows it, or whether there is one, before all contributions are given.
+    """
+    seed = digest(b"handcar contributions", lineage)
+    return seed if seed[0] % RECORDED_EVERY == 0 else None
 
 
 def payload_name(digest: bytes) -> str:

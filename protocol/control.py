@@ -16,7 +16,15 @@ from typing import Annotated
 
 from pydantic import Field
 
-from protocol.audits import MAX_ORDERS, AuditOrder, AuditReport, SketchOrder, SketchReport
+from protocol.audits import (
+    MAX_ORDERS,
+    AuditOrder,
+    AuditReport,
+    ContributionReport,
+    SketchOrder,
+    SketchReport,
+    SumOrder,
+)
 from protocol.ids import Digest, Lineage, PeerId, RoundId, RunId, StageId, Version
 from protocol.signing import Signed
 from protocol.wire import Message
@@ -173,7 +181,9 @@ class ReceiptReport(Message):
     window: Signed
 
 
-Report = ClosingReport | CommitReport | AveragingReport | WorkReport | ReceiptReport | AuditReport | SketchReport
+Report = (ClosingReport | CommitReport | AveragingReport | WorkReport | ReceiptReport) | (
+    AuditReport | SketchReport | ContributionReport
+)
 
 
 class NumberedReport(Message):
@@ -225,6 +235,8 @@ class BeatReply(Message):
     """Work of others that this peer should recompute; repeated until it has answered."""
     sketches: Annotated[tuple[SketchOrder, ...], Field(max_length=4 * MAX_ORDERS)] = ()
     """What this peer should sketch of what it holds; likewise."""
+    sums: Annotated[tuple[SumOrder, ...], Field(max_length=1)] = ()
+    """Whole contributions that it should recompute; likewise, one at a time."""
     finished: bool = False
     """The run has its last checkpoint; there is nothing left to do."""
 

@@ -10,6 +10,7 @@ null space, and without the seed nobody finds that: so a seed is given out only 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from protocol.ids import digest
 
 WIDTH = 256  # numbers per piece: the distance is estimated to 7 % (one standard deviation)
 MAX_PIECES = 8
+SEGMENT = 1 << 16
 MAX_SKETCH_BYTES = MAX_PIECES * WIDTH * 4
 QUIET = 0.1  # of the mean: a piece that has less than so much is measured by that, or rounding would be all of it
 
@@ -44,6 +46,36 @@ def sketch(values: Values, seed: bytes, *, pieces: int = MAX_PIECES) -> bytes:
         piece = values[start : start + length]
         rows.append(np.bincount(buckets[: len(piece)], piece * signs[: len(piece)], minlength=WIDTH))
     return np.asarray(rows, dtype="<f4").tobytes()
+
+
+def sketch_shards(shards: Iterable[Values], seed: bytes) -> bytes:
+    """Sketch a stage's weights, or as many numbers, shard by shard, in `MAX_PIECES`: the shards go into them in turn.
+
+    Segments of a shard share one pattern, each turned and with a sign of its own, so that drawing it costs little.
+    """
+    buckets, signs = pattern(seed, SEGMENT)
+    sums = np.zeros((MAX_PIECES, WIDTH))
+    for number, values in enumerate(shards):
+        count = -(-len(values) // SEGMENT)
+        turns, flips = pattern(seed + number.to_bytes(4, "big"), count)
+        for index in range(count):
+            piece = values[index * SEGMENT : (index + 1) * SEGMENT]
+            row = np.bincount(buckets[: len(piece)], piece * signs[: len(piece)], minlength=WIDTH)
+            sums[number % MAX_PIECES] += flips[index] * np.roll(row, turns[index])
+    return bytes(sums.astype("<f4").tobytes())
+
+
+def summed(sketches: Iterable[bytes]) -> bytes:
+    """Add sketches up: that is the sketch of the sum. Raises `WireError` if they do not fit each other."""
+    rows = [_rows(each) for each in sketches]
+    if len({each.shape for each in rows}) != 1:
+        raise WireError("sketches of different lengths")
+    return bytes(np.sum(rows, axis=0).astype("<f4").tobytes())
+
+
+def negated(packed: bytes) -> bytes:
+    """Return the sketch of the same values with the opposite sign."""
+    return (-_rows(packed)).astype("<f4").tobytes()
 
 
 def distance(ours: bytes, theirs: bytes) -> float:

@@ -36,6 +36,7 @@ class Carry:
     """None at the last stage."""
     outputs: bytes
     gradient: bytes
+    target_tokens: int = 0
 
     @property
     def key(self) -> tuple[RoundId, int, PeerId, StageId]:
@@ -69,6 +70,12 @@ class RoundHops:
 
         `hosts` says who has which stages: whoever begins a microbatch has the first one.
         """
+        fresh = [carry for carry in self.all(hosts) if carry.key not in self._seen]
+        self._seen.update(carry.key for carry in fresh)
+        return fresh
+
+    def all(self, hosts: Mapping[PeerId, Iterable[StageId]]) -> list[Carry]:
+        """Return everything that is told from all sides and can be recomputed."""
         matched = self._sent & self._served
         inward = {(hop.callee, hop.number): hop for hop in matched}
         onward = {(hop.caller, hop.number): hop for hop in matched}
@@ -81,9 +88,7 @@ class RoundHops:
         for (peer, number), hop in onward.items():
             if (peer, number) not in inward and hop.caller_step == 0 and FIRST_STAGE in hosts.get(peer, ()):
                 found.append(self._carry(peer, number, None, hop))
-        fresh = [carry for carry in sorted(found, key=lambda carry: carry.key) if carry.key not in self._seen]
-        self._seen.update(carry.key for carry in fresh)
-        return fresh
+        return sorted(found, key=lambda carry: carry.key)
 
     def _carry(self, peer: PeerId, number: int, inward: Hop | None, onward: Hop | None) -> Carry:
         first = FIRST_STAGE if inward is None else inward.first_stage
@@ -101,4 +106,5 @@ class RoundHops:
             downstream=None if onward is None else onward.callee,
             outputs=b"" if onward is None else onward.given,
             gradient=b"" if onward is None else onward.returned,
+            target_tokens=sum(hop.target_tokens for hop in (inward or onward,) if hop is not None),
         )

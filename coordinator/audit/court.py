@@ -15,12 +15,24 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from coordinator.audit.carries import Carry
-from protocol.audits import AuditOrder, AuditOutcome, AuditReport, Payload, SketchOrder, SketchReport
+from protocol.audits import (
+    AuditOrder,
+    AuditOutcome,
+    AuditReport,
+    Payload,
+    SketchOrder,
+    SketchReport,
+    SumOrder,
+    Work,
+)
 from protocol.errors import WireError
-from protocol.ids import PeerId
+from protocol.ids import PeerId, StageId
 from protocol.sketch import distance
 
 PATIENCE_S = 45.0
+SUM_PATIENCE_S = 300.0
+
+Order = AuditOrder | SketchOrder | SumOrder
 
 
 class Finding(StrEnum):
@@ -42,6 +54,7 @@ class Tolerance:
 
     outputs: float
     returned: float
+    contribution: float = 0.03
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +71,15 @@ class Verdict:
     """Who did not bring or say what it was asked for."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contributed:
+    """What a peer says it has put into an average at one stage, and the microbatches that this is the sum of."""
+
+    stage: StageId
+    sketch: bytes
+    works: tuple[Carry, ...]
+
+
 @dataclass(slots=True, kw_only=True)
 class Case:
     """One audit of one carry."""
@@ -68,7 +90,9 @@ class Case:
     opened_s: float
     first: Case | None = None
     """The case of which this is the second opinion."""
-    orders: dict[int, tuple[PeerId, AuditOrder | SketchOrder]] = field(default_factory=dict)
+    contribution: Contributed | None = None
+    """What is looked at if it is not one microbatch but a sum of them."""
+    orders: dict[int, tuple[PeerId, Order]] = field(default_factory=dict)
     report: AuditReport | None = None
     sketches: dict[int, bytes] = field(default_factory=dict)
 
@@ -112,15 +136,47 @@ class Court:
                     self._add(case, holder, wanted)
         return case
 
+    def open_sum(
+        self,
+        contributed: Contributed,
+        auditor: PeerId,
+        seed: bytes,
+        *,
+        now_s: float,
+        first: Case | None = None,
+    ) -> Case:
+        """Begin an audit of a contribution: both witnesses get the same bytes, and the sketch is its sender's."""
+        carry = contributed.works[0]
+        case = Case(carry=carry, auditor=auditor, seed=seed, opened_s=now_s, first=first, contribution=contributed)
+        order = SumOrder(
+            order=self._next_order(),
+            round=carry.round,
+            first_stage=carry.first_stage,
+            num_stages=carry.num_stages,
+            version=carry.version,
+            stage=contributed.stage,
+            seed=seed,
+            works=tuple(
+                Work(
+                    number=each.number,
+                    inputs=_payload(each.upstream, each.given),
+                    gradient=_payload(each.downstream, each.gradient),
+                )
+                for each in contributed.works
+            ),
+        )
+        self._add(case, auditor, order)
+        return case
+
     def cases_of(self, carry: Carry) -> list[Case]:
         """Return the open cases of a piece of work."""
         return list({id(case): case for case in self._cases.values() if case.carry.key == carry.key}.values())
 
     def load(self, peer: PeerId) -> int:
         """Return how many audits wait for a peer."""
-        return sum(who == peer and isinstance(order, AuditOrder) for who, order in self._waiting())
+        return sum(who == peer and not isinstance(order, SketchOrder) for who, order in self._waiting())
 
-    def orders_for(self, peer: PeerId) -> list[AuditOrder | SketchOrder]:
+    def orders_for(self, peer: PeerId) -> list[Order]:
         """Return what a peer is asked, oldest first."""
         return [order for who, order in self._waiting() if who == peer]
 
@@ -130,7 +186,7 @@ class Court:
         if case is None or case.orders[report.order][0] != peer:
             return None
         order = case.orders[report.order][1]
-        if isinstance(report, AuditReport) and isinstance(order, AuditOrder):
+        if isinstance(report, AuditReport) and not isinstance(order, SketchOrder):
             case.report = case.report or report
         elif isinstance(report, SketchReport) and isinstance(order, SketchOrder):
             case.sketches.setdefault(report.order, report.sketch)
@@ -141,7 +197,7 @@ class Court:
 
     def expire(self, *, now_s: float) -> list[Verdict]:
         """Close what has waited for too long."""
-        late = {id(case): case for case in self._cases.values() if now_s - case.opened_s > PATIENCE_S}
+        late = {id(case): case for case in self._cases.values() if now_s - case.opened_s > _patience_s(case)}
         for case in late.values():
             self._close(case)
         return [
@@ -157,6 +213,8 @@ class Court:
         if report.outcome is not AuditOutcome.DONE:
             missing = () if report.missing is None else (report.missing,)
             return Verdict(case=case, finding=Finding.NOTHING, missing=missing)
+        if case.contribution is not None:
+            return self._judge_sum(case, case.contribution, report)
         if not _is_complete(case, report):
             return Verdict(case=case, finding=Finding.NOTHING, missing=(case.auditor,))
         if case.first is not None:
@@ -171,6 +229,21 @@ class Court:
             return Verdict(case=case, finding=Finding.DIFFERS, outputs=2.0, returned=2.0)
         finding = Finding.VALID if self._is_near(*apart) else Finding.DIFFERS
         return Verdict(case=case, finding=finding, outputs=apart[0], returned=apart[1])
+
+    def _judge_sum(self, case: Case, contributed: Contributed, report: AuditReport) -> Verdict:
+        try:
+            apart = distance(report.outputs, contributed.sketch)
+        except WireError:
+            return Verdict(case=case, finding=Finding.NOTHING, missing=(case.auditor,))
+        if case.first is None:
+            finding = Finding.VALID if apart <= self._tolerance.contribution else Finding.DIFFERS
+            return Verdict(case=case, finding=finding, outputs=apart)
+        assert case.first.report is not None
+        agree = distance(case.first.report.outputs, report.outputs) <= self._tolerance.contribution
+        if apart <= self._tolerance.contribution:
+            liars = () if agree else (case.first.auditor,)
+            return Verdict(case=case, finding=Finding.CLEARED, outputs=apart, liars=liars)
+        return Verdict(case=case, finding=Finding.CONFIRMED if agree else Finding.NOTHING, outputs=apart)
 
     def _judge_second(self, case: Case, first: Case, report: AuditReport) -> Verdict:
         try:
@@ -206,7 +279,7 @@ class Court:
     def _is_near(self, outputs: float, returned: float) -> bool:
         return outputs <= self._tolerance.outputs and returned <= self._tolerance.returned
 
-    def _add(self, case: Case, peer: PeerId, order: AuditOrder | SketchOrder) -> None:
+    def _add(self, case: Case, peer: PeerId, order: Order) -> None:
         case.orders[order.order] = peer, order
         self._cases[order.order] = case
 
@@ -214,18 +287,22 @@ class Court:
         for number in case.orders:
             del self._cases[number]
 
-    def _waiting(self) -> Iterator[tuple[PeerId, AuditOrder | SketchOrder]]:
+    def _waiting(self) -> Iterator[tuple[PeerId, Order]]:
         for number, case in self._cases.items():
             is_answered = number in case.sketches or (
-                case.report is not None and isinstance(case.orders[number][1], AuditOrder)
+                case.report is not None and not isinstance(case.orders[number][1], SketchOrder)
             )
             if not is_answered:
                 yield case.orders[number]
 
 
-def _open(case: Case) -> Iterator[tuple[PeerId, AuditOrder | SketchOrder]]:
+def _patience_s(case: Case) -> float:
+    return PATIENCE_S if case.contribution is None else SUM_PATIENCE_S
+
+
+def _open(case: Case) -> Iterator[tuple[PeerId, Order]]:
     for number, (who, order) in case.orders.items():
-        if isinstance(order, AuditOrder) and case.report is None:
+        if not isinstance(order, SketchOrder) and case.report is None:
             yield who, order
         if isinstance(order, SketchOrder) and number not in case.sketches:
             yield who, order

@@ -20,8 +20,9 @@ import structlog
 
 from coordinator.audit import policy
 from coordinator.audit.carries import Carry, RoundHops
-from coordinator.audit.court import Case, Court, Finding, Verdict
+from coordinator.audit.court import Case, Contributed, Court, Finding, Order, Verdict
 from coordinator.audit.policy import Sanction, Standing, State
+from coordinator.audit.sums import Sums
 from coordinator.audit.tolerance import tolerance_of
 from coordinator.clock import Clock
 from coordinator.journal import DISK_NOTE, Journal
@@ -29,11 +30,19 @@ from coordinator.registry import Registry
 from coordinator.store import audits, bans, credits
 from coordinator.store.bans import BanRow
 from coordinator.store.database import Connection, Database
-from protocol.audits import MAX_ORDERS, SEED_BYTES, AuditOrder, AuditReport, SketchOrder, SketchReport
+from protocol.audits import (
+    MAX_WORKS,
+    SEED_BYTES,
+    AuditReport,
+    ContributionReport,
+    SketchReport,
+    contribution_seed,
+)
 from protocol.errors import StorageError
-from protocol.ids import PeerId, RoundId, StageId
+from protocol.ids import Lineage, PeerId, RoundId, StageId
 from protocol.manifest import Manifest
 from protocol.receipts import Window
+from protocol.rounds.messages import Commit
 
 log = structlog.get_logger()
 
@@ -60,6 +69,7 @@ class AuditOffice:
         self._standings: dict[PeerId, Standing] = {}
         self._rounds: OrderedDict[RoundId, RoundHops] = OrderedDict()
         self._touched: set[RoundId] = set()
+        self._sums = Sums()
         self._drawn: defaultdict[tuple[RoundId, PeerId], int] = defaultdict(int)
         self._verdicts: list[Verdict] = []
         self._pruned_s = float("-inf")
@@ -85,18 +95,23 @@ class AuditOffice:
             self._rounds[window.round].add(window)
             self._touched.add(window.round)
 
-    def hear(self, peer: PeerId, report: AuditReport | SketchReport) -> None:
+    def hear_commit(self, commit: Commit, lineage: Lineage) -> None:
+        """Take who was summed by a commit, if contributions to it are on record."""
+        if contribution_seed(lineage) is not None and commit.first_round == commit.round:
+            self._sums.hear_commit(commit, lineage, now_s=self._clock.monotonic())
+
+    def hear(self, peer: PeerId, report: AuditReport | SketchReport | ContributionReport) -> None:
         """Take an answer; what it comes to is dealt with at the next tick."""
+        if isinstance(report, ContributionReport):
+            self._sums.hear(peer, report, now_s=self._clock.monotonic())
+            return
         verdict = self._court.hear(peer, report)
         if verdict is not None:
             self._verdicts.append(verdict)
 
-    def orders_for(self, peer: PeerId) -> tuple[Sequence[AuditOrder], Sequence[SketchOrder]]:
+    def orders_for(self, peer: PeerId) -> Sequence[Order]:
         """Return what a peer is asked with the answer to its beat."""
-        waiting = self._court.orders_for(peer)
-        recomputing = [order for order in waiting if isinstance(order, AuditOrder)]
-        sketching = [order for order in waiting if isinstance(order, SketchOrder)]
-        return recomputing[:MAX_ORDERS], sketching[: 4 * MAX_ORDERS]
+        return self._court.orders_for(peer)
 
     def standing(self, peer: PeerId) -> Standing:
         """Return where a peer stands."""
@@ -118,6 +133,7 @@ class AuditOffice:
         except StorageError as error:  # what was found is lost; who does wrong is found again
             self._journal.note(DISK_NOTE, str(error))
         self._draw(now_s=now_s)
+        self._draw_sums(now_s=now_s)
 
     def _draw(self, *, now_s: float) -> None:
         hosts = {peer.peer: peer.stages for peer in self._registry.live()}
@@ -133,8 +149,43 @@ class AuditOffice:
                     if self._chance.random() < RINGER_RATE:
                         self._open(carry, without=self._auditors_of(carry))
 
+    def _draw_sums(self, *, now_s: float) -> None:
+        """Have contributions recomputed: now and then, and all of them if they do not add up to what came out."""
+        hosts = {peer.peer: peer.stages for peer in self._registry.live()}
+        for record in self._sums.due(now_s=self._clock.monotonic()):
+            hops = self._rounds.get(record.round)
+            works = [] if hops is None else [carry for carry in hops.all(hosts) if record.stage in carry.stages]
+            if not record.adds_up:
+                log.warning("audit.sum", stage=record.stage, round=record.round, apart=record.apart)
+            for peer, (tokens, sketch) in record.contributions.items():
+                own = tuple(carry for carry in works if carry.peer == peer)
+                # with work that nobody vouches for, or that was done with other weights, the sum is another one
+                if sum(carry.target_tokens for carry in own) != tokens or not 0 < len(own) <= MAX_WORKS:
+                    continue
+                if len({(carry.first_stage, carry.num_stages, carry.version) for carry in own}) > 1:
+                    continue
+                if not record.adds_up or self._chance.random() < policy.rate(self.standing(peer), now_s=now_s):
+                    contributed = Contributed(stage=record.stage, sketch=sketch, works=own)
+                    self._open_sum(contributed, record.seed)
+
+    def _open_sum(self, contributed: Contributed, seed: bytes, *, first: Case | None = None) -> bool:
+        auditor = self._auditor(contributed.works[0], without=() if first is None else (first.auditor,), first=first)
+        if auditor is None:
+            return False
+        self._court.open_sum(contributed, auditor, seed, now_s=self._clock.monotonic(), first=first)
+        return True
+
     def _open(self, carry: Carry, *, without: Collection[PeerId], first: Case | None = None) -> bool:
         """Have somebody recompute it, if there is anybody who can."""
+        auditor = self._auditor(carry, without=without, first=first)
+        if auditor is None:
+            return False
+        seed = first.seed if first is not None else secrets.token_bytes(SEED_BYTES)
+        self._court.open(carry, auditor, seed, now_s=self._clock.monotonic(), first=first)
+        return True
+
+    def _auditor(self, carry: Carry, *, without: Collection[PeerId], first: Case | None) -> PeerId | None:
+        """Choose who recomputes somebody's work: one who can, has time, and is trusted if there is one."""
         free = [
             peer.peer
             for peer in self._registry.live()
@@ -142,24 +193,23 @@ class AuditOffice:
             and set(carry.stages) <= {replica.stage for replica in peer.replicas if replica.ready}
             and (first is not None or self._court.load(peer.peer) < MAX_WAITING)  # a second opinion is urgent
         ]
-        if not free:
-            return False
         now_s = self._clock.wall()
         trusted = [peer for peer in free if policy.state_of(self.standing(peer), now_s=now_s) is State.TRUSTED]
-        auditor = self._chance.choice(trusted or free)
-        seed = first.seed if first is not None else secrets.token_bytes(SEED_BYTES)
-        self._court.open(carry, auditor, seed, now_s=self._clock.monotonic(), first=first)
-        return True
+        return self._chance.choice(trusted or free) if free else None
 
     async def _act(self, verdict: Verdict, *, now_s: float) -> None:
         case, peer = verdict.case, verdict.case.carry.peer
+        is_sum = case.contribution is not None
         standing = self.standing(peer)
         if standing.out_until_s > now_s:  # it has had its sentence for what was found at the same time
             await self._database.run(audits.add_audit, _row(verdict, now_s))
         elif verdict.finding is Finding.VALID:
-            await self._keep(verdict, now_s, policy.passed(standing, now_s=now_s))
+            await self._keep(verdict, now_s, policy.passed(standing, now_s=now_s, is_sum=is_sum))
         elif verdict.finding is Finding.DIFFERS:
-            has_second = self._open(case.carry, without=(case.auditor,), first=case)
+            if case.contribution is not None:
+                has_second = self._open_sum(case.contribution, case.seed, first=case)
+            else:
+                has_second = self._open(case.carry, without=(case.auditor,), first=case)
             log.info("audit.differs", peer=peer, round=case.carry.round, number=case.carry.number, second=has_second)
             after, sanction = policy.doubted(standing, case.auditor, now_s=now_s)
             if has_second:  # it will settle that
@@ -168,7 +218,7 @@ class AuditOffice:
         elif verdict.finding is Finding.CONFIRMED:
             await self._keep(verdict, now_s, *policy.struck(standing, now_s=now_s))
         elif verdict.finding is Finding.CLEARED:
-            await self._keep(verdict, now_s, policy.passed(standing, now_s=now_s))
+            await self._keep(verdict, now_s, policy.passed(standing, now_s=now_s, is_sum=is_sum))
             for liar in verdict.liars:
                 after, sanction = policy.doubted(self.standing(liar), case.auditor, now_s=now_s)
                 await self._keep(None, now_s, after, sanction)
@@ -182,7 +232,9 @@ class AuditOffice:
         self, verdict: Verdict | None, now_s: float, standing: Standing, sanction: Sanction | None = None
     ) -> None:
         """Keep a finding, a standing and what follows from it, all or nothing."""
-        since_s = self.standing(standing.peer).last_valid_s
+        before = self.standing(standing.peer)
+        is_sum = verdict is not None and verdict.case.contribution is not None
+        since_s = before.last_valid_sum_s if is_sum else before.last_valid_s
 
         def write(db: Connection) -> None:
             if verdict is not None:

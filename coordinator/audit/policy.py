@@ -61,6 +61,8 @@ class Standing:
     out_as: State = State.QUARANTINED
     """What it is until then."""
     last_valid_s: float = float("-inf")
+    last_valid_sum_s: float = float("-inf")
+    """The same of its contributions to averages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +92,10 @@ def rate(standing: Standing, *, now_s: float) -> float:
     return max(LEAST_RATE, TRUST / standing.valid) if standing.valid > TRUST else 1.0
 
 
-def passed(standing: Standing, *, now_s: float) -> Standing:
-    """An audit has found nothing."""
-    return replace(standing, valid=standing.valid + 1, audited=standing.audited + 1, last_valid_s=now_s)
+def passed(standing: Standing, *, now_s: float, is_sum: bool = False) -> Standing:
+    """An audit has found nothing, of a microbatch or of a contribution."""
+    found = replace(standing, valid=standing.valid + 1, audited=standing.audited + 1)
+    return replace(found, last_valid_sum_s=now_s) if is_sum else replace(found, last_valid_s=now_s)
 
 
 def doubted(standing: Standing, accuser: PeerId, *, now_s: float) -> tuple[Standing, Sanction | None]:

@@ -64,6 +64,15 @@ def update_norm(engine: StageEngine, update: Update) -> float:
     return math.sqrt(total) * (1 if engine.anchored is None else sum(update.tokens))
 
 
+def update_shards(engine: StageEngine, update: Update) -> Iterator[Tensor]:
+    """Decode the sum of gradients that an update has, shard after shard, flat fp32. Raises `WireError` as above."""
+    for number, pieces in _split(engine, update).items():
+        out = torch.empty(engine.shards[number].num_elements)
+        for part, values in pieces():
+            out[part].copy_(values)
+        yield out
+
+
 def absorb(
     engine: StageEngine,
     update: Update,

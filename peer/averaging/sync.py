@@ -127,7 +127,7 @@ class StageSync:
         check_history: Callable[[Signed, tuple[Signed, ...]], object],
         init_seed: int = 0,
         resumed: Standing | None = None,
-        before_step: Callable[[], None] = lambda: None,
+        before_step: Callable[[Commit, Update], None] = lambda commit, update: None,
     ) -> None:
         """`check_history` raises `PeerFault` unless commits follow a charter by the rules of the round machine.
 
@@ -249,7 +249,7 @@ class StageSync:
         def take_step() -> None:
             if commit.version != self._engine.version + 1:
                 raise PeerFault(f"commit of version {commit.version} does not follow version {self._engine.version}")
-            self._before_step()
+            self._before_step(commit, update)
             absorb(
                 self._engine,
                 update,

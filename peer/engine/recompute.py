@@ -9,8 +9,9 @@ agree on every bit, and the codec's own error cancels out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +25,7 @@ from peer.engine.weights import PastWeights
 from protocol.architecture import ModelConfig
 from protocol.errors import PeerFault
 from protocol.ids import StageId, Version
-from protocol.sketch import sketch
+from protocol.sketch import Values, sketch, sketch_shards
 
 if TYPE_CHECKING:
     import numpy
@@ -82,37 +83,72 @@ class Recomputer:
         cannot compute.
         """
         weights = [self._weights(*place) for place in places]
-        replays = [self._replay(stage) for stage, _ in places]
-        climbs: list[Climb] = []
-        hidden = self._decode(source, self._codec)
-        for replay, flat in zip(replays, weights, strict=True):
-            if flat is None:
-                return None
-            climbs.append(replay.up(flat, [hidden]))
-            hidden = climbs[-1].outputs[0]
-        loss_sum = None
+        if any(flat is None for flat in weights):
+            return None
+        here = [flat for flat in weights if flat is not None]
+        hidden, gradient, loss_sum = self.there_and_back(places, here, source, target)
         is_first, is_last = places[0][0] == 0, places[-1][0] == self._num_stages - 1
-        if is_last:
-            labels = self._decode(target, self._codec)
-            ((loss_sum, gradient),) = replays[-1].losses(climbs[-1], [labels])
-        else:
-            gradient = self._decode(target, self._gradient_codec)
-        for replay, climb in zip(reversed(replays), reversed(climbs), strict=True):
-            (gradient,) = replay.down(climb, [gradient])
         return Recomputed(
             outputs=b"" if is_last else self.sketch_of(self._through(hidden, self._codec), seed),
             returned=b"" if is_first else self.sketch_of(self._through(gradient, self._gradient_codec), seed),
             loss_sum=loss_sum,
         )
 
+    def there_and_back(
+        self,
+        places: Sequence[tuple[StageId, Version]],
+        weights: Sequence[Sequence[Tensor]],
+        source: Source,
+        target: Source,
+        on_gradient: Callable[[StageId, int, Tensor], None] = lambda stage, block, gradient: None,
+    ) -> tuple[Tensor, Tensor, float | None]:
+        """Return outputs, gradient by the inputs, and loss; `on_gradient` hears of that by each block's weights."""
+        replays = [self._replay(stage) for stage, _ in places]
+        climbs: list[Climb] = []
+        hidden, loss_sum = self._decode(source, self._codec), None
+        for replay, flat in zip(replays, weights, strict=True):
+            climbs.append(replay.up(flat, [hidden]))
+            hidden = climbs[-1].outputs[0]
+        if places[-1][0] == self._num_stages - 1:
+            labels = self._decode(target, self._codec)
+            ((loss_sum, gradient),) = replays[-1].losses(climbs[-1], [labels], partial(on_gradient, places[-1][0]))
+        else:
+            gradient = self._decode(target, self._gradient_codec)
+        for (stage, _), replay, climb in zip(reversed(places), reversed(replays), reversed(climbs), strict=True):
+            (gradient,) = replay.down(climb, [gradient], partial(on_gradient, stage))
+        return hidden, gradient, loss_sum
+
+    def sum_of(self, places: Sequence[tuple[StageId, Version]], stage: StageId) -> GradientSum | None:
+        """Begin to recompute what microbatches add up to at one of these stages; None if weights are not here."""
+        weights = [self._weights(*place) for place in places]
+        if any(flat is None for flat in weights):
+            return None
+        return GradientSum(self, places, [flat for flat in weights if flat is not None], stage)
+
+    def contribution(self, stage: StageId, update: Iterable[Tensor], seed: bytes) -> tuple[bytes, bytes] | None:
+        """Sketch what a stage of ours is about to see averaged, and the sum (its shards); None for local steps."""
+        engine = self._engines[stage]
+        if engine.anchored is not None:
+            return None
+        own = (engine.contribution_shard(number) for number in range(len(engine.shards)))
+        return sketch_shards(map(_flat, own), seed), sketch_shards(map(_flat, update), seed)
+
     def sketch_bytes(self, data: bytes | bytearray, seed: bytes, *, is_gradient: bool) -> bytes:
         """Sketch what crossed a hop. May be called from any thread."""
         return self.sketch_of(self._decode(data, self._gradient_codec if is_gradient else self._codec), seed)
 
+    def shards_of(self, stage: StageId) -> list[tuple[int, int, int]]:
+        """List a stage's shards: block, start and stop within it."""
+        return [
+            (number, shard.start, shard.stop)
+            for number, layout in enumerate(self._engines[stage].layouts)
+            for shard in layout.shards()
+        ]
+
     @staticmethod
     def sketch_of(values: Tensor, seed: bytes) -> bytes:
         """Sketch activations or gradients (B, T, D)."""
-        return sketch(values.detach().reshape(-1).float().cpu().numpy(), seed)
+        return sketch(_flat(values), seed)
 
     def _weights(self, stage: StageId, version: Version) -> Sequence[Tensor] | None:
         found = self._past.find(stage, version)
@@ -144,3 +180,40 @@ class Recomputer:
                     raise PeerFault("bytes that crossed a hop have numbers that no model makes.")
                 return values
         raise PeerFault(f"{len(source)} bytes that crossed a hop are no activations of this run.")
+
+
+class GradientSum:
+    """What microbatches add up to at one stage; one at a time, so that training goes on in between."""
+
+    def __init__(
+        self,
+        recomputer: Recomputer,
+        places: Sequence[tuple[StageId, Version]],
+        weights: Sequence[Sequence[Tensor]],
+        stage: StageId,
+    ) -> None:
+        self._recomputer, self._places, self._weights, self._stage = recomputer, places, weights, stage
+        self._sums: dict[int, Tensor] = {}
+
+    def add(self, source: Source, target: Source) -> None:
+        """Add one microbatch's gradient. In the compute thread; raises like `Recomputer.recompute`."""
+        self._recomputer.there_and_back(self._places, self._weights, source, target, self._note)
+
+    def sketch(self, seed: bytes) -> bytes:
+        """Sketch the sum."""
+        blocks = [self._sums[number] for number in sorted(self._sums)]
+        layouts = self._recomputer.shards_of(self._stage)
+        shards = (blocks[block][start:stop] for block, start, stop in layouts)
+        return sketch_shards(map(_flat, shards), seed)
+
+    def _note(self, stage: StageId, block: int, gradient: Tensor) -> None:
+        if stage != self._stage:
+            return
+        if block in self._sums:
+            self._sums[block] += gradient.cpu()
+        else:
+            self._sums[block] = gradient.cpu()
+
+
+def _flat(values: Tensor) -> Values:
+    return values.detach().reshape(-1).float().cpu().numpy()

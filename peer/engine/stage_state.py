@@ -31,7 +31,7 @@ from peer.memory.units import Section, Unit
 from peer.model.blocks import named_views
 from peer.model.stage import Stage
 from protocol.ids import Digest, RoundId, Version
-from protocol.layout import ShardLayout
+from protocol.layout import BlockLayout, ShardLayout
 
 NORM_ELEMENTS = 1 << 20  # piece of a gradient that is widened to fp64 at a time
 
@@ -224,6 +224,15 @@ class StageState:
     @property
     def device(self) -> torch.device:
         return self._stage.device
+
+    @property
+    def has_contribution(self) -> bool:
+        """Tell whether there is a gradient sum, of this round or set aside."""
+        return bool(self._held_units) or len(self._fresh) < len(self._blocks)
+
+    @property
+    def layouts(self) -> tuple[BlockLayout, ...]:
+        return self._stage.layouts
 
     @property
     def num_elements(self) -> int:

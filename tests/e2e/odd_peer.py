@@ -4,6 +4,7 @@
     python -m tests.e2e.odd_peer protocol:99 join INVITE ...   it speaks another version of the protocol
     python -m tests.e2e.odd_peer slow:0.5 join INVITE ...      each microbatch takes half a second more, one way
     python -m tests.e2e.odd_peer flips:0.5 join INVITE ...     half of what it sends on or back has the opposite sign
+    python -m tests.e2e.odd_peer spoils:1.0 join INVITE ...   its sums for averages are turned, times this
 
 Everything else is the real command.
 """
@@ -19,6 +20,7 @@ from typing import Any
 import peer.app
 from peer import cli
 from peer.engine.span import SpanEngine
+from peer.engine.stage_state import StageState
 from protocol import wire
 
 
@@ -34,6 +36,8 @@ def main() -> None:
         _dawdle(float(value))
     elif oddity == "flips":
         _flip(float(value))
+    elif oddity == "spoils":
+        _spoil(float(value))
     else:
         raise ValueError(f"no oddity is called '{oddity}'")
     cli.main()
@@ -66,6 +70,14 @@ def _flip(share: float) -> None:
         return honest(self, -hidden_BTD if chance.random() < share else hidden_BTD, using=using)
 
     SpanEngine._encode = encode  # type: ignore[method-assign]
+
+
+def _spoil(size: float) -> None:
+    """Compute honestly, and contribute something else."""
+    honest = StageState.contribution_shard
+    StageState.contribution_shard = (  # type: ignore[method-assign]
+        lambda self, number: honest(self, number).mul(-size)
+    )
 
 
 def _delayed(method: Any, seconds: float) -> Any:

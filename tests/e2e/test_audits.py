@@ -18,13 +18,15 @@ pytestmark = [pytest.mark.timeout(240), pytest.mark.long]
 SETTINGS = ("batch.microbatches_per_round=12", "batch.heldout_sequences=32", "batch.eval_every=1000")
 
 
-def test_who_flips_signs_is_put_out_and_nobody_else(tmp_path: Path, corpus: Path) -> None:
+@pytest.mark.parametrize("oddity", ["flips:1.0", "spoils:1.0"])
+def test_who_cheats_is_put_out_and_nobody_else(tmp_path: Path, corpus: Path, oddity: str) -> None:
+    """With activations and gradients that it sends on, or with what it adds to averages."""
     with Swarm(tmp_path, corpus=corpus, rounds=10_000, stages=2, settings=SETTINGS) as swarm:
         swarm.start_coordinator("--start-peers", "4")
         swarm.start_peer("ash", "--stage", "0")
         for name in ("elm", "oak"):
             swarm.start_peer(name, "--stage", "1")
-        cheat = swarm.start_peer("fir", "--stage", "1", oddity="flips:1.0")
+        cheat = swarm.start_peer("fir", "--stage", "1", oddity=oddity)
         cheat.is_expected_to_end = True
         assert cheat.wait_end(timeout_s=120.0) == 4, cheat.story()
         assert "two others recomputed its work and found it wrong" in cheat.story()

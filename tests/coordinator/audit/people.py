@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from coordinator.audit.carries import Carry
-from protocol.audits import AuditOrder, AuditOutcome, AuditReport, SketchOrder, SketchReport
+from coordinator.audit.court import Order
+from protocol.audits import AuditOutcome, AuditReport, SketchOrder, SketchReport, SumOrder
 from protocol.control import BeatReply
 from protocol.ids import PeerId, RoundId, StageId, digest
 from protocol.receipts import SHORT_DIGEST_BYTES
@@ -55,9 +56,11 @@ class Person:
 
     def answers(self, reply: BeatReply) -> list[AuditReport | SketchReport]:
         """Answer all that a beat has brought."""
-        return [*map(self.answer, reply.audits), *map(self.answer, reply.sketches)]
+        return [*map(self.answer, reply.audits), *map(self.answer, reply.sketches), *map(self.answer, reply.sums)]
 
-    def answer(self, order: AuditOrder | SketchOrder) -> AuditReport | SketchReport:
+    def answer(self, order: Order) -> AuditReport | SketchReport:
+        if isinstance(order, SumOrder):
+            return AuditReport(order=order.order, outcome=self.outcome, outputs=self._sketch("sum", order.seed))
         if isinstance(order, SketchOrder):
             what = "dx" if order.is_gradient else "y"
             return SketchReport(order=order.order, sketch=self._sketch(self.sent.get(what, what), order.seed))

@@ -1,0 +1,119 @@
+"""What members say they have put into averages, and whether that adds up to what came out. Pure.
+
+Owns: putting the sketches of one commit side by side. Must not know: who is asked to recompute a contribution.
+
+Sketches are linear: those of all contributions add up to that of the sum, but for what the codec rounds. The seed
+depends on the sum, so nobody can give one thing into the average and sketch another that fits.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from protocol.audits import ContributionReport, contribution_seed
+from protocol.errors import WireError
+from protocol.ids import Lineage, PeerId, RoundId, StageId
+from protocol.rounds.messages import Commit
+from protocol.sketch import distance, negated, summed
+
+MAX_COMMITS = 256
+GATHER_S = 3.0  # all members report with their next beat
+GIVE_UP_S = 20.0
+ROUNDING = 0.05
+"""How far a sum may be from its parts: the codec rounds every one of them, and the sum."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """The contributions to one commit."""
+
+    stage: StageId
+    round: RoundId
+    seed: bytes
+    contributions: Mapping[PeerId, tuple[int, bytes]]
+    """Tokens by the commit, and the sketch; of one who does not say, what is missing from the sum."""
+    apart: float
+
+    @property
+    def adds_up(self) -> bool:
+        return self.apart <= ROUNDING
+
+
+@dataclass(slots=True)
+class _Gathering:
+    since_s: float
+    commit: Commit | None = None
+    said: dict[PeerId, ContributionReport] = field(default_factory=dict)
+
+
+class Sums:
+    """Commits whose contributions are coming in."""
+
+    def __init__(self) -> None:
+        self._gathering: OrderedDict[Lineage, _Gathering] = OrderedDict()
+        self._done: OrderedDict[Lineage, None] = OrderedDict()
+
+    def hear_commit(self, commit: Commit, lineage: Lineage, *, now_s: float) -> None:
+        """Take who was summed."""
+        if lineage not in self._done:
+            self._of(lineage, now_s).commit = commit
+
+    def hear(self, peer: PeerId, report: ContributionReport, *, now_s: float) -> None:
+        """Take what a member says."""
+        if report.lineage not in self._done:
+            self._of(report.lineage, now_s).said.setdefault(peer, report)
+
+    def due(self, *, now_s: float) -> list[Record]:
+        """Return commits of which everybody has spoken, or nobody will any more."""
+        found = []
+        for lineage, gathering in list(self._gathering.items()):
+            commit, age_s = gathering.commit, now_s - gathering.since_s
+            missing = None if commit is None else {each.peer for each in commit.contributors} - gathering.said.keys()
+            if age_s < GATHER_S or (missing != set() and age_s < GIVE_UP_S):
+                continue
+            del self._gathering[lineage]
+            self._done[lineage] = None
+            while len(self._done) > MAX_COMMITS:
+                self._done.popitem(last=False)
+            record = None if commit is None else _record(commit, lineage, gathering.said)
+            if record is not None:
+                found.append(record)
+        return found
+
+    def _of(self, lineage: Lineage, now_s: float) -> _Gathering:
+        if lineage not in self._gathering:
+            self._gathering[lineage] = _Gathering(now_s)
+            while len(self._gathering) > MAX_COMMITS:
+                self._gathering.popitem(last=False)
+        return self._gathering[lineage]
+
+
+def _record(commit: Commit, lineage: Lineage, said: Mapping[PeerId, ContributionReport]) -> Record | None:
+    """Put sketches together; None if too few have spoken, or what they say is no sketch."""
+    seed = contribution_seed(lineage)
+    members = {each.peer: each.tokens for each in commit.contributors if each.tokens}
+    reports = {peer: said[peer] for peer in members if peer in said}
+    silent = members.keys() - reports.keys()
+    if seed is None or not reports or len(silent) > 1:
+        return None
+    totals = [report.total for report in reports.values()]
+    try:
+        # whoever lies about the sum is alone with it: all others have the same bytes
+        total = min(totals, key=lambda each: sorted(distance(other, each) for other in totals)[len(totals) // 2])
+        sketches = {peer: report.own for peer, report in reports.items()}
+        parts = summed(sketches.values())
+        if silent:
+            (peer,) = silent
+            sketches[peer] = _less(total, parts)
+        apart = 0.0 if silent else distance(total, parts)
+    except WireError:
+        return None
+    contributions = {peer: (tokens, sketches[peer]) for peer, tokens in members.items()}
+    return Record(stage=commit.stage, round=commit.round, seed=seed, contributions=contributions, apart=apart)
+
+
+def _less(total: bytes, parts: bytes) -> bytes:
+    """Return the sketch of what a sum has besides these parts."""
+    return summed((total, negated(parts)))
