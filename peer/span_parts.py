@@ -125,6 +125,7 @@ class SpanParts:
         self._batches = BatchSource(data=manifest.data, batch=manifest.batch, files=self._token_files)
         self._caller = HopCaller(
             run=run,
+            me=link.peer_id,
             codec=forward_codec,
             gradient_codec=gradient_codec,
             num_stages=self.num_stages,
@@ -410,6 +411,7 @@ class SpanParts:
             hosted.key.task,
             hosted.key.stage,
             hosted.body,
+            caller=hosted.key.caller,
             pulse=hosted.pulse,
             deadline_s=hosted.deadline_s,
             retries_left=hosted.retries_left,

@@ -68,6 +68,36 @@ def plan_round(data: DataSpec, batch: BatchSpec, round_id: RoundId) -> tuple[Mic
     return train + (_evaluation(batch, first_number=len(train)) if has_evaluation(batch, round_id) else ())
 
 
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """What there is to a microbatch, besides its text."""
+
+    kind: TaskKind
+    target_tokens: int
+
+
+def extent_of(batch: BatchSpec, round_id: RoundId, number: int) -> Extent | None:
+    """Return what `plan_round` says of one number, without making a plan; None if the round does not have it."""
+    size, first_evaluation = batch.sequences_per_microbatch, num_trained(batch, round_id)
+    if number < first_evaluation:
+        return Extent(TaskKind.TRAIN, size * batch.sequence_length)
+    offset = number - first_evaluation
+    if offset >= num_evaluated(batch, round_id):
+        return None
+    left = batch.heldout_sequences - offset * size  # the last one holds what is left
+    return Extent(TaskKind.EVAL, min(size, left) * batch.sequence_length)
+
+
+def num_trained(batch: BatchSpec, round_id: RoundId) -> int:
+    """Count the training microbatches of a round."""
+    return batch.microbatches_per_round if round_id < batch.num_rounds else 0
+
+
+def num_evaluated(batch: BatchSpec, round_id: RoundId) -> int:
+    """Count the evaluation microbatches of a round."""
+    return -(-batch.heldout_sequences // batch.sequences_per_microbatch) if has_evaluation(batch, round_id) else 0
+
+
 def has_evaluation(batch: BatchSpec, round_id: RoundId) -> bool:
     """Tell whether this round evaluates the state that the rounds before it made."""
     if round_id >= batch.num_rounds:

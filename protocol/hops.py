@@ -146,7 +146,7 @@ class AnswerStatus(StrEnum):
 
 
 class PathEntry(Message):
-    """One peer's signed word on one microbatch: the receipt, and the proof that it is done.
+    """One peer's signed word on one microbatch: its receipt. The whole path is the proof that the number is done.
 
     Written on the way back, last stage first; `behind` is the digest of the entries behind this one, so
     no link can be replaced afterwards. `loss_sum` (nats) and `target_tokens` are the last stage's.
@@ -158,6 +158,8 @@ class PathEntry(Message):
     number: Count
     stages: Annotated[tuple[StageId, ...], Field(min_length=1, max_length=256)]
     peer: PeerId
+    caller: PeerId
+    """Who brought the input, as the transport has authenticated it; at stage 0 the peer itself."""
     version: Version
     local_step: Count
     input_digest: Digest
@@ -167,7 +169,15 @@ class PathEntry(Message):
     target_tokens: Count
 
 
-Path = Annotated[tuple[Signed, ...], Field(max_length=256)]
+MAX_PATH_ENTRIES = 256
+
+Path = Annotated[tuple[Signed, ...], Field(max_length=MAX_PATH_ENTRIES)]
+
+
+class Evidence(Message):
+    """What a feeder shows for a finished number: the path, from its own entry to the last stage's."""
+
+    path: Path
 
 
 class Answer(Message):

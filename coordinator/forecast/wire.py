@@ -19,7 +19,7 @@ from protocol.wire import HEADER, MAX_CHUNK_BYTES
 # tests/coordinator/test_forecast_wire.py compares these with real messages
 HOP_REQUEST_BYTES = 350  # OpenTask, BodyEnd, Received
 HOP_ANSWER_BYTES = 250  # Accepted, one Progress, Answer
-PATH_ENTRY_BYTES = 480  # one for every peer behind
+PATH_ENTRY_BYTES = 545  # one for every peer behind
 PART_MESSAGE_BYTES = 20  # protobuf's and hivemind's framing of a part
 
 

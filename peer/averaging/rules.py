@@ -3,28 +3,28 @@
 Owns: timers, the size of every round, the clip threshold of a stage, and what proves that a microbatch is
 done. Pure.
 
-The proof is one path entry, signed by the peer that it names: the number, the loss and the tokens, at the last
-stage. Not checked here, and left to the trust layer, which has the receipts: whether the signer hosts the last
-stage, and the credits. Those come from the whole path, which stays with its feeder; others take the feeder's word.
+The proof is the whole path, so the credits are read off signatures and not off a feeder's word. Not checked here, and
+left to the trust layer: whether the signers host those stages.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from peer.engine.schedule import clip_threshold
 from peer.tasks import Outcome
 from protocol.architecture import stage_blocks
-from protocol.batches import Microbatch, TaskKind, has_evaluation
+from protocol.batches import Microbatch, TaskKind, extent_of, num_evaluated, num_trained
 from protocol.errors import PeerFault
 from protocol.fragments import Fragments
-from protocol.hops import ENTRY_CONTEXT, PathEntry
+from protocol.hops import Evidence, PathEntry
 from protocol.ids import RoundId, StageId
 from protocol.manifest import AveragingMode, BatchSpec, Manifest
+from protocol.paths import read_path
 from protocol.rounds.messages import Credit, DoneTask, Seat
 from protocol.rounds.settings import KeyNotary, RoundRules, RoundSize, RoundTimers, Settings
-from protocol.signing import Signed, SigningKey, unseal
+from protocol.signing import SigningKey
 
 
 def machine_settings(manifest: Manifest, stage: StageId, *, key: SigningKey, session: int) -> Settings:
@@ -89,41 +89,44 @@ def _num_averaged(manifest: Manifest, stage: StageId) -> Callable[[RoundId], int
 
 def round_size(batch: BatchSpec, round_id: RoundId) -> RoundSize:
     """Count what `protocol.batches.plan_round` lists, without listing it: anybody's closing makes us ask."""
-    num_train = batch.microbatches_per_round if round_id < batch.num_rounds else 0
-    num_eval = math.ceil(batch.heldout_sequences / batch.sequences_per_microbatch)
-    return RoundSize(num_train, num_eval if has_evaluation(batch, round_id) else 0)
+    return RoundSize(num_trained(batch, round_id), num_evaluated(batch, round_id))
 
 
 def done_task(microbatch: Microbatch, outcome: Outcome) -> DoneTask:
     """Return a finished microbatch as the clock wants to see it."""
+    entries = [PathEntry.from_bytes(signed.payload) for signed in outcome.path]
     return DoneTask(
         number=microbatch.number,
-        evidence=outcome.path[-1].to_bytes(),
+        evidence=Evidence(path=outcome.path).to_bytes(),
         loss_sum=outcome.loss_sum,
         target_tokens=outcome.target_tokens,
-        credits=_credits(outcome.path) if microbatch.kind is TaskKind.TRAIN else (),
+        credits=_credits(entries),
     )
 
 
-def _credits(path: tuple[Signed, ...]) -> tuple[Credit, ...]:
-    credits = []
-    for signed in path:
-        entry = PathEntry.from_bytes(signed.payload)
-        credits += [Credit(stage=stage, peer=signed.signer, tokens=entry.target_tokens) for stage in entry.stages]
-    return tuple(credits)
+def _credits(entries: Sequence[PathEntry]) -> tuple[Credit, ...]:
+    """Return who is credited with what by a path. What is only evaluated adds to no average."""
+    return tuple(
+        Credit(stage=stage, peer=entry.peer, tokens=entry.target_tokens)
+        for entry in entries
+        for stage in entry.stages
+        if entry.kind is TaskKind.TRAIN
+    )
 
 
 def _proves(manifest: Manifest, round_id: RoundId, task: DoneTask) -> bool:
-    """Check the last stage's word: this number of this round, this loss, these tokens."""
+    """Check a path from its feeder to the last stage: this number, this loss, these tokens, these credits."""
+    extent = extent_of(manifest.batch, round_id, task.number)
+    if extent is None or task.target_tokens > extent.target_tokens:
+        return False
     try:
-        signed = Signed.from_bytes(task.evidence)
-        entry = unseal(signed, ENTRY_CONTEXT, PathEntry)
+        entries = read_path(Evidence.from_bytes(task.evidence).path)
     except PeerFault:
         return False
+    first, last = entries[0], entries[-1]  # `read_path` has seen that they are about the same
     return (
-        entry.peer == signed.signer
-        and entry.run == manifest.run_id
-        and (entry.round, entry.number) == (round_id, task.number)
-        and (entry.loss_sum, entry.target_tokens) == (task.loss_sum, task.target_tokens)
-        and manifest.model.num_stages - 1 in entry.stages
+        (first.run, first.kind, first.round, first.number) == (manifest.run_id, extent.kind, round_id, task.number)
+        and (first.loss_sum, first.target_tokens) == (task.loss_sum, task.target_tokens)
+        and (first.stages[0], last.stages[-1]) == (0, manifest.model.num_stages - 1)
+        and task.credits == _credits(entries)
     )

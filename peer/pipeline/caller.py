@@ -23,25 +23,21 @@ from protocol.batches import TaskKind
 from protocol.encoding import encoded_bytes
 from protocol.errors import DeadlineError, PeerFault, SwarmError, UnreachableError, WireError
 from protocol.hops import (
-    ENTRY_CONTEXT,
     Accepted,
     Answer,
     AnswerStatus,
     BodyEnd,
     Busy,
     OpenTask,
-    Path,
-    PathEntry,
     Progress,
     Received,
     RefusalCode,
     Refused,
     ResumeTask,
     TensorSpec,
-    path_digest,
 )
 from protocol.ids import PeerId, RunId, StageId
-from protocol.signing import unseal
+from protocol.paths import read_path
 from protocol.transport.streams import Stream, Streams
 from protocol.wire import PROTOCOL_VERSION
 
@@ -98,6 +94,7 @@ class HopCaller:
         self,
         *,
         run: RunId,
+        me: PeerId,
         codec: str,
         gradient_codec: str,
         num_stages: int,
@@ -107,6 +104,7 @@ class HopCaller:
         hop_silence_s: float,
     ) -> None:
         self._run = run
+        self._me = me
         self._codec, self._gradient_codec = codec, gradient_codec
         self._num_stages = num_stages
         self._name = hop_protocol(run)
@@ -278,6 +276,7 @@ class HopCaller:
             answer,
             gradient_digest,
             peer=peer,
+            caller=self._me,
             run=self._run,
             errand_body=errand.body,
             task=errand.task,
@@ -372,48 +371,33 @@ def check_answer(
     gradient_digest: bytes,
     *,
     peer: PeerId,
+    caller: PeerId,
     run: RunId,
     errand_body: Body,
     task: TaskId,
     stage: StageId,
     num_stages: int,
 ) -> None:
-    """Raise `WireError` unless the signed path names what we sent and what we received, from `stage` to the last word.
+    """Raise unless the signed path names us, what we sent and what we received, from `stage` to the last word.
 
     Every entry is checked, not only the callee's: whoever feeds makes the proof of the microbatch out of them. The
     loss must be one that a microbatch of that many tokens can have; whether it is true is for validators.
     """
-    entries = read_path(answer.path, peer=peer)
-    first = entries[0]
+    entries = read_path(answer.path, caller=caller)
+    first, last = entries[0], entries[-1]
+    if first.peer != peer:
+        raise WireError(f"{peer} brought a path that begins with {first.peer}")
     if (first.input_digest, first.output_digest) != (errand_body.digest, gradient_digest):
         raise WireError(f"{peer} signed something else than it sent")
-    following = int(stage)
-    for entry in entries:
-        same_task = (entry.run, entry.kind, entry.round, entry.number) == (run, task.kind, task.round, task.number)
-        same_result = (entry.loss_sum, entry.target_tokens) == (answer.loss_sum, answer.target_tokens)
-        if not (same_task and same_result):
-            raise WireError(f"{peer} brought a path of another task or loss")
-        if entry.stages != tuple(range(following, following + len(entry.stages))):
-            raise WireError(f"{peer} brought a path that leaves out stage {following}")
-        following += len(entry.stages)
-    if following != num_stages:
-        raise WireError(f"{peer} brought a path that ends before stage {following}")
+    same_task = (first.run, first.kind, first.round, first.number) == (run, task.kind, task.round, task.number)
+    same_result = (first.loss_sum, first.target_tokens) == (answer.loss_sum, answer.target_tokens)
+    if not (same_task and same_result):
+        raise WireError(f"{peer} brought a path of another task or loss")
+    if (first.stages[0], last.stages[-1]) != (stage, num_stages - 1):
+        raise WireError(f"{peer} brought a path from stage {first.stages[0]} to {last.stages[-1]}")
     num_tokens = math.prod(errand_body.shape[:2])
     if not (0 < answer.target_tokens <= num_tokens and 0 <= answer.loss_sum <= MAX_LOSS_PER_TOKEN * num_tokens):
         raise WireError(f"{peer} claims a loss of {answer.loss_sum} over {answer.target_tokens} of {num_tokens} tokens")
-
-
-def read_path(path: Path, *, peer: PeerId) -> list[PathEntry]:
-    """Unseal a path, nearest peer first, of which `peer` is the nearest; each entry must commit to those behind it."""
-    entries = []
-    for index, signed in enumerate(path):
-        entry = unseal(signed, ENTRY_CONTEXT, PathEntry, signer=peer if index == 0 else None)
-        if entry.peer != signed.signer or entry.behind != path_digest(path[index + 1 :]):
-            raise WireError(f"{peer} brought a path that does not hang together")
-        entries.append(entry)
-    if not entries:
-        raise WireError(f"{peer} answered without a path")
-    return entries
 
 
 def hop_protocol(run: RunId) -> str:

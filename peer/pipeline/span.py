@@ -23,7 +23,7 @@ from peer.tasks import Body, Outcome, Pulse, TaskId
 from protocol.batches import TaskKind
 from protocol.errors import PeerFault, SwarmError, TransientError
 from protocol.hops import ENTRY_CONTEXT, PathEntry, path_digest
-from protocol.ids import Digest, RoundId, RunId, StageId, Version, digest
+from protocol.ids import Digest, PeerId, RoundId, RunId, StageId, Version, digest
 from protocol.signing import Signed, SigningKey, seal
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class _Entering:
     """A task at the stage of our span at which it came in."""
 
     task: TaskId
+    caller: PeerId
     stage: StageId
     source: Source
     """Tokens at stage 0, else the body's bytes."""
@@ -101,18 +102,26 @@ class SpanRunner:
             with self._waves.expecting(_inward(task, self._engine.first)):
                 inputs_BT = await self._batches.inputs(task)
             body = Body(b"", tuple(inputs_BT.shape), digest(inputs_BT.tobytes()))
-            entering = _Entering(task, self._engine.first, inputs_BT, body, may_follow)
+            entering = _Entering(task, self._key.peer_id, self._engine.first, inputs_BT, body, may_follow)
             return await self._run_task(entering, pulse, deadline_s, retries_left)
 
         return await self._watched(feed())
 
     async def work(
-        self, task: TaskId, entry: StageId, body: Body, *, pulse: Pulse, deadline_s: float, retries_left: int
+        self,
+        task: TaskId,
+        entry: StageId,
+        body: Body,
+        *,
+        caller: PeerId,
+        pulse: Pulse,
+        deadline_s: float,
+        retries_left: int,
     ) -> Outcome:
-        """Run a task that came in over a hop, at stage `entry` of the span."""
+        """Run a task that `caller` has brought over a hop, at stage `entry` of the span."""
         self._attendance.note(task, entry, self._batches.plan(task.round))
         may_follow = partial(self._attendance.is_missing_any, entry, task.kind)
-        entering = _Entering(task, entry, body.data, body, may_follow)
+        entering = _Entering(task, caller, entry, body.data, body, may_follow)
         return await self._watched(self._run_task(entering, pulse, deadline_s, retries_left))
 
     async def _watched(self, work: Coroutine[None, None, Outcome]) -> Outcome:
@@ -259,6 +268,7 @@ class SpanRunner:
             number=task.number,
             stages=self._engine.stages_from(entering.stage),
             peer=self._key.peer_id,
+            caller=entering.caller,
             version=self._gate.version_of(entering.stage) if standing is None else standing[0],
             local_step=int(standing is None and task.kind is TaskKind.TRAIN),
             input_digest=entering.body.digest,

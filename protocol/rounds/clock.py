@@ -26,9 +26,9 @@ from protocol.rounds.messages import (
 from protocol.rounds.records import bitmap, draw_closing
 from protocol.rounds.settings import RoundSize, Settings
 
-MAX_REPORT_BYTES = 128 * 1024  # tasks in one message, half of what a message may weigh
+MAX_REPORT_BYTES = 128 * 1024  # tasks in one message, half of what it may weigh; a longer one travels alone
 GRACE_SILENCES = 2  # a feeder notices a dead clock after one, and has reported to the next after two
-CREDIT_BYTES = 96  # a credit on the wire, rounded up
+CREDIT_BYTES, TASK_BYTES = 96, 96  # a credit, and the rest of a task, on the wire, rounded up
 
 
 class Clock:
@@ -175,7 +175,11 @@ class Clock:
         chosen: list[DoneTask] = []
         num_bytes = 0
         for number in sorted(self._tasks):
-            if bits >> number & 1 and len(chosen) < MAX_DONE_PER_MESSAGE and num_bytes < MAX_REPORT_BYTES:
-                chosen.append(self._tasks[number])
-                num_bytes += len(self._tasks[number].evidence) + CREDIT_BYTES * len(self._tasks[number].credits)
+            if not bits >> number & 1:
+                continue
+            task = self._tasks[number]
+            num_bytes += TASK_BYTES + len(task.evidence) + CREDIT_BYTES * len(task.credits)
+            if chosen and (num_bytes > MAX_REPORT_BYTES or len(chosen) == MAX_DONE_PER_MESSAGE):
+                break
+            chosen.append(task)
         return [Send(peer, DoneReport(stage=self._settings.stage, round=self.round, tasks=tuple(chosen)))]

@@ -25,8 +25,8 @@ COMMIT_CONTEXT = "handcar commit"
 MAX_SEATS = 1024  # one stage; a commit for as many still fits a message
 MAX_CREDITS = 2048  # (stage, peer) pairs of one round, about 70 bytes each
 MAX_NUMBERS = 1 << 17  # training and evaluation microbatches of one round
-MAX_DONE_PER_MESSAGE = 64  # with 1 KiB of evidence each, well below the size limit of a message
-MAX_EVIDENCE_BYTES = 16 * 1024
+MAX_DONE_PER_MESSAGE = 64  # of a short pipeline: the clock minds the bytes as well
+MAX_EVIDENCE_BYTES = 160 * 1024  # a path of 256 peers takes 141 KiB; a longer one is none (`hops.MAX_PATH_ENTRIES`)
 MAX_COMMITS_PER_ANSWER = 16
 MAX_COUNT = 1 << 56
 MAX_BALLOT = (1 << 31) - 1
@@ -220,7 +220,7 @@ class StageMessage(Message):
 
 
 class DoneTask(Message):
-    """A finished number and its proof: the last stage's signed answer, opaque here."""
+    """A finished number and its proof: the signed path (`protocol.hops.Evidence`), opaque here."""
 
     number: Annotated[int, Field(ge=0, lt=2 * MAX_NUMBERS)]
     evidence: Annotated[bytes, Field(max_length=MAX_EVIDENCE_BYTES)]

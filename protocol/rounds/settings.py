@@ -72,7 +72,7 @@ class RoundSize:
 
 
 def any_evidence(_round: RoundId, _task: DoneTask) -> bool:
-    """Believe every feeder. For tests; a run checks the last stage's signature."""
+    """Believe every feeder. For tests; a run checks the signed path."""
     return True
 
 

@@ -21,6 +21,7 @@ from peer.codecs import codec, codec_names
 from protocol import access, control, history, hops, manifest, receipts, records
 from protocol.ids import RoundId, RunId, StageId
 from protocol.invite import Invite
+from protocol.paths import read_path
 from protocol.records import key_id
 from protocol.rounds import messages as rounds
 from protocol.signing import Signed, unseal
@@ -38,6 +39,7 @@ from protocol.wire import (
     unpack_tagged,
 )
 from tests.fuzz.plausible import plausible
+from tests.protocol.paths import sign_path
 from tests.protocol.test_records import ALICE, COORDINATOR, NOW, RUN, publication
 
 MODULES: tuple[ModuleType, ...] = (
@@ -119,6 +121,8 @@ def _envelopes() -> Iterator[Target]:
         return list(window.sent_hops()), list(window.served_hops())
 
     yield Target("receipts", open_window, tuple(each.payload for each in windows))
+    shown = hops.Evidence(path=sign_path()).to_bytes()
+    yield Target("signed path", lambda data: read_path(hops.Evidence.from_bytes(data).path), (shown,))
     invite = Invite(addresses=("/ip4/192.0.2.1/tcp/4001",), run=RUN, coordinator=COORDINATOR.peer_id).to_text()
     yield Target("invite", lambda data: Invite.from_text(data.decode("utf-8", "replace")), (invite.encode(),))
 

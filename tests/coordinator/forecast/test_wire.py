@@ -38,6 +38,7 @@ def entry() -> Signed:
         number=100,
         stages=(StageId(3),),
         peer=PEER,
+        caller=PEER,
         version=Version(1234),
         local_step=0,
         input_digest=DIGEST,

@@ -112,6 +112,7 @@ async def echo(host: Host, hosted: HostedTask) -> Outcome:
         number=hosted.key.task.number,
         stages=(hosted.key.stage,),
         peer=host.peer_id,
+        caller=hosted.key.caller,
         version=Version(0),
         local_step=0,
         input_digest=hosted.body.digest,
@@ -141,6 +142,7 @@ async def hosts(folder: Path, count: int, *, hop_silence_s: float = 5.0) -> Asyn
             view = View()
             caller = HopCaller(
                 run=RUN,
+                me=key.peer_id,
                 codec="fp32",
                 gradient_codec="fp32",
                 num_stages=2,

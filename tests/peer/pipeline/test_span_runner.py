@@ -11,7 +11,7 @@ import pytest
 from peer.engine.span import SpanLoss
 from peer.memory.executor import Pause
 from peer.pipeline import span
-from peer.pipeline.caller import HopCaller, read_path
+from peer.pipeline.caller import HopCaller
 from peer.pipeline.compute import ComputeThread
 from peer.pipeline.gate import Gate
 from peer.pipeline.span import MAX_OWN_FAULTS, SpanRunner
@@ -19,7 +19,8 @@ from peer.pipeline.waves import Waves
 from peer.tasks import Body, Outcome, Pulse, RoundOver, TaskId
 from protocol.batches import Microbatch, TaskKind
 from protocol.errors import LocalFault, PeerFault, SwarmError
-from protocol.ids import RoundId, RunId, StageId
+from protocol.ids import PeerId, RoundId, RunId, StageId
+from protocol.paths import read_path
 from protocol.signing import SigningKey
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 RUN = RunId("0" * 32)
 LAST = StageId(2)
+CALLER = PeerId("caller")
 
 
 class PlayedEngine:
@@ -84,6 +86,7 @@ class Played:
             TaskId(TaskKind.TRAIN, RoundId(0), 0),
             entry,
             Body.of(b"body", (1, 2, 4)),
+            caller=CALLER,
             pulse=Pulse(furthest_stage=entry),
             deadline_s=0.0,
             retries_left=0,
@@ -155,4 +158,4 @@ async def test_the_signed_entry_names_the_stages_that_were_run(
     played: Played, entry: StageId, stages: tuple[int, ...]
 ) -> None:
     outcome = await played.work(entry=entry)
-    assert read_path(outcome.path, peer=outcome.path[0].signer)[0].stages == stages
+    assert read_path(outcome.path, caller=CALLER)[0].stages == stages

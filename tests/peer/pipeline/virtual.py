@@ -170,8 +170,8 @@ class PlayedTokens:
 class PlayedLink:
     """Hands a task to a replica of the next stage, in turn, and brings back what it answers."""
 
-    def __init__(self, peers: Callable[[StageId], Sequence[Peer]], delay_s: Callable[[], float]) -> None:
-        self._peers, self._delay_s = peers, delay_s
+    def __init__(self, me: PeerId, peers: Callable[[StageId], Sequence[Peer]], delay_s: Callable[[], float]) -> None:
+        self._me, self._peers, self._delay_s = me, peers, delay_s
         self.failing: set[int] = set()
         """Numbers whose next attempt comes to nothing."""
 
@@ -185,7 +185,9 @@ class PlayedLink:
         replicas = self._peers(stage)
         peer = replicas[task.number % len(replicas)]
         pulse_there = Pulse(furthest_stage=stage)
-        outcome = await peer.runner.work(task, stage, body, pulse=pulse_there, deadline_s=0.0, retries_left=0)
+        outcome = await peer.runner.work(
+            task, stage, body, caller=self._me, pulse=pulse_there, deadline_s=0.0, retries_left=0
+        )
         await asyncio.sleep(self._delay_s())
         return outcome
 
@@ -268,7 +270,7 @@ class Pipeline:
     def _peer(self, stage: StageId, wave: int, tokens: PlayedTokens, delay_s: Callable[[], float]) -> Peer:
         key, gate, engine = SigningKey.generate(), Gate(run=RUN), PlayedEngine(stage, len(self.waves), wave)
         compute = cast(ComputeThread, PlayedCompute())
-        link = PlayedLink(lambda following: self.peers[following], delay_s)
+        link = PlayedLink(key.peer_id, lambda following: self.peers[following], delay_s)
         link.failing = set(self.failing) if stage == FIRST_STAGE else set()
         runner = SpanRunner(
             run=RUN,
