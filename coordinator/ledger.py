@@ -257,6 +257,8 @@ class Ledger:
             raise PeerFault(f"a commit of round {commit.round} claims to be update {commit.version}")
         numbers = (summary.tasks_done, summary.tasks_lost, summary.eval_tokens, commit.version, commit.generation)
         _check_numbers(*numbers, commit.total_tokens, commit.tokens_dropped, commit.double_counted)
+        if any(each.weight > each.tokens for each in commit.contributors):
+            raise PeerFault(f"a commit of round {commit.round} counts somebody for more than it brought")
         charter = self._charters.get(commit.stage)
         if charter is None or commit.generation > charter.generation:
             raise PeerFault(f"a commit of stage {commit.stage} follows a charter that we have not issued")

@@ -32,8 +32,8 @@ class Update:
     codec: str
     data: bytes | memoryview
     """A dense codec's sum, shard after shard; with a sparse one, so much for every contributor."""
-    tokens: tuple[int, ...]
-    """How many target tokens each contribution stands for, in the order in which they are added."""
+    weights: tuple[int, ...]
+    """For how many target tokens each contribution counts, in the order in which they are added."""
     norm: float | None = None
     """As `update_norm` has found it, if it was asked: then every number has been looked at."""
     shards: tuple[int, ...] | None = None
@@ -61,7 +61,7 @@ def update_norm(engine: StageEngine, update: Update) -> float:
         for _, values in shard():
             for piece in torch.split(values, NORM_ELEMENTS):
                 total += float(piece.double().square().sum())
-    return math.sqrt(total) * (1 if engine.anchored is None else sum(update.tokens))
+    return math.sqrt(total) * (1 if engine.anchored is None else sum(update.weights))
 
 
 def update_shards(engine: StageEngine, update: Update) -> Iterator[Tensor]:
@@ -103,7 +103,7 @@ def absorb(
         for part, values in shards[number]():
             out[part].copy_(values)
 
-    engine.step(schedule.at(engine.version), scale=clip_scale / sum(update.tokens), load=load)
+    engine.step(schedule.at(engine.version), scale=clip_scale / sum(update.weights), load=load)
 
 
 def _split(engine: StageEngine, update: Update) -> dict[int, Callable[[], Iterator[tuple[slice, Tensor]]]]:
@@ -114,7 +114,7 @@ def _split(engine: StageEngine, update: Update) -> dict[int, Callable[[], Iterat
     numbers = update.shards_of(engine)
     lengths = [engine.shards[number].num_elements for number in numbers]
     sizes = [encoded_shard_bytes(update.codec, length) for length in lengths]
-    num_pieces = _num_pieces(update.codec, len(update.tokens))
+    num_pieces = _num_pieces(update.codec, len(update.weights))
     if len(update.data) != num_pieces * sum(sizes):
         raise WireError(f"an update of {len(update.data)} bytes does not fit this stage")
     is_mean = engine.anchored is not None and num_pieces > 1  # what is dense has been averaged already
@@ -125,7 +125,7 @@ def _split(engine: StageEngine, update: Update) -> dict[int, Callable[[], Iterat
             update.codec,
             [view[start + offset : start + offset + size] for start in starts],
             length,
-            shares=shares_of(update.tokens) if is_mean else (),
+            factors=shares_of(update.weights) if is_mean else (),
         )
         for number, length, size, offset in zip(
             numbers, lengths, sizes, accumulate(sizes, initial=0), strict=False

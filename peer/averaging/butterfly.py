@@ -32,7 +32,7 @@ class ButterflyRunner(GroupRunner):
             self._codec,
             [part.length for part in self._parts_of(self._me)],
             num_senders=len(group.members),
-            shares=group.shares,
+            factors=group.factors,
         )
 
     async def _make_own_parts(self) -> None:

@@ -22,7 +22,7 @@ from peer.averaging.history import History
 from peer.averaging.line_rate import LineRate
 from peer.averaging.machine_clock import MachineClock
 from peer.averaging.outbox import Outbox
-from peer.averaging.reduce import Reduce, Reduced, ReduceError, ReduceGroup, ReduceTimeouts, Shards
+from peer.averaging.reduce import Reduce, Reduced, ReduceError, ReduceGroup, ReduceTimeouts, Shards, factors_of
 from peer.averaging.rules import round_timers
 from peer.averaging.sync import OUR_FAULTS, StageSync, standing_after, to_its_end
 from peer.engine.span import SpanEngine
@@ -306,8 +306,8 @@ class StageDriver:
                 reduced = await self._reduce.reduce(self._group_of(action), shards)
             finally:
                 self._reducing.pop(action.group_id, None)  # what is summed may be of use, whatever the machine wants
-            tokens = tuple(contribution.tokens for contribution in action.group)
-            update, norm = await self._checked(Update(reduced.codec, reduced.data, tokens, shards=due))
+            weights = tuple(contribution.weight for contribution in action.group)
+            update, norm = await self._checked(Update(reduced.codec, reduced.data, weights, shards=due))
         except (SwarmError, *OUR_FAULTS) as error:
             is_ours = isinstance(error, StorageError) or not isinstance(error, SwarmError)
             if is_ours and not self._engine.note_fault(error):
@@ -329,7 +329,11 @@ class StageDriver:
             group_id=action.group_id,
             members=tuple(contribution.peer for contribution in action.group),
             codec=action.codec,
-            weights=tuple(contribution.tokens for contribution in action.group) if is_mean else (),
+            factors=factors_of(
+                [contribution.weight for contribution in action.group],
+                [contribution.tokens for contribution in action.group],
+                is_mean=is_mean,
+            ),
             timeouts=ReduceTimeouts(
                 sender_s=timing.hop_silence_s, reducer_s=2 * timing.hop_silence_s, deadline_s=timing.reduce_timeout_s
             ),
@@ -609,6 +613,6 @@ def _shares(commit: Commit) -> list[float]:
     How fast they could be shows in their answers, which the router minds. By what they did alone, shares would drift
     apart by chance (Polya's urn).
     """
-    tokens = {contribution.peer: contribution.tokens for contribution in commit.contributors}
+    weights = {contribution.peer: contribution.weight for contribution in commit.contributors}
     mean = max(1.0, commit.total_tokens / len(commit.seats))
-    return [0.5 * (mean + tokens.get(seat.peer, 0)) for seat in commit.seats]
+    return [0.5 * (mean + weights.get(seat.peer, 0)) for seat in commit.seats]

@@ -78,7 +78,7 @@ class GroupReduce:
             raise ValueError(f"{me} is no member of the group it is asked to reduce with")
         started_s = time.monotonic()
         if len(group.members) == 1:
-            result = await asyncio.to_thread(_encode_alone, group.codec, shards, self._folder)
+            result = await asyncio.to_thread(_encode_alone, group, shards, self._folder)
             return _reduced(group, shards, result, await asyncio.to_thread(digest, result), started_s)
         kind = ButterflyRunner if codec(group.codec).is_dense else ExchangeRunner
         runner = kind(self._link, group=group, shards=shards, namespace=self._namespace, folder=self._folder)
@@ -100,13 +100,15 @@ class GroupReduce:
         )
 
 
-def _encode_alone(name: str, shards: Shards, folder: Path | None) -> memoryview:
+def _encode_alone(group: ReduceGroup, shards: Shards, folder: Path | None) -> memoryview:
     """Sum over ourselves: nothing is added to what we have, so it is encoded once. Takes long; not for the loop."""
+    name = group.codec
+    factor = group.factors[0] if group.factors else 1.0
     spool = Spool(sum(encoded_shard_bytes(name, length) for length in shards.lengths), folder)
     offset = 0
     for shard, length in enumerate(shards.lengths):  # each is read once, and not at all if nothing is in it
         if length:
-            data = encode_shard(name, shards.part(shard, 0, length))
+            data = encode_shard(name, shards.part(shard, 0, length), factor=factor)
             spool.put(offset, data)
             offset += len(data)
     return spool.view

@@ -30,12 +30,14 @@ def check_summable(values: Tensor, *, num_senders: int) -> None:
 
 
 class OrderedMerger:
-    """Sums the parts of which we are the reducer, one at a time, or averages them."""
+    """Sums the parts of which we are the reducer, one at a time."""
 
-    def __init__(self, codec: Codec, lengths: Sequence[int], *, num_senders: int, shares: Sequence[float] = ()) -> None:
-        """With `shares`, one per sender and 1 in all, what they send is averaged, and summed without."""
-        assert not shares or len(shares) == num_senders
-        self._codec, self._shares = codec, tuple(shares)
+    def __init__(
+        self, codec: Codec, lengths: Sequence[int], *, num_senders: int, factors: Sequence[float] = ()
+    ) -> None:
+        """With `factors`, one per sender, what they send is multiplied by them first."""
+        assert not factors or len(factors) == num_senders
+        self._codec, self._factors = codec, tuple(factors)
         self._lengths = tuple(lengths)
         self._num_senders = num_senders
         self._stopped = False
@@ -87,8 +89,8 @@ class OrderedMerger:
     def _add_in_order(self) -> None:
         """Add what can be added: everything up to the first member that is still missing."""
         while (values := self._early.pop(self._next_sender, None)) is not None:
-            if self._shares:
-                values.mul_(self._shares[self._next_sender])
+            if self._factors:
+                values.mul_(self._factors[self._next_sender])
             self._sum = values if self._sum is None else self._sum.add_(values)
             self._next_sender += 1
         if self._next_sender == self._num_senders:

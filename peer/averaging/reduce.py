@@ -4,10 +4,10 @@ Owns: `Reduce` (what the steward calls), `ReduceGroup`, `Reduced`, `ReduceError`
 shards (`decoded_parts`), which the history uses to replay them. Must not know: hivemind, sockets, stewards.
 `group_reduce.py` implements `Reduce`.
 
-The promise: the result is the fp32 sum of what the members sent, or their mean, added in member order. With a dense
-codec it is encoded once (a butterfly); with a sparse one it stays what the members sent, one behind the other, and is
-added up by whoever reads it (an exchange). Every member ends with the very same bytes, or raises. Nobody is ever left
-out silently, and inputs are not touched.
+The promise: the result is the fp32 sum of what the members sent, each times its factor, added in member order. With a
+dense codec it is encoded once (a butterfly); with a sparse one it stays what the members sent, one behind the other,
+and is added up by whoever reads it (an exchange). Every member ends with the very same bytes, or raises. Nobody is ever
+left out silently, and inputs are not touched.
 """
 
 from __future__ import annotations
@@ -70,22 +70,19 @@ class ReduceGroup:
     members: tuple[PeerId, ...]
     """In the order in which contributions are added."""
     codec: str
-    weights: tuple[int, ...] = ()
-    """How much each member's values count in their mean, which is the result then. Without weights it is the sum."""
+    factors: tuple[float, ...] = ()
+    """By what each member's values are multiplied before they are added (`factors_of`); without them nobody's are."""
     timeouts: ReduceTimeouts = field(default_factory=ReduceTimeouts)
-
-    @property
-    def shares(self) -> tuple[float, ...]:
-        """Each member's part of all weights; nothing without weights."""
-        return shares_of(self.weights)
 
     def __post_init__(self) -> None:
         if not 0 < len(self.group_id) <= MAX_GROUP_ID_BYTES:
             raise ValueError(f"a group id has 1 to {MAX_GROUP_ID_BYTES} bytes")
         if not self.members or len(set(self.members)) != len(self.members):
             raise ValueError("a group's members are distinct and at least one")
-        if self.weights and (len(self.weights) != len(self.members) or min(self.weights) < 0 or not any(self.weights)):
-            raise ValueError("a group has a weight of at least 0 for each of its members, and not only zeros")
+        if self.factors and (len(self.factors) != len(self.members) or not any(self.factors)):
+            raise ValueError("a group has a factor for each of its members, and not only zeros")
+        if not all(0 <= factor <= 1 for factor in self.factors):
+            raise ValueError("a group's factors make nobody's values larger")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,31 +167,45 @@ def shares_of(weights: Sequence[int]) -> tuple[float, ...]:
     return tuple(weight / total for weight in weights)
 
 
+def factors_of(weights: Sequence[int], tokens: Sequence[int], *, is_mean: bool) -> tuple[float, ...]:
+    """Return by what contributions are multiplied so that each counts by its weight; nothing if all are by 1.
+
+    In a mean those are shares. A sum that stands for `tokens` is made smaller by as much as they do not count: who
+    claims too many makes its own sum smaller, and who claims none has nothing to add.
+    """
+    if is_mean:
+        return shares_of(weights)
+    if all(0 < weight == claimed for weight, claimed in zip(weights, tokens, strict=True)):
+        return ()
+    return tuple(weight / claimed if claimed else 0.0 for weight, claimed in zip(weights, tokens, strict=True))
+
+
 def encoded_shard_bytes(name: str, num_elements: int) -> int:
     """Return the exact number of bytes of an encoded shard."""
     return sum(codec(name).encoded_bytes(length) for _, length in spans_of(num_elements))
 
 
 def decoded_parts(
-    name: str, contributions: Sequence[Buffer], num_elements: int, *, shares: Sequence[float] = ()
+    name: str, contributions: Sequence[Buffer], num_elements: int, *, factors: Sequence[float] = ()
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield a shard part by part: the sum of one encoded shard per member, or their mean by `shares`, in member order.
+    """Yield a shard part by part: the sum of one encoded shard per member, each times its factor, in member order.
 
     Raises `WireError` as soon as one of them turns out not to be exactly such a shard.
     """
     for each in zip(*(_decoded(name, data, num_elements) for data in contributions), strict=True):
         total = None
         for member, (_, values) in enumerate(each):
-            if shares:
-                values.mul_(shares[member])
+            if factors:
+                values.mul_(factors[member])
             total = values if total is None else total.add_(values)
         assert total is not None
         yield each[0][0], total
 
 
-def encode_shard(name: str, values: Tensor) -> bytes:
+def encode_shard(name: str, values: Tensor, *, factor: float = 1.0) -> bytes:
     """Encode a shard, flat fp32, part by part."""
-    return b"".join(codec(name).encode(values[start : start + length]) for start, length in spans_of(len(values)))
+    parts = (values[start : start + length] for start, length in spans_of(len(values)))
+    return b"".join(codec(name).encode(part if factor == 1.0 else part * factor) for part in parts)
 
 
 def _decoded(name: str, data: Buffer, num_elements: int) -> Iterator[tuple[slice, Tensor]]:

@@ -68,6 +68,7 @@ def round_rules(manifest: Manifest, stage: StageId) -> RoundRules:
     return RoundRules(
         size_of=size_of,
         check_done=check_done,
+        tokens_per_round=manifest.batch.tokens_per_round,
         # in diloco mode every local step was clipped already
         clip_threshold=math.inf if is_diloco else clip_threshold(manifest, stage),
         last_round=RoundId(manifest.batch.num_rounds),

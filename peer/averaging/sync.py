@@ -240,8 +240,8 @@ class StageSync:
 
     def update_of(self, commit: Commit, data: bytes | memoryview) -> Update:
         """Return what bytes of this commit's digest mean."""
-        tokens = tuple(each.tokens for each in commit.contributors)
-        return Update(commit.codec, data, tokens, shards=self._engine.due(commit.version, commit.round))
+        weights = tuple(each.weight for each in commit.contributors)
+        return Update(commit.codec, data, weights, shards=self._engine.due(commit.version, commit.round))
 
     async def absorb(self, commit: Commit, update: Update) -> None:
         """Take the step to a commit's version, in the compute thread. Raises `PeerFault` if it does not follow."""
@@ -255,7 +255,7 @@ class StageSync:
                 update,
                 clip_scale=commit.clip_scale,
                 schedule=self._schedule,
-                is_ours=any(each.peer == self._me and each.tokens > 0 for each in commit.contributors),
+                is_ours=any(each.peer == self._me and each.weight > 0 for each in commit.contributors),
                 following=self._engine.due(Version(commit.version + 1), RoundId(commit.round + 1)),
             )
 

@@ -108,6 +108,7 @@ class Chain:
         _require(bool(commit.seats) and _distinct(s.peer for s in commit.seats), "its seats are wrong")
         peers = [contribution.peer for contribution in commit.contributors]
         _require(_distinct(peers) and set(peers) <= set(head.members), "its contributors are not members")
+        _require(all(each.weight <= each.tokens for each in commit.contributors), "it counts more than was brought")
         _require(commit.total_tokens > 0, "it averages nothing")
         return commit
 

@@ -75,10 +75,13 @@ class Ballot(Message):
 
 
 class Contribution(Message):
-    """How many target tokens a peer's accumulated gradient stands for."""
+    """What a peer brings to an average."""
 
     peer: Peer
     tokens: Count
+    """The target tokens that its accumulated gradient stands for, by its own word."""
+    weight: Count
+    """For how many of them it counts: those that it is credited with (0017)."""
 
 
 class Credit(Message):
@@ -207,7 +210,8 @@ class Commit(Message):
 
     @property
     def total_tokens(self) -> int:
-        return sum(contribution.tokens for contribution in self.contributors)
+        """The tokens that count: the sum of all weights, by which sums are divided."""
+        return sum(contribution.weight for contribution in self.contributors)
 
 
 # -- feeders and clock (stage 0) -------------------------------------------------------------------

@@ -15,7 +15,6 @@ from protocol.errors import PeerFault
 from protocol.ids import Digest, PeerId, RoundId, RunId, StageId, Version, digest
 from protocol.rounds.lineage import Chain
 from protocol.rounds.messages import (
-    MAX_COUNT,
     MAX_CREDITS,
     Ballot,
     Closing,
@@ -26,8 +25,11 @@ from protocol.rounds.messages import (
     RoundSummary,
     Seats,
 )
+from protocol.rounds.quorum import is_quorum
 from protocol.rounds.settings import RoundRules, RoundSize, Settings
 from protocol.rounds.slot import HeardClosing, Slot, StagedBytes
+
+MAX_LOSSES = 1 << 52  # a closing or a member may lie; a record must stay one, and the coordinator's books have room
 
 
 def draw_closing(run: RunId, round_id: RoundId, size: RoundSize, tasks: Mapping[int, DoneTask]) -> Closing:
@@ -78,8 +80,7 @@ class Draft:
 def draw_commit(settings: Settings, chain: Chain, slot: Slot, draft: Draft) -> Commit:
     """Write the record that ends the round, for the steward to sign."""
     parent, closing = slot.parent, draft.heard.closing
-    total = sum(contribution.tokens for contribution in draft.contributors)
-    norm = draft.staged.norm / total
+    norm = draft.staged.norm / sum(contribution.weight for contribution in draft.contributors)
     covered = [heard.closing for number, heard in slot.closings.items() if number <= closing.round]
     dropped, doubled = count_losses(settings.stage, draft.contributors, covered)
     return Commit(
@@ -110,20 +111,48 @@ def clip_scale(norm: float, threshold: float) -> float:
     return 1.0 if norm <= threshold else threshold / norm
 
 
-def count_losses(stage: StageId, contributors: Sequence[Contribution], closings: Iterable[Closing]) -> tuple[int, int]:
-    """Return (tokens dropped, tokens double counted) of one stage over all rounds that a commit covers.
+def weigh(settings: Settings, slot: Slot, claimed: Mapping[PeerId, int], until: RoundId) -> tuple[Contribution, ...]:
+    """Say for how much of what members claim they count, in an average after round `until`.
 
-    Dropped is what somebody is credited with and did not bring: it died, was left out, or had to begin its sum anew.
+    For what the closings since the parent credit them with. Of a round whose closing we have not heard, or whose list
+    of credits is full, anybody may have done everything: what an honest member did shall count.
     """
+    credited, num_unknown = _credits(settings.stage, slot, until)
+    spare = num_unknown * settings.rules.tokens_per_round
+    return tuple(
+        Contribution(peer=peer, tokens=tokens, weight=min(tokens, credited[peer] + spare))
+        for peer, tokens in claimed.items()
+    )
+
+
+def _credits(stage: StageId, slot: Slot, until: RoundId) -> tuple[Counter[PeerId], int]:
+    """Return what a stage's peers are credited with, and of how many rounds we do not know it."""
+    first = slot.parent.next_round
+    covered = [heard.closing for number, heard in slot.closings.items() if first <= number <= until]
+    known = [closing for closing in covered if len(closing.credits) < MAX_CREDITS]
+    return credits_of(stage, known), until + 1 - first - len(known)
+
+
+def credits_of(stage: StageId, closings: Iterable[Closing]) -> Counter[PeerId]:
+    """Add up what closings credit the peers of a stage with."""
     credited: Counter[PeerId] = Counter()
     for closing in closings:
         for credit in closing.credits:
             if credit.stage == stage:
                 credited[credit.peer] += credit.tokens
+    return credited
+
+
+def count_losses(stage: StageId, contributors: Sequence[Contribution], closings: Iterable[Closing]) -> tuple[int, int]:
+    """Return (tokens dropped, tokens double counted) of one stage over all rounds that a commit covers.
+
+    Dropped is what somebody is credited with and did not bring: it died, was left out, or had to begin its sum anew.
+    """
+    credited = credits_of(stage, closings)
     accumulated = {contribution.peer: contribution.tokens for contribution in contributors}
     dropped = sum(max(0, tokens - accumulated.get(peer, 0)) for peer, tokens in credited.items())
     doubled = sum(max(0, tokens - credited[peer]) for peer, tokens in accumulated.items())
-    return min(dropped, MAX_COUNT), min(doubled, MAX_COUNT)  # a closing may lie; a record must stay a record
+    return min(dropped, MAX_LOSSES), min(doubled, MAX_LOSSES)
 
 
 def group_id(slot: Slot, ballot: Ballot, group: Sequence[Contribution], *, codec: str, round_id: RoundId) -> Digest:
@@ -145,6 +174,7 @@ def check_proposal(
     mine = {c.peer: c.tokens for c in commit.contributors}.get(me)
     if mine is not None and slot.tokens is not None and mine != slot.tokens:
         raise PeerFault(f"it weighs us with {mine} tokens instead of {slot.tokens}")
+    check_weights(settings, slot, commit)
     for seat in commit.seats:
         if seat.peer in banned:
             raise PeerFault(f"it seats {seat.peer}, who is banned")
@@ -152,6 +182,25 @@ def check_proposal(
             raise PeerFault(f"it seats {seat.peer}, who is neither a member nor a joiner")
     if staged is not None and staged.are_of(commit):
         check_scale(settings.rules, commit, staged)
+
+
+def check_weights(settings: Settings, slot: Slot, commit: Commit) -> None:
+    """Raise `PeerFault` if members count for other than what they are credited with, as far as we know.
+
+    We know if we have heard all closings that a commit covers, and hold the last of them for the same. Those before it
+    may still differ, as two clocks may close one round: whoever disagrees with most stewards gives in, or with one of
+    two that comes first in order. Otherwise a stage would stand still.
+    """
+    heard = slot.closings.get(commit.round)
+    if heard is None or digest(heard.signed.payload) != commit.summary.closing_digest:
+        return
+    credited, num_unknown = _credits(settings.stage, slot, commit.round)
+    gives_in = commit.first_round < commit.round and is_quorum(slot.objected, slot.order, break_tie=True)
+    if num_unknown or gives_in:
+        return
+    for each in commit.contributors:
+        if each.weight != min(each.tokens, credited[each.peer]):
+            raise PeerFault(f"it counts {each.peer} for {each.weight} tokens instead of {credited[each.peer]}")
 
 
 def check_scale(rules: RoundRules, commit: Commit, staged: StagedBytes) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from protocol.ids import PeerId, RoundId, RunId, StageId
-from protocol.rounds.messages import DoneTask, Seat
+from protocol.rounds.messages import MAX_COUNT, DoneTask, Seat
 from protocol.signing import Signed, SigningKey, seal, unseal
 from protocol.wire import Message
 
@@ -83,6 +83,8 @@ class RoundRules:
     size_of: Callable[[RoundId], RoundSize]
     check_done: Callable[[RoundId, DoneTask], bool] = any_evidence
     """Does the evidence prove that the number is done, with that loss, those tokens and credits?"""
+    tokens_per_round: int = MAX_COUNT
+    """More than these target tokens no round has."""
     clip_threshold: float = 1.0
     """Largest norm of this stage's averaged gradient that passes unscaled."""
     scale_tolerance: float = 1e-3

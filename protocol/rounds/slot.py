@@ -74,6 +74,8 @@ class Slot:
     promised_s: float = 0.0
     vote: Vote | None = None
     staged: StagedBytes | None = None
+    objected: set[PeerId] = field(default_factory=set)
+    """The stewards whose proposals we have declined because they were wrong."""
     reducing: Begin | None = None
     slept: bool = False
     """We were stopped for a while, and others may have gone on without us."""

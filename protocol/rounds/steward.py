@@ -14,7 +14,7 @@ A commit that any answer names (accepted in an earlier ballot) is proposed again
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -46,7 +46,7 @@ from protocol.rounds.messages import (
     Vote,
 )
 from protocol.rounds.quorum import is_quorum, may_go_on
-from protocol.rounds.records import Draft, check_proposal, draw_commit, group_id
+from protocol.rounds.records import Draft, check_proposal, draw_commit, group_id, weigh
 from protocol.rounds.settings import Settings
 from protocol.rounds.slot import HeardClosing, Slot, StagedBytes
 from protocol.signing import Signed
@@ -164,10 +164,11 @@ class Steward:
 
     def on_decline(self, sender: PeerId, decline: Decline, now_s: float) -> list[Step]:
         """Try again, without that one's vote if the others are enough. After an objection, let others try first."""
-        if self.phase is not Phase.PROPOSING or decline.ballot != self.ballot:
+        is_late = self._retry and self.phase is Phase.IDLE  # a second objection to what has failed counts as well
+        if not (is_late or self.phase is Phase.PROPOSING) or decline.ballot != self.ballot:
             return []
         self._give_up({sender}, now_s)
-        failed = self._fail(f"{sender} declined: {decline.reason}", now_s)
+        failed = [] if is_late else self._fail(f"{sender} declined: {decline.reason}", now_s)
         if decline.objection:
             self._objectors.add(sender)
             self._retry = is_quorum(self._ready() - self._objectors, self._slot.order, break_tie=False)
@@ -225,6 +226,15 @@ class Steward:
     def _ready(self) -> set[PeerId]:
         return {peer for peer, pong in self._pongs.items() if pong.tokens is not None}
 
+    def _weights(self) -> dict[PeerId, int]:
+        """For how much each of those who are ready counts: most of it by closings, not by its own word."""
+        return {each.peer: each.weight for each in self._weighed(self._ready())}
+
+    def _weighed(self, peers: Collection[PeerId]) -> tuple[Contribution, ...]:
+        assert self._heard is not None
+        claimed = {peer: self._pongs[peer].tokens or 0 for peer in peers}
+        return weigh(self._settings, self._slot, claimed, self._heard.closing.round)
+
     def _voters(self) -> set[PeerId]:
         """Those whose acceptance makes a commit final: who answered, less those who could not accept before."""
         return self._ready() - self._left_out
@@ -255,7 +265,7 @@ class Steward:
         if votes:
             newest = max(votes, key=lambda vote: (vote.ballot.number, vote.ballot.steward))
             return self._propose_again(newest.commit, now_s)
-        if sum(pong.tokens or 0 for pong in self._pongs.values()) == 0:
+        if not any(self._weights().values()):
             return self._void()
         return self._begin(now_s)
 
@@ -299,10 +309,8 @@ class Steward:
 
     def _begin(self, now_s: float) -> list[Step]:
         assert self.ballot is not None
-        group = tuple(
-            Contribution(peer=peer, tokens=self._pongs[peer].tokens or 0) for peer in self._choose_contributors()
-        )
         assert self._heard is not None
+        group = self._weighed(self._choose_contributors())
         round_id, codec = self._heard.closing.round, self._choose_codec([contribution.peer for contribution in group])
         self.phase, self._since_s = Phase.REDUCING, now_s
         self._group = Begin(
@@ -334,26 +342,26 @@ class Steward:
         Who broke a reduce cannot be told from outside (a broken link has two ends), so this is about
         progress and not about guilt: whoever is left out still votes, stays a member, and may report it.
         """
-        slot, ready = self._slot, self._ready()
+        slot, ready, weights = self._slot, self._ready(), self._weights()
         voters = [peer for peer in slot.order if peer in ready - self._strange]
-        if not any(self._pongs[peer].tokens for peer in voters):
+        if not any(weights[peer] for peer in voters):
             voters = [peer for peer in slot.order if peer in ready]
         me = self._settings.me.peer
         if self.num_failed >= SOLO_AFTER_FAILURES:
-            return [self._choose_single([peer for peer in voters if self._pongs[peer].tokens])]
+            return [self._choose_single([peer for peer in voters if weights[peer]], weights)]
         named = Counter(reporter if suspect == me else suspect for reporter, suspect in self._blamed.items())
         del named[me]  # who cannot reach the steward is left out, never the steward
         worst = sorted(named, key=lambda peer: (-named[peer], -slot.order.index(peer)))
         chosen = [peer for peer in voters if peer not in worst[: self.num_failed]]
-        return chosen if any(self._pongs[peer].tokens for peer in chosen) else voters
+        return chosen if any(weights[peer] for peer in chosen) else voters
 
-    def _choose_single(self, holders: list[PeerId]) -> PeerId:
+    def _choose_single(self, holders: list[PeerId], weights: Mapping[PeerId, int]) -> PeerId:
         """Choose the largest sum of those that have not failed alone yet; when all have, our own if we have any."""
         me = self._settings.me.peer
         untried = [peer for peer in holders if peer not in self._failed_alone]
         if not untried and me in holders:
             return me
-        return max(untried or holders, key=lambda peer: (self._pongs[peer].tokens or 0, peer == me))
+        return max(untried or holders, key=lambda peer: (weights[peer], peer == me))
 
     def _propose_new(self, group: Begin, now_s: float) -> list[Step]:
         assert self.ballot is not None

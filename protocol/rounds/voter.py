@@ -8,7 +8,7 @@ Must not know: who conducts, how many answers are enough, what follows a commit.
 from __future__ import annotations
 
 from protocol.errors import PeerFault
-from protocol.ids import PeerId
+from protocol.ids import Digest, PeerId, digest
 from protocol.rounds.events import (
     AbortReduce,
     Fetch,
@@ -28,6 +28,7 @@ from protocol.rounds.messages import (
     Accept,
     Ballot,
     Begin,
+    Commit,
     Decline,
     Outbid,
     Ping,
@@ -53,6 +54,8 @@ class Voter:
         self._chain = chain
         self._result: ReduceResult | None = None
         self._fetching: Propose | None = None
+        self._shown: tuple[Ballot, Digest] | None = None
+        """The closing that the last ping brought."""
         self.banned: frozenset[PeerId] = frozenset()
 
     # -- from the steward --------------------------------------------------------------------------
@@ -63,6 +66,7 @@ class Voter:
         if refusal:
             return refusal
         actions = self._promise(ping.ballot, now_s)
+        self._shown = ping.ballot, digest(ping.closing.payload)
         return [*actions, self._pong()]
 
     def on_begin(self, sender: PeerId, begin: Begin, now_s: float) -> list[Step]:
@@ -99,9 +103,12 @@ class Voter:
         slot = self._slot
         assert slot.promised is not None
         tokens = {contribution.peer: contribution.tokens for contribution in begin.group}
+        weights = [contribution.weight for contribution in begin.group]
         if len(tokens) != len(begin.group) or not tokens.keys() <= set(slot.order):
             return "the group names somebody twice, or who is no member"
-        if not any(tokens.values()):
+        if any(contribution.weight > contribution.tokens for contribution in begin.group):
+            return "the group counts somebody for more than it brings"
+        if not any(weights):
             return "the group has nothing to average"
         if begin.codec not in self._settings.rules.codecs or begin.round < slot.parent.next_round:
             return f"{begin.codec} after round {begin.round} is not what this run averages"
@@ -127,6 +134,7 @@ class Voter:
             return [*actions, self._still_here(propose)]
         try:
             commit = self._chain.follows_head(propose.commit)
+            self._check_closing(commit)
             check_proposal(self._settings, slot, commit, staged=slot.staged, banned=self.banned)
         except PeerFault as error:
             return [*actions, *self._object(Trouble.FAULT, propose.ballot, str(error))]
@@ -202,6 +210,15 @@ class Voter:
         slot.vote = Vote(ballot=propose.ballot, commit=propose.commit)
         return [self._accept(propose)]
 
+    def _check_closing(self, commit: Commit) -> None:
+        """Raise `PeerFault` if a commit of the ballot at hand names another closing than it was opened with.
+
+        Or a steward could make one up, by which it counts for whatever it likes.
+        """
+        ballot, shown = self._shown or (None, None)
+        if ballot == commit.ballot and shown != commit.summary.closing_digest:
+            raise PeerFault("it was made under another closing than its steward has shown")
+
     # -- helpers -----------------------------------------------------------------------------------
 
     def _outbid(self, sender: PeerId, ballot: Ballot) -> list[Step]:
@@ -252,6 +269,7 @@ class Voter:
         return Send(propose.ballot.steward, message)
 
     def _object(self, trouble: Trouble, ballot: Ballot, why: str) -> list[Step]:
+        self._slot.objected.add(ballot.steward)
         return [Report(trouble, ballot.steward, why), self._decline(ballot, why, objection=True)]
 
     def _decline(self, ballot: Ballot, reason: str, *, objection: bool) -> Send:

@@ -258,7 +258,7 @@ def _averaged(engines: Sequence[StageEngine], name: str, tokens: Sequence[int]) 
 async def _merged(contributions: Sequence[Tensor], name: str, tokens: Sequence[int]) -> list[bytes]:
     spans = list(spans_of(len(contributions[0])))
     merger = OrderedMerger(
-        codec(name), [length for _, length in spans], num_senders=len(contributions), shares=shares_of(tokens)
+        codec(name), [length for _, length in spans], num_senders=len(contributions), factors=shares_of(tokens)
     )
     merged = []
     for part, (start, length) in enumerate(spans):

@@ -221,7 +221,7 @@ def commit(
         "version": Version(closed.round + 1),
         "parent": parent,
         "ballot": Ballot(number=1, steward=members[0].peer),
-        "contributors": tuple(Contribution(peer=member.peer, tokens=share) for member in members),
+        "contributors": tuple(Contribution(peer=member.peer, tokens=share, weight=share) for member in members),
         "codec": "fp32",
         "digest": digest(b"update", bytes([stage])),
         "norm": 1.0,

@@ -15,6 +15,7 @@ from coordinator.store import history, tallies
 from protocol.control import Report
 from protocol.errors import PeerFault
 from protocol.ids import RoundId, Version
+from protocol.rounds.messages import Contribution
 from protocol.signing import Signed, seal
 from tests.coordinator.office import (
     NO_LINEAGE,
@@ -285,6 +286,7 @@ async def test_reports_that_cannot_be_believed_are_acknowledged_and_count_nothin
             commit_report(committed(office, fine, A, run="0" * 32)),
             commit_report(committed(office, fine, A, stage=2)),
             commit_report(committed(office, fine, A, tokens_dropped=1 << 55)),
+            commit_report(committed(office, fine, A, contributors=(Contribution(peer=A.peer, tokens=1, weight=2),))),
             averaging(2, 0),
             averaging(0, 99),
             averaging(0, 0, bytes_sent=(1 << 64) - 1),

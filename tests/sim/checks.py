@@ -108,6 +108,10 @@ class Checks:
 
     # -- rules -------------------------------------------------------------------------------------
 
+    @staticmethod
+    def _credited(stage: StageId, closing: Closing) -> int:
+        return sum(credit.tokens for credit in closing.credits if credit.stage == stage)
+
     def _life(self, replica: Replica) -> Life:
         key = (replica.process.name, replica.stage, replica.process.session)
         return self._lives.setdefault(key, Life())
@@ -152,10 +156,14 @@ class Checks:
         assert (opened.lineage, opened.version) == (held.lineage, held.version), "opened another version"
 
     def _commit_is_true(self, stage: StageId, commit: Commit) -> None:
-        """The weights are the tokens that were really summed, of the rounds that the commit covers."""
+        """What counts is what was really summed and is credited, of the rounds that the commit covers."""
         total = self._world.sums[commit.digest]
-        sums = {peer: sum(tokens for _, _, tokens in entries) for peer, entries in total.parts}
-        assert sums == {each.peer: each.tokens for each in commit.contributors}, "the weights are not the sums"
+        sums = {peer: self._world.claim_of(peer, entries) for peer, entries in total.parts}
+        assert sums == {each.peer: each.tokens for each in commit.contributors}, "the tokens are not the sums"
+        assert sum(each.weight for each in commit.contributors) == commit.total_tokens
+        if commit.first_round == commit.round:  # of several, a closing may never have been heard
+            most = max(self._credited(stage, closing) for closing in self.closings[commit.round])
+            assert 0 < commit.total_tokens <= most, "more counts than was credited"
         for _, entries in total.parts:
             rounds = {round_id for round_id, _, _ in entries}
             assert all(commit.first_round <= round_id <= commit.round for round_id in rounds), "foreign work in a sum"

@@ -100,7 +100,8 @@ class Replica:
 
     @property
     def tokens(self) -> int:
-        return sum(tokens for _, _, tokens in self.contribution)
+        """What it says that it has added up."""
+        return self.world.claim_of(self.process.name, self.contribution)
 
     def start(self) -> None:
         """Begin as a process does that has nothing: with what anybody has."""

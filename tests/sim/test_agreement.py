@@ -47,6 +47,7 @@ from protocol.rounds.messages import (
     Charter,
     ClosingNotice,
     Committed,
+    Credit,
     Propose,
     Seat,
     StageMessage,
@@ -61,6 +62,8 @@ from tests.sim.world import COORDINATOR, RUN
 
 STAGE = StageId(1)
 CLOCK = PeerId("clock")
+NAMES = tuple(PeerId(f"m{index}") for index in range(5))
+MAX_TOKENS = 3
 NEVER_S = 1e9
 TIMERS = RoundTimers(patience_s=NEVER_S, isolation_s=NEVER_S)
 ROUNDS = 4
@@ -92,7 +95,7 @@ class Adversary:
 
     def __init__(self, seed: int, *, torn: bool) -> None:
         self.rng = Random(seed)
-        names = [PeerId(f"m{index}") for index in range(self.rng.choice((2, 3, 3, 4, 5)))]
+        names = NAMES[: self.rng.choice((2, 3, 3, 4, 5))]
         seats = tuple(Seat(peer=name, session=index) for index, name in enumerate(names))
         self.loss = self.rng.choice((0.0, 0.1, 0.3))
         deaths = DEATHS if torn else 0.0
@@ -117,7 +120,7 @@ class Adversary:
         )
         signed = FakeNotary(COORDINATOR).seal(CHARTER_CONTEXT, charter)
         for peer in self.peers.values():
-            self.feed(peer, RosterChanged({StageId(0): (CLOCK,), STAGE: tuple(names)}))
+            self.feed(peer, RosterChanged({StageId(0): (CLOCK,), STAGE: names}))
             self.feed(peer, Synced(signed, (), charter.state_digest))
         self.closings = [_closing(RoundId(number)) for number in range(ROUNDS)]
 
@@ -133,7 +136,7 @@ class Adversary:
             case Send(to, message) if to in self.peers:
                 self.flying.append((peer.name, to, message))
             case Freeze(closing):
-                peer.tokens = self.rng.randint(0, 3)
+                peer.tokens = self.rng.randint(0, MAX_TOKENS)
                 peer.jobs.append(Frozen(closing.round, peer.tokens))
             case StartReduce(group_id=group_id):
                 peer.reducing = action
@@ -259,7 +262,8 @@ def _settings(seat: Seat, overlap: bool) -> Settings:
 
 
 def _closing(round_id: RoundId) -> ClosingNotice:
-    closing = draw_closing(RUN, round_id, RoundSize(1), {})
+    credits = tuple(Credit(stage=STAGE, peer=name, tokens=MAX_TOKENS) for name in NAMES)
+    closing = draw_closing(RUN, round_id, RoundSize(1), {}).model_copy(update={"credits": credits})
     return ClosingNotice(stage=StageId(0), closing=FakeNotary(CLOCK).seal(CLOSING_CONTEXT, closing))
 
 
@@ -308,11 +312,11 @@ def test_the_search_finds_the_fork_if_the_dead_shrink_the_quorum(monkeypatch: py
 def test_the_search_finds_the_fork_that_a_listener_of_the_dead_makes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first of two commits alone, a newcomer follows, the first dies: the second must not go on at once.
 
-    About one seed in two thousand; 7,000 is one of them.
+    About one seed in two thousand; 490 is one of them, while no message changes.
     """
     monkeypatch.setattr(Neighbours, "has_listeners", lambda self, members: False)
     with pytest.raises(AssertionError, match="has left the others"):
-        _explore_all(range(6900, 7100), torn=True)
+        _explore_all(range(480, 500), torn=True)
 
 
 def _explore_all(seeds: range, *, torn: bool = False) -> int:

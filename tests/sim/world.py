@@ -22,7 +22,7 @@ from tests.sim.network import Link, Network
 from tests.sim.notary import FakeNotary
 from tests.sim.pipeline import PipelineRules, Task
 from tests.sim.process import Process
-from tests.sim.reduces import Reduces, Sum
+from tests.sim.reduces import Entry, Reduces, Sum
 from tests.sim.replica import Held
 
 RUN = RunId("0123456789abcdef0123456789abcdef")
@@ -64,6 +64,8 @@ class Options:
     """Who calls a dead process is told so; otherwise only silence tells."""
     restore_after_s: float = 3.0
     allow_forks: bool = False
+    exaggerates: Mapping[str, int] = field(default_factory=dict)
+    """Who claims how many times the tokens that it has worked on."""
     num_founders: int | None = None
     """How many processes of each stage the first charter names; the others join."""
     commits_kept: int = 64
@@ -105,6 +107,7 @@ class World:
             check_done=self._check_done,
             clip_threshold=options.clip_threshold,
             commits_kept=options.commits_kept,
+            tokens_per_round=sum(map(self.tokens_of, range(options.num_train))),
             overlap=options.overlap,
             last_round=None if options.last_round is None else RoundId(options.last_round),
         )
@@ -207,6 +210,10 @@ class World:
     def tokens_of(self, number: int) -> int:
         """Return the target tokens of a number; all different, so that books that balance do so for a reason."""
         return self.options.tokens_per_number + number
+
+    def claim_of(self, name: PeerId, entries: Sequence[Entry]) -> int:
+        """Return how many tokens a process claims for what it has added up."""
+        return sum(tokens for _, _, tokens in entries) * self.options.exaggerates.get(name, 1)
 
     def _size_of(self, round_id: RoundId) -> RoundSize:
         options = self.options

@@ -28,7 +28,7 @@ from protocol.history import LogRequest
 from protocol.ids import Digest, Lineage, PeerId, RoundId, RunId, StageId, Version, digest
 from protocol.manifest import AveragingMode
 from protocol.rounds import events
-from protocol.rounds.messages import Hello
+from protocol.rounds.messages import Contribution, Hello
 
 STAGE = StageId(1)
 ANNE, BERT = PeerId("anne"), PeerId("bert")
@@ -258,7 +258,7 @@ async def running(case: Case) -> AsyncIterator[None]:
 
 def step(version: int, *contributors: PeerId) -> events.CommitStep:
     """A commit of which only this is looked at."""
-    given = tuple(SimpleNamespace(peer=peer, tokens=1) for peer in contributors)
+    given = tuple(SimpleNamespace(peer=peer, tokens=1, weight=1) for peer in contributors)
     commit = SimpleNamespace(
         version=Version(version), round=RoundId(version), digest=digest(b"sum"), contributors=given
     )
@@ -445,7 +445,7 @@ REDUCING = events.StartReduce(
     version=Version(5),
     ballot=1,
     codec="fp32",
-    group=cast(Any, (SimpleNamespace(peer=PeerId("me"), tokens=1), SimpleNamespace(peer=ANNE, tokens=1))),
+    group=(Contribution(peer=PeerId("me"), tokens=1, weight=1), Contribution(peer=ANNE, tokens=4, weight=3)),
     num_asked=2,
 )
 
@@ -503,6 +503,21 @@ async def test_what_was_summed_is_staged_with_its_norm() -> None:
         await until(lambda: case.machine.has_seen(events.ReduceDone))
         (done,) = [event for event in case.machine.seen if isinstance(event, events.ReduceDone)]
         assert case.driver._staged[done.digest].norm == done.norm == 0.0
+
+
+@pytest.mark.parametrize(
+    ("mode", "factors"), [(AveragingMode.GRADIENT, (1.0, 0.75)), (AveragingMode.DILOCO, (0.25, 0.75))]
+)
+async def test_members_are_summed_and_divided_by_what_counts(mode: AveragingMode, factors: tuple[float, ...]) -> None:
+    """Anne claims 4 tokens, of which 3 count. Oracle: by hand."""
+    case = Case()
+    averaging = SimpleNamespace(codec="fp32", mode=mode)
+    case.driver._manifest = cast(Any, SimpleNamespace(averaging=averaging, timing=MANIFEST.timing))
+    assert case.driver._group_of(REDUCING).factors == factors
+    async with running(case):
+        await case.perform(REDUCING)
+        await until(lambda: case.machine.has_seen(events.ReduceDone))
+        assert case.driver._staged[digest(b"sum")].weights == (1, 3)
 
 
 # -- replay ------------------------------------------------------------------------------------------------
@@ -639,7 +654,9 @@ def _weights(stage: int, speeds: tuple[float, ...], tokens: tuple[int, ...] = (0
         version=Version(4),
         seats=[SimpleNamespace(peer=name) for name in names],
         speeds=speeds,
-        contributors=[SimpleNamespace(peer=name, tokens=each) for name, each in zip(names, tokens, strict=True)],
+        contributors=[
+            SimpleNamespace(peer=name, tokens=1000, weight=each) for name, each in zip(names, tokens, strict=True)
+        ],
         total_tokens=sum(tokens),
     )
     return list(membership_of(cast(Any, commit), Lineage(bytes(32))).members.values())
@@ -655,5 +672,5 @@ def test_feeders_weigh_what_they_are_fast() -> None:
 
 
 def test_those_whom_others_send_to_weigh_half_of_what_they_did() -> None:
-    """Whatever speed they claim. Oracle: by hand."""
+    """Whatever speed and tokens they claim. Oracle: by hand."""
     assert _weights(1, (1.0, 99.0, 99.0), (30, 60, 0)) == [30.0, 45.0, 15.0]

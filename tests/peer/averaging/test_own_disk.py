@@ -102,7 +102,7 @@ def sign_commit(
             version=Version(version),
             parent=parent,
             ballot=Ballot(number=1 + salt, steward=me),
-            contributors=(Contribution(peer=me, tokens=10),),
+            contributors=(Contribution(peer=me, tokens=10, weight=10),),
             codec="fp32",
             digest=digest(data),
             norm=1.0,

@@ -20,6 +20,7 @@ from peer.averaging.reduce import (
     ReduceTimeouts,
     Shards,
     encoded_shard_bytes,
+    shares_of,
 )
 from peer.averaging.reduce_service import ReduceService
 from peer.averaging.spool import Spool
@@ -80,13 +81,22 @@ async def test_the_digest_is_that_of_the_bytes_however_they_are_hashed(
 async def test_with_weights_every_member_gets_the_bytes_of_the_mean(swarm: list[Member]) -> None:
     """Oracle: torch's own weighted mean; fp32 loses nothing, and shares of 1/8, 3/8 and 1/2 round nothing."""
     inputs = [make_shards(seed, (PART_ELEMENTS + 7,)) for seed in range(3)]
-    group = replace(make_group(swarm[:3]), weights=(100, 300, 400))
+    group = replace(make_group(swarm[:3]), factors=shares_of((100, 300, 400)))
     results = await reduce_all(swarm[:3], group, inputs)
     a, b, c = (shards[0] for shards in inputs)
     out = torch.empty(len(a))
     decode_shard("fp32", joined(results[0]), out)
     assert torch.equal(out, a * 0.125 + b * 0.375 + c * 0.5)
     assert len({joined(result) for result in results}) == 1
+
+
+async def test_alone_too_a_sum_is_made_smaller_by_what_does_not_count(swarm: list[Member]) -> None:
+    """Or a group of one would take a step that is larger by the same factor. Oracle: plain torch."""
+    inputs = [make_shards(0, (PART_ELEMENTS + 7,))]
+    (result,) = await reduce_all(swarm[:1], replace(make_group(swarm[:1]), factors=(0.25,)), inputs)
+    out = torch.empty(len(inputs[0][0]))
+    decode_shard("fp32", joined(result), out)
+    assert torch.equal(out, inputs[0][0] * 0.25)
 
 
 @pytest.mark.parametrize("order", [(2, 1, 0), (1, 2, 0), (2, 0, 1)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from peer.averaging.reduce import (
     decoded_parts,
     encode_shard,
     encoded_shard_bytes,
+    factors_of,
+    shares_of,
 )
 from peer.codecs import codec
 from protocol.errors import WireError
@@ -78,14 +81,34 @@ async def test_mean_counts_each_member_by_its_share() -> None:
     """Oracle: the weighted mean in plain torch, with one rounding per product and sum; shares of 1/4, 1/4 and 1/2."""
     given_values = [torch.randn(64, generator=torch.Generator().manual_seed(m)) for m in range(3)]
     expected = given_values[0] * 0.25 + given_values[1] * 0.25 + given_values[2] * 0.5
-    group = ReduceGroup(group_id=b"g", members=(PeerId("a"), PeerId("b"), PeerId("c")), codec="fp32", weights=(1, 1, 2))
-    merger = OrderedMerger(codec("fp32"), [64], num_senders=3, shares=group.shares)
+    merger = OrderedMerger(codec("fp32"), [64], num_senders=3, factors=shares_of((1, 1, 2)))
     waiting = [asyncio.create_task(merger.accumulate_part(m, 0, given_values[m].clone())) for m in (2, 0, 1)]
     assert {await task for task in waiting} == {codec("fp32").encode(expected)}
 
 
+def test_a_sum_is_made_smaller_by_what_does_not_count() -> None:
+    """And by nothing if all of it does: honest members' sums are not even multiplied. Oracle: by hand."""
+    assert factors_of((10, 30), (10, 30), is_mean=False) == ()
+    assert factors_of((10, 30), (10_000, 30), is_mean=False) == (0.001, 1.0)
+    assert factors_of((10, 0), (10, 7), is_mean=False) == (1.0, 0.0)
+    assert factors_of((10, 0), (10, 0), is_mean=False) == (1.0, 0.0), "who claims nothing adds nothing"
+    assert factors_of((10, 30), (10_000, 30), is_mean=True) == (0.25, 0.75)
+
+
+async def test_a_factor_of_one_changes_no_bit() -> None:
+    """Oracle: the same sum without factors."""
+    values = [torch.randn(64, generator=torch.Generator().manual_seed(m)) for m in range(2)]
+    sums = []
+    for factors in ((), (1.0, 1.0)):
+        merger = OrderedMerger(codec("int8"), [64], num_senders=2, factors=factors)
+        waiting = asyncio.create_task(merger.accumulate_part(1, 0, values[1].clone()))
+        sums.append(await merger.accumulate_part(0, 0, values[0].clone()))
+        await waiting
+    assert sums[0] == sums[1]
+
+
 async def test_a_member_of_weight_zero_changes_nothing() -> None:
-    merger = OrderedMerger(codec("fp32"), [2], num_senders=2, shares=(1.0, 0.0))
+    merger = OrderedMerger(codec("fp32"), [2], num_senders=2, factors=(1.0, 0.0))
     waiting = asyncio.create_task(merger.accumulate_part(1, 0, torch.tensor([1e30, -1e30])))
     merged = await merger.accumulate_part(0, 0, torch.tensor([1.0, 2.0]))
     assert await waiting == merged == codec("fp32").encode(torch.tensor([1.0, 2.0]))
@@ -155,7 +178,7 @@ def test_contributions_are_added_up_in_member_order(
     for each in weighted[1:]:
         expected += each
     out = torch.full((num_elements,), 7.0)
-    for part, piece in decoded_parts("sparse", sent, num_elements, shares=shares if is_mean else ()):
+    for part, piece in decoded_parts("sparse", sent, num_elements, factors=shares if is_mean else ()):
         out[part] = piece
     assert torch.equal(out, expected)
 
@@ -166,8 +189,8 @@ def test_impossible_groups_are_refused() -> None:
     for members, group_id in (((), b"g"), ((alice, alice), b"g"), ((alice, bob), b""), ((alice, bob), bytes(65))):
         with pytest.raises(ValueError, match="group"):
             ReduceGroup(group_id=group_id, members=members, codec="fp32")
-    for weights in ((1,), (0, 0), (2, -1)):  # weights of nothing would divide by zero
-        with pytest.raises(ValueError, match="weight"):
-            ReduceGroup(group_id=b"g", members=(alice, bob), codec="fp32", weights=weights)
+    for factors in ((1.0,), (0.0, 0.0), (0.5, -1.0), (1.0, 1.5), (1.0, math.nan)):
+        with pytest.raises(ValueError, match="factor"):
+            ReduceGroup(group_id=b"g", members=(alice, bob), codec="fp32", factors=factors)
     with pytest.raises(ValueError, match="sender_s < reducer_s"):
         ReduceTimeouts(sender_s=5, reducer_s=5)

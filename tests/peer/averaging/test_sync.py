@@ -442,7 +442,7 @@ def _commit(version: int, parent: Lineage, data: bytes, *, by: SigningKey = MEMB
         version=Version(version),
         parent=parent,
         ballot=Ballot(number=1, steward=me),
-        contributors=(Contribution(peer=me, tokens=10),),
+        contributors=(Contribution(peer=me, tokens=10, weight=10),),
         codec="fp32",
         digest=digest(data),
         norm=1.0,

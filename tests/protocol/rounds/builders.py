@@ -83,8 +83,11 @@ def done(number: int, *, tokens: int = 100, credits: tuple[Credit, ...] = ()) ->
 
 
 def closing(round_id: int = 0, *, numbers: tuple[int, ...] = (0, 1, 2, 3), clock: PeerId = A, **more: Any) -> Signed:
-    """Close a round."""
-    tasks = {number: done(number, **more) for number in numbers}
+    """Close a round, in which each number was carried by one of a, b and c."""
+    tasks = {
+        number: done(number, **{"credits": (Credit(stage=STAGE, peer=(A, B, C)[number % 3], tokens=100),), **more})
+        for number in numbers
+    }
     record = draw_closing(RUN, RoundId(round_id), RoundSize(4), tasks)
     return FakeNotary(clock).seal(CLOSING_CONTEXT, record)
 
@@ -120,7 +123,7 @@ def commit(
         version=Version(1),
         parent=parent,
         ballot=Ballot(number=1, steward=signer),
-        contributors=tuple(Contribution(peer=member, tokens=10) for member in members),
+        contributors=tuple(Contribution(peer=member, tokens=10, weight=10) for member in members),
         codec="fp32",
         digest=digest(b"sum"),
         norm=2.0,
@@ -131,7 +134,7 @@ def commit(
         summary=RoundSummary(
             round=RoundId(0),
             clock=A,
-            closing_digest=digest(b"closing"),
+            closing_digest=digest(closing().payload),
             tasks_done=4,
             tasks_lost=0,
             evals_done=0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,7 @@ from protocol.errors import PeerFault
 from protocol.ids import PeerId, RoundId, StageId
 from protocol.rounds.closings import MAX_LEAP, Closings, Word
 from protocol.rounds.events import Report, RosterChanged, Trouble
+from protocol.rounds.messages import Credit
 from protocol.rounds.neighbours import Neighbours
 from protocol.rounds.slot import HeardClosing
 from protocol.signing import Signed
@@ -19,9 +21,9 @@ CLOCK, OTHER = PeerId("clock"), PeerId("other clock")
 FAR = 5 + MAX_LEAP + 1
 
 
-def closings(*clocks: PeerId, last_round: RoundId | None = None) -> Closings:
+def closings(*clocks: PeerId, **rules: Any) -> Closings:
     """Stand at a stage of a, b and c that knows these clocks."""
-    ours = settings(rules=replace(RULES, last_round=last_round))
+    ours = settings(rules=replace(RULES, **rules))
     neighbours = Neighbours(ours)
     neighbours.on_roster(RosterChanged({StageId(0): clocks, STAGE: (B, C)}))
     return Closings(ours, neighbours)
@@ -38,6 +40,15 @@ def test_a_round_that_the_run_does_not_have_is_a_fault() -> None:
     assert isinstance(made.add(closing(7, clock=CLOCK), word(CLOCK)), HeardClosing)
     with pytest.raises(PeerFault, match="no round 8"):
         made.add(closing(8, clock=CLOCK), word(CLOCK))
+
+
+@pytest.mark.parametrize(("most", "credited"), [(399, 100), (400, 101)], ids=["more is counted", "more is credited"])
+def test_a_closing_with_more_tokens_than_a_round_has_is_a_fault(most: int, credited: int) -> None:
+    """Four numbers of 100 tokens. It would let a clock's friends count for more than everybody together."""
+    made = closings(CLOCK, tokens_per_round=most)
+    credits = (Credit(stage=STAGE, peer=B, tokens=credited),)
+    with pytest.raises(PeerFault, match="fewer tokens"):
+        made.add(closing(5, clock=CLOCK, credits=credits), word(CLOCK))
 
 
 def test_a_round_far_ahead_needs_two_who_say_so() -> None:

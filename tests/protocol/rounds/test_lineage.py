@@ -22,9 +22,13 @@ BAD: dict[str, dict[str, Any]] = {
     "a version too many": {"version": Version(2)},
     "a gap in its rounds": {"first_round": RoundId(1), "round": RoundId(1)},
     "rounds that run backwards": {"first_round": RoundId(0), "round": RoundId(-1)},
-    "a stranger among the contributors": {"contributors": (Contribution(peer=PeerId("x"), tokens=1),)},
-    "one contributor twice": {"contributors": (Contribution(peer=A, tokens=1), Contribution(peer=A, tokens=1))},
-    "nothing to average": {"contributors": (Contribution(peer=A, tokens=0),)},
+    "a stranger among the contributors": {"contributors": (Contribution(peer=PeerId("x"), tokens=1, weight=1),)},
+    "one contributor twice": {
+        "contributors": (Contribution(peer=A, tokens=1, weight=1), Contribution(peer=A, tokens=1, weight=1))
+    },
+    "nothing to average": {"contributors": (Contribution(peer=A, tokens=0, weight=0),)},
+    "nothing that counts": {"contributors": (Contribution(peer=A, tokens=5, weight=0),)},
+    "more counts than was brought": {"contributors": (Contribution(peer=A, tokens=5, weight=6),)},
     "no seats": {"seats": ()},
     "one seat twice": {"seats": (seat(A), seat(A, 2))},
 }

@@ -41,7 +41,7 @@ SEATS = tuple(Seat(peer=name, session=1 << 52) for name in NAMES)
 def large_commit() -> Commit:
     """Return a commit of as many members as there may be, half of them new."""
     small = Commit.from_bytes(commit(LINEAGE).payload)
-    group = tuple(Contribution(peer=name, tokens=1 << 40) for name in NAMES)
+    group = tuple(Contribution(peer=name, tokens=1 << 40, weight=1 << 40) for name in NAMES)
     changes = {"contributors": group, "seats": SEATS, "speeds": (0.1,) * MAX_SEATS, "joiners": NAMES[: MAX_SEATS // 2]}
     return small.model_copy(update=changes)
 

@@ -12,17 +12,19 @@ from hypothesis import strategies as st
 from protocol.errors import PeerFault
 from protocol.ids import PeerId, RoundId, StageId, digest
 from protocol.rounds import RoundSize
-from protocol.rounds.messages import Ballot, Closing, Contribution, Credit
+from protocol.rounds.messages import MAX_CREDITS, Ballot, Closing, Contribution, Credit
 from protocol.rounds.records import (
     Draft,
     check_proposal,
+    check_weights,
     clip_scale,
     count_losses,
     draw_closing,
     draw_commit,
     group_id,
+    weigh,
 )
-from protocol.rounds.slot import StagedBytes
+from protocol.rounds.slot import HeardClosing, Slot, StagedBytes
 from tests.protocol.rounds.builders import (
     RULES,
     RUN,
@@ -88,13 +90,13 @@ def test_tokens_dropped_are_those_credited_to_whom_the_average_lacks() -> None:
     second = draw_closing(
         RUN, RoundId(1), RoundSize(4), {0: done(0, credits=(_credit(A, 100), _credit(C, 99, stage=STAGE + 1)))}
     )
-    assert count_losses(STAGE, [Contribution(peer=A, tokens=100)], [first, second]) == (60, 0)
+    assert count_losses(STAGE, [Contribution(peer=A, tokens=100, weight=100)], [first, second]) == (60, 0)
 
 
 def test_tokens_counted_double_are_those_beyond_the_credits() -> None:
     """Also of whom no path of this stage has named."""
     record = draw_closing(RUN, RoundId(0), RoundSize(4), {0: done(0, credits=(_credit(A, 100), _credit(B, 100, 7)))})
-    group = [Contribution(peer=A, tokens=130), Contribution(peer=B, tokens=5)]
+    group = [Contribution(peer=A, tokens=130, weight=130), Contribution(peer=B, tokens=5, weight=5)]
     assert count_losses(STAGE, group, [record]) == (0, 35)
 
 
@@ -102,7 +104,7 @@ def test_who_had_to_begin_its_sum_anew_has_dropped_what_it_was_credited_with() -
     """And takes nothing from what another one has counted double."""
     record = draw_closing(RUN, RoundId(0), RoundSize(4), {0: done(0, credits=(_credit(A, 100),))})
     for brought, expected in ((0, (100, 0)), (5, (95, 0)), (100, (0, 0)), (130, (0, 30))):
-        group = [Contribution(peer=A, tokens=brought), Contribution(peer=B, tokens=7)]
+        group = [Contribution(peer=A, tokens=brought, weight=brought), Contribution(peer=B, tokens=7, weight=7)]
         assert count_losses(STAGE, group, [record]) == (expected[0], expected[1] + 7)
 
 
@@ -116,7 +118,7 @@ def test_a_commit_divides_the_norm_of_the_sum_by_all_tokens() -> None:
     """30 tokens, sum of norm 120: the average has norm 4 and is scaled by a quarter."""
     lineages = chain()
     here = slot(lineages)
-    group = tuple(Contribution(peer=peer, tokens=10) for peer in (A, B, C))
+    group = tuple(Contribution(peer=peer, tokens=10, weight=10) for peer in (A, B, C))
     draft = Draft(
         ballot=BALLOT,
         heard=heard(closing()),
@@ -134,22 +136,93 @@ def test_a_commit_divides_the_norm_of_the_sum_by_all_tokens() -> None:
 def test_another_ballot_or_another_list_is_another_group() -> None:
     """So that parts of two attempts can never be mixed."""
     here = slot(chain())
-    group = (Contribution(peer=A, tokens=1), Contribution(peer=B, tokens=2))
+    group = (Contribution(peer=A, tokens=1, weight=1), Contribution(peer=B, tokens=2, weight=2))
     ids = {
         group_id(here, BALLOT, group, codec="fp32", round_id=RoundId(0)),
         group_id(here, Ballot(number=2, steward=A), group, codec="fp32", round_id=RoundId(0)),
         group_id(here, BALLOT, group[::-1], codec="fp32", round_id=RoundId(0)),
-        group_id(here, BALLOT, (group[0], Contribution(peer=B, tokens=3)), codec="fp32", round_id=RoundId(0)),
+        group_id(here, BALLOT, (group[0], Contribution(peer=B, tokens=3, weight=3)), codec="fp32", round_id=RoundId(0)),
         group_id(here, BALLOT, group, codec="int8", round_id=RoundId(0)),
         group_id(here, BALLOT, group, codec="fp32", round_id=RoundId(1)),
     }
     assert len(ids) == 6
 
 
+def _weights(here: Slot, claimed: int, until: int = 0) -> list[int]:
+    rules = replace(RULES, tokens_per_round=400)
+    return [each.weight for each in weigh(settings(rules=rules), here, {A: claimed, B: claimed}, RoundId(until))]
+
+
+def test_members_count_for_what_they_are_credited_with_and_never_for_more_than_they_bring() -> None:
+    """The closing credits a with 200 tokens and b with 100. Oracle: the smaller number."""
+    for claimed, expected in ((0, [0, 0]), (70, [70, 70]), (130, [130, 100]), (1 << 40, [200, 100])):
+        assert _weights(slot(chain()), claimed) == expected
+
+
+def test_credits_of_void_rounds_add_up_and_unheard_rounds_may_hold_anything() -> None:
+    """A round has 400 tokens. Oracle: by hand."""
+    here = slot(chain())
+    here.closings[RoundId(1)] = heard(closing(1))
+    assert _weights(here, 5000, until=1) == [400, 200]
+    here.closings[RoundId(3)] = heard(closing(3))
+    assert _weights(here, 5000, until=3) == [600 + 400, 300 + 400]
+    assert _weights(here, 5000, until=0) == [200, 100], "later rounds are for later commits"
+
+
+def test_a_full_list_of_credits_says_nothing_about_who_is_not_on_it() -> None:
+    """`draw_closing` cuts it off, and an honest member's work shall count."""
+    crowd = tuple(Credit(stage=StageId(7), peer=PeerId(f"p{number}"), tokens=1) for number in range(MAX_CREDITS))
+    here, (only, signed) = slot(chain()), (heard(closing()).closing, closing())
+    here.closings[RoundId(0)] = HeardClosing(only.model_copy(update={"credits": crowd}), signed)
+    assert _weights(here, 5000) == [400, 400]
+    here.closings[RoundId(0)] = HeardClosing(only.model_copy(update={"credits": crowd[1:]}), signed)
+    assert _weights(here, 5000) == [0, 0]
+
+
+def test_weights_are_checked_by_whom_knows_the_same_closings() -> None:
+    """Who holds another closing, or lacks one, cannot tell. Oracle: one thing changed."""
+    lineages = chain()
+    wrong = (Contribution(peer=B, tokens=10, weight=9),)
+    record = lineages.follows_head(commit(lineages.head.lineage, contributors=wrong))
+    with pytest.raises(PeerFault, match="counts b for 9 tokens"):
+        check_weights(settings(), slot(lineages), record)
+    check_weights(settings(), slot(lineages, closings={}), record)
+    check_weights(settings(), slot(lineages, closings={RoundId(0): heard(closing(clock=A, numbers=(0, 1)))}), record)
+    later = record.model_copy(
+        update={
+            "round": RoundId(1),
+            "summary": record.summary.model_copy(update={"closing_digest": digest(closing(1).payload)}),
+        }
+    )
+    check_weights(settings(), slot(lineages, closings={RoundId(1): heard(closing(1))}), later)
+
+
+def test_whoever_disagrees_with_most_stewards_gives_in_if_several_rounds_are_covered() -> None:
+    """Two clocks may have closed the first of them differently. Oracle: two of three stewards."""
+    lineages = chain()
+    summary = lineages.follows_head(commit(lineages.head.lineage)).summary
+    record = lineages.follows_head(
+        commit(
+            lineages.head.lineage,
+            round=RoundId(1),
+            contributors=(Contribution(peer=B, tokens=10, weight=9),),
+            summary=summary.model_copy(update={"closing_digest": digest(closing(1).payload)}),
+        )
+    )
+    here = slot(lineages)
+    here.closings[RoundId(1)] = heard(closing(1))
+    for objected in ((), (B,)):
+        here.objected = set(objected)
+        with pytest.raises(PeerFault, match="counts b for 9 tokens"):
+            check_weights(settings(), here, record)
+    here.objected = {B, C}
+    check_weights(settings(), here, record)
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"contributors": (Contribution(peer=A, tokens=11),)}, "weighs us"),
+        ({"contributors": (Contribution(peer=A, tokens=11, weight=11),)}, "weighs us"),
         ({"clip_scale": 0.51}, "clip scale"),
         ({"seats": (seat(A), seat(PeerId("x")))}, "neither a member nor a joiner"),
         ({"seats": (seat(A), seat(B, session=9))}, "neither a member nor a joiner"),

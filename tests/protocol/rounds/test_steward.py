@@ -28,9 +28,9 @@ from protocol.rounds.messages import (
     Vote,
 )
 from protocol.rounds.slot import StagedBytes
-from protocol.rounds.steward import Phase, Steward
+from protocol.rounds.steward import SOLO_AFTER_FAILURES, Phase, Steward
 from protocol.signing import Signed
-from tests.protocol.rounds.builders import RULES, STAGE, TIMERS, A, B, C, chain, commit, settings, slot
+from tests.protocol.rounds.builders import RULES, STAGE, TIMERS, A, B, C, chain, closing, commit, heard, settings, slot
 
 M = TypeVar("M", bound=StageMessage)
 SUM = digest(b"sum")
@@ -503,3 +503,45 @@ def test_the_codec_is_for_the_slowest_who_takes_part(rates: tuple[float | None, 
     for each in begin.group:
         steps = case.result(each.peer, begin)
     assert case.chain.follows_head(only(Propose, steps).commit).codec == codec
+
+
+def test_members_count_for_what_the_closing_credits_them_with() -> None:
+    """All claim a thousand times as much. Oracle: the closing, which gives a 200 tokens, b and c 100."""
+    case = Case()
+    case.start()
+    for peer in case.slot.order:
+        steps = case.pong(peer, tokens=10**6)
+    group = only(Begin, steps).group
+    assert {each.peer: each.weight for each in group} == {A: 200, B: 100, C: 100}
+    assert {each.tokens for each in group} == {10**6}
+
+
+def test_if_nobodys_work_is_credited_the_round_is_void_and_all_keep_what_they_have() -> None:
+    """A void round leaves sums where they are: what was done may be credited with the next."""
+    case = Case()
+    case.slot.closings[RoundId(0)] = heard(closing(credits=()))
+    case.start()
+    for peer in case.slot.order:
+        steps = case.pong(peer, tokens=10)
+    assert only(VoidRound, steps).round == 0
+
+
+def test_after_failures_the_sum_goes_on_that_counts_most_and_not_the_one_that_claims_most() -> None:
+    """Oracle: the closing, by which a did most."""
+    case = Case()
+    case.steward.num_failed = SOLO_AFTER_FAILURES
+    case.start()
+    for peer in case.slot.order:
+        steps = case.pong(peer, tokens=10**6 if peer == C else 150)
+    assert [(each.peer, each.weight) for each in only(Begin, steps).group] == [(A, 150)]
+
+
+def test_two_objections_to_one_proposal_count_both_however_late_the_second_comes() -> None:
+    """Or a steward that everybody is against would try again as long as the same one objects first."""
+    case = Case()
+    propose = case.to_propose()
+    for peer in case.others:
+        decline = Decline(**case.address, ballot=propose.ballot, reason="no", objection=True)
+        case.steward.on_decline(peer, decline, case.now_s)
+    assert case.steward.has_stepped_down
+    assert not case.steward.is_conducting

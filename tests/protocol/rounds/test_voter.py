@@ -27,6 +27,7 @@ from protocol.rounds.messages import (
     Accept,
     Ballot,
     Begin,
+    Commit,
     Contribution,
     Decline,
     Outbid,
@@ -44,7 +45,7 @@ from protocol.signing import Signed
 from tests.protocol.rounds.builders import RULES, STAGE, TIMERS, A, B, C, chain, closing, commit, settings, slot
 
 OLD, NEW = Ballot(number=1, steward=B), Ballot(number=2, steward=C)
-GROUP = (Contribution(peer=A, tokens=10), Contribution(peer=B, tokens=5))
+GROUP = (Contribution(peer=A, tokens=10, weight=10), Contribution(peer=B, tokens=5, weight=5))
 
 
 class Case:
@@ -147,7 +148,7 @@ def test_a_group_that_weighs_us_wrongly_fails_at_once() -> None:
     """Instead of summing something else than was announced."""
     case = Case()
     case.ping()
-    (result,) = sent(case.begin(group=(Contribution(peer=A, tokens=11),)))
+    (result,) = sent(case.begin(group=(Contribution(peer=A, tokens=11, weight=11),)))
     assert isinstance(result, ReduceResult)
     assert result.digest is None
     assert "11" in result.reason
@@ -155,8 +156,13 @@ def test_a_group_that_weighs_us_wrongly_fails_at_once() -> None:
 
 @pytest.mark.parametrize(
     "group",
-    [(*GROUP, Contribution(peer=A, tokens=10)), (*GROUP, Contribution(peer=PeerId("stranger"), tokens=1))],
-    ids=["twice", "stranger"],
+    [
+        (*GROUP, Contribution(peer=A, tokens=10, weight=10)),
+        (*GROUP, Contribution(peer=PeerId("stranger"), tokens=1, weight=1)),
+        (GROUP[0], Contribution(peer=B, tokens=5, weight=6)),
+        tuple(each.model_copy(update={"weight": 0}) for each in GROUP),
+    ],
+    ids=["twice", "stranger", "more counts than is brought", "nothing counts"],
 )
 def test_a_group_that_is_none_fails_at_once(group: tuple[Contribution, ...]) -> None:
     """The reduce itself would take it for a mistake of our own."""
@@ -325,3 +331,50 @@ def test_a_ballot_that_takes_for_ever_stops_counting_as_a_sign_of_life() -> None
     for now_s in (limit_s - 1, limit_s + 1):
         assert case.voter.on_still_here(B, StillHere(**case.address, ballot=OLD).ballot, now_s) == []
     assert case.slot.heard_s == limit_s - 1
+
+
+def _favours(me: PeerId) -> tuple[Contribution, ...]:
+    """Let a member count for ten times what it is credited with."""
+    return tuple(
+        Contribution(peer=peer, tokens=2000 if peer == me else 10, weight=2000 if peer == me else 10)
+        for peer in (A, B, C)
+    )
+
+
+def test_a_steward_that_favours_itself_is_refused() -> None:
+    """It claims 2,000 tokens and is credited with 100. Oracle: the closing."""
+    case = Case()
+    case.ping()
+    steps = case.propose(signed=commit(case.chain.head.lineage, signer=B, contributors=_favours(B)))
+    (decline,) = sent(steps)
+    assert isinstance(decline, Decline)
+    assert decline.objection
+    assert "2000 tokens instead of 100" in decline.reason
+
+
+def test_a_steward_cannot_hide_behind_a_closing_that_it_has_not_shown() -> None:
+    """By which nobody could check what it says. Of another ballot's commit nobody knows what its steward has shown."""
+    case, lying = Case(), {"closing_digest": digest(b"a closing that nobody has seen")}
+    case.ping()
+    head = case.chain.head.lineage
+    summary = Commit.from_bytes(commit(head).payload).summary.model_copy(update=lying)
+    (decline,) = sent(case.propose(signed=commit(head, signer=B, contributors=_favours(B), summary=summary)))
+    assert isinstance(decline, Decline)
+    assert decline.objection
+    assert "another closing" in decline.reason
+    other = Case(staged=StagedBytes(digest(b"sum"), 60.0, "fp32", RoundId(0)))
+    other.ping(NEW)
+    (accept,) = sent(other.propose(NEW, signed=commit(head, signer=B, summary=summary)))
+    assert isinstance(accept, Accept)
+
+
+def test_a_member_never_gives_in_about_a_single_round() -> None:
+    """There is one closing that both name, so the steward is wrong, however often it comes."""
+    case = Case()
+    for number in range(1, 6):
+        ballot = Ballot(number=number, steward=(B, C)[number % 2])
+        case.ping(ballot)
+        signed = commit(case.chain.head.lineage, signer=ballot.steward, contributors=_favours(B), ballot=ballot)
+        (decline,) = sent(case.propose(ballot, signed))
+        assert isinstance(decline, Decline)
+    assert case.slot.objected == {B, C}
