@@ -190,12 +190,12 @@ def _hashable(subkey: Any) -> Any:
 
 def _check_depth(value: object) -> None:
     """Walk containers level by level: recursion over a stranger's nesting is the crash this file is about."""
-    level: list[Any] = [value]
+    level: list[Any] = [value] if isinstance(value, _CONTAINERS) else []
     for _ in range(MAX_DEPTH):
-        level = [child for item in level if isinstance(item, _CONTAINERS) for child in _children(item)]
         if not level:
             return
-    if any(isinstance(item, _CONTAINERS) for item in level):
+        level = [child for item in level for child in _children(item) if isinstance(child, _CONTAINERS)]
+    if level:
         raise WireError(f"DHT value nests deeper than {MAX_DEPTH} levels")
 
 

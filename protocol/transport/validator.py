@@ -22,6 +22,7 @@ from protocol.errors import PeerFault, WireError
 from protocol.ids import PeerId, RunId
 from protocol.records import MAX_RECORD_BYTES, Publication, check_record
 from protocol.signing import MAX_PEER_ID_CHARS
+from protocol.wire import decode_msgpack
 
 T = TypeVar("T", str, bytes)
 
@@ -83,7 +84,7 @@ def _unpack(packed: bytes, expected: type[T], max_bytes: int) -> T:
     if len(packed) > max_bytes + _PACKED_OVERHEAD:
         raise WireError(f"a packed {expected.__name__} of {len(packed)} bytes is over the limit of {max_bytes}")
     try:
-        value = msgpack.unpackb(packed, raw=False, ext_hook=_refuse_extension)
+        value = decode_msgpack(packed, raw=False, ext_hook=_refuse_extension)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise WireError(f"not a packed {expected.__name__}: {error}") from None
     if not isinstance(value, expected):

@@ -38,6 +38,7 @@ from protocol.wire import (
     unpack,
     unpack_tagged,
 )
+from tests.fuzz.hostile import hostile
 from tests.fuzz.plausible import plausible
 from tests.protocol.paths import sign_path
 from tests.protocol.test_records import ALICE, COORDINATOR, NOW, RUN, publication
@@ -84,6 +85,11 @@ def targets() -> dict[str, Target]:
     """Return all targets, by name."""
     hardening.install()
     return {target.name: target for target in (*_messages(), *_envelopes(), *_dht(), *_tensors())}
+
+
+def hostile_seeds() -> tuple[bytes, ...]:
+    """Return what is worth changing in any decoder of msgpack although none of them takes it."""
+    return tuple(data for size in (1000, 9000, 60_000) for data in hostile(size).values())
 
 
 def _messages() -> Iterator[Target]:

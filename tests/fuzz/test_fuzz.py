@@ -8,6 +8,8 @@ from __future__ import annotations
 import gc
 import json
 import pickle
+import time
+import tracemalloc
 from pathlib import Path
 from random import Random
 
@@ -16,12 +18,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from protocol.wire import Message, frame_header, pack, unpack_tagged
+from protocol.wire import Message, frame_header, pack, unpack, unpack_tagged
 from tests.fuzz.__main__ import fuzz
+from tests.fuzz.hostile import hostile
 from tests.fuzz.mutations import mutate
 from tests.fuzz.plausible import plausible
 from tests.fuzz.targets import Target, kinds_of_messages, targets
-from tests.fuzz.worker import ALLOWED, run
+from tests.fuzz.worker import ALLOWED, BYTES_PER_BYTE, MORE_BYTES, run
 
 EXAMPLES = 150
 
@@ -101,6 +104,63 @@ def test_nesting_does_not_set_the_garbage_collector_on_everything_that_lives_her
         runs = [generation["collections"] - was for generation, was in zip(gc.get_stats(), before, strict=True)]
         assert sum(runs) <= 10, (name, runs)
     assert gc.isenabled()
+
+
+MSGPACK = (
+    "unpack",
+    "messages",
+    "signed envelope",
+    "receipts",
+    "DHT value",
+    "DHT dictionary",
+    "DHT record",
+    "DHT subkey",
+)
+
+
+@pytest.mark.parametrize("name", MSGPACK)
+@pytest.mark.parametrize("num_bytes", [8000, 65_000])
+def test_hostile_shapes_take_no_more_memory_than_was_agreed(name: str, num_bytes: int) -> None:
+    """Small containers would be up to eighty times their bytes. Oracle: Python's own account of what it allocates."""
+    target = targets()[name]
+    for shape, data in hostile(num_bytes).items():
+        tracemalloc.start()
+        try:
+            try_it(target, data)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak <= BYTES_PER_BYTE * len(data) + MORE_BYTES, shape
+
+
+@pytest.mark.parametrize("name", MSGPACK)
+def test_hostile_shapes_are_refused_in_time(name: str) -> None:
+    """Oracle: CPU time of the best of three, with twice the bar of the benchmark for a machine that is busy."""
+    target = targets()[name]
+    for shape, data in hostile(65_000).items():
+        took = []
+        for _ in range(3):
+            started_s = time.thread_time()
+            try_it(target, data)
+            took.append(time.thread_time() - started_s)
+        assert min(took) <= 0.1, shape
+
+
+@pytest.mark.parametrize("is_long", [True, False])
+@given(chance=st.randoms(use_true_random=False))
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
+def test_looking_through_refuses_nothing_honest(is_long: bool, chance: Random) -> None:
+    """Whatever values of ours follow each other, it ends where msgpack does. Oracle: what was packed."""
+    values: list[object] = [
+        *(number + is_long for power in range(1, 64) for number in (1 << power, -(1 << power - 1))),
+        *("x" * length for length in (0, 1, 31, 32, 255, 256, 70_000 * is_long)),
+        *(b"\xdc\xc1\xd4" * length for length in (0, 1, 85, 86, 25_000 * is_long)),
+        *(tuple(range(length)) for length in (0, 15, 16, 300)),
+        *({f"k{number}": None for number in range(length)} for length in (0, 15, 16, 200)),
+        None, True, False, 0.5, "\u00fc" * 40, {"a": ({"b": b"c" * 300},)},
+    ]  # fmt: skip
+    chance.shuffle(values)
+    assert unpack(pack(values)) == tuple(values)
 
 
 @pytest.mark.parametrize("kind", kinds_of_messages(), ids=lambda kind: kind.__name__)

@@ -16,10 +16,11 @@ from random import Random
 
 from protocol.errors import InviteError, PeerFault
 from tests.fuzz.mutations import MAX_BYTES, mutate
-from tests.fuzz.targets import Target, targets
+from tests.fuzz.targets import Target, hostile_seeds, targets
 
 ALLOWED = (PeerFault, InviteError)
 MEASURED_EVERY = 50
+HOSTILE_SHARE = 0.05  # of the cases begin with bytes that are made to be expensive, and take their time
 MORE_BYTES, BYTES_PER_BYTE = 1 << 20, 4
 ADDRESS_SPACE_BYTES = 8 << 30  # a decoder that asks for more than that fails here instead of on a volunteer's machine
 
@@ -30,11 +31,12 @@ def run(name: str, *, seed: int, seconds: float, folder: Path) -> dict[str, obje
     chance, tried, raised, slowest_s = Random(f"{name}/{seed}"), 0, 0, 0.0
     findings: list[dict[str, str]] = []
     last = folder / f"{name.replace(' ', '-')}.last"
-    pool = list(target.seeds)
+    pool, nasty = list(target.seeds), hostile_seeds()
     ends_s = time.monotonic() + seconds
     with last.open("wb", buffering=0) as file:
         while time.monotonic() < ends_s and len(findings) < 5:
-            case = mutate(chance.choice(pool), pool, chance)
+            seed_bytes = chance.choice(nasty if chance.random() < HOSTILE_SHARE else pool)
+            case = mutate(seed_bytes, pool, chance)
             file.seek(0)
             file.truncate()
             file.write(case)
