@@ -41,7 +41,10 @@ _Peer = Annotated[PeerId, Field(min_length=1, max_length=MAX_PEER_ID_CHARS)]
 
 
 class Revocations(Message):
-    """Whom the coordinator has banned. The higher number wins; it only grows."""
+    """Whom the coordinator has banned. The higher number wins; it only grows.
+
+    Nothing is decided by `issued_s`, since clocks differ: it is there for people who compare lists.
+    """
 
     run: RunId
     number: Annotated[int, Field(ge=0, lt=1 << 63)]

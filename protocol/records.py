@@ -33,6 +33,7 @@ MAX_AHEAD_S = 90.0  # a replica that vanished is forgotten after this long at th
 RECORD_TTL_S = 75.0  # outlives two lost refreshes, and leaves room below MAX_AHEAD_S for a clock that is set back
 REFRESH_EVERY_S = 25.0
 CLOCK_SLACK_S = 3.0  # hivemind refuses to join nodes whose clocks differ by more
+BEHIND_SLACK_S = 600.0  # a clock that has fallen behind since the start must not refuse everybody's renewed pass
 EXPIRY_STEP_S = 0.01  # the DHT only takes an update whose expiry is strictly later
 REPLICAS_PER_KEY = 64  # about 64 KiB in one read
 MAX_SHARDS = 64
@@ -197,7 +198,7 @@ def admit(key: SigningKey, *, run: RunId, peer: PeerId, name: str, issued_s: int
 def check_admission(signed: Signed, *, run: RunId, coordinator: PeerId, peer: PeerId, now_s: float) -> Admission:
     """Return the admission if it lets `peer` into `run` now, else raise `PeerFault` or `SignatureError`."""
     admission = _open_admission(signed, run, coordinator, peer)
-    if not admission.issued_s - CLOCK_SLACK_S <= now_s <= admission.expires_s + CLOCK_SLACK_S:
+    if not admission.issued_s - BEHIND_SLACK_S <= now_s <= admission.expires_s + CLOCK_SLACK_S:
         raise PeerFault(f"the admission of {peer} is not valid at this time")
     return admission
 

@@ -21,7 +21,7 @@ from peer.pipeline.view import Membership, View
 from peer.tasks import Body, DownstreamFailed, Outcome, Pulse, RoundOver, TaskId
 from protocol.batches import TaskKind
 from protocol.encoding import encoded_bytes
-from protocol.errors import DeadlineError, PeerFault, SwarmError, UnreachableError, WireError
+from protocol.errors import DeadlineError, PeerFault, StrangerError, SwarmError, UnreachableError, WireError
 from protocol.hops import (
     Accepted,
     Answer,
@@ -78,6 +78,8 @@ class _Errand:
     attempt: int = 0
     failed_at: set[PeerId] = field(default_factory=set)
     """Replicas that answered, but not with a result: there are reasons for that which are not theirs."""
+    strange_to: set[PeerId] = field(default_factory=set)
+    """Replicas that did not know us (any more): they are shown our pass and asked once more."""
 
     def time_left_s(self) -> float:
         return self.deadline_s - time.monotonic()
@@ -204,6 +206,11 @@ class HopCaller:
                 self.statistics.resent += errand.attempt > 0
                 await self._send_body(stream, errand)
                 return await self._collect(stream, peer, errand, started_s)
+        except StrangerError:  # it was restarted, which is nobody's fault; who says so again is to blame
+            if started_s is not None or peer in errand.strange_to:
+                raise
+            errand.strange_to.add(peer)
+            return 0.0
         except (UnreachableError, DeadlineError) as error:
             if started_s is None:
                 self._lost(peer, error)

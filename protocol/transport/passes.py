@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from typing import Annotated
+import time
+from typing import Annotated, Any
 
 import structlog
 from pydantic import Field
 
-from protocol.access import Door
-from protocol.errors import PeerFault, RefusedError, TransientError
+from protocol.access import MAX_GUESTS, Allowance, Door
+from protocol.errors import BusyError, PeerFault, RefusedError, TransientError
 from protocol.ids import PeerId
 from protocol.signing import Signed
 from protocol.transport.calls import Calls, Done
@@ -24,6 +25,9 @@ from protocol.wire import Message
 log = structlog.get_logger()
 
 SHOW_TIMEOUT_S = 10.0
+MAX_KNOWN = MAX_GUESTS  # peers of whom we remember what they were shown; who is forgotten is shown it again
+HAND_ON_RATE, HAND_ON_BURST = 1.0, 8.0
+"""Lists per second that we look at from each: honest peers hand a list on once, and a signature costs a millisecond."""
 HANDED_ON_TO = 4  # peers that hear of a new revocation list from each who learns it: with beats, far more than enough
 
 
@@ -58,6 +62,8 @@ class Passes:
         self._showing: dict[PeerId, asyncio.Task[None]] = {}
         self._handed: dict[PeerId, int] = {}
         """Who was given which revocation list: nobody gets one twice, whatever it says of itself."""
+        self._hearing: dict[PeerId, Allowance] = {}
+        """Of whom we look at how many lists."""
         self._handing: set[asyncio.Task[None]] = set()
         self.own: Signed | None = None
         """Our newest pass, once we have one."""
@@ -88,7 +94,9 @@ class Passes:
         assert own is not None, "it is never taken back"
         shown = ShowPass(admission=own, number=self.door.number)
         seen = await self._calls.call(peer, shown, Seen, timeout_s=SHOW_TIMEOUT_S, introduced=False)
+        self._shown.pop(peer, None)  # the newest last
         self._shown[peer] = own
+        _prune(self._shown)
         if seen.revoked is not None:
             try:
                 self.learn(seen.revoked)
@@ -119,6 +127,12 @@ class Passes:
         return Seen(number=self.door.number, revoked=self.door.revoked if is_behind else None)
 
     async def _on_hand_on(self, caller: PeerId, handed: HandOn) -> Done:
+        now_s = time.monotonic()
+        fresh = Allowance(HAND_ON_RATE, HAND_ON_BURST, HAND_ON_BURST, now_s)
+        allowance = self._hearing[caller] = self._hearing.pop(caller, fresh)
+        _prune(self._hearing)
+        if handed.revoked != self.door.revoked and not allowance.take(now_s):
+            raise BusyError("too many revocation lists", retry_after_s=1 / HAND_ON_RATE)
         self.learn(handed.revoked)
         return Done()
 
@@ -126,6 +140,7 @@ class Passes:
         if self._handed.get(peer, -1) >= self.door.number:
             return
         self._handed[peer] = self.door.number
+        _prune(self._handed)
         task = asyncio.create_task(self._tell(peer))
         self._handing.add(task)
         task.add_done_callback(self._handing.discard)
@@ -136,3 +151,8 @@ class Passes:
             await self._calls.tell(peer, HandOn(revoked=self.door.revoked), timeout_s=SHOW_TIMEOUT_S, introduced=False)
         except (TransientError, PeerFault, RefusedError) as error:  # it will hear of it from others
             log.debug("revocations.undelivered", peer=peer, error=error.one_line())
+
+
+def _prune(known: dict[PeerId, Any]) -> None:
+    while len(known) > MAX_KNOWN:
+        del known[next(iter(known))]

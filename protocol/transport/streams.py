@@ -51,7 +51,9 @@ log = structlog.get_logger()
 CHUNK_TIMEOUT_S = 60.0  # 1 MiB at 0.14 Mbit/s: slower than that is not a link
 MAX_STREAMS_PER_CALLER = 64  # far above what an honest peer keeps open; bounds memory under a flood
 MAX_STREAMS = 1024
-MAX_STRANGERS = 256  # streams besides them of who has no pass: nothing that strangers do takes anybody's room
+MAX_STREAMS_OF_STRANGERS = (
+    256  # streams besides them of who has no pass: nothing that strangers do takes anybody's room
+)
 MAX_STREAMS_PER_STRANGER = 16  # an honest peer whom we have forgotten calls with all that it has under way
 STRANGER_TIMEOUT_S = 2.0
 
@@ -338,7 +340,7 @@ class Streams:
     def _is_full(self, caller: PeerId, *, is_admitted: bool) -> bool:
         own = self._open_by_caller.get(caller, 0)
         if not is_admitted:
-            return self._num_strangers >= MAX_STRANGERS or own >= MAX_STREAMS_PER_STRANGER
+            return self._num_strangers >= MAX_STREAMS_OF_STRANGERS or own >= MAX_STREAMS_PER_STRANGER
         return self._num_open - self._num_strangers >= MAX_STREAMS or own >= MAX_STREAMS_PER_CALLER
 
     def _is_banned(self, caller: PeerId) -> bool:

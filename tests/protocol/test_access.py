@@ -101,6 +101,14 @@ def test_an_older_pass_takes_nothing_from_a_newer_one(door: Door, time: Time) ->
     assert door.is_admitted(ANNE)
 
 
+def test_a_clock_that_has_fallen_behind_refuses_no_renewed_pass(door: Door, time: Time) -> None:
+    """Nobody checks clocks after the start. Oracle: a pass that is issued a minute and a half from now."""
+    door.show(ANNE, pass_of(ANNE, issued_s=NOW_S - 1800))
+    door.show(ANNE, pass_of(ANNE, issued_s=NOW_S + 90))
+    time.passed_s = 3600.0
+    assert door.is_admitted(ANNE)
+
+
 def test_strangers_are_slow_each_and_together(door: Door, time: Time) -> None:
     """Oracle: what is let in at once, and then in ten seconds, by the rates."""
     assert sum(door.knock(ANNE) for _ in range(100)) == STRANGER_BURST

@@ -67,6 +67,35 @@ async def test_a_broken_stream_is_resumed_and_the_task_runs_once(tmp_path: Path)
         assert caller.caller.statistics.resent == 0
 
 
+@pytest.mark.parametrize("times", [1, 2])
+async def test_a_peer_that_has_forgotten_us_is_asked_once_more_and_not_blamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """It was restarted. Oracle: a door that does not know us so many times; who is penalised for it."""
+    async with hosts(tmp_path, 2) as (caller, callee):
+
+        class Forgetful:
+            banned: frozenset[str] = frozenset()
+            asked = 0
+
+            def knock(self, peer: str) -> bool:
+                return True
+
+            def is_admitted(self, peer: str) -> bool:
+                self.asked += 1
+                return self.asked > times
+
+        blamed: list[str] = []
+        monkeypatch.setattr(callee.streams, "_door", Forgetful())
+        monkeypatch.setattr(caller.caller._router, "penalise", lambda peer, now_s: blamed.append(peer))
+        await callee.serve(echo)
+        caller.knows(callee)
+        outcome = await send(caller)
+        assert outcome.gradient == bytes(BODY.data)[::-1]
+        assert blamed == [callee.peer_id] * (times - 1)
+        assert caller.caller.statistics.resent == times - 1
+
+
 async def test_a_dead_replica_loses_its_task_to_another(tmp_path: Path) -> None:
     """Oracle: one of two replicas has its daemon killed in mid-task; the other one answers."""
     async with hosts(tmp_path, 3) as (caller, first, second):

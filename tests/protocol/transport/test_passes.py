@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import pytest
 
 from protocol.access import Door, revoke
-from protocol.errors import DeadlineError, PeerFault, StrangerError, TransientError, UnreachableError
+from protocol.errors import BusyError, DeadlineError, PeerFault, StrangerError, TransientError, UnreachableError
 from protocol.ids import PeerId
 from protocol.records import admit
 from protocol.signing import Signed
 from protocol.transport.blobs import Blobs
 from protocol.transport.calls import Calls, Done
 from protocol.transport.node import Node
-from protocol.transport.passes import HandOn, Passes, ShowPass
-from protocol.transport.streams import MAX_STRANGERS, Stream, Streams
+from protocol.transport.passes import HAND_ON_BURST, HandOn, Passes, ShowPass
+from protocol.transport.streams import MAX_STREAMS_OF_STRANGERS, Stream, Streams
 from protocol.wire import Message
 from tests.protocol.transport.network import COORDINATOR, RUN, STRANGER, StartNode
 
@@ -194,7 +194,7 @@ async def test_strangers_take_no_room_from_who_has_a_pass(start: StartNode, monk
     first, second = await pair(start)
     third = await make(await start("third", peers=await second.node.addresses()))
     own = first.admit()
-    monkeypatch.setattr(second.streams, "_num_strangers", MAX_STRANGERS)
+    monkeypatch.setattr(second.streams, "_num_strangers", MAX_STREAMS_OF_STRANGERS)
     second.door.show(first.peer, own)
     first.passes._shown[second.peer] = own
     await first.ask(second)
@@ -243,6 +243,34 @@ async def test_nobody_is_handed_the_same_list_twice(start: StartNode) -> None:
     await until(lambda: handed)
     await asyncio.sleep(0.2)
     assert len(handed) == 1
+
+
+async def test_who_hands_on_one_list_after_another_is_not_listened_to(start: StartNode) -> None:
+    """Each would cost a signature. Oracle: what the other door has looked at; the same list again costs nothing."""
+    first, second = await pair(start)
+    first.admit()
+    lists = [revoke(COORDINATOR, run=RUN, number=number, issued_s=1.0, peers=()) for number in range(1, 30)]
+    refused = 0
+    for revoked in [*lists[:2], *[lists[1]] * 20, *lists[2:]]:
+        try:
+            await first.calls.tell(second.peer, HandOn(revoked=revoked))
+        except BusyError:
+            refused += 1
+    assert refused >= 10
+    assert HAND_ON_BURST <= second.door.number < len(lists)
+
+
+async def test_what_was_shown_is_not_remembered_without_end(start: StartNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who was forgotten is shown it again, and lets us in."""
+    monkeypatch.setattr("protocol.transport.passes.MAX_KNOWN", 1)
+    first, second = await pair(start)
+    third = await make(await start("third", peers=await second.node.addresses()))
+    await first.node.connect((await third.node.addresses())[0])
+    first.admit()
+    for other in (second, third, second):
+        await first.ask(other)
+        assert list(first.passes._shown) == [other.peer]
+    assert [number for _, number in second.asked] == [1, 1]
 
 
 async def test_a_pass_is_shown_before_anything_is_asked(start: StartNode) -> None:
