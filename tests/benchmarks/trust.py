@@ -1,9 +1,11 @@
 """What hostile bytes cost: the time of every decoder, and what floods do to a coordinator and to who honestly asks it.
 
-`python -m tests.benchmarks.trust`. `decode_ms`: CPU time for 64 KiB of honest bytes, the slowest decoder.
+`python -m tests.benchmarks.trust`. `decode_ms`: CPU time for 64 KiB of honest bytes, the slowest decoder;
+`decode_ms_hostile`: of bytes that are made to be expensive.
 `flood_p99`, `flood_rss`: two processes flood a real coordinator, with short messages as strangers and as members, with
-slow streams, with plain connections, while a member asks it something twenty times a second and a small swarm trains.
-The worst flood counts. The other rows of the trust layer come with it.
+slow streams, with bodies of 1 GiB, with plain connections, while a member asks it something twenty times a second and a
+small swarm trains. The worst flood counts. `flood_body_rss`, `flood_slow_p99`: of these two floods alone. `flood_disk`:
+by what a flood makes the folder with the database and all logs grow. The other rows of the trust layer come with it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,7 +32,7 @@ from hivemind.dht.storage import DictionaryDHTValue
 from peer.codecs import codec, codec_names
 from protocol.access import Door, Revocations
 from protocol.control import BeatReply
-from protocol.errors import SwarmError
+from protocol.errors import SwarmError, WireError
 from protocol.history import StateAnswer, StateRequest
 from protocol.ids import PeerId, RunId, StageId
 from protocol.invite import Invite
@@ -44,6 +46,7 @@ from protocol.transport.streams import Streams
 from protocol.wire import pack_tagged
 from tests.benchmarks.harness import Options, Row, figure, run
 from tests.e2e.swarm import Swarm
+from tests.fuzz.hostile import hostile
 from tests.fuzz.targets import targets
 
 DECODE_BYTES = 64 * 1024
@@ -51,6 +54,7 @@ FLOODS = {  # name: what each of the two does, and whether it has a pass
     "messages of strangers": ("messages", False),
     "messages of members": ("messages", True),
     "slow streams of members": ("slow", True),
+    "bodies of 1 GiB of members": ("bodies", True),
     "10,000 connections": ("connections", False),
 }
 ATTACKERS = 2
@@ -58,13 +62,15 @@ ASK_EVERY_S = 0.05
 CEILING_MIB = 768  # of a small VPS with 1 GiB
 ANSWER_TIMEOUT_S = 10.0
 GRACE_S = 60.0
+DISK_MIB = 16  # by which a flood may make the run's folder grow: what a swarm that trains writes anyway is about 1
 SETTINGS = ("batch.eval_every=100000", "keeping.checkpoint_every=100000", "batch.heldout_sequences=32")
 
 
 def measure(options: Options) -> Iterator[Row]:
-    if options.wants("decode_ms"):
+    if options.wants("decode_ms", "decode_ms_hostile"):
         yield _slowest_decoder(repeats=options.repeats_or(quick=20, full=200))
-    if options.wants("flood_p99", "flood_rss"):
+        yield _slowest_on_hostile(repeats=options.repeats_or(quick=3, full=15))
+    if options.wants("flood_p99", "flood_rss", "flood_body_rss", "flood_slow_p99", "flood_disk"):
         yield from _floods(seconds=4.0 if options.quick else 10.0, floods=FLOODS)
 
 
@@ -76,6 +82,22 @@ def _slowest_decoder(*, repeats: int) -> Row:
     worst = max(took, key=lambda name: took[name])
     note = ", ".join(f"{name} {ms:.2f}" for name, ms in sorted(took.items(), key=lambda each: -each[1]))
     return figure("decode_ms", took[worst], unit="ms", bar="<= 50", note=f"{note}; median of honest 64 KiB, CPU time")
+
+
+def _slowest_on_hostile(*, repeats: int) -> Row:
+    """Measure the shapes that are made to be expensive: most are refused, and that is what takes the time."""
+    known, took = targets(), dict[str, float]()
+    for name in ("messages", "DHT value", "DHT dictionary"):
+        for shape, case in hostile(DECODE_BYTES - 64).items():
+            took[f"{name}, {shape}"] = _decode_ms(partial(_taken_or_refused, known[name].decode), case, repeats=repeats)
+    slow = sorted(took, key=lambda each: -took[each])
+    note = "; ".join(f"{each} {took[each]:.2f}" for each in slow[:4])
+    return figure("decode_ms_hostile", took[slow[0]], unit="ms", bar="<= 50", note=f"{note}; of {len(took)}, CPU time")
+
+
+def _taken_or_refused(decode: Callable[[bytes], object], case: bytes) -> None:
+    with suppress(WireError):
+        decode(case)
 
 
 def _large_cases() -> dict[str, tuple[Callable[[bytes], object], bytes]]:
@@ -126,6 +148,8 @@ class Felt:
     waits_s: list[float] = field(default_factory=list)
     unanswered: int = 0
     most_bytes: int = 0
+    written_bytes: int = 0
+    """By which the folder with the database and everybody's logs has grown."""
     done: int = 0
     rounds: int = 0
 
@@ -145,7 +169,9 @@ def _floods(*, seconds: float, floods: dict[str, tuple[str, bool]]) -> Iterator[
         swarm.start_peers(["oak"])
         swarm.wait_version(3)
         for flood in ("nothing", *floods):
+            before = _folder_bytes(Path(name))
             felt[flood] = asyncio.run(_one_flood(swarm, Path(name), floods.get(flood), seconds))
+            felt[flood].written_bytes = _folder_bytes(Path(name)) - before
         with swarm.database() as db:
             (intact,) = db.execute("PRAGMA integrity_check").fetchone()
     assert intact == "ok", intact
@@ -161,6 +187,26 @@ def _floods(*, seconds: float, floods: dict[str, tuple[str, bool]]) -> Iterator[
     most = max(one.most_bytes for one in felt.values())
     note = f"the coordinator and its p2pd, ceiling {CEILING_MIB} MiB"
     yield figure("flood_rss", most / 2**20, unit="MiB", bar=f"<= {CEILING_MIB}", note=note)
+    for flood, (what, _) in floods.items():
+        one = felt[flood]
+        if what == "bodies":
+            note = f"the coordinator and its p2pd, {ATTACKERS} times 1 GiB pushed, {one.done:,} streams"
+            yield figure("flood_body_rss", one.most_bytes / 2**20, unit="MiB", bar=f"<= {CEILING_MIB}", note=note)
+        if what == "slow":
+            note = f"{one.done:,} slow streams, {one.unanswered} unanswered"
+            yield figure("flood_slow_p99", one.p99_s, unit="s", bar="<= 2", note=note)
+    grown = {flood: one.written_bytes / 2**20 for flood, one in felt.items()}
+    worst_flood = max(grown, key=lambda each: grown[each])
+    note = f"{worst_flood}; {calm.written_bytes / 2**20:.1f} when nothing happens; database intact"
+    yield figure("flood_disk", grown[worst_flood], unit="MiB", bar=f"<= {DISK_MIB}", note=note)
+
+
+def _folder_bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # it went while we looked
+            total += path.lstat().st_blocks * 512
+    return total
 
 
 async def _one_flood(swarm: Swarm, folder: Path, attack: tuple[str, bool] | None, seconds: float) -> Felt:

@@ -22,12 +22,18 @@ from protocol.ids import PeerId
 from protocol.records import admit
 from protocol.transport.dial import dial
 from protocol.transport.passes import ShowPass
-from protocol.wire import pack_tagged
-from tests.e2e.attacker import Attacker, attacker, framed
+from protocol.wire import HEADER, MAX_CHUNK_BYTES, MAX_MESSAGE_BYTES, FrameKind, frame_header, pack_tagged
+from tests.e2e.attacker import MILLION, Attacker, attacker, framed
 
 AT_ONCE = 48
 SLOW_STREAMS = 200
 PIECE_EVERY_S = 0.5
+BODY_BYTES, BODIES_AT_ONCE = 1 << 30, 8
+CLAIMS = (  # what a body begins with: as much as may come, more than that, a body where a message is due
+    frame_header(FrameKind.MESSAGE, MAX_MESSAGE_BYTES),
+    HEADER.pack(FrameKind.MESSAGE, BODY_BYTES),
+    frame_header(FrameKind.CHUNK, MAX_CHUNK_BYTES),
+)
 MESSAGES = (pack_tagged(StatusRequest()), b"", b"\xc1" * 200, bytes(1000))
 
 
@@ -60,6 +66,28 @@ async def slow(attack: Attacker, name: str, ends_s: float) -> None:
     await asyncio.gather(*(one() for _ in range(SLOW_STREAMS)))
 
 
+async def bodies(attack: Attacker, name: str, ends_s: float) -> None:
+    """Push a gibibyte on several streams, whatever is claimed or answered, until it is sent or time is up."""
+
+    async def one(number: int) -> None:
+        left = BODY_BYTES // BODIES_AT_ONCE
+        while left > 0 and time.monotonic() < ends_s:
+            try:
+                async with asyncio.timeout(max(0.1, ends_s - time.monotonic())):
+                    _, writer = await dial(attack.p2p, attack.victim, name)
+                    attack.sent += 1
+                    writer.write(CLAIMS[number % len(CLAIMS)])
+                    number += 1
+                    while left > 0:
+                        writer.write(MILLION)
+                        await writer.drain()
+                        left -= len(MILLION)
+            except (SwarmError, OSError, RuntimeError):
+                continue
+
+    await asyncio.gather(*(one(number) for number in range(BODIES_AT_ONCE)))
+
+
 def connections(address: str, num: int, ends_s: float) -> int:
     """Open plain TCP connections and say nothing on them; return how many there were at the end."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
@@ -76,6 +104,9 @@ def connections(address: str, num: int, ends_s: float) -> int:
     return len(opened)
 
 
+WAYS = {"messages": messages, "slow": slow, "bodies": bodies}
+
+
 async def attack_with(what: str, seconds: float, seed: int, address: str, name: str, directory: str) -> int:
     """Flood the victim; return how many streams were opened."""
     async with attacker([address], seed=seed) as attack:
@@ -85,7 +116,7 @@ async def attack_with(what: str, seconds: float, seed: int, address: str, name: 
             admission = admit(run.key, run=run_id, peer=me, name="attacker", issued_s=now_s, valid_hours=1.0)
             await attack.stream(name, framed(pack_tagged(ShowPass(admission=admission, number=0))))
         ends_s = time.monotonic() + seconds
-        await (messages if what == "messages" else slow)(attack, name, ends_s)
+        await WAYS[what](attack, name, ends_s)
         return attack.sent
 
 
