@@ -24,6 +24,7 @@ from pathlib import Path
 import structlog
 
 from coordinator import listening, status
+from coordinator.access import AccessOffice
 from coordinator.audit.office import AuditOffice
 from coordinator.bans import Bans
 from coordinator.charters import CharterOffice
@@ -73,6 +74,7 @@ class Services:
     database: Database
     journal: Journal
     ledger: Ledger
+    access: AccessOffice
     registry: Registry
     charters: CharterOffice
     reunion: Reunion
@@ -87,6 +89,7 @@ class Services:
         """Take over what the database knows, in the order in which one builds on the other."""
         await self.charters.load()
         await self.ledger.load()
+        await self.access.load()
         await self.registry.load()
         await self.bans.load()
         await self.audits.load()
@@ -122,11 +125,13 @@ def make_services(run: RunDir, settings: CoordinatorSettings, *, database: Datab
     manifest = run.manifest
     journal = Journal(database, clock)
     ledger = Ledger(manifest, database=database, clock=clock)
+    access = AccessOffice(settings, database=database, clock=clock)
     registry = Registry(
         run.signed,
         manifest,
         key=run.key,
         settings=settings,
+        access=access,
         database=database,
         ledger=ledger,
         journal=journal,
@@ -155,6 +160,7 @@ def make_services(run: RunDir, settings: CoordinatorSettings, *, database: Datab
         database=database,
         journal=journal,
         ledger=ledger,
+        access=access,
         registry=registry,
         charters=charters,
         reunion=reunion,
@@ -274,7 +280,7 @@ async def _start_node(services: Services) -> tuple[Node, Invite]:
     )
     try:
         addresses = await node.addresses()
-        invite = listening.make_invite(run.manifest, addresses, token=settings.token)
+        invite = listening.make_invite(run.manifest, addresses)
         await database.run(listening.keep, listen=listening.with_port(listen, addresses), invite=invite)
     except BaseException:
         await node.stop()

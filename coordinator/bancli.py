@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-from coordinator.commandline import finish, print_document, with_debug, with_json
+from coordinator.commandline import (
+    DIRECTORY,
+    check_text,
+    finish,
+    parse_duration,
+    print_document,
+    with_debug,
+    with_json,
+    write_database,
+)
 from coordinator.monitor.standings import flop
 from protocol.errors import ConfigError
 from protocol.ids import PeerId
 
-T = TypeVar("T")
-
-DIRECTORY = click.Path(path_type=Path, file_okay=False)
-UNITS_S = {"m": 60, "h": 3600, "d": 86_400}
-MAX_REASON_CHARS = 200
 PEER_ID = "12D3KooW[1-9A-HJ-NP-Za-km-z]{44}"
 
 
@@ -54,18 +57,19 @@ def ban(
     def command() -> None:
         from coordinator.store.bans import BanRow, add_ban
         from coordinator.store.credits import revoke
+        from coordinator.store.successors import predecessors
 
         since_s = time.time()
-        until_s = None if duration is None else since_s + _seconds(duration)
-        if len(reason) > MAX_REASON_CHARS or not reason.isprintable():
-            raise ConfigError(f"--reason: at most {MAX_REASON_CHARS} printable characters.")
+        until_s = None if duration is None else since_s + parse_duration(duration, "--for")
+        check_text(reason, "--reason")
 
         def add(db: Any) -> tuple[BanRow, int]:
             row = BanRow(peer=_find(db, peer), since_s=since_s, until_s=until_s, reason=reason)
             add_ban(db, row)
-            return row, revoke(db, row.peer, reason=reason or "banned", at_s=since_s) if revoke_credits else 0
+            mine = (row.peer, *predecessors(db, row.peer)) if revoke_credits else ()  # what it earned by older keys too
+            return row, sum(revoke(db, key, reason=reason or "banned", at_s=since_s) for key in mine)
 
-        row, mflop = _write(directory, add)
+        row, mflop = write_database(directory, add)
         text = f"{row.peer} is banned" + (f", {flop(mflop)} taken back" if revoke_credits else "")
         _say(as_json, "coordinator.ban/1", row.peer, text, until_s=until_s, revoked_mflop=mflop)
 
@@ -78,7 +82,7 @@ def ban(
 @with_json
 @with_debug
 def unban(directory: Path, peer: str, as_json: bool, debug: bool) -> None:
-    """Let PEER (its id, or its name) into the run in DIRECTORY again.
+    """Let PEER (its id, or its name) into the run in DIRECTORY again, be it banned or frozen.
 
     Example: coordinator unban my-run oak
     """
@@ -92,7 +96,7 @@ def unban(directory: Path, peer: str, as_json: bool, debug: bool) -> None:
                 raise ConfigError(f"{peer} is not banned.", hint=f"See: coordinator bans {directory}")
             return found
 
-        found = _write(directory, remove)
+        found = write_database(directory, remove)
         _say(as_json, "coordinator.unban/1", found, f"{found} may come back")
 
     finish(command, "unban", debug)
@@ -103,7 +107,7 @@ def unban(directory: Path, peer: str, as_json: bool, debug: bool) -> None:
 @with_json
 @with_debug
 def bans(directory: Path, as_json: bool, debug: bool) -> None:
-    """List who is banned from the run in DIRECTORY, and why.
+    """List who is kept out of the run in DIRECTORY, and why.
 
     Example: coordinator bans my-run
     """
@@ -116,14 +120,15 @@ def bans(directory: Path, as_json: bool, debug: bool) -> None:
         from coordinator.store.database import DATABASE_FILE, reading
 
         with reading(directory / DATABASE_FILE) as db:
-            rows = load_bans(db, now_s=time.time())
+            # a key that was replaced is nobody's any more
+            rows = [row for row in load_bans(db, now_s=time.time()) if row.kind != "rotated"]
         if as_json:
             print_document("coordinator.bans/1", {"bans": [asdict(row) for row in rows]})
             return
         if not rows:
             click.echo("nobody is banned", err=True)
         for row in rows:
-            click.echo(f"{row.peer}  {until(row)}  {row.reason}")
+            click.echo(f"{row.peer}  {row.kind} {until(row)}  {row.reason}")
 
     finish(command, "bans", debug)
 
@@ -177,45 +182,24 @@ def evidence(directory: Path, peer: str, as_json: bool, debug: bool) -> None:
 
 
 def _find(db: Any, who: str) -> PeerId:
-    """Return the peer that is meant: by its id, or by a name that only one has. Raises `ConfigError`."""
+    """Return the peer that is meant: by its id, or by a name that only one has. Raises `ConfigError`.
+
+    Whose key was replaced is meant by its newest one.
+    """
     from coordinator.store.peers import load_peers
+    from coordinator.store.successors import newest
 
     rows = load_peers(db)
     if any(row.peer == who for row in rows):
-        return PeerId(who)
+        return newest(db, PeerId(who))
     if re.fullmatch(PEER_ID, who, re.ASCII):  # who has not come yet can be kept out as well
-        return PeerId(who)
-    named = [row.peer for row in rows if row.name == who]
+        return newest(db, PeerId(who))
+    named = sorted({newest(db, row.peer) for row in rows if row.name == who})
     if len(named) == 1:
         return named[0]
     if named:
         raise ConfigError(f"{len(named)} peers are called '{who[:40]}'.", hint=f"Give the id: {', '.join(named[:5])}")
     raise ConfigError(f"no peer '{who[:64]}' ever took part.", hint="Give an id or a name, as swarm status shows.")
-
-
-def _seconds(text: str) -> float:
-    found = re.fullmatch(r"(\d{1,6})([mhd])", text.strip().lower(), re.ASCII)
-    if found is None or int(found[1]) == 0:
-        raise ConfigError(f"--for: '{text[:20]}' is no time.", hint="Write it like 30m, 12h or 7d.")
-    return float(int(found[1]) * UNITS_S[found[2]])
-
-
-def _write(directory: Path, function: Callable[[Any], T]) -> T:
-    import asyncio
-
-    from coordinator.store.database import DATABASE_FILE, Database
-
-    if not (directory / DATABASE_FILE).exists():
-        raise ConfigError(f"{directory} was never served.", hint=f"Start it: coordinator run {directory}")
-
-    async def write() -> T:
-        database = await Database.open(directory / DATABASE_FILE)
-        try:
-            return await database.run(function)
-        finally:
-            await database.close()
-
-    return asyncio.run(write())
 
 
 def _say(as_json: bool, schema: str, peer: PeerId, text: str, **more: Any) -> None:

@@ -1,8 +1,8 @@
-"""Keeping peers out: the revocation list, and what a banned peer is told.
+"""Keeping peers out: the revocation list, and what a peer on it is told.
 
 Owns: making a new signed list whenever who is banned has changed, and keeping it. Must not know: who decides on a ban
-(the organiser's command writes the row), how the list travels. The app calls `tick`; `registry.py` sends the list with
-its answers to beats.
+(the organiser's command, or `access.py`, writes the row), how a cloned key is noticed, how the list travels. The app
+calls `tick`; `registry.py` sends the list with its answers to beats, and calls `freeze`.
 
 The rows are the truth: the command writes them also while no coordinator runs. A list is on disk before anybody sees
 it, so its number never comes twice.
@@ -20,16 +20,18 @@ from coordinator.clock import Clock
 from coordinator.journal import DISK_NOTE, Journal
 from coordinator.registry import Registry
 from coordinator.store import bans, peers
-from coordinator.store.bans import BanRow
+from coordinator.store.bans import BanRow, Kind
 from coordinator.store.database import Database
 from protocol.access import MAX_REVOKED, REVOCATION_CONTEXT, Revocations, revoke
-from protocol.errors import StorageError
+from protocol.errors import RefusedError, StorageError
 from protocol.ids import PeerId, RunId
 from protocol.signing import Signed, SigningKey, unseal
 
 log = structlog.get_logger()
 
 REVOCATIONS = "revocations"  # a key of the settings table
+CLONED = "two processes use this peer's key at the same time"
+EVENTS: dict[Kind, str] = {"banned": "peer.banned", "frozen": "peer.frozen", "rotated": "peer.rotated"}
 
 
 class Bans:
@@ -71,12 +73,22 @@ class Bans:
             self._journal.note(DISK_NOTE, str(error))
             return
         for row in self._rows.values():
-            await self._registry.expel(row.peer, row.reason)
+            await self._registry.expel(row.peer, f"{row.kind}: {row.reason}")
         before, self._told = self._told, frozenset(self._rows)
         for peer in sorted(self._told - before):
-            await self._journal.event("peer.banned", peer, self._rows[peer].reason)
+            await self._journal.event(EVENTS[self._rows[peer].kind], peer, self._rows[peer].reason)
         for peer in sorted(before - self._told):
             await self._journal.event("peer.unbanned", peer)
+
+    async def freeze(self, peer: PeerId) -> None:
+        """Keep a cloned identity out until somebody looks into it. Who holds its key is not known any more."""
+        row = BanRow(peer=peer, since_s=self._clock.wall(), until_s=None, reason=CLONED, kind="frozen")
+        try:
+            await self._database.run(bans.add_ban, row)
+        except StorageError as error:  # it is noticed again
+            self._journal.note(DISK_NOTE, str(error))
+        else:
+            self._rows[peer] = row  # its next word is refused; the list follows with the next tick
 
     async def _read(self) -> None:
         rows = await self._database.run(bans.load_bans, now_s=self._clock.wall())
@@ -103,12 +115,21 @@ class Bans:
         """The newest list; None as long as nobody was ever banned."""
         return self._newest
 
-    def why(self, peer: PeerId) -> str | None:
-        """Return what to tell a peer that is banned; None if it is not."""
+    def refusal(self, peer: PeerId) -> RefusedError | None:
+        """Return what to tell a peer that is kept out; None if it is not."""
         row = self._rows.get(peer)
         if row is None or (row.until_s is not None and row.until_s <= self._clock.wall()):
             return None
-        return f"you are banned {until(row)}: {row.reason or 'no reason was given'}."
+        match row.kind:
+            case "frozen":
+                return RefusedError(
+                    f"this identity is frozen: {row.reason}.",
+                    hint="Stop all but one of them, then run there: peer identity rotate. Or ask the organiser.",
+                )
+            case "rotated":
+                return RefusedError(f"this key was {row.reason}.", hint="Join with the new key, or ask the organiser.")
+        why = f"you are banned {until(row)}: {row.reason or 'no reason was given'}."
+        return RefusedError(why, hint="Ask the organiser.")
 
 
 def until(row: BanRow) -> str:

@@ -13,6 +13,7 @@ import click
 
 from coordinator.bancli import ban, bans, evidence, unban
 from coordinator.commandline import (
+    DIRECTORY,
     SETTING,
     Command,
     finish,
@@ -22,11 +23,12 @@ from coordinator.commandline import (
     with_json,
 )
 from coordinator.forecast.cli import plan
+from coordinator.invitecli import invite, invites, uninvite
 from protocol.console import set_up_logging
 from protocol.errors import ConfigError
 
+ACCESS = click.Choice(["open", "invite"])
 LEVELS = click.Choice(["debug", "info", "warning", "error"])
-DIRECTORY = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 ANY = click.Path(path_type=Path)
 
@@ -121,7 +123,7 @@ def init(
 @click.option("--host-maddr", "host_maddrs", multiple=True, help="Multiaddr to listen on; repeatable.")
 @click.option("--announce", "announce_maddrs", multiple=True, help="Multiaddr that peers should dial; repeatable.")
 @click.option("--http", default=None, metavar="HOST:PORT", help="Serve the status there: text, and /status.json.")
-@click.option("--token", default=None, help="A word that peers must bring; it becomes part of the invite.")
+@click.option("--access", type=ACCESS, default=None, help="Whom to let in. [default: as last time, at first open]")
 @click.option("--start-peers", type=int, default=None, help="Begin when so many peers are ready. [default: 1]")
 @click.option("--stages-per-peer", type=int, default=None, help="Stages that a joiner is given. [default: 1]")
 @click.option("--lost-after", "lost_after_s", type=float, default=None, help="Seconds of silence. [default: 10]")
@@ -133,7 +135,7 @@ def run(
     host_maddrs: tuple[str, ...],
     announce_maddrs: tuple[str, ...],
     http: str | None,
-    token: str | None,
+    access: str | None,
     start_peers: int | None,
     stages_per_peer: int | None,
     lost_after_s: float | None,
@@ -154,48 +156,28 @@ def run(
             host_maddrs=host_maddrs,
             announce_maddrs=announce_maddrs,
             http=http,
-            token=token,
+            access=access,
             start_peers=start_peers,
             stages_per_peer=stages_per_peer,
             lost_after_s=lost_after_s,
         )
         set_up_logging(level=log_level, file=log_file)
+        from coordinator.access import kept_access
         from coordinator.app import run_coordinator  # imports hivemind
+        from coordinator.store.database import DATABASE_FILE, reading
         from protocol.process import run_loop
 
         def on_invite(invite: Any) -> None:
             click.echo(invite.to_text())
-            click.echo("Serving. Give that line to volunteers: peer join INVITE. Ctrl-C stops.", err=True)
+            with reading(directory / DATABASE_FILE) as db:
+                is_open = kept_access(db) == "open"
+            share = "Give that line to volunteers: peer join INVITE"
+            ask = f"It lets in by invitation. Make one: coordinator invite {directory}"
+            click.echo(f"Serving. {share if is_open else ask}. Ctrl-C stops.", err=True)
 
         run_loop(run_coordinator(directory, settings, on_invite=on_invite, until_finished=until_finished))
 
     finish(command, "run", debug)
-
-
-@coordinator.command()
-@click.argument("directory", type=DIRECTORY)
-@with_json
-@with_debug
-def invite(directory: Path, as_json: bool, debug: bool) -> None:
-    """Print the invite that `coordinator run` last served.
-
-    Example: coordinator invite my-run
-    """
-
-    def command() -> None:
-        from coordinator.listening import kept_invite
-        from coordinator.store.database import DATABASE_FILE, reading
-
-        with reading(directory / DATABASE_FILE) as db:
-            text = kept_invite(db)
-        if text is None:
-            raise ConfigError(f"{directory} was never served.", hint=f"Start it: coordinator run {directory}")
-        if as_json:
-            print_document("coordinator.invite/1", {"invite": text})
-        else:
-            click.echo(text)
-
-    finish(command, "invite", debug)
 
 
 @coordinator.command()
@@ -314,7 +296,7 @@ def demo(
     finish(command, "demo", debug)
 
 
-for command in (plan, ban, unban, bans, evidence):
+for command in (plan, invite, uninvite, invites, ban, unban, bans, evidence):
     coordinator.add_command(command)
 
 

@@ -36,17 +36,17 @@ def with_port(listen: Sequence[str], actual: Sequence[str]) -> tuple[str, ...]:
     return tuple(_resolved(address, actual) for address in listen)
 
 
-def make_invite(manifest: Manifest, addresses: Sequence[str], *, token: str | None) -> Invite:
-    """Return the invite. This machine's loopback address is named only if there is no other."""
+def make_invite(manifest: Manifest, addresses: Sequence[str]) -> Invite:
+    """Return the invite, without a token. This machine's loopback address is named only if there is no other."""
     elsewhere = [address for address in addresses if not is_loopback(address)]
     chosen = tuple((elsewhere or list(addresses))[:MAX_ADDRESSES])
     if not chosen:
         raise ConfigError("this machine has no address that a peer could dial.", hint="Give one with --announce.")
-    return Invite(addresses=chosen, run=manifest.run_id, coordinator=manifest.coordinator, token=token)
+    return Invite(addresses=chosen, run=manifest.run_id, coordinator=manifest.coordinator)
 
 
 def keep(db: Connection, *, listen: Sequence[str], invite: Invite) -> None:
-    """Remember where we listen, and the invite for `coordinator invite`."""
+    """Remember where we listen, and the invite: `coordinator invite` prints it, or adds a token to it."""
     peers.put_setting(db, LISTEN, json.dumps(list(listen)))
     peers.put_setting(db, INVITE, invite.to_text())
 

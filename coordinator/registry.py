@@ -11,14 +11,15 @@ and unheard, so that nobody's stage is given away before it had time to come bac
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import structlog
 
+from coordinator.access import AccessOffice
 from coordinator.clock import Clock
+from coordinator.doubles import Doubles
 from coordinator.journal import DISK_NOTE, Journal
 from coordinator.ledger import Ledger
 from coordinator.placement import Host, place
@@ -79,7 +80,9 @@ class BanList(Protocol):
     @property
     def newest(self) -> Signed | None: ...
 
-    def why(self, peer: PeerId) -> str | None: ...
+    def refusal(self, peer: PeerId) -> RefusedError | None: ...
+
+    async def freeze(self, peer: PeerId) -> None: ...
 
 
 class Registry:
@@ -92,6 +95,7 @@ class Registry:
         *,
         key: SigningKey,
         settings: CoordinatorSettings,
+        access: AccessOffice,
         database: Database,
         ledger: Ledger,
         journal: Journal,
@@ -101,11 +105,13 @@ class Registry:
         self._manifest = manifest
         self._key = key
         self._settings = settings
+        self._access = access
         self._database = database
         self._ledger = ledger
         self._journal = journal
         self._clock = clock
         self._peers: dict[PeerId, LivePeer] = {}
+        self._doubles = Doubles()
         self._saved_s = float("-inf")
         self.charters: Callable[[], tuple[Signed, ...]] = tuple
         """Newest charter of every stage; the charter office puts itself here."""
@@ -186,13 +192,16 @@ class Registry:
         """
         self._check_request(request)
         self._refuse_banned(caller)
+        before = await self._access.admit(caller, request.token, request.handovers)
+        await self._refuse_clones(caller, request.process)
         known = self._peers.get(caller)
         wall_s = self._clock.wall()
+        joined_s = [self._peers[peer].joined_s for peer in (caller, *before) if peer in self._peers]
         newcomer = LivePeer(
             peer=caller,
             session=request.session,
             name=request.name,
-            joined_s=known.joined_s if known else wall_s,
+            joined_s=min(joined_s, default=wall_s),
             seen_s=self._clock.monotonic(),
             seen_wall_s=wall_s,
             stages=self._place(caller, request),
@@ -230,6 +239,7 @@ class Registry:
         peer = self._peers.get(caller)
         if peer is None or peer.presence == "left":
             raise RefusedError("this coordinator does not know you (any more).", hint="Register again.")
+        await self._refuse_clones(caller, beat.process)
         self._check_states(beat.stages)
         returned = peer.presence == "lost"
         self._take(peer, beat)
@@ -262,16 +272,23 @@ class Registry:
         return Done()
 
     async def expel(self, caller: PeerId, reason: str) -> None:
-        """Take a peer for gone that is banned now."""
+        """Take a peer for gone that is kept out now."""
+        self._doubles.forget(caller)
         peer = self._peers.get(caller)
         if peer is not None and peer.presence != "left":
-            self._go(peer, "left", PeerState.REFUSED, f"banned: {reason}"[:200])
+            self._go(peer, "left", PeerState.REFUSED, reason[:200])
             await self.save()
 
     def _refuse_banned(self, caller: PeerId) -> None:
-        why = None if self.bans is None else self.bans.why(caller)
-        if why is not None:
-            raise RefusedError(why, hint="Ask the organiser.")
+        refusal = None if self.bans is None else self.bans.refusal(caller)
+        if refusal is not None:
+            raise refusal
+
+    async def _refuse_clones(self, caller: PeerId, process: int) -> None:
+        """Freeze an identity that two processes use, and tell each of them with its next word."""
+        if self._doubles.hear(caller, process, now_s=self._clock.monotonic()) and self.bans is not None:
+            await self.bans.freeze(caller)
+            self._refuse_banned(caller)
 
     async def sweep(self) -> None:
         """Mark the silent as lost, and write the picture down. Once per tick."""
@@ -344,9 +361,6 @@ class Registry:
             )
         if request.run != self._manifest.run_id:
             raise RefusedError(f"this coordinator serves run {self._manifest.run_id}, not {request.run}.")
-        token = self._settings.token
-        if token is not None and not hmac.compare_digest((request.token or "").encode(), token.encode()):
-            raise RefusedError("this run needs a token that the peer does not have.", hint="Ask for a new invite.")
         skew_s = request.clock_s - self._clock.wall()
         # a request may have been under way for as long as its deadline allows, so that a clock which only
         # seems late is left to the peer's own check against `Welcome.clock_s`

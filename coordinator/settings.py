@@ -6,7 +6,7 @@ environment variables, those over the defaults.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -15,6 +15,7 @@ from protocol.errors import ConfigError
 
 FLAGS = {"host_maddrs": "--host-maddr", "announce_maddrs": "--announce", "lost_after_s": "--lost-after"}
 
+Access = Literal["open", "invite"]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
@@ -29,8 +30,8 @@ class CoordinatorSettings(BaseSettings):
     """What others should dial, if it differs (port forwarding, DNS)."""
     http: str | None = None
     """`HOST:PORT` at which the status is served over HTTP; nowhere by default."""
-    token: Annotated[str, Field(min_length=1, max_length=100)] | None = None
-    """A word that a peer must bring to be let in; it travels in the invite."""
+    access: Access | None = None
+    """Whom to let in: anybody, or who has an invite. None: as at the last start, at first anybody."""
     start_peers: Annotated[int, Field(ge=1, le=65_536)] = 1
     """The run begins when this many peers are ready (and every stage has one)."""
     stages_per_peer: Annotated[int, Field(ge=1, le=32)] = 1

@@ -149,7 +149,7 @@ def _stages(
 
 def _peers(db: Connection, rows: list[peers.PeerRow], *, now_s: float) -> list[Document]:
     """List the peers that are here first, then the newest of the others."""
-    tokens, balances, disputes = tallies.tokens_by_peer(db), credits.balances(db), receipts.count_disputes(db)
+    tokens, balances, disputes = tallies.tokens_by_peer(db), credits.by_person(db), receipts.count_disputes(db)
     standings = {
         peer: policy.state_of(policy.standing_from(peer, fields), now_s=now_s).value
         for peer, fields in audits.load_standings(db).items()

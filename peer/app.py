@@ -20,6 +20,7 @@ import structlog
 from peer.averaging.history import kept_snapshots
 from peer.coordination import Condition, Registration, hand_in, keep_beating, say_goodbye
 from peer.engine.build import build_span, choose_device
+from peer.identity import load_handovers
 from peer.link import Link, connected
 from peer.memory.executor import Pause
 from peer.pipeline.compute import ComputeThread, Priority
@@ -27,7 +28,7 @@ from peer.presence import Presence
 from peer.report_spool import ReportSpool
 from peer.reports import ReportQueue
 from peer.session import Ending, Session
-from peer.settings import PeerSettings
+from peer.settings import LOCK, PeerSettings
 from peer.span_parts import SpanParts
 from peer.ui.live import Line, show_live
 from protocol.control import BeatReply, Capability, PeerState
@@ -40,7 +41,6 @@ from protocol.records import ReplicaRecord
 
 log = structlog.get_logger()
 
-LOCK = "lock"
 RETRY_S = 2.0
 OTHER_FOLDER = "Choose another folder with --data-dir, or stop the peer that runs there."
 
@@ -55,7 +55,8 @@ async def join_run(invite: Invite, settings: PeerSettings) -> None:
             link = await until_stopped(stop, connection.enter_async_context(connected(invite, settings)))
             if link is None:
                 return
-            registration = Registration(link, invite, settings, capability=_capability(settings))
+            handovers = load_handovers(settings.data_dir, link.peer_id)
+            registration = Registration(link, invite, settings, capability=_capability(settings), handovers=handovers)
             kept = kept_snapshots(_run_folder(settings, invite.run))
             entered = await until_stopped(stop, registration.enter(kept=kept))
             try:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peer.memory.planning.budgets import Limits, check_limits
-from peer.settings import PeerSettings, default_data_dir, default_name
+from peer.settings import IDENTITY_FILE, PeerSettings, default_data_dir, default_name
 from protocol.console import run_command, set_up_logging
 from protocol.control import NAME_PATTERN
 from protocol.errors import ConfigError
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
 MBPS = click.FloatRange(min=0.1)
+DATA_DIR = click.option("--data-dir", type=FOLDER, default=None, help="Keys, tokens, state. [default: per user]")
 LEVELS = click.Choice(["debug", "info", "warning", "error"])
 
 
@@ -42,7 +43,7 @@ def peer() -> None:
 @peer.command()
 @click.argument("invite")
 @click.option("--name", default=None, help="Shown to others. [default: peer-XXXX]")
-@click.option("--data-dir", type=click.Path(path_type=Path, file_okay=False), default=None, help="Keys, tokens, state.")
+@DATA_DIR
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--threads", type=click.IntRange(1, 1024), default=None, help="CPU threads. [default: all but one]")
 @click.option("--stage", "stages", type=click.IntRange(min=0), multiple=True, help="Ask for this stage; repeatable.")
@@ -139,7 +140,6 @@ def receipts(invite: str, data_dir: Path | None, as_json: bool, debug: bool) -> 
 
     def command() -> None:
         from peer.earnings import look  # imports hivemind
-        from peer.link import IDENTITY_FILE
 
         folder = data_dir or default_data_dir()
         if not (folder / IDENTITY_FILE).exists():
@@ -148,11 +148,69 @@ def receipts(invite: str, data_dir: Path | None, as_json: bool, debug: bool) -> 
             )
         found = run_loop(look(Invite.from_text(invite), data_dir=folder, identity_file=IDENTITY_FILE))
         if as_json:
-            click.echo(json.dumps({"schema": "peer.receipts/1", "ok": True, "data": found.to_json()}))
+            _print_document("peer.receipts/1", found.to_json())
         else:
             click.echo("\n".join(found.lines()))
 
     sys.exit(run_command(command, program="peer receipts", debug=debug))
+
+
+@peer.group(name="identity")
+def identity_group() -> None:
+    """Who this machine is to others: one key, in the data folder.
+
+    Example: peer identity show
+    """
+
+
+@identity_group.command()
+@DATA_DIR
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@click.option("--debug", is_flag=True, help="Show a traceback if something unexpected happens.")
+def show(data_dir: Path | None, as_json: bool, debug: bool) -> None:
+    """Print this machine's peer id.
+
+    Example: peer identity show
+    """
+
+    def command() -> None:
+        from peer.identity import load_handovers, load_identity
+
+        folder = data_dir or default_data_dir()
+        me = load_identity(folder).peer_id
+        before = [signed.signer for signed in load_handovers(folder, me)]
+        if as_json:
+            _print_document("peer.identity/1", {"peer": me, "before": before, "file": str(folder / IDENTITY_FILE)})
+        else:
+            click.echo(me)
+
+    sys.exit(run_command(command, program="peer identity show", debug=debug))
+
+
+@identity_group.command()
+@DATA_DIR
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@click.option("--debug", is_flag=True, help="Show a traceback if something unexpected happens.")
+def rotate(data_dir: Path | None, as_json: bool, debug: bool) -> None:
+    """Replace this machine's key by a new one, for example if somebody else may have a copy.
+
+    The old key signs that the new one goes on in its place: runs keep what belongs to you, and let the old key in no
+    more once you have joined again. The old key's file is kept aside. No peer may run with this data folder.
+
+    Example: peer identity rotate
+    """
+
+    def command() -> None:
+        from peer.identity import rotate as rotate_identity
+
+        done = rotate_identity(data_dir or default_data_dir())
+        if as_json:
+            _print_document("peer.rotate/1", {"before": done.before, "peer": done.now, "kept": str(done.kept)})
+        else:
+            click.echo(done.now)
+        click.echo(f"{done.before} hands over to {done.now}. Join your runs again, soon: peer join INVITE", err=True)
+
+    sys.exit(run_command(command, program="peer identity rotate", debug=debug))
 
 
 @peer.group()
@@ -205,6 +263,10 @@ def bench_plan(as_json: bool, debug: bool, **options: Any) -> None:
 def main() -> None:
     """Entry point of the `peer` script."""
     peer(prog_name="peer")
+
+
+def _print_document(schema: str, data: dict[str, Any]) -> None:
+    click.echo(json.dumps({"schema": schema, "ok": True, "data": data}, allow_nan=False))
 
 
 def _settings(

@@ -42,7 +42,7 @@ from protocol.ids import PeerId, RunId, StageId
 from protocol.invite import Invite
 from protocol.manifest import MANIFEST_CONTEXT, Manifest
 from protocol.records import ADMISSION_CONTEXT, Admission
-from protocol.signing import unseal
+from protocol.signing import Signed, unseal
 from protocol.wire import PROTOCOL_VERSION
 
 log = structlog.get_logger()
@@ -73,11 +73,20 @@ class Registration:
     was given to an earlier tenure, of this process or of one before, must not be taken for ours.
     """
 
-    def __init__(self, link: Link, invite: Invite, settings: PeerSettings, *, capability: Capability) -> None:
+    def __init__(
+        self,
+        link: Link,
+        invite: Invite,
+        settings: PeerSettings,
+        *,
+        capability: Capability,
+        handovers: tuple[Signed, ...] = (),
+    ) -> None:
         self._link = link
         self._invite = invite
         self._settings = settings
         self._capability = capability
+        self._handovers = handovers
         self._session = 0
         self._welcome: Welcome | None = None
         self._renew_at_s = float("inf")
@@ -132,6 +141,8 @@ class Registration:
             wanted_stages=tuple(StageId(stage) for stage in self._settings.stages),
             hosting=hosting,
             kept=kept,
+            process=self._link.process,
+            handovers=self._handovers,
         )
         welcome = await _ask_patiently(self._link, request)
         check_clock(welcome.clock_s, asked_s=asked_s, answered_s=time.time())
@@ -237,6 +248,7 @@ async def beat_once(link: Link, *, condition: Condition, reports: ReportQueue) -
         suspects=condition.suspects,
         reports=reports.oldest(),
         revocations=link.door.number,
+        process=link.process,
     )
     reply = await link.calls.call(link.coordinator, beat, BeatReply)
     reports.acknowledge(reply.acknowledged)

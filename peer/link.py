@@ -7,13 +7,14 @@ Must not know: rounds, tensors, stages.
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import structlog
 
-from peer.settings import PeerSettings
+from peer.settings import IDENTITY_FILE, PeerSettings
 from protocol.access import Door
 from protocol.errors import TransientError
 from protocol.ids import PeerId
@@ -27,8 +28,6 @@ from protocol.transport.streams import Streams
 from protocol.transport.throttle import Line, Throttle
 
 log = structlog.get_logger()
-
-IDENTITY_FILE = "identity.key"
 
 
 @dataclass(slots=True)
@@ -44,6 +43,8 @@ class Link:
     passes: Passes
     coordinator: PeerId
     coordinator_addresses: tuple[str, ...]
+    process: int = field(default_factory=lambda: secrets.randbits(63))
+    """Ours alone: by it the coordinator tells us from a copy that uses the same key."""
     _introduced: dict[PeerId, tuple[str, ...]] = field(default_factory=dict)
 
     @property

@@ -12,6 +12,10 @@ import platformdirs
 from peer.memory.planning.budgets import Limits
 from protocol.ids import PeerId, RunId
 
+IDENTITY_FILE = "identity.key"
+LOCK = "lock"
+"""Both in the data folder."""
+
 
 def default_data_dir() -> Path:
     """Return the per-user data folder of this platform."""

@@ -25,6 +25,7 @@ from protocol.audits import (
     SketchReport,
     SumOrder,
 )
+from protocol.handover import MAX_HANDOVERS
 from protocol.ids import Digest, Lineage, PeerId, RoundId, RunId, StageId, Version
 from protocol.signing import Signed
 from protocol.wire import Message
@@ -34,6 +35,8 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Text = Annotated[str, Field(max_length=200)]
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]
+Process = Annotated[int, Field(ge=0, lt=1 << 63)]
+"""Drawn by a process when it starts, and told nobody else: two of them under one key are a cloned identity."""
 
 
 class PeerState(StrEnum):
@@ -101,6 +104,9 @@ class Register(Message):
     """Stages that this process was given before: it was moved there, or asks for a new pass, and keeps them."""
     kept: Annotated[tuple[Snapshot, ...], Field(max_length=256)] = ()
     """What this peer still has on disk from before."""
+    process: Process = 0
+    handovers: Annotated[tuple[Signed, ...], Field(max_length=MAX_HANDOVERS)] = ()
+    """From keys that this peer went by before, the oldest first (`protocol/handover.py`)."""
 
 
 class Welcome(Message):
@@ -205,6 +211,7 @@ class Beat(Message):
     reports: Annotated[tuple[NumberedReport, ...], Field(max_length=64)] = ()
     revocations: Count = 0
     """Number of the newest revocation list that this peer has."""
+    process: Process = 0
 
 
 class GivenUp(Message):

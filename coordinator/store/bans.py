@@ -1,4 +1,4 @@
-"""Rows about who is banned. Plain functions on a connection.
+"""Rows about who is kept out. Plain functions on a connection.
 
 Owns: the SQL of `bans`. Must not know: why somebody is, or who hears of it (`coordinator/bans.py`).
 """
@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import sqlite3
 from dataclasses import dataclass
+from typing import Literal
 
 from protocol.ids import PeerId
+
+Kind = Literal["banned", "frozen", "rotated"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,11 +22,16 @@ class BanRow:
     since_s: float
     until_s: float | None
     reason: str
+    kind: Kind = "banned"
+    """`banned` by the organiser; `frozen`: two processes use its key; `rotated`: its key was replaced by another."""
 
 
 def add_ban(db: sqlite3.Connection, row: BanRow) -> None:
     """Ban a peer, or change its ban."""
-    db.execute("INSERT OR REPLACE INTO bans VALUES (?, ?, ?, ?)", (row.peer, row.since_s, row.until_s, row.reason))
+    db.execute(
+        "INSERT OR REPLACE INTO bans (peer, since_s, until_s, reason, kind) VALUES (?, ?, ?, ?, ?)",
+        (row.peer, row.since_s, row.until_s, row.reason, row.kind),
+    )
 
 
 def remove_ban(db: sqlite3.Connection, peer: PeerId) -> bool:
@@ -31,14 +39,19 @@ def remove_ban(db: sqlite3.Connection, peer: PeerId) -> bool:
     return db.execute("DELETE FROM bans WHERE peer = ?", (peer,)).rowcount > 0
 
 
+def find_ban(db: sqlite3.Connection, peer: PeerId, *, now_s: float) -> BanRow | None:
+    """Return a peer's ban, if it holds now."""
+    return next((row for row in load_bans(db, now_s=now_s) if row.peer == peer), None)
+
+
 def load_bans(db: sqlite3.Connection, *, now_s: float) -> list[BanRow]:
-    """Return the bans that hold now, the newest first."""
+    """Return the bans that hold now, the newest first; keys that were replaced come last, whatever their number."""
     rows = db.execute(
-        "SELECT peer, since_s, until_s, reason FROM bans WHERE until_s IS NULL OR until_s > ? "
-        "ORDER BY since_s DESC, peer",
+        "SELECT peer, since_s, until_s, reason, kind FROM bans WHERE until_s IS NULL OR until_s > ? "
+        "ORDER BY kind = 'rotated', since_s DESC, peer",
         (now_s,),
     )
     return [
-        BanRow(peer=PeerId(peer), since_s=since_s, until_s=until_s, reason=reason)
-        for peer, since_s, until_s, reason in rows
+        BanRow(peer=PeerId(peer), since_s=since_s, until_s=until_s, reason=reason, kind=kind)
+        for peer, since_s, until_s, reason, kind in rows
     ]

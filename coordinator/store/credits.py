@@ -13,6 +13,7 @@ import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from coordinator.store.successors import newest
 from protocol.ids import PeerId, RoundId, StageId
 
 
@@ -101,6 +102,21 @@ def revoke(db: sqlite3.Connection, peer: PeerId, *, reason: str, at_s: float, si
         "SELECT coalesce(sum(mflop), 0) FROM credit_entries WHERE id > ? AND kind = 'revoke'", (before,)
     ).fetchone()
     return int(mflop)
+
+
+def by_person(db: sqlite3.Connection) -> dict[PeerId, Balance]:
+    """Return the balances with those of replaced keys added to the newest. The book itself is never changed."""
+    found: dict[PeerId, Balance] = {}
+    for peer, mine in balances(db).items():
+        person = newest(db, peer)
+        so_far = found.get(person, Balance())
+        found[person] = Balance(
+            held_mflop=so_far.held_mflop + mine.held_mflop,
+            free_mflop=so_far.free_mflop + mine.free_mflop,
+            held_tokens=so_far.held_tokens + mine.held_tokens,
+            free_tokens=so_far.free_tokens + mine.free_tokens,
+        )
+    return found
 
 
 def balances(db: sqlite3.Connection) -> dict[PeerId, Balance]:

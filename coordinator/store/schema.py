@@ -312,7 +312,7 @@ MIGRATIONS: tuple[str, ...] = (
         SELECT RAISE(ABORT, 'credit entries are never deleted');
     END;
     """,
-    # 11: audits
+    # What audits have found, and where everybody stands by them.
     """
     CREATE TABLE audits (
         id INTEGER PRIMARY KEY,
@@ -336,6 +336,36 @@ MIGRATIONS: tuple[str, ...] = (
         peer TEXT PRIMARY KEY,
         standing TEXT NOT NULL          -- JSON
     ) WITHOUT ROWID;
+    """,
+    # Invites, who came in by them, and which key goes on as which other.
+    """
+    CREATE TABLE invites (
+        id TEXT PRIMARY KEY,            -- for people
+        secret BLOB NOT NULL UNIQUE,    -- SHA-256 of the token, which is kept nowhere
+        note TEXT NOT NULL,
+        uses INTEGER NOT NULL,          -- how many peers may come in by it
+        created_s REAL NOT NULL,
+        expires_s REAL,                 -- null: never
+        revoked_s REAL                  -- null: it holds
+    ) WITHOUT ROWID;
+
+    CREATE TABLE invite_uses (
+        peer TEXT PRIMARY KEY,          -- a peer comes in once, however often it registers
+        invite TEXT NOT NULL REFERENCES invites (id),
+        used_s REAL NOT NULL
+    ) WITHOUT ROWID;
+    CREATE INDEX invite_uses_by_invite ON invite_uses (invite);
+
+    CREATE TABLE successors (
+        peer TEXT PRIMARY KEY,          -- the old key, which nobody comes in with any more
+        successor TEXT NOT NULL,
+        statement BLOB NOT NULL,        -- signed by the old key
+        since_s REAL NOT NULL
+    ) WITHOUT ROWID;
+    CREATE INDEX successors_by_successor ON successors (successor);
+
+    -- Why a peer is on the list: banned, frozen (two processes with one key), rotated (its key was replaced).
+    ALTER TABLE bans ADD COLUMN kind TEXT NOT NULL DEFAULT 'banned' CHECK (kind IN ('banned', 'frozen', 'rotated'));
     """,
 )
 

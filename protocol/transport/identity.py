@@ -45,6 +45,20 @@ def create(path: Path, key: SigningKey | None = None) -> SigningKey:
     return key
 
 
+def replace(path: Path, key: SigningKey, *, aside: Path) -> None:
+    """Put `key` in the place of the one in `path`, which is kept `aside`. At every moment there is one in `path`."""
+    following = path.with_name(f".{path.name}.next")
+    try:
+        following.unlink(missing_ok=True)  # of an attempt that was cut short
+        _write_new(following, _PREFIX + key.secret_seed() + key.public_bytes)
+        if not aside.exists():
+            os.link(path, aside)
+        os.replace(following, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise StorageError(f"cannot write the identity file {path}: {error.strerror}.") from error
+
+
 def load(path: Path) -> SigningKey:
     """Read the key in `path`; `FileNotFoundError` if nothing is there.
 

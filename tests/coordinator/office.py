@@ -88,7 +88,9 @@ class Office:
 
     async def beat(self, volunteer: Volunteer, *states: StageState, **changes: Any) -> BeatReply:
         """Send one beat."""
-        return await self.services.registry.beat(volunteer.peer, beat(*states, **changes))
+        return await self.services.registry.beat(
+            volunteer.peer, beat(*states, **{"process": volunteer.process, **changes})
+        )
 
     async def tick(self, seconds: float = 0.0) -> None:
         """Let time pass, and then one tick."""
@@ -114,6 +116,7 @@ class Volunteer:
 
     name: str
     session: int = 1
+    process: int = 1
     key: SigningKey = field(init=False)
 
     def __post_init__(self) -> None:
@@ -133,6 +136,7 @@ class Volunteer:
             "protocol": PROTOCOL_VERSION,
             "run": of.run_id,
             "session": self.session,
+            "process": self.process,
             "name": self.name,
             "token": None,
             "capability": Capability(device="cpu", threads=1, memory_bytes=1 << 30, software="test"),

@@ -22,6 +22,7 @@ import pytest
 from click.testing import CliRunner
 
 from coordinator.app import run_coordinator
+from coordinator.cli import coordinator
 from coordinator.monitor.cli import read_status, swarm
 from coordinator.monitor.remote import remote_status
 from coordinator.rundir import RunDir
@@ -228,15 +229,18 @@ async def test_a_restart_is_found_at_the_same_address_and_knows_its_peers(run: R
 
 
 async def test_refusals_reach_the_peer_as_what_they_are(run: RunDir, tmp_path: Path) -> None:
-    async with serving(run.path, token="sesame") as invite, client(tmp_path, invite) as peer:
-        assert invite.token == "sesame"
+    async with serving(run.path, access="invite") as invite, client(tmp_path, invite) as peer:
+        assert invite.token is None
         with pytest.raises(IncompatibleError, match=f"protocol {PROTOCOL_VERSION + 1}"):
             await peer.register(run.manifest, protocol=PROTOCOL_VERSION + 1)
         with pytest.raises(RefusedError, match="token"):
             await peer.register(run.manifest)
         with pytest.raises(StrangerError):
             await peer.beat(beat())
-        await peer.register(run.manifest, token="sesame")
+        made = await asyncio.to_thread(CliRunner().invoke, coordinator, ["invite", str(run.path)])
+        token = Invite.from_text(made.stdout).token
+        assert token is not None
+        await peer.register(run.manifest, token=token)
         await peer.calls.tell(invite.coordinator, Leave(reason="test"))
         with pytest.raises(RefusedError, match="does not know you"):
             await peer.beat(beat())

@@ -23,7 +23,20 @@ from protocol.errors import ConfigError
 from protocol.ids import RoundId
 from tests.coordinator.runs import make_run, random_weights, stage_files, write_prose
 
-COMMANDS = ("init", "run", "invite", "checkpoints", "export", "demo", "plan", "ban", "unban", "bans")
+COMMANDS = (
+    "init",
+    "run",
+    "invite",
+    "checkpoints",
+    "export",
+    "demo",
+    "plan",
+    "invites",
+    "uninvite",
+    "ban",
+    "unban",
+    "bans",
+)
 
 
 def call(*arguments: str | Path, program: object = coordinator) -> Result:
