@@ -73,9 +73,9 @@ def summed(sketches: Iterable[bytes]) -> bytes:
     return bytes(np.sum(rows, axis=0).astype("<f4").tobytes())
 
 
-def negated(packed: bytes) -> bytes:
-    """Return the sketch of the same values with the opposite sign."""
-    return (-_rows(packed)).astype("<f4").tobytes()
+def scaled(packed: bytes, factor: float) -> bytes:
+    """Return the sketch of the same values times a factor."""
+    return bytes((factor * _rows(packed)).astype("<f4").tobytes())
 
 
 def distance(ours: bytes, theirs: bytes) -> float:

@@ -16,7 +16,7 @@ from protocol.audits import ContributionReport, contribution_seed
 from protocol.errors import WireError
 from protocol.ids import Lineage, PeerId, RoundId, StageId
 from protocol.rounds.messages import Commit
-from protocol.sketch import distance, negated, summed
+from protocol.sketch import distance, scaled, summed
 
 MAX_COMMITS = 256
 GATHER_S = 3.0  # all members report with their next beat
@@ -93,7 +93,10 @@ class Sums:
 def _record(commit: Commit, lineage: Lineage, said: Mapping[PeerId, ContributionReport]) -> Record | None:
     """Put sketches together; None if too few have spoken, or what they say is no sketch."""
     seed = contribution_seed(lineage)
-    members = {each.peer: each.tokens for each in commit.contributors if each.tokens}
+    members = {each.peer: each for each in commit.contributors if each.weight}
+    scales = {
+        peer: each.weight / each.tokens for peer, each in members.items()
+    }  # as sums are scaled when they are added
     reports = {peer: said[peer] for peer in members if peer in said}
     silent = members.keys() - reports.keys()
     if seed is None or not reports or len(silent) > 1:
@@ -103,17 +106,12 @@ def _record(commit: Commit, lineage: Lineage, said: Mapping[PeerId, Contribution
         # whoever lies about the sum is alone with it: all others have the same bytes
         total = min(totals, key=lambda each: sorted(distance(other, each) for other in totals)[len(totals) // 2])
         sketches = {peer: report.own for peer, report in reports.items()}
-        parts = summed(sketches.values())
+        parts = summed(scaled(sketch, scales[peer]) for peer, sketch in sketches.items())
         if silent:
             (peer,) = silent
-            sketches[peer] = _less(total, parts)
+            sketches[peer] = scaled(summed((total, scaled(parts, -1.0))), 1 / scales[peer])
         apart = 0.0 if silent else distance(total, parts)
     except WireError:
         return None
-    contributions = {peer: (tokens, sketches[peer]) for peer, tokens in members.items()}
+    contributions = {peer: (each.tokens, sketches[peer]) for peer, each in members.items()}
     return Record(stage=commit.stage, round=commit.round, seed=seed, contributions=contributions, apart=apart)
-
-
-def _less(total: bytes, parts: bytes) -> bytes:
-    """Return the sketch of what a sum has besides these parts."""
-    return summed((total, negated(parts)))

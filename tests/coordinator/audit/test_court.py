@@ -9,10 +9,11 @@ import itertools
 
 import pytest
 
-from coordinator.audit.court import PATIENCE_S, Case, Court, Finding, Tolerance, Verdict
+from coordinator.audit.court import PATIENCE_S, Case, Contributed, Court, Finding, Tolerance, Verdict
 from protocol.audits import AuditOrder, AuditOutcome, SketchOrder
-from protocol.ids import PeerId
-from tests.coordinator.audit.people import Person, carry
+from protocol.ids import PeerId, StageId
+from protocol.sketch import sketch
+from tests.coordinator.audit.people import Person, carry, tensor
 
 P, U, D, Q, R = (PeerId(name) for name in "PUDQR")
 SEED = b"s" * 32
@@ -114,6 +115,39 @@ def test_who_does_not_answer_is_named_and_the_case_ends() -> None:
     assert (verdict.finding, verdict.missing) == (Finding.NOTHING, (D, Q))
     assert len(own) == 0
     assert own.orders_for(Q) == []
+
+
+def contributed(given: str) -> Contributed:
+    """Return what P says it has given, where `sum` is what its microbatches come to."""
+    works = tuple(carry(P, U, D, number) for number in range(3))
+    return Contributed(stage=StageId(1), sketch=sketch(tensor(given), SEED), works=works)
+
+
+def tried_sum(given: str, liar: PeerId | None = None) -> list[Verdict]:
+    own, crowd = court(), people(liar=liar)
+    first = own.open_sum(contributed(given), Q, SEED, now_s=0.0)
+    verdicts = [hold(own, crowd, first)]
+    if verdicts[0].finding is Finding.DIFFERS:
+        second = own.open_sum(contributed(given), R, SEED, now_s=1.0, first=first)
+        verdicts.append(hold(own, crowd, second))
+    return verdicts
+
+
+def test_a_contribution_that_is_the_sum_of_its_microbatches_is_valid() -> None:
+    (verdict,) = tried_sum("sum")
+    assert verdict.finding is Finding.VALID
+
+
+def test_a_contribution_that_is_something_else_is_confirmed_by_a_second_witness() -> None:
+    first, second = tried_sum("nonsense")
+    assert (first.finding, second.finding) == (Finding.DIFFERS, Finding.CONFIRMED)
+
+
+def test_who_adds_up_wrongly_is_found_and_two_who_do_not_agree_convict_nobody() -> None:
+    _, second = tried_sum("sum", liar=Q)
+    assert (second.finding, second.liars) == (Finding.CLEARED, (Q,))
+    _, second = tried_sum("nonsense", liar=Q)
+    assert second.finding is Finding.NOTHING
 
 
 def test_only_who_was_asked_can_answer_and_only_once() -> None:

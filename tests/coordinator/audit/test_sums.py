@@ -1,0 +1,123 @@
+"""Contributions side by side. Oracle: tensors that are added up by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from coordinator.audit.sums import GATHER_S, GIVE_UP_S, Record, Sums
+from protocol.audits import ContributionReport, contribution_seed
+from protocol.ids import Lineage, PeerId, StageId, digest
+from protocol.rounds.messages import Commit, Contribution
+from protocol.sketch import MAX_SKETCH_BYTES, Values, distance, sketch_shards
+from tests.coordinator.audit.people import tensor
+from tests.coordinator.office import NO_LINEAGE, Volunteer, closing, commit, sign_closing
+from tests.protocol.manifests import manifest
+
+A, B, C = Volunteer("a"), Volunteer("b"), Volunteer("c")
+MEMBERS = (A, B, C)
+WEIGHTS = {"c": 16}
+"""It has claimed four times of what it is credited with."""
+RUN = manifest()
+
+
+def lineage() -> Lineage:
+    """Return one whose contributions are on record."""
+    return next(
+        found for number in range(100) if contribution_seed(found := Lineage(digest(bytes([number])))) is not None
+    )
+
+
+LINEAGE = lineage()
+SEED = contribution_seed(LINEAGE) or b""
+
+
+def committed() -> Commit:
+    made = commit(RUN, 1, sign_closing(A, closing(RUN, 0)), members=MEMBERS, parent=NO_LINEAGE)
+    contributors = tuple(Contribution(peer=who.peer, tokens=64, weight=WEIGHTS.get(who.name, 64)) for who in MEMBERS)
+    return made.model_copy(update={"contributors": contributors})
+
+
+def shards(*values: Values) -> bytes:
+    return sketch_shards(values, SEED)
+
+
+def given(who: Volunteer) -> Values:
+    return tensor(who.name)
+
+
+TOTAL = given(A) + given(B) + given(C) / 4
+
+
+def say(sums: Sums, who: Volunteer, own: bytes, total: bytes | None = None) -> None:
+    report = ContributionReport(
+        stage=StageId(1),
+        round=committed().round,
+        lineage=LINEAGE,
+        own=own,
+        total=shards(TOTAL) if total is None else total,
+    )
+    sums.hear(who.peer, report, now_s=0.0)
+
+
+def gathered(*, silent: PeerId | None = None, **lies: bytes) -> list[Record]:
+    sums = Sums()
+    sums.hear_commit(committed(), LINEAGE, now_s=0.0)
+    for who in MEMBERS:
+        if who.peer != silent:
+            say(sums, who, lies.get(who.name, shards(given(who))), lies.get(f"{who.name}_total"))
+    return sums.due(now_s=GATHER_S if silent is None else GIVE_UP_S)
+
+
+def test_honest_contributions_add_up() -> None:
+    (record,) = gathered()
+    assert record.adds_up
+    assert record.apart < 1e-5
+    assert {peer: tokens for peer, (tokens, _) in record.contributions.items()} == {who.peer: 64 for who in MEMBERS}
+
+
+def test_who_sketches_something_else_than_it_gave_is_noticed() -> None:
+    (record,) = gathered(a=shards(-given(A)))
+    assert not record.adds_up
+
+
+def test_one_who_lies_about_the_sum_is_alone_with_it() -> None:
+    (record,) = gathered(a_total=shards(-TOTAL))
+    assert record.adds_up
+
+
+def test_what_a_silent_member_gave_is_what_is_missing_from_the_sum() -> None:
+    (record,) = gathered(silent=B.peer)
+    _, found = record.contributions[B.peer]
+    assert distance(shards(given(B)), found) < 1e-4
+
+
+def test_nothing_is_said_of_a_commit_before_all_have_spoken_or_nobody_will() -> None:
+    sums = Sums()
+    say(sums, A, shards(given(A)))
+    sums.hear_commit(committed(), LINEAGE, now_s=0.0)
+    assert sums.due(now_s=GATHER_S) == []
+    assert sums.due(now_s=GIVE_UP_S) == []  # two are silent: who gave what is not known
+    say(sums, B, shards(given(B)))
+    assert sums.due(now_s=2 * GIVE_UP_S) == []  # and it stays so
+
+
+@pytest.mark.parametrize(
+    "nonsense", [b"x", b"x" * 1024, b"x" * MAX_SKETCH_BYTES, np.full(2048, np.nan, "<f4").tobytes()]
+)
+def test_nonsense_harms_nobody_else(nonsense: bytes) -> None:
+    for record in gathered(a=nonsense):
+        assert not record.adds_up
+
+
+def test_shards_are_seen_wherever_the_difference_is() -> None:
+    """Also in the last, short segment of a long shard, and with opposite signs in two places of one pattern."""
+    long = np.ones(200_000, np.float32)
+    for place in (0, 65_536, 199_999):
+        other = long.copy()
+        other[place] += 1000
+        assert distance(shards(long, long), shards(long, other)) > 0.5
+    other = long.copy()
+    other[5] += 1000
+    other[65_536 + 5] -= 1000
+    assert distance(shards(long), shards(other)) > 0.5
