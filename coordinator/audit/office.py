@@ -127,6 +127,8 @@ class AuditOffice:
         try:
             for verdict in verdicts:
                 await self._act(verdict, now_s=now_s)
+            for standing in [each for each in self._standings.values() if each.out_until_s > now_s]:
+                await self._pardon(standing, now_s=now_s)
             if now_s - self._pruned_s >= PRUNE_EVERY_S:
                 self._pruned_s = now_s
                 await self._database.run(audits.prune_audits, before_s=now_s - KEEP_S)
@@ -250,6 +252,22 @@ class AuditOffice:
         self._standings[standing.peer] = standing
         if sanction is not None:
             await self._journal.event(f"peer.{sanction.state.value}", standing.peer, sanction.reason)
+
+    async def _pardon(self, standing: Standing, *, now_s: float) -> None:
+        """Follow the organiser, who has let it in again (`coordinator unban`): an appeal was granted."""
+
+        def write(db: Connection) -> Standing | None:
+            if bans.find_ban(db, standing.peer, now_s=now_s) is not None:
+                return None
+            pardoned = policy.pardoned(standing)
+            credits.restore(db, standing.peer, since_s=standing.out_since_s, at_s=now_s)
+            audits.put_standing(db, standing.peer, policy.fields_of(pardoned))
+            return pardoned
+
+        pardoned = await self._database.run(write)
+        if pardoned is not None:
+            self._standings[standing.peer] = pardoned
+            await self._journal.event("peer.pardoned", standing.peer, "back on probation: all of its work is looked at")
 
     def _auditors_of(self, carry: Carry) -> tuple[PeerId, ...]:
         return tuple(case.auditor for case in self._court.cases_of(carry))

@@ -57,6 +57,7 @@ class Standing:
     doubted_s: float = float("-inf")
     accusers: frozenset[PeerId] = frozenset()
     """Single witnesses, lately, that were not settled."""
+    out_since_s: float = float("-inf")
     out_until_s: float = float("-inf")
     out_as: State = State.QUARANTINED
     """What it is until then."""
@@ -128,7 +129,8 @@ def struck(standing: Standing, *, now_s: float) -> tuple[Standing, Sanction]:
         state = State.BANNED if count >= BANNED_FROM else State.QUARANTINED
         sanction = Sanction(state, hours, f"two others recomputed its work and found it wrong ({count}. time)")
         fresh = replace(fresh, strikes=strikes)
-    return replace(fresh, out_until_s=now_s + sanction.hours * 3600, out_as=sanction.state), sanction
+    until_s = now_s + sanction.hours * 3600
+    return replace(fresh, out_since_s=now_s, out_until_s=until_s, out_as=sanction.state), sanction
 
 
 def pardoned(standing: Standing) -> Standing:

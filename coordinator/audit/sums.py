@@ -94,9 +94,7 @@ def _record(commit: Commit, lineage: Lineage, said: Mapping[PeerId, Contribution
     """Put sketches together; None if too few have spoken, or what they say is no sketch."""
     seed = contribution_seed(lineage)
     members = {each.peer: each for each in commit.contributors if each.weight}
-    scales = {
-        peer: each.weight / each.tokens for peer, each in members.items()
-    }  # as sums are scaled when they are added
+    scales = {peer: each.weight / each.tokens for peer, each in members.items()}  # as when they were added
     reports = {peer: said[peer] for peer in members if peer in said}
     silent = members.keys() - reports.keys()
     if seed is None or not reports or len(silent) > 1:

@@ -104,6 +104,18 @@ def revoke(db: sqlite3.Connection, peer: PeerId, *, reason: str, at_s: float, si
     return int(mflop)
 
 
+def restore(db: sqlite3.Connection, peer: PeerId, *, since_s: float, at_s: float) -> None:
+    """Book anew what a peer had earned and was taken back since a time: that was wrong."""
+    db.execute(
+        """
+        INSERT INTO credit_entries (at_s, kind, peer, debit, credit, mflop, tokens, round, stage, reason)
+        SELECT ?, 'work', peer, 'mint', 'held', mflop, tokens, round, stage, 'restored' FROM credit_entries
+        WHERE kind = 'revoke' AND peer = ? AND at_s >= ?
+        """,
+        (at_s, peer, since_s),
+    )
+
+
 def by_person(db: sqlite3.Connection) -> dict[PeerId, Balance]:
     """Return the balances with those of replaced keys added to the newest. The book itself is never changed."""
     found: dict[PeerId, Balance] = {}

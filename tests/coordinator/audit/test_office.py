@@ -149,6 +149,13 @@ async def test_who_sends_nonsense_is_put_out_by_two_witnesses_and_loses_what_it_
         events = await office.services.database.run(lambda db: history.last_events(db, limit=50))
         assert "peer.quarantined" in {event.kind for event in events}
         assert all(crew.state_of(who) in (State.NEW, State.PROBATION) for who in (FEEDER, SECOND, THIRD))
+        # an appeal is granted: it is back, with its credits, and everything is looked at again
+        await office.services.database.run(bans.remove_ban, WORKER.peer)
+        await office.tick(1.0)
+        assert crew.state_of(WORKER) is State.NEW or crew.state_of(WORKER) is State.PROBATION
+        assert (await office.services.database.run(credits.balances))[WORKER.peer].held_tokens == NUMBERS * TOKENS
+        await office.tick(6.0)
+        assert (await office.services.database.run(credits.balances))[WORKER.peer].held_tokens == NUMBERS * TOKENS
 
 
 async def test_a_lying_auditor_is_doubted_and_the_honest_worker_is_not_touched(tmp_path: Path) -> None:
