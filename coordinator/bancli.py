@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -151,12 +152,19 @@ def evidence(directory: Path, peer: str, as_json: bool, debug: bool) -> None:
         from coordinator.store.audits import audits_of, count_findings
         from coordinator.store.database import DATABASE_FILE, reading
         from coordinator.store.receipts import count_disputes, evidence_of
+        from coordinator.store.successors import predecessors
 
         with reading(directory / DATABASE_FILE) as db:
             found = _find(db, peer)
-            rows, (hops, partners) = evidence_of(db, found), count_disputes(db).get(found, (0, 0))
-            counts = count_findings(db).get(found, {})
-            audited = [row for row in audits_of(db, found) if row.finding not in ("valid", "nothing")]
+            keys, disputed = (found, *predecessors(db, found)), count_disputes(db)
+            rows = sorted((row for key in keys for row in evidence_of(db, key)), key=lambda row: row.id)
+            hops = sum(disputed.get(key, (0, 0))[0] for key in keys)
+            partners = max(disputed.get(key, (0, 0))[1] for key in keys)
+            counts = Counter[str]()
+            for key in keys:
+                counts.update(count_findings(db).get(key, {}))
+            found_wrong = [row for key in keys for row in audits_of(db, key) if row.finding not in ("valid", "nothing")]
+            audited = sorted(set(found_wrong), key=lambda row: -row.at_s)
         shown = [
             {"kind": row.kind, "subject": row.subject, "detail": row.detail, "at_s": row.at_s, "proof": row.proof.hex()}
             for row in rows

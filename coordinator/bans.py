@@ -84,11 +84,11 @@ class Bans:
         """Keep a cloned identity out until somebody looks into it. Who holds its key is not known any more."""
         row = BanRow(peer=peer, since_s=self._clock.wall(), until_s=None, reason=CLONED, kind="frozen")
         try:
-            await self._database.run(bans.add_ban, row)
+            held = await self._database.run(bans.add_milder_ban, row)
         except StorageError as error:  # it is noticed again
             self._journal.note(DISK_NOTE, str(error))
         else:
-            self._rows[peer] = row  # its next word is refused; the list follows with the next tick
+            self._rows[peer] = held  # its next word is refused; the list follows with the next tick
 
     async def _read(self) -> None:
         rows = await self._database.run(bans.load_bans, now_s=self._clock.wall())

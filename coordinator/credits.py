@@ -23,7 +23,7 @@ from coordinator.forecast.spans import spans_of
 from coordinator.journal import DISK_NOTE, Journal
 from coordinator.settings import CoordinatorSettings
 from coordinator.settlement import Settlement, settle
-from coordinator.store import bans, credits, receipts
+from coordinator.store import bans, credits, receipts, successors
 from coordinator.store.credits import Work
 from coordinator.store.database import Connection, Database
 from coordinator.store.receipts import RoundReceipts
@@ -94,11 +94,12 @@ class Credits:
 
     def _book(self, db: Connection, round_id: RoundId, handed_in: RoundReceipts, settlement: Settlement) -> None:
         at_s = self._clock.wall()
-        out = {row.peer for row in bans.load_bans(db, now_s=at_s)}
+        out = {row.peer for row in bans.load_bans(db, now_s=at_s) if row.kind == "banned"}
+        following = successors.all_newest(db)
         work = {
             (stage, peer): Work(tokens, self._mflop(stage, tokens))
             for (stage, peer), tokens in settlement.earned.items()
-            if peer not in out  # nothing comes to who is banned
+            if following.get(peer, peer) not in out  # nothing comes to who is banned, by whatever key
         }
         credits.book_work(db, round_id, work, at_s=at_s)
         disputes = [

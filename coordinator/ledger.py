@@ -20,6 +20,7 @@ from coordinator.store import history, tree
 from coordinator.store.database import Database
 from coordinator.store.receipts import ReceiptRow
 from coordinator.store.rounds import ClosingRow
+from coordinator.store.successors import predecessors
 from coordinator.store.tree import CommitLink
 from protocol.audits import AuditReport, ContributionReport, SketchReport
 from protocol.batches import has_evaluation
@@ -125,7 +126,11 @@ class Ledger:
         """
         if any(numbered.sequence >= MAX_NUMBER for numbered in reports):
             raise PeerFault(f"{peer} numbers its reports beyond reason")
-        entries = [self._entry(peer, numbered) for numbered in reports]
+        keys = {peer}
+        if any(isinstance(one.report, ReceiptReport) and one.report.window.signer != peer for one in reports):
+            # what the keys before this one had signed and not handed in is its successor's to hand in
+            keys.update(await self._database.run(predecessors, peer))
+        entries = [self._entry(peer, keys, numbered) for numbered in reports]
         stored = await self._database.run(history.add_reports, peer, entries, received_s=self._clock.wall())
         self._given_up.update(stored.given_up)
         if any(isinstance(entry.said, history.CommitRow) for entry in entries):
@@ -164,16 +169,16 @@ class Ledger:
 
     # -- what is believed -------------------------------------------------------------------------------
 
-    def _entry(self, peer: PeerId, numbered: NumberedReport) -> history.ReportEntry:
+    def _entry(self, peer: PeerId, keys: Collection[PeerId], numbered: NumberedReport) -> history.ReportEntry:
         try:
-            said = self._read(peer, numbered.report)
+            said = self._read(peer, keys, numbered.report)
         except PeerFault as fault:
             kind = type(numbered.report).__name__
             log.warning("report.refused", peer=peer, kind=kind, error=fault.one_line())
             said = None
         return history.ReportEntry(sequence=numbered.sequence, said=said)
 
-    def _read(self, peer: PeerId, report: Report) -> history.Said | None:
+    def _read(self, peer: PeerId, keys: Collection[PeerId], report: Report) -> history.Said | None:
         match report:
             case ClosingReport():
                 return self._read_closing(report.closing)
@@ -193,18 +198,18 @@ class Ledger:
                 tasks = (report.tasks_fed, report.tasks_resent, report.hops)
                 _check_numbers(*tasks, report.activation_bytes, report.target_tokens)
             case ReceiptReport():
-                return self._read_receipts(peer, report.window)
+                return self._read_receipts(keys, report.window)
             case AuditReport() | SketchReport() | ContributionReport():
                 self.on_audit(peer, report)
                 return None
         return report
 
-    def _read_receipts(self, peer: PeerId, signed: Signed) -> history.ReceiptEntry:
-        window = unseal(signed, RECEIPT_CONTEXT, Window, signer=peer)
+    def _read_receipts(self, keys: Collection[PeerId], signed: Signed) -> history.ReceiptEntry:
+        window = unseal(signed, RECEIPT_CONTEXT, Window)
         batch, num_stages = self._manifest.batch, self._manifest.model.num_stages
         self._check_run(window.run)
         self._check_place(0, window.round)
-        if window.peer != peer:
+        if window.peer != signed.signer or signed.signer not in keys:
             raise PeerFault("its receipts are of another peer")
         tokens = batch.sequences_per_microbatch * batch.sequence_length
         for hop in (*window.sent_hops(), *window.served_hops()):
@@ -213,7 +218,7 @@ class Ledger:
                 raise PeerFault(f"its receipts speak of number {hop.number} at stages that there are not")
         self.on_receipts(window)
         row = ReceiptRow(
-            peer=peer, session=window.session, round=window.round, part=window.part, signed=signed.to_bytes()
+            peer=signed.signer, session=window.session, round=window.round, part=window.part, signed=signed.to_bytes()
         )
         return history.ReceiptEntry(row, max_per_round=EXTRA_WINDOWS + 4 * batch.microbatches_per_round // MAX_HOPS)
 

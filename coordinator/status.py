@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from coordinator.audit import policy
-from coordinator.store import audits, credits, history, peers, receipts, tallies
+from coordinator.store import audits, credits, history, peers, receipts, successors, tallies
 from coordinator.store.database import Connection
 from protocol.control import StatusAnswer
-from protocol.ids import RoundId
+from protocol.ids import PeerId, RoundId
 from protocol.manifest import Manifest
 
 SCHEMA = "swarm.status/1"
@@ -34,6 +35,7 @@ Document = dict[str, Any]
 def document(db: Connection, manifest: Manifest, *, now_s: float) -> Document:
     """Return the status as JSON values."""
     rows = peers.load_peers(db)
+    people = _people(db, rows)
     replicas = peers.load_replicas(db)
     course = tallies.course(db)
     charters = history.newest_charters(db)
@@ -53,8 +55,8 @@ def document(db: Connection, manifest: Manifest, *, now_s: float) -> Document:
         "ledger": asdict(tallies.counters(db)),
         "rollbacks": [asdict(rollback) for rollback in tallies.rollbacks(db)[:MAX_ROLLBACKS]],
         "stages": _stages(db, manifest, rows, replicas, charters),
-        "peers": _peers(db, rows, now_s=now_s),
-        "peers_omitted": max(0, len(rows) - MAX_PEERS),
+        "peers": _peers(db, people, now_s=now_s),
+        "peers_omitted": max(0, len(people) - MAX_PEERS),
         "checkpoints": [asdict(row) for row in history.load_checkpoints(db)],
         "notes": json.loads(peers.get_setting(db, NOTES) or "{}"),
         "events": [asdict(event) for event in history.last_events(db, limit=MAX_EVENTS)],
@@ -147,9 +149,23 @@ def _stages(
     return stages
 
 
+def _people(db: Connection, rows: Iterable[peers.PeerRow]) -> list[peers.PeerRow]:
+    """Leave out keys that were replaced by one which is in the roster: what was theirs is shown with that."""
+    following = successors.all_newest(db)
+    rows = list(rows)
+    known = {row.peer for row in rows}
+    return [row for row in rows if following.get(row.peer) not in known]
+
+
 def _peers(db: Connection, rows: list[peers.PeerRow], *, now_s: float) -> list[Document]:
     """List the peers that are here first, then the newest of the others."""
-    tokens, balances, disputes = tallies.tokens_by_peer(db), credits.by_person(db), receipts.count_disputes(db)
+    following = successors.all_newest(db)
+    tokens, disputes = Counter[PeerId](), Counter[PeerId]()
+    for peer, worked in tallies.tokens_by_peer(db).items():
+        tokens[following.get(peer, peer)] += worked
+    for peer, (hops, _) in receipts.count_disputes(db).items():
+        disputes[following.get(peer, peer)] += hops
+    balances = credits.by_person(db)
     standings = {
         peer: policy.state_of(policy.standing_from(peer, fields), now_s=now_s).value
         for peer, fields in audits.load_standings(db).items()
@@ -163,10 +179,10 @@ def _peers(db: Connection, rows: list[peers.PeerRow], *, now_s: float) -> list[D
             "state": row.state,
             "reason": row.reason,
             "stages": list(row.stages),
-            "tokens": tokens.get(row.peer, 0),
+            "tokens": tokens[row.peer],
             "credits": asdict(balances.get(row.peer, credits.Balance())),
             "standing": standings.get(row.peer, policy.State.NEW.value),
-            "disputed_hops": disputes.get(row.peer, (0, 0))[0],
+            "disputed_hops": disputes[row.peer],
             "seen_s_ago": max(0.0, now_s - row.seen_s),
         }
         for row in ordered[:MAX_PEERS]

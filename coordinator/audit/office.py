@@ -245,7 +245,7 @@ class AuditOffice:
             if sanction is not None:
                 until_s = now_s + sanction.hours * 3600
                 reason = f"{sanction.state.value}: {sanction.reason}"
-                bans.add_ban(db, BanRow(peer=standing.peer, since_s=now_s, until_s=until_s, reason=reason))
+                bans.add_milder_ban(db, BanRow(peer=standing.peer, since_s=now_s, until_s=until_s, reason=reason))
                 credits.revoke(db, standing.peer, reason=reason, at_s=now_s, since_s=max(0.0, since_s))
 
         await self._database.run(write)

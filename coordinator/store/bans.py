@@ -34,6 +34,17 @@ def add_ban(db: sqlite3.Connection, row: BanRow) -> None:
     )
 
 
+def add_milder_ban(db: sqlite3.Connection, row: BanRow) -> BanRow:
+    """Ban a peer unless that would end a ban earlier, or make one something less; return what holds now."""
+    known = find_ban(db, row.peer, now_s=row.since_s)
+    if known is not None:
+        lasts = known.until_s is None or (row.until_s is not None and row.until_s <= known.until_s)
+        if lasts or (known.kind == "banned" and row.kind != "banned"):
+            return known
+    add_ban(db, row)
+    return row
+
+
 def remove_ban(db: sqlite3.Connection, peer: PeerId) -> bool:
     """Take a ban back; tell whether there was one."""
     return db.execute("DELETE FROM bans WHERE peer = ?", (peer,)).rowcount > 0

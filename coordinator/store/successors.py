@@ -34,6 +34,20 @@ def newest(db: sqlite3.Connection, peer: PeerId) -> PeerId:
     return peer
 
 
+def all_newest(db: sqlite3.Connection) -> dict[PeerId, PeerId]:
+    """Return the key that replaced each key that was replaced, in the end."""
+    rows = db.execute("SELECT peer, successor FROM successors")
+    following = {PeerId(peer): PeerId(successor) for peer, successor in rows}
+    found = {}
+    for peer, last in following.items():
+        seen = {peer}
+        while last in following and last not in seen:
+            seen.add(last)
+            last = following[last]
+        found[peer] = last
+    return found
+
+
 def predecessors(db: sqlite3.Connection, peer: PeerId) -> tuple[PeerId, ...]:
     """Return all keys that a peer went by before, and those of peers that have become it."""
     rows = db.execute(

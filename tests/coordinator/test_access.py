@@ -442,6 +442,29 @@ def test_unban_thaws(tmp_path: Path) -> None:
 # -- the database ---------------------------------------------------------------------------------------
 
 
+def test_a_ban_is_never_shortened_or_weakened_by_what_comes_by_itself(tmp_path: Path) -> None:
+    """Oracle: the table of what holds, what comes, what holds then."""
+    serve(tmp_path)
+    week, hour = 7 * DAY_S, 3600.0
+    table: list[tuple[tuple[float | None, bans.Kind], tuple[float | None, bans.Kind], bool]] = [
+        ((None, "banned"), (hour, "banned"), False),
+        ((week, "banned"), (hour, "banned"), False),
+        ((hour, "banned"), (week, "banned"), True),
+        ((week, "banned"), (None, "frozen"), False),
+        ((None, "frozen"), (hour, "banned"), False),
+        ((0.5, "banned"), (hour, "banned"), True),
+    ]
+    with sqlite3.connect(tmp_path / DATABASE_FILE) as db:
+        for (until_s, kind), (then_s, then), is_taken in table:
+            before = BanRow(peer=A.peer, since_s=0.0, until_s=until_s, reason="", kind=kind)
+            after = BanRow(peer=A.peer, since_s=1.0, until_s=then_s, reason="", kind=then)
+            add_ban(db, before)
+            expected = after if is_taken else before
+            assert bans.add_milder_ban(db, after) == expected
+            assert bans.find_ban(db, A.peer, now_s=1.0) == expected
+    db.close()
+
+
 def test_bans_come_before_keys_that_were_replaced(tmp_path: Path) -> None:
     """A list has room for some. Oracle: who comes first, though it was put there earlier."""
     serve(tmp_path)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from coordinator.cli import coordinator
 from coordinator.credits import QUIET_S, worth_of
-from coordinator.store import credits, receipts
+from coordinator.store import credits, receipts, successors
 from coordinator.store.bans import BanRow, add_ban
 from coordinator.store.credits import Balance
 from protocol.control import ReceiptReport, Report
+from protocol.handover import hand_over
 from protocol.ids import RoundId, StageId
 from protocol.receipts import SHORT_DIGEST_BYTES, Hop, draw_windows
 from protocol.rounds.messages import Credit
 from protocol.signing import Signed
-from tests.coordinator.office import Office, Volunteer, closing, closing_report, open_office, sign_closing
+from tests.coordinator.office import START_WALL_S, Office, Volunteer, closing, closing_report, open_office, sign_closing
 
 A, B, C = Volunteer("a"), Volunteer("b"), Volunteer("c")
 TOKENS = 32
@@ -267,6 +271,60 @@ async def test_a_closing_cannot_credit_more_than_it_counts(tmp_path: Path) -> No
         assert await office.services.database.run(receipts.receipts_of, RoundId(0)) == receipts.RoundReceipts(
             (), (), {}
         )
+
+
+async def test_credits_follow_a_peer_to_its_next_key(tmp_path: Path) -> None:
+    """Also for receipts that the old key had signed and not handed in: only its successor may bring them."""
+    async with open_office(tmp_path) as office:
+        await enter(office)
+        await hand_in(office, 0)
+        await office.tick(QUIET_S)
+        hops = [hop(number) for number in range(NUMBERS)]
+        late = receipt(office, B, *hops, round_id=1)
+        await say(office, A, closing_report(closed(office, 1)), receipt(office, A, *hops, round_id=1), first=10)
+        await say(office, C, late, first=10)
+        await office.tick(QUIET_S)
+        tokens, database = NUMBERS * TOKENS, office.services.database
+        assert (await balances(office))["b"].held_tokens == tokens, "it was not C's to hand in"
+        new = Volunteer("new")
+        await office.join(new, name="b", handovers=(hand_over(B.key, new.peer, issued_s=START_WALL_S),))
+        await say(office, new, late, first=10)
+        await office.tick(QUIET_S)
+        document = await asyncio.to_thread(office.services.shared_status)
+        shown = {peer["name"]: (peer["peer"], peer["credits"]["held_tokens"]) for peer in document["peers"]}
+        assert shown == {"a": (A.peer, 2 * tokens), "b": (new.peer, 2 * tokens), "c": (C.peer, 0)}
+        assert await database.run(successors.all_newest) == {B.peer: new.peer}
+
+
+async def test_who_is_banned_earns_nothing_for_what_an_earlier_key_did_and_a_frozen_key_does(tmp_path: Path) -> None:
+    async with open_office(tmp_path) as office:
+        await enter(office)
+        await hand_in(office)
+        new, database = Volunteer("new"), office.services.database
+        await office.join(new, name="b", handovers=(hand_over(B.key, new.peer, issued_s=START_WALL_S),))
+        ban = BanRow(peer=new.peer, since_s=START_WALL_S, until_s=None, reason="zeros")
+        frozen = BanRow(peer=A.peer, since_s=START_WALL_S, until_s=None, reason="", kind="frozen")
+        await database.run(add_ban, ban)
+        await database.run(add_ban, frozen)
+        await office.tick(QUIET_S)
+        assert set(await balances(office)) == {"a"}
+
+
+def test_what_is_taken_back_is_also_what_earlier_keys_earned(tmp_path: Path) -> None:
+    new = Volunteer("new")
+
+    async def earn_and_rotate() -> int:
+        async with open_office(tmp_path) as office:
+            await enter(office)
+            await hand_in(office)
+            await office.tick(QUIET_S)
+            await office.join(new, name="b", handovers=(hand_over(B.key, new.peer, issued_s=START_WALL_S),))
+            return worth(office, 1, NUMBERS * TOKENS)
+
+    earned = asyncio.run(earn_and_rotate())
+    result = CliRunner().invoke(coordinator, ["ban", str(tmp_path), "b", "--revoke-credits", "--json"])
+    data = json.loads(result.stdout)["data"]
+    assert (data["peer"], data["revoked_mflop"]) == (new.peer, earned)
 
 
 async def test_the_status_shows_credits_and_disputes(tmp_path: Path) -> None:
