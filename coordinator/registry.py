@@ -11,7 +11,7 @@ and unheard, so that nobody's stage is given away before it had time to come bac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -85,6 +85,10 @@ class BanList(Protocol):
     async def freeze(self, peer: PeerId) -> None: ...
 
 
+async def _nothing(peer: PeerId, before: Sequence[PeerId]) -> None:
+    """Nobody has to be told."""
+
+
 class Registry:
     """The roster and its live view."""
 
@@ -117,6 +121,8 @@ class Registry:
         """Newest charter of every stage; the charter office puts itself here."""
         self.astray: Callable[[LivePeer], tuple[GivenUp, ...]] = lambda peer: ()
         """Where a peer should not stand any more, and whom to follow instead; the reunion puts itself here."""
+        self.succeeded: Callable[[PeerId, Sequence[PeerId]], Awaitable[None]] = _nothing
+        """Hears which keys a peer went by before; the audit office puts itself here."""
         self.orders: Callable[[PeerId], Sequence[AuditOrder | SketchOrder | SumOrder]] = lambda peer: ()
         """What a peer should recompute and sketch; the audit office puts itself here."""
         self.bans: BanList | None = None
@@ -194,6 +200,8 @@ class Registry:
         self._refuse_banned(caller)
         before = await self._access.admit(caller, request.token, request.handovers)
         await self._refuse_clones(caller, request.process)
+        if before:
+            await self.succeeded(caller, before)
         known = self._peers.get(caller)
         wall_s = self._clock.wall()
         joined_s = [self._peers[peer].joined_s for peer in (caller, *before) if peer in self._peers]

@@ -27,7 +27,7 @@ from coordinator.audit.tolerance import tolerance_of
 from coordinator.clock import Clock
 from coordinator.journal import DISK_NOTE, Journal
 from coordinator.registry import Registry
-from coordinator.store import audits, bans, credits
+from coordinator.store import audits, bans, credits, successors
 from coordinator.store.bans import BanRow
 from coordinator.store.database import Connection, Database
 from protocol.audits import (
@@ -73,12 +73,43 @@ class AuditOffice:
         self._drawn: defaultdict[tuple[RoundId, PeerId], int] = defaultdict(int)
         self._verdicts: list[Verdict] = []
         self._pruned_s = float("-inf")
+        self._newest: dict[PeerId, PeerId] = {}
+        """Keys that were replaced, and by which: a peer is one peer, whatever it went by."""
         registry.orders = self.orders_for
+        registry.succeeded = self.succeed
 
     async def load(self) -> None:
         """Take over where everybody stands. Call once, before serving."""
         for peer, fields in (await self._database.run(audits.load_standings)).items():
             self._standings[peer] = policy.standing_from(peer, fields)
+        self._newest = await self._database.run(successors.all_newest)
+
+    async def succeed(self, peer: PeerId, before: Sequence[PeerId]) -> None:
+        """Take over what is known of a peer from the keys that it went by. Said again it changes nothing."""
+        standing, known = self.standing(peer), [key for key in before if key in self._standings]
+        for key in known:
+            standing = policy.inherited(standing, self._standings[key])
+        changed = {peer: standing} if known else {}
+        for other in (*changed.values(), *self._standings.values()):
+            for key in before:
+                if key in other.accusers and other.peer not in before:
+                    other = policy.renamed(changed.get(other.peer, other), key, peer)
+                    changed[other.peer] = other
+
+        # before the first await, or a verdict that comes meanwhile would be lost with the key
+        self._standings.update(changed)
+        for key in known:
+            del self._standings[key]
+        self._newest.update((key, peer) for key in before)
+
+        def write(db: Connection) -> None:
+            for each in changed.values():
+                audits.put_standing(db, each.peer, policy.fields_of(each))
+            for key in known:
+                audits.drop_standing(db, key)
+
+        if changed:
+            await self._database.run(write)
 
     # -- what is heard ----------------------------------------------------------------------------------
 
@@ -115,7 +146,11 @@ class AuditOffice:
 
     def standing(self, peer: PeerId) -> Standing:
         """Return where a peer stands."""
+        peer = self._who(peer)
         return self._standings.get(peer) or Standing(peer=peer)
+
+    def _who(self, key: PeerId) -> PeerId:
+        return self._newest.get(key, key)
 
     # -- what is done -----------------------------------------------------------------------------------
 
@@ -188,10 +223,11 @@ class AuditOffice:
 
     def _auditor(self, carry: Carry, *, without: Collection[PeerId], first: Case | None) -> PeerId | None:
         """Choose who recomputes somebody's work: one who can, has time, and is trusted if there is one."""
+        concerned = {self._who(key) for key in (carry.peer, *carry.neighbours, *without)}
         free = [
             peer.peer
             for peer in self._registry.live()
-            if peer.peer not in {carry.peer, *carry.neighbours, *without}
+            if peer.peer not in concerned
             and set(carry.stages) <= {replica.stage for replica in peer.replicas if replica.ready}
             and (first is not None or self._court.load(peer.peer) < MAX_WAITING)  # a second opinion is urgent
         ]
@@ -213,7 +249,7 @@ class AuditOffice:
             else:
                 has_second = self._open(case.carry, without=(case.auditor,), first=case)
             log.info("audit.differs", peer=peer, round=case.carry.round, number=case.carry.number, second=has_second)
-            after, sanction = policy.doubted(standing, case.auditor, now_s=now_s)
+            after, sanction = policy.doubted(standing, self._who(case.auditor), now_s=now_s)
             if has_second:  # it will settle that
                 after, sanction = standing, None
             await self._keep(verdict, now_s, after, sanction)
@@ -222,10 +258,10 @@ class AuditOffice:
         elif verdict.finding is Finding.CLEARED:
             await self._keep(verdict, now_s, policy.passed(standing, now_s=now_s, is_sum=is_sum))
             for liar in verdict.liars:
-                after, sanction = policy.doubted(self.standing(liar), case.auditor, now_s=now_s)
+                after, sanction = policy.doubted(self.standing(liar), self._who(case.auditor), now_s=now_s)
                 await self._keep(None, now_s, after, sanction)
         elif case.first is not None:  # the second opinion has come to nothing: the first one stands alone
-            after, sanction = policy.doubted(standing, case.first.auditor, now_s=now_s)
+            after, sanction = policy.doubted(standing, self._who(case.first.auditor), now_s=now_s)
             await self._keep(verdict, now_s, after, sanction)
         else:
             await self._database.run(audits.add_audit, _row(verdict, now_s))
@@ -246,7 +282,8 @@ class AuditOffice:
                 until_s = now_s + sanction.hours * 3600
                 reason = f"{sanction.state.value}: {sanction.reason}"
                 bans.add_milder_ban(db, BanRow(peer=standing.peer, since_s=now_s, until_s=until_s, reason=reason))
-                credits.revoke(db, standing.peer, reason=reason, at_s=now_s, since_s=max(0.0, since_s))
+                for key in (standing.peer, *successors.predecessors(db, standing.peer)):
+                    credits.revoke(db, key, reason=reason, at_s=now_s, since_s=max(0.0, since_s))
 
         await self._database.run(write)
         self._standings[standing.peer] = standing

@@ -133,6 +133,34 @@ def struck(standing: Standing, *, now_s: float) -> tuple[Standing, Sanction]:
     return replace(fresh, out_since_s=now_s, out_until_s=until_s, out_as=sanction.state), sanction
 
 
+def inherited(standing: Standing, earlier: Standing) -> Standing:
+    """What is known of a key that was replaced is known of its successor. Of two, what says less for it counts."""
+    own = standing if standing.audited else replace(standing, valid=earlier.valid)
+    since_s = {
+        name: min(getattr(own, name), getattr(earlier, name)) if standing.audited else getattr(earlier, name)
+        for name in ("last_valid_s", "last_valid_sum_s")
+    }
+    return replace(
+        own,
+        valid=min(own.valid, earlier.valid),
+        audited=own.audited + earlier.audited,
+        strikes=tuple(sorted({*own.strikes, *earlier.strikes})),
+        faults=tuple(sorted({*own.faults, *earlier.faults})),
+        doubted_s=max(own.doubted_s, earlier.doubted_s),
+        accusers=own.accusers | earlier.accusers,
+        out_until_s=max(own.out_until_s, earlier.out_until_s),
+        out_as=max(own, earlier, key=lambda each: each.out_until_s).out_as,
+        **since_s,
+    )
+
+
+def renamed(standing: Standing, before: PeerId, after: PeerId) -> Standing:
+    """A witness goes by another key now: it stays one witness."""
+    if before not in standing.accusers:
+        return standing
+    return replace(standing, accusers=standing.accusers - {before} | {after})
+
+
 def pardoned(standing: Standing) -> Standing:
     """An appeal was granted: the last strike or fault is taken back, and it starts on probation."""
     return replace(

@@ -90,6 +90,11 @@ def put_standing(db: sqlite3.Connection, peer: PeerId, standing: Mapping[str, An
     db.execute("INSERT OR REPLACE INTO standings VALUES (?, ?)", (peer, json.dumps(standing, sort_keys=True)))
 
 
+def drop_standing(db: sqlite3.Connection, peer: PeerId) -> None:
+    """Forget where a key stands that was replaced: its successor stands there."""
+    db.execute("DELETE FROM standings WHERE peer = ?", (peer,))
+
+
 def load_standings(db: sqlite3.Connection) -> dict[PeerId, dict[str, Any]]:
     """Return where everybody stands."""
     return {PeerId(peer): json.loads(text) for peer, text in db.execute("SELECT peer, standing FROM standings")}

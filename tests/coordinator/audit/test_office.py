@@ -12,11 +12,13 @@ from coordinator.audit.office import MAX_PER_ROUND
 from coordinator.audit.policy import State, state_of
 from coordinator.store import audits, bans, credits, history
 from protocol.control import BeatReply, ReceiptReport, Report
+from protocol.handover import hand_over
 from protocol.ids import RoundId, StageId
 from protocol.receipts import Hop, draw_windows
 from protocol.rounds.messages import Credit
 from tests.coordinator.audit.people import Person, named
 from tests.coordinator.office import (
+    START_WALL_S,
     Office,
     StoppedTime,
     Volunteer,
@@ -215,3 +217,35 @@ async def test_a_peer_that_answers_what_it_was_not_asked_changes_nothing(tmp_pat
         assert reply.audits
         await crew.beat(WORKER, *(crew.people[WORKER.peer].answer(order) for order in reply.audits))
         assert (await crew.beat(SECOND)).audits == reply.audits
+
+
+async def test_what_is_known_of_a_key_is_known_of_its_successor(tmp_path: Path) -> None:
+    """Strikes and trust go along, a lone witness stays one; nobody audits what it did itself under another key."""
+    time, new, again = StoppedTime(), Volunteer("new"), Volunteer("again")
+    async with open_office(tmp_path, time=time, run=RUN) as office:
+        crew = Crew(office, second=True)
+        await crew.enter()
+        for round_id in range(4):
+            await crew.work(round_id)
+            await crew.settle()
+        audits_office = office.services.audits
+        before = audits_office.standing(SECOND.peer)
+        assert before.accusers
+        for old, young in ((SECOND, new), (new, again)):
+            chain = [hand_over(SECOND.key, new.peer, issued_s=START_WALL_S)]
+            if young is again:
+                chain.append(hand_over(new.key, again.peer, issued_s=START_WALL_S))
+            for session in (1, 2):  # it is shown at every registration
+                await office.join(young, handovers=tuple(chain), session=session)
+            assert audits_office.standing(old.peer) == audits_office.standing(young.peer)
+            assert audits_office.standing(young.peer).accusers == before.accusers
+        (accuser,) = before.accusers
+        accusing = next(who for who in EVERYBODY if who.peer == accuser)
+        moved = Volunteer("moved")
+        await office.join(moved, handovers=(hand_over(accusing.key, moved.peer, issued_s=START_WALL_S),))
+        assert audits_office.standing(again.peer).accusers == {moved.peer}
+    async with open_office(tmp_path, time=time, run=RUN) as office:
+        kept = office.services.audits
+        assert kept.standing(SECOND.peer) == kept.standing(again.peer)
+        assert kept.standing(again.peer).accusers == {moved.peer}
+        assert set(await office.services.database.run(audits.load_standings)).isdisjoint({SECOND.peer, new.peer})

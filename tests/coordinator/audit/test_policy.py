@@ -12,9 +12,11 @@ from coordinator.audit.policy import (
     Standing,
     State,
     doubted,
+    inherited,
     pardoned,
     passed,
     rate,
+    renamed,
     state_of,
     struck,
 )
@@ -101,3 +103,25 @@ def test_an_appeal_takes_the_last_strike_back_and_no_trust_comes_with_it() -> No
     standing = pardoned(standing)
     assert standing.strikes == ()
     assert state_of(standing, now_s=1.0) is State.PROBATION
+
+
+def test_a_new_key_is_where_the_old_one_was_and_sheds_nothing() -> None:
+    old, _ = struck(proven(50), now_s=10.0)
+    fresh = inherited(Standing(peer=Q), old)
+    assert (fresh.peer, fresh.strikes, fresh.out_until_s, fresh.valid) == (Q, old.strikes, old.out_until_s, 0)
+    assert state_of(fresh, now_s=11.0) is state_of(old, now_s=11.0) is State.QUARANTINED
+    assert inherited(Standing(peer=Q), proven(500)).valid == 500, "trust goes along"
+    own = passed(Standing(peer=Q), now_s=1.0)
+    assert inherited(own, old).strikes == old.strikes, "also if it came as a newcomer first"
+    assert inherited(own, proven(500)).valid == 1
+    summed = passed(Standing(peer=P), now_s=5.0, is_sum=True)
+    assert inherited(Standing(peer=Q), summed).last_valid_sum_s == 5.0
+    assert inherited(own, summed).last_valid_sum_s == own.last_valid_sum_s, "the earlier, so that more is taken back"
+    assert inherited(proven(500), old).valid == 0
+
+
+def test_a_witness_with_another_key_is_the_same_witness() -> None:
+    standing, _ = doubted(proven(5), Q, now_s=0.0)
+    standing, sanction = doubted(renamed(standing, Q, R), R, now_s=1.0)
+    assert sanction is None
+    assert renamed(standing, Q, P) == standing
