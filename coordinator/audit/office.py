@@ -294,10 +294,13 @@ class AuditOffice:
         """Follow the organiser, who has let it in again (`coordinator unban`): an appeal was granted."""
 
         def write(db: Connection) -> Standing | None:
-            if bans.find_ban(db, standing.peer, now_s=now_s) is not None:
+            keys = (standing.peer, *successors.predecessors(db, standing.peer))
+            held = [bans.find_ban(db, key, now_s=now_s) for key in keys]
+            if any(row is not None and row.kind == "banned" for row in held):
                 return None
             pardoned = policy.pardoned(standing)
-            credits.restore(db, standing.peer, since_s=standing.out_since_s, at_s=now_s)
+            for key in keys:
+                credits.restore(db, key, since_s=standing.out_since_s, at_s=now_s)
             audits.put_standing(db, standing.peer, policy.fields_of(pardoned))
             return pardoned
 

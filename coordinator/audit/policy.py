@@ -148,6 +148,7 @@ def inherited(standing: Standing, earlier: Standing) -> Standing:
         faults=tuple(sorted({*own.faults, *earlier.faults})),
         doubted_s=max(own.doubted_s, earlier.doubted_s),
         accusers=own.accusers | earlier.accusers,
+        out_since_s=max(own.out_since_s, earlier.out_since_s),
         out_until_s=max(own.out_until_s, earlier.out_until_s),
         out_as=max(own, earlier, key=lambda each: each.out_until_s).out_as,
         **since_s,
