@@ -101,6 +101,7 @@ class Case:
             view=view,
             tally=SimpleNamespace(begin=lambda: None),
             learn_charter=lambda charter, lineage: None,
+            audit=lambda orders: None,
         )
         link = SimpleNamespace(peer_id=ME, coordinator=COORDINATOR.peer_id)
         self.session = Session(cast(Any, parts), link=cast(Any, link), session=1, charters=())
