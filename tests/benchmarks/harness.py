@@ -24,8 +24,8 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Literal, Protocol
@@ -96,6 +96,8 @@ class Row:
     slack: float | None = None
     """If given, the bar is about the better end of the ratio's interval, and the ratio may miss it by this much."""
     note: str = ""
+    more: Mapping[str, float | None] = field(default_factory=dict)
+    """What else was counted, for who reads the JSON file."""
 
     @property
     def holds(self) -> bool | None:
@@ -120,6 +122,7 @@ class Row:
             "ours_spread": self.ours.to_json(),
             "reference_spread": None if self.reference is None else self.reference.to_json(),
             "note": self.note,
+            **self.more,
         }
 
 

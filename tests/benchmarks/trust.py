@@ -1,11 +1,12 @@
-"""What hostile bytes cost: the time of every decoder, and what floods do to a coordinator and to who honestly asks it.
+"""What hostile bytes cost, and what attacks come to: decoders, floods of a coordinator, and peers that cheat.
 
 `python -m tests.benchmarks.trust`. `decode_ms`: CPU time for 64 KiB of honest bytes, the slowest decoder;
 `decode_ms_hostile`: of bytes that are made to be expensive.
 `flood_p99`, `flood_rss`: two processes flood a real coordinator, with short messages as strangers and as members, with
 slow streams, with bodies of 1 GiB, with plain connections, while a member asks it something twenty times a second and a
 small swarm trains. The worst flood counts. `flood_body_rss`, `flood_slow_p99`: of these two floods alone. `flood_disk`:
-by what a flood makes the folder with the database and all logs grow. The other rows of the trust layer come with it.
+by what a flood makes the folder with the database and all logs grow. `attack_*` and `clean_*`: see `trust_attacks.py`;
+`--calibrate`: `trust_calibrate.py`.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from protocol.transport.node import Node
 from protocol.transport.passes import Passes
 from protocol.transport.streams import Streams
 from protocol.wire import pack_tagged
+from tests.benchmarks import trust_attacks, trust_calibrate
 from tests.benchmarks.harness import Options, Row, figure, run
 from tests.e2e.swarm import Swarm
 from tests.fuzz.hostile import hostile
@@ -72,6 +74,7 @@ def measure(options: Options) -> Iterator[Row]:
         yield _slowest_on_hostile(repeats=options.repeats_or(quick=3, full=15))
     if options.wants("flood_p99", "flood_rss", "flood_body_rss", "flood_slow_p99", "flood_disk"):
         yield from _floods(seconds=4.0 if options.quick else 10.0, floods=FLOODS)
+    yield from trust_attacks.rows(options)
 
 
 # -- decoders -------------------------------------------------------------------------------------------
@@ -298,7 +301,10 @@ def _watching(pid: int, felt: Felt) -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run("trust: what hostile bytes cost", measure, argv)
+    if "--calibrate" in (sys.argv[1:] if argv is None else argv):
+        print(trust_calibrate.table())
+        return 0
+    return run("trust: what hostile bytes and attacks cost", measure, argv)
 
 
 if __name__ == "__main__":
