@@ -24,7 +24,7 @@ from tests.benchmarks import trust_cheats as cheats
 from tests.benchmarks.harness import Options, Row, figure
 from tests.benchmarks.trust_calibrate import bulk_audits
 from tests.benchmarks.trust_cheats import Cheat
-from tests.benchmarks.trust_model import MACHINES, STAGES
+from tests.benchmarks.trust_model import MACHINES, STAGES, HopCodec
 from tests.benchmarks.trust_world import Member, Result, Setting, train
 
 QUICK_ROUNDS, ROUNDS = 24, 120
@@ -197,6 +197,7 @@ def _honest_before(member: Member) -> int:
 
 # -- without attacks ------------------------------------------------------------------------------------
 
+CLEAN_CODECS: tuple[HopCodec, ...] = ("fp16", "int8")
 CLEAN_ROWS = ("clean_strikes", "clean_bans", "clean_false_audits", "clean_loss")
 
 
@@ -205,7 +206,7 @@ def _clean(options: Options) -> Iterator[Row]:
     defended, plain = [], []
     rounds = QUICK_ROUNDS if options.quick else ROUNDS
     for seed in QUICK_SEEDS if options.quick else SEEDS:
-        for codec_name in ("fp16", "int8"):
+        for codec_name in CLEAN_CODECS:
             setting = Setting(seed=seed, rounds=rounds, machines=MACHINES, codec=codec_name)
             defended.append(train(setting))
             if codec_name == "fp16":
