@@ -56,6 +56,7 @@ ATTACKS: dict[str, Attack] = {
     "poisoned_gradients": cheats.PoisonedGradients,
     "poisoned_gradients_10": partial(cheats.PoisonedGradients, 0.1),
     "poisoned_contribution": cheats.PoisonedContribution,
+    "hidden_contribution": cheats.HiddenContribution,
     "lying_neighbour": cheats.LyingNeighbour,
     "lying_auditor": cheats.LyingAuditor,
     "colluding_pair": cheats.SignFlip,
@@ -63,8 +64,6 @@ ATTACKS: dict[str, Attack] = {
 }
 DILOCO = "_diloco"
 """Behind the name of an attack: the same with local steps."""
-SILENT = ("inflated_tokens", "nan", "poisoned_contribution")
-"""Nobody is put out for these, as far as things stand."""
 
 
 @dataclass(frozen=True, slots=True)

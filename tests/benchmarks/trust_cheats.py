@@ -18,7 +18,7 @@ from torch import Tensor
 from peer.engine.replay import Climb, Replay
 from peer.model.blocks import named_views
 from protocol.architecture import stage_blocks
-from protocol.audits import AuditOrder, AuditReport, SketchOrder
+from protocol.audits import AuditOrder, AuditReport, SketchOrder, SumOrder
 from protocol.layout import BlockKind
 from protocol.receipts import Hop
 from tests.benchmarks.trust_model import CONFIG, LENGTH, MICROBATCHES, STAGES, Source
@@ -80,13 +80,17 @@ class Cheat:
     def claims(self, tokens: int) -> int:
         return tokens
 
+    def shows(self, given: Sequence[Tensor], honest: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return of what it sketches its contribution."""
+        return given
+
     def says(self, sent: list[Hop], served: list[Hop]) -> tuple[list[Hop], list[Hop]]:
         return sent, served
 
     def sketches(self, order: SketchOrder, honest: bytes) -> bytes:
         return honest
 
-    def reports(self, order: AuditOrder, honest: AuditReport) -> AuditReport:
+    def reports(self, order: AuditOrder | SumOrder, honest: AuditReport) -> AuditReport:
         return honest
 
 
@@ -317,10 +321,15 @@ class PoisonedGradients(Cheat):
 class PoisonedContribution(Cheat):
     """Passes on what is right, and turns the sign of its sum."""
 
-    note = "NOT CAUGHT: contributions are not audited yet"
-
     def contributes(self, number: int, values: Tensor) -> Tensor:
         return -values
+
+
+class HiddenContribution(PoisonedContribution):
+    """Does the same, and sketches what it should have given."""
+
+    def shows(self, given: Sequence[Tensor], honest: Sequence[Tensor]) -> Sequence[Tensor]:
+        return honest
 
 
 class LyingNeighbour(Cheat):
@@ -343,7 +352,7 @@ class LyingAuditor(LyingNeighbour):
     def sketches(self, order: SketchOrder, honest: bytes) -> bytes:
         return honest
 
-    def reports(self, order: AuditOrder, honest: AuditReport) -> AuditReport:
+    def reports(self, order: AuditOrder | SumOrder, honest: AuditReport) -> AuditReport:
         self.member.lies += 1
         return honest.model_copy(
             update={
@@ -358,8 +367,10 @@ class Accomplice(Cheat):
 
     note = "two of four at stage 1, nobody elsewhere: one cheats, the other covers for it"
 
-    def reports(self, order: AuditOrder, honest: AuditReport) -> AuditReport:
+    def reports(self, order: AuditOrder | SumOrder, honest: AuditReport) -> AuditReport:
         partners = {each.peer for each in self.world.members if each.cheat is not None}
+        if isinstance(order, SumOrder):
+            return honest
         carried = self.world.carried.get((order.round, order.number, order.first_stage))
         if carried is None or carried.peer not in partners:
             return honest

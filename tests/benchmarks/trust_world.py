@@ -17,7 +17,7 @@ import random
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from coordinator.store.database import Connection
-from peer.averaging.absorb import Update, absorb, update_norm
+from peer.averaging.absorb import Update, absorb, update_norm, update_shards
 from peer.averaging.merge import OrderedMerger, check_summable
 from peer.averaging.parts import spans_of
-from peer.averaging.reduce import contribution, encode_shard, shares_of
+from peer.averaging.reduce import contribution, factors_of
 from peer.codecs import codec
 from peer.engine.local_steps import LocalRules
 from peer.engine.optimizer import OptimizerSpec
@@ -41,13 +41,27 @@ from peer.engine.span import SpanEngine
 from peer.engine.stage_engine import StageEngine
 from peer.engine.weights import PastWeights
 from peer.payloads import Payloads
-from protocol.audits import AuditOrder, AuditOutcome, AuditReport, Payload, SketchOrder, SketchReport
+from protocol.audits import (
+    AuditOrder,
+    AuditOutcome,
+    AuditReport,
+    ContributionReport,
+    Payload,
+    SketchOrder,
+    SketchReport,
+    SumOrder,
+    Work,
+    contribution_seed,
+)
 from protocol.control import ReceiptReport, Report
 from protocol.errors import LocalFault, PeerFault, WireError
 from protocol.ids import PeerId, RoundId, StageId, Version, digest
 from protocol.receipts import Hop, draw_windows, shortened
-from protocol.rounds.messages import Credit
+from protocol.rounds.lineage import next_lineage
+from protocol.rounds.messages import Commit, Contribution, Credit
 from protocol.rounds.records import clip_scale
+from protocol.signing import Signed
+from protocol.sketch import sketch_shards
 from tests.benchmarks.trust_model import (
     CONFIG,
     FP32,
@@ -67,11 +81,13 @@ from tests.benchmarks.trust_model import (
     windows,
 )
 from tests.coordinator.office import (
+    NO_LINEAGE,
     Office,
     StoppedTime,
     Volunteer,
     closing,
     closing_report,
+    commit,
     open_office,
     sign_closing,
     state,
@@ -79,6 +95,8 @@ from tests.coordinator.office import (
 
 if TYPE_CHECKING:
     from tests.benchmarks.trust_cheats import Cheat
+
+Order = AuditOrder | SketchOrder | SumOrder
 
 BEAT_S = 5.0
 BEATS_PER_ROUND = 6  # orders with one, answers with the next, and twice over for a second opinion
@@ -124,7 +142,7 @@ class Member:
     sent: list[Hop] = field(default_factory=list)
     served: list[Hop] = field(default_factory=list)
     outbox: list[Report] = field(default_factory=list)
-    orders: list[AuditOrder | SketchOrder] = field(default_factory=list)
+    orders: list[Order] = field(default_factory=list)
     answered: set[int] = field(default_factory=set)
     sequence: int = 0
     is_out: bool = False
@@ -150,6 +168,14 @@ class Member:
 
 class Refused(Exception):
     """The callee refuses a body: its caller cannot go on."""
+
+
+class Withheld(Exception):
+    """Somebody does not have what it should."""
+
+    def __init__(self, holder: PeerId) -> None:
+        super().__init__(holder)
+        self.holder = holder
 
 
 class Failed(Exception):
@@ -254,6 +280,7 @@ class World:
         self._schedule = learning_rate(self.manifest)
         self._clip = {StageId(stage): clip_threshold(self.manifest, StageId(stage)) for stage in range(STAGES)}
         self._dropped = 0
+        self._lineages = {StageId(stage): NO_LINEAGE for stage in range(STAGES)}
         self.carried: dict[tuple[RoundId, int, StageId], Carried] = {}
         """What cheats have sent, by round, number and stage."""
         for member in self.members:
@@ -273,9 +300,11 @@ class World:
         self.carried = {key: each for key, each in self.carried.items() if key[0] >= round_id - 2}
         paths = [self._feed(Task(round_id, number)) for number in range(MICROBATCHES)]
         await self._audit()
+        credits = Counter((member.stage, member.peer) for path in paths for member in path)
+        under = self._close(round_id, sum(bool(path) for path in paths), credits)
         for stage in range(STAGES):
-            await self._average(StageId(stage), round_id)
-        self._sign(round_id, [path for path in paths if path])
+            await self._average(StageId(stage), round_id, under, credits)
+        self._sign(round_id)
 
     async def finish(self) -> Result:
         """Let the last audits end, settle, and count."""
@@ -422,18 +451,20 @@ class World:
 
     # -- averages -------------------------------------------------------------------------------------
 
-    async def _average(self, stage: StageId, round_id: RoundId) -> None:
+    async def _average(
+        self, stage: StageId, round_id: RoundId, under: Signed, credits: Counter[tuple[StageId, PeerId]]
+    ) -> None:
         present = self._present(stage)
         tokens = {member.peer: member.span.freeze(stage, replaces=True) for member in present}
-        if self.setting.is_defended and present:
+        if self.setting.is_defended:
             self._past[stage].keep(
                 stage,
                 present[0].engine.version,
                 num_elements=present[0].engine.num_elements,
                 copy=present[0].engine.shared_weights,
             )
+        given: dict[PeerId, list[Tensor]] = {}
         senders = [member for member in present if tokens[member.peer]]
-        contributions = {}
         for member in list(senders):
             shards = [member.engine.contribution_shard(number).clone() for number in range(len(member.engine.shards))]
             if member.cheat is not None:
@@ -441,39 +472,95 @@ class World:
                 tokens[member.peer] = member.cheat.claims(tokens[member.peer])
             try:
                 for values in shards:
-                    check_summable(values, num_senders=len(senders))
+                    check_summable(values, num_senders=len(present))
             except WireError:  # its reducers refuse it, and it is left out
                 senders.remove(member)
                 self._dropped += 1
                 continue
-            contributions[member.peer] = shards
-        if not senders:
+            given[member.peer] = shards
+        contributors = tuple(
+            Contribution(
+                peer=member.peer,
+                tokens=tokens[member.peer],
+                weight=min(tokens[member.peer], TOKENS * credits[stage, member.peer]),
+            )
+            for member in senders
+        )
+        weights = tuple(each.weight for each in contributors)
+        if not sum(weights):
             return
         name = self.manifest.averaging.codecs_of(stage)[0]
-        shares = tuple(tokens[member.peer] for member in senders)
-        data = await _reduced(
-            name, [contributions[member.peer] for member in senders], shares, is_mean=self.setting.mode == "diloco"
-        )
-        update = Update(name, data, shares)
+        claimed = tuple(each.tokens for each in contributors)
+        factors = factors_of(weights, claimed, is_mean=self.setting.mode == "diloco")
+        data = await _reduced(name, [given[member.peer] for member in senders], factors)
+        update = Update(name, data, weights)
         try:
-            norm = update_norm(present[0].engine, update)
+            update = replace(update, norm=update_norm(present[0].engine, update))
         except WireError:
             return
-        scale = clip_scale(norm / sum(shares), self._clip[stage])
+        assert update.norm is not None
+        message = self._commit(stage, under, senders, contributors, update)
+        if self.setting.is_defended and self.setting.mode == "gradient":
+            self._record(stage, message, senders, given, update)
         for member in present:
             absorb(
                 member.engine,
-                Update(name, data, shares, norm),
-                clip_scale=scale,
+                update,
+                clip_scale=clip_scale(update.norm / sum(weights), self._clip[stage]),
                 schedule=self._schedule,
                 is_ours=member in senders,
             )
         assert len({member.engine.state_digest() for member in present}) == 1, "replicas do not agree"
 
+    def _commit(
+        self,
+        stage: StageId,
+        under: Signed,
+        senders: Sequence[Member],
+        contributors: tuple[Contribution, ...],
+        update: Update,
+    ) -> Commit:
+        members = [member.volunteer for member in senders]
+        hashed = digest(bytes(update.data))
+        said = {"contributors": contributors, "codec": update.codec, "norm": update.norm, "digest": hashed}
+        return commit(self.manifest, stage, under, members=members, parent=self._lineages[stage], **said)
+
+    def _record(
+        self,
+        stage: StageId,
+        message: Commit,
+        senders: Sequence[Member],
+        given: Mapping[PeerId, Sequence[Tensor]],
+        update: Update,
+    ) -> None:
+        """Have everybody sketch what it gave, if this commit is one of those on record."""
+        lineage = self._lineages[stage] = next_lineage(self._lineages[stage], message.to_bytes())
+        self.office.services.audits.hear_commit(message, lineage)
+        seed = contribution_seed(lineage)
+        if seed is None:
+            return
+        total = sketch_shards((each.numpy() for each in update_shards(senders[0].engine, update)), seed)
+        for member in senders:
+            honest = [member.engine.contribution_shard(number) for number in range(len(member.engine.shards))]
+            shards = given[member.peer] if member.cheat is None else member.cheat.shows(given[member.peer], honest)
+            own = sketch_shards((each.numpy() for each in shards), seed)
+            report = ContributionReport(stage=stage, round=message.round, lineage=lineage, own=own, total=total)
+            member.outbox.append(report)
+
     # -- receipts and audits --------------------------------------------------------------------------
 
-    def _sign(self, round_id: RoundId, paths: list[tuple[Member, ...]]) -> None:
-        """Sign what everybody says of its hops, and the closing; they travel with the next beats."""
+    def _close(self, round_id: RoundId, tasks: int, credits: Counter[tuple[StageId, PeerId]]) -> Signed:
+        """End a round: the closing says what was done, by the signed paths."""
+        clock = next(member for member in self._present() if member.cheat is None)
+        earned = tuple(
+            Credit(stage=stage, peer=peer, tokens=count * TOKENS) for (stage, peer), count in sorted(credits.items())
+        )
+        under = sign_closing(clock.volunteer, closing(self.manifest, round_id, tasks=tasks, credits=earned))
+        clock.outbox.insert(0, closing_report(under))
+        return under
+
+    def _sign(self, round_id: RoundId) -> None:
+        """Sign what everybody says of its hops; that travels with the next beats."""
         for member in self._present():
             sent, served = member.sent, member.served
             if member.cheat is not None:
@@ -490,18 +577,6 @@ class World:
                 )
             ]
             member.sent, member.served = [], []
-        clock = next(member for member in self._present() if member.cheat is None)
-        credits = Counter((member.stage, member.peer) for path in paths for member in path)
-        message = closing(
-            self.manifest,
-            round_id,
-            tasks=len(paths),
-            credits=tuple(
-                Credit(stage=stage, peer=peer, tokens=count * TOKENS)
-                for (stage, peer), count in sorted(credits.items())
-            ),
-        )
-        clock.outbox.insert(0, closing_report(sign_closing(clock.volunteer, message)))
 
     async def _audit(self) -> None:
         """Let half a minute pass: beats, orders, answers, and what follows from them."""
@@ -525,7 +600,7 @@ class World:
         reports = [(first + index, report) for index, report in enumerate(member.outbox)]
         member.outbox = []
         reply = await self.office.beat(member.volunteer, self._state(member), reports=reports)
-        orders: list[AuditOrder | SketchOrder] = [*reply.audits, *reply.sketches]
+        orders: list[Order] = [*reply.audits, *reply.sketches, *reply.sums]
         for order in orders:
             if order.order not in member.answered:
                 member.answered.add(order.order)
@@ -537,7 +612,7 @@ class World:
             if member.peer not in live:
                 member.is_out, member.tasks_when_out = True, member.tasks
 
-    def _answer(self, member: Member, order: AuditOrder | SketchOrder) -> Report:
+    def _answer(self, member: Member, order: Order) -> Report:
         if isinstance(order, SketchOrder):
             data = member.payloads.find(order.digest)
             told = b"" if data is None else self._sketch(member, data, order.seed, is_gradient=order.is_gradient)
@@ -547,31 +622,27 @@ class World:
         report = self._recomputed(member, order)
         return report if member.cheat is None else member.cheat.reports(order, report)
 
-    def _recomputed(self, member: Member, order: AuditOrder) -> AuditReport:
+    def _recomputed(self, member: Member, order: AuditOrder | SumOrder) -> AuditReport:
         """Do what `peer/auditor.py` does, without a network."""
-        task = Task(order.round, order.number)
-        inputs, labels = self.texts(task)
         version = Version(order.round) if order.version is None else order.version
-        data: dict[str, Any] = {"inputs": inputs.numpy(), "gradient": labels.numpy(), "outputs": None, "returned": None}
-        for name in data:
-            named: Payload | None = getattr(order, name)
-            if named is not None:
-                data[name] = self.by_peer[named.holder].payloads.find(named.digest)
-                if data[name] is None:
-                    return AuditReport(order=order.order, outcome=AuditOutcome.MISSING, missing=named.holder)
-        seen = [
-            b"" if data[name] is None else self._sketch(member, data[name], order.seed, is_gradient=name == "returned")
-            for name in ("outputs", "returned")
-        ]
+        place = [(order.first_stage, version)]
         try:
             with member.machine.computing():
-                found = member.recomputer.recompute(
-                    [(order.first_stage, version)], data["inputs"], data["gradient"], order.seed
-                )
+                if isinstance(order, SumOrder):
+                    return self._added_up(member, order, place)
+                found = member.recomputer.recompute(place, *self._sources(order, order), order.seed)
+            if found is None:
+                return AuditReport(order=order.order, outcome=AuditOutcome.STALE)
+            seen = [
+                b""
+                if named is None
+                else self._sketch(member, self._brought(named), order.seed, is_gradient=is_gradient)
+                for named, is_gradient in ((order.outputs, False), (order.returned, True))
+            ]
+        except Withheld as error:
+            return AuditReport(order=order.order, outcome=AuditOutcome.MISSING, missing=error.holder)
         except (PeerFault, LocalFault, WireError):
             return AuditReport(order=order.order, outcome=AuditOutcome.FAILED)
-        if found is None:
-            return AuditReport(order=order.order, outcome=AuditOutcome.STALE)
         return AuditReport(
             order=order.order,
             outcome=AuditOutcome.DONE,
@@ -580,6 +651,26 @@ class World:
             seen_outputs=seen[0],
             seen_returned=seen[1],
         )
+
+    def _added_up(self, member: Member, order: SumOrder, place: Sequence[tuple[StageId, Version]]) -> AuditReport:
+        total = member.recomputer.sum_of(place, order.stage)
+        if total is None:
+            return AuditReport(order=order.order, outcome=AuditOutcome.STALE)
+        for work in order.works:
+            total.add(*self._sources(order, work))
+        return AuditReport(order=order.order, outcome=AuditOutcome.DONE, outputs=total.sketch(order.seed))
+
+    def _sources(self, order: AuditOrder | SumOrder, work: AuditOrder | Work) -> tuple[Source, Source]:
+        inputs, labels = self.texts(Task(order.round, work.number))
+        source = inputs.numpy() if work.inputs is None else self._brought(work.inputs)
+        target = labels.numpy() if work.gradient is None else self._brought(work.gradient)
+        return source, target
+
+    def _brought(self, named: Payload) -> bytes:
+        data = self.by_peer[named.holder].payloads.find(named.digest)
+        if data is None:
+            raise Withheld(named.holder)
+        return bytes(data)
 
     def _sketch(self, member: Member, data: bytes | bytearray, seed: bytes, *, is_gradient: bool) -> bytes:
         try:
@@ -671,19 +762,13 @@ class World:
         return found, (max(outputs), max(returned)), dict(paid)
 
 
-async def _reduced(
-    name: str, contributions: Sequence[Sequence[Tensor]], tokens: Sequence[int], *, is_mean: bool
-) -> bytes:
-    """Sum (or average) contributions part by part in member order, as a butterfly does."""
-    if not codec(name).is_dense:
-        return b"".join(encode_shard(name, shard) for shards in contributions for shard in shards)
+async def _reduced(name: str, given: Sequence[Sequence[Tensor]], factors: Sequence[float]) -> bytes:
+    """Add contributions up part by part in member order, as a butterfly does."""
     made = []
-    for shards in zip(*contributions, strict=True):
+    for shards in zip(*given, strict=True):
         spans = list(spans_of(len(shards[0])))
         lengths = [length for _, length in spans]
-        merger = OrderedMerger(
-            codec(name), lengths, num_senders=len(shards), shares=shares_of(tokens) if is_mean else ()
-        )
+        merger = OrderedMerger(codec(name), lengths, num_senders=len(shards), factors=factors)
         for part, (start, length) in enumerate(spans):
             pieces = [contribution(shard[start : start + length].contiguous(), using=codec(name)) for shard in shards]
             sums = await asyncio.gather(
