@@ -522,7 +522,7 @@ class World:
     ) -> Commit:
         members = [member.volunteer for member in senders]
         hashed = digest(bytes(update.data))
-        said = {"contributors": contributors, "codec": update.codec, "norm": update.norm, "digest": hashed}
+        said: dict[str, Any] = {"contributors": contributors, "codec": update.codec, "norm": update.norm, "digest": hashed}
         return commit(self.manifest, stage, under, members=members, parent=self._lineages[stage], **said)
 
     def _record(
