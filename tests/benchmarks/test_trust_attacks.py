@@ -16,7 +16,7 @@ from tests.benchmarks.trust_world import Setting, train
 @pytest.mark.timeout(120)
 def test_who_turns_signs_is_put_out_and_nobody_else() -> None:
     with quietly():
-        result = train(Setting(rounds=4, cheats={(1, CHEAT): SignFlip}))
+        result = train(Setting(rounds=3, cheats={(1, CHEAT): SignFlip}))
     (cheat,) = result.cheats
     assert result.out == {cheat.peer}
     assert result.honest_struck() == 0
