@@ -239,10 +239,12 @@ class AuditOffice:
         case, peer = verdict.case, verdict.case.carry.peer
         is_sum = case.contribution is not None
         standing = self.standing(peer)
+        # what is found right says nothing of what was booked since it was drawn: that may be of the same round
+        age_s = self._clock.monotonic() - (case.first or case).opened_s
         if standing.out_until_s > now_s:  # it has had its sentence for what was found at the same time
             await self._database.run(audits.add_audit, _row(verdict, now_s))
         elif verdict.finding is Finding.VALID:
-            await self._keep(verdict, now_s, policy.passed(standing, now_s=now_s, is_sum=is_sum))
+            await self._keep(verdict, now_s, policy.passed(standing, now_s=now_s - age_s, is_sum=is_sum))
         elif verdict.finding is Finding.DIFFERS:
             if case.contribution is not None:
                 has_second = self._open_sum(case.contribution, case.seed, first=case)
@@ -256,7 +258,7 @@ class AuditOffice:
         elif verdict.finding is Finding.CONFIRMED:
             await self._keep(verdict, now_s, *policy.struck(standing, now_s=now_s))
         elif verdict.finding is Finding.CLEARED:
-            await self._keep(verdict, now_s, policy.passed(standing, now_s=now_s, is_sum=is_sum))
+            await self._keep(verdict, now_s, policy.passed(standing, now_s=now_s - age_s, is_sum=is_sum))
             for liar in verdict.liars:
                 after, sanction = policy.doubted(self.standing(liar), self._who(case.auditor), now_s=now_s)
                 await self._keep(None, now_s, after, sanction)

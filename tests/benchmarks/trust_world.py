@@ -521,8 +521,8 @@ class World:
         update: Update,
     ) -> Commit:
         members = [member.volunteer for member in senders]
-        hashed = digest(bytes(update.data))
-        said: dict[str, Any] = {"contributors": contributors, "codec": update.codec, "norm": update.norm, "digest": hashed}
+        said: dict[str, Any] = {"contributors": contributors, "codec": update.codec, "norm": update.norm}
+        said["digest"] = digest(bytes(update.data))
         return commit(self.manifest, stage, under, members=members, parent=self._lineages[stage], **said)
 
     def _record(
