@@ -417,6 +417,8 @@ class World:
                     back = member.span.backward(ticket, served.gradient, shape, target_tokens=TOKENS)
             except (PeerFault, WireError):
                 callee.refused += 1
+                callee.tasks -= 1
+                callee.bad[task.round] -= callee.cheat is not None and callee.cheat.does(task)
                 continue
             self._note_hop(task, member, callee, body, served, is_steady=ticket.standing is not None)
             gradient = b"" if back is None else bytes(back)
