@@ -21,7 +21,6 @@ from typing import Any, Self, TypeVar
 
 import msgpack
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
-from pydantic_core import CoreSchema
 
 from protocol.errors import WireError
 
@@ -133,7 +132,7 @@ class Message(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:
         """Let every sequence end at its first bad item: 64 KiB can hold as many, and each would become an error."""
         schema = handler(source)
         _end_at_first_error(schema)

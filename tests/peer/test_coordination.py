@@ -46,6 +46,7 @@ class Coordinator:
         self.answers = answers or []
         self.coordinator = KEY.peer_id
         self.coordinator_addresses = ()
+        self.process = 1
         self.calls = self
         self.node = SimpleNamespace(addresses=self._addresses)
         self.learnt: list[Signed] = []
