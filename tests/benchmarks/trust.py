@@ -63,7 +63,7 @@ ATTACKERS = 2
 ASK_EVERY_S = 0.05
 CEILING_MIB = 768  # of a small VPS with 1 GiB
 ANSWER_TIMEOUT_S = 10.0
-GRACE_S = 60.0
+GRACE_S = 120.0
 DISK_MIB = 16  # by which a flood may make the run's folder grow: what a swarm that trains writes anyway is about 1
 SETTINGS = ("batch.eval_every=100000", "keeping.checkpoint_every=100000", "batch.heldout_sequences=32")
 
