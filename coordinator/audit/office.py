@@ -46,7 +46,7 @@ from protocol.rounds.messages import Commit
 
 log = structlog.get_logger()
 
-MAX_ROUNDS = 8  # of which receipts are looked through for work to draw; what is older nobody holds any more
+MAX_ROUNDS = 32  # of which receipts are looked through for work to draw; what is older nobody holds any more
 MAX_PER_ROUND = 20  # of one peer's microbatches in one round
 MAX_WAITING = 4  # audits that wait at one auditor
 RINGER_RATE = 1 / 8  # of audits: somebody else does the same once more, so that who answers at random is noticed

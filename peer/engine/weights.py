@@ -14,7 +14,7 @@ from torch import Tensor
 from protocol.ids import StageId, Version
 
 FLOAT_BYTES = 4
-MAX_VERSIONS = 8  # of a stage
+MAX_VERSIONS = 64  # of a stage: an audit may take half a minute, and small stages have rounds of half a second
 
 
 class PastWeights:

@@ -13,9 +13,9 @@ from coordinator.store import audits, credits
 from protocol.ids import PeerId
 from tests.e2e.swarm import Swarm
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.long]
+pytestmark = [pytest.mark.timeout(400), pytest.mark.long]
 
-SETTINGS = ("batch.microbatches_per_round=12", "batch.heldout_sequences=32", "batch.eval_every=1000")
+SETTINGS = ("batch.microbatches_per_round=24", "batch.heldout_sequences=32", "batch.eval_every=1000")
 
 
 @pytest.mark.parametrize("oddity", ["flips:1.0", "spoils:1.0"])
@@ -28,7 +28,7 @@ def test_who_cheats_is_put_out_and_nobody_else(tmp_path: Path, corpus: Path, odd
             swarm.start_peer(name, "--stage", "1")
         cheat = swarm.start_peer("fir", "--stage", "1", oddity=oddity)
         cheat.is_expected_to_end = True
-        assert cheat.wait_end(timeout_s=120.0) == 4, cheat.story()
+        assert cheat.wait_end(timeout_s=240.0) == 4, cheat.story()
         assert "two others recomputed its work and found it wrong" in cheat.story()
         version = swarm.version(0)
         swarm.wait_version(version + 5, timeout_s=60.0)
