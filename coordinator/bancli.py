@@ -14,17 +14,9 @@ from typing import Any
 
 import click
 
-from coordinator.commandline import (
-    DIRECTORY,
-    check_text,
-    finish,
-    parse_duration,
-    print_document,
-    with_debug,
-    with_json,
-    write_database,
-)
+from coordinator.commandline import DIRECTORY, check_text, finish, parse_duration, write_database
 from coordinator.monitor.standings import flop
+from protocol.console import print_document, with_debug, with_json
 from protocol.errors import ConfigError
 from protocol.ids import PeerId
 

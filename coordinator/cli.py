@@ -12,19 +12,10 @@ from typing import Any
 import click
 
 from coordinator.bancli import ban, bans, evidence, unban
-from coordinator.commandline import (
-    DIRECTORY,
-    SETTING,
-    Command,
-    finish,
-    parse_settings,
-    print_document,
-    with_debug,
-    with_json,
-)
+from coordinator.commandline import DIRECTORY, SETTING, finish, parse_settings
 from coordinator.forecast.cli import plan
 from coordinator.invitecli import invite, invites, uninvite
-from protocol.console import set_up_logging
+from protocol.console import Command, print_document, set_up_logging, with_debug, with_json
 from protocol.errors import ConfigError
 
 ACCESS = click.Choice(["open", "invite"])

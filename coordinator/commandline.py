@@ -1,4 +1,4 @@
-"""What the coordinator's commands share: options, words that several take, and how a command ends. Knows no command."""
+"""What the coordinator's commands share: words that several take, and how a command ends. Knows no command."""
 
 from __future__ import annotations
 
@@ -20,16 +20,7 @@ DIRECTORY = click.Path(path_type=Path, file_okay=False)
 UNITS_S = {"m": 60, "h": 3600, "d": 86_400}
 MAX_TEXT_CHARS = 200
 
-Command = Callable[..., None]
 T = TypeVar("T")
-
-
-def with_debug(command: Command) -> Command:
-    return click.option("--debug", is_flag=True, help="Show a traceback if something unexpected happens.")(command)
-
-
-def with_json(command: Command) -> Command:
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)
 
 
 def parse_settings(words: tuple[str, ...]) -> dict[str, Any]:
@@ -82,8 +73,3 @@ def write_database(directory: Path, function: Callable[[Any], T]) -> T:
 def finish(command: Callable[[], None], name: str, debug: bool) -> None:
     """Run a command to its end, and exit."""
     sys.exit(run_command(command, program=f"coordinator {name}", debug=debug))
-
-
-def print_document(schema: str, data: dict[str, Any]) -> None:
-    """Print what `--json` promises: one line."""
-    click.echo(json.dumps({"schema": schema, "ok": True, "data": data}, allow_nan=False))

@@ -11,16 +11,8 @@ from typing import Any
 
 import click
 
-from coordinator.commandline import (
-    DIRECTORY,
-    check_text,
-    finish,
-    parse_duration,
-    print_document,
-    with_debug,
-    with_json,
-    write_database,
-)
+from coordinator.commandline import DIRECTORY, check_text, finish, parse_duration, write_database
+from protocol.console import print_document, with_debug, with_json
 from protocol.errors import ConfigError
 
 MAX_USES = 1_000_000

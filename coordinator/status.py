@@ -18,11 +18,10 @@ from typing import Any
 from coordinator.audit import policy
 from coordinator.store import audits, credits, history, peers, receipts, successors, tallies
 from coordinator.store.database import Connection
-from protocol.control import StatusAnswer
+from protocol.control import STATUS_SCHEMA, StatusAnswer
 from protocol.ids import PeerId, RoundId
 from protocol.manifest import Manifest
 
-SCHEMA = "swarm.status/1"
 MAX_PEERS = 500  # rows; a larger swarm shows its newest, and how many more there are
 MAX_EVENTS = MAX_ROLLBACKS = 20
 MAX_ANSWER_CHARS = 240_000
@@ -64,7 +63,7 @@ def document(db: Connection, manifest: Manifest, *, now_s: float) -> Document:
     }
 
 
-def envelope(data: Mapping[str, Any], *, schema: str = SCHEMA) -> str:
+def envelope(data: Mapping[str, Any], *, schema: str = STATUS_SCHEMA) -> str:
     """Return the one line that `--json` prints."""
     return json.dumps({"schema": schema, "ok": True, "data": data}, separators=(",", ":"), allow_nan=False)
 

@@ -6,7 +6,6 @@ answers at once.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from dataclasses import replace
@@ -17,7 +16,7 @@ import click
 
 from peer.memory.planning.budgets import Limits, check_limits
 from peer.settings import IDENTITY_FILE, PeerSettings, default_data_dir, default_name
-from protocol.console import run_command, set_up_logging
+from protocol.console import print_document, run_command, set_up_logging, with_debug, with_json
 from protocol.control import NAME_PATTERN
 from protocol.errors import ConfigError
 from protocol.invite import Invite
@@ -59,7 +58,7 @@ def peer() -> None:
 @click.option("--announce", multiple=True, help="Multiaddr that others should dial; repeatable.")
 @click.option("--log-file", type=click.Path(path_type=Path, dir_okay=False), default=None, help="JSON lines go here.")
 @click.option("--log-level", type=LEVELS, default="warning", show_default=True)
-@click.option("--debug", is_flag=True, help="Show a traceback if something unexpected happens.")
+@with_debug
 def join(
     invite: str,
     name: str | None,
@@ -112,7 +111,7 @@ def join(
 @click.option("--prompt", default="def ", show_default=True)
 @click.option("--tokens", type=click.IntRange(1, 4096), default=96, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--debug", is_flag=True, help="Show a traceback if something unexpected happens.")
+@with_debug
 def sample(model_dir: Path, prompt: str, tokens: int, seed: int, debug: bool) -> None:
     """Let an exported model continue PROMPT.
 
@@ -130,8 +129,8 @@ def sample(model_dir: Path, prompt: str, tokens: int, seed: int, debug: bool) ->
 @peer.command()
 @click.argument("invite")
 @click.option("--data-dir", type=FOLDER, default=None, help="As given to peer join.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--debug", is_flag=True, help="Show a traceback if something unexpected happens.")
+@with_json
+@with_debug
 def receipts(invite: str, data_dir: Path | None, as_json: bool, debug: bool) -> None:
     """Show what this peer was credited with in the run that INVITE names, and what it has not handed in yet.
 
@@ -141,14 +140,9 @@ def receipts(invite: str, data_dir: Path | None, as_json: bool, debug: bool) -> 
     def command() -> None:
         from peer.earnings import look  # imports hivemind
 
-        folder = data_dir or default_data_dir()
-        if not (folder / IDENTITY_FILE).exists():
-            raise ConfigError(
-                f"no peer ever joined from {folder}.", hint="Give --data-dir as you gave it to peer join."
-            )
-        found = run_loop(look(Invite.from_text(invite), data_dir=folder, identity_file=IDENTITY_FILE))
+        found = run_loop(look(Invite.from_text(invite), data_dir=data_dir or default_data_dir()))
         if as_json:
-            _print_document("peer.receipts/1", found.to_json())
+            print_document("peer.receipts/1", found.to_json())
         else:
             click.echo("\n".join(found.lines()))
 
@@ -165,8 +159,8 @@ def identity_group() -> None:
 
 @identity_group.command()
 @DATA_DIR
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--debug", is_flag=True, help="Show a traceback if something unexpected happens.")
+@with_json
+@with_debug
 def show(data_dir: Path | None, as_json: bool, debug: bool) -> None:
     """Print this machine's peer id.
 
@@ -180,7 +174,7 @@ def show(data_dir: Path | None, as_json: bool, debug: bool) -> None:
         me = load_identity(folder).peer_id
         before = [signed.signer for signed in load_handovers(folder, me)]
         if as_json:
-            _print_document("peer.identity/1", {"peer": me, "before": before, "file": str(folder / IDENTITY_FILE)})
+            print_document("peer.identity/1", {"peer": me, "before": before, "file": str(folder / IDENTITY_FILE)})
         else:
             click.echo(me)
 
@@ -189,8 +183,8 @@ def show(data_dir: Path | None, as_json: bool, debug: bool) -> None:
 
 @identity_group.command()
 @DATA_DIR
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--debug", is_flag=True, help="Show a traceback if something unexpected happens.")
+@with_json
+@with_debug
 def rotate(data_dir: Path | None, as_json: bool, debug: bool) -> None:
     """Replace this machine's key by a new one, for example if somebody else may have a copy.
 
@@ -205,7 +199,7 @@ def rotate(data_dir: Path | None, as_json: bool, debug: bool) -> None:
 
         done = rotate_identity(data_dir or default_data_dir())
         if as_json:
-            _print_document("peer.rotate/1", {"before": done.before, "peer": done.now, "kept": str(done.kept)})
+            print_document("peer.rotate/1", {"before": done.before, "peer": done.now, "kept": str(done.kept)})
         else:
             click.echo(done.now)
         click.echo(f"{done.before} hands over to {done.now}. Join your runs again, soon: peer join INVITE", err=True)
@@ -240,8 +234,8 @@ def bench() -> None:
 @click.option("--machine", metavar="NAME", default=None, help="Calculate for another, as 12gb-pcie3x16-good.")
 @click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--threads", type=click.IntRange(1, 1024), default=None, metavar="N", help="CPU threads.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--debug", is_flag=True, help="Show a traceback if something unexpected happens.")
+@with_json
+@with_debug
 def bench_plan(as_json: bool, debug: bool, **options: Any) -> None:
     """Show how a span would train within the memory that is given, and how fast.
 
@@ -263,10 +257,6 @@ def bench_plan(as_json: bool, debug: bool, **options: Any) -> None:
 def main() -> None:
     """Entry point of the `peer` script."""
     peer(prog_name="peer")
-
-
-def _print_document(schema: str, data: dict[str, Any]) -> None:
-    click.echo(json.dumps({"schema": schema, "ok": True, "data": data}, allow_nan=False))
 
 
 def _settings(

@@ -5,19 +5,17 @@ Owns: reading both, and the words. Must not know: the command line.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from peer.identity import load_identity
 from peer.report_spool import ReportSpool
 from protocol.control import ReceiptReport
-from protocol.errors import IncompatibleError
 from protocol.ids import PeerId, RoundId
 from protocol.invite import Invite
 from protocol.receipts import Window
-from protocol.transport import identity
 from protocol.transport.asking import ask_status
 
 
@@ -62,16 +60,15 @@ class Earnings:
         yield f"disputed   {self.credited['disputed_hops']} hops"
 
 
-async def look(invite: Invite, *, data_dir: Path, identity_file: str) -> Earnings:
-    """Read the spool of the invite's run, and ask its coordinator. Raises `UnreachableError` kinds."""
-    peer = identity.load(data_dir / identity_file).peer_id
+async def look(invite: Invite, *, data_dir: Path) -> Earnings:
+    """Read the spool of the invite's run, and ask its coordinator.
+
+    Raises `ConfigError` if the folder has no identity, `UnreachableError` kinds.
+    """
+    peer = load_identity(data_dir).peer_id
     waiting = tuple(waiting_rounds(data_dir / "runs" / invite.run / "reports"))
-    answer = await ask_status(invite)
-    try:
-        rows = json.loads(answer.document)["data"]["peers"]
-        credited = next((row for row in rows if row["peer"] == peer), None)
-    except (ValueError, KeyError, TypeError):
-        raise IncompatibleError("the coordinator's status cannot be read.") from None
+    status = await ask_status(invite)
+    credited = next((row for row in status["peers"] if row["peer"] == peer), None)
     return Earnings(peer=peer, waiting=waiting, credited=credited)
 
 

@@ -9,11 +9,11 @@ stopped in between, belongs to no chain that leads to us, and is not shown.
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from peer.memory.disk.durable_files import publish, write_temporary
 from peer.settings import IDENTITY_FILE, LOCK
 from protocol.errors import ConfigError, PeerFault, StorageError
 from protocol.handover import HANDOVER_CONTEXT, MAX_HANDOVERS, Handover, hand_over
@@ -75,16 +75,11 @@ def rotate(data_dir: Path) -> Rotation:
 
 def _append(path: Path, signed: Signed) -> None:
     """Add a line, so that the file has it as a whole or is as it was."""
-    temporary = path.with_name(f".{path.name}.next")
     try:
         lines = path.read_text("ascii") if path.exists() else ""
-        with temporary.open("w", encoding="ascii") as file:
-            file.write(f"{lines}{signed.to_bytes().hex()}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}.") from error
+        raise StorageError(f"cannot read {path}: {error.strerror}.") from error
+    publish(write_temporary(path, f"{lines}{signed.to_bytes().hex()}\n".encode("ascii")), path)
 
 
 def _parse(line: str) -> tuple[PeerId, Signed]:

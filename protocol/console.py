@@ -1,22 +1,26 @@
 """How every command ends: one clear line and an exit code, never a traceback by surprise.
 
-Owns: turning errors into exit codes, and setting up logging for a command. Shared by `peer`,
-`coordinator` and `swarm`, so that all three behave alike. Must not know: any command.
+Owns: turning errors into exit codes, the options and the envelope that commands have in common, and setting up logging
+for a command. Shared by `peer`, `coordinator` and `swarm`, so that all three behave alike. Must not know: any command.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
 
+import click
 import structlog
 
 from protocol.errors import StorageError, SwarmError
+
+Command = Callable[..., None]
 
 EXIT_BUG = 1
 EXIT_INTERRUPTED = 130
@@ -47,6 +51,19 @@ def _innermost(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+def with_debug(command: Command) -> Command:
+    return click.option("--debug", is_flag=True, help="Show a traceback if something unexpected happens.")(command)
+
+
+def with_json(command: Command) -> Command:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)
+
+
+def print_document(schema: str, data: dict[str, Any]) -> None:
+    """Print what `--json` promises: one line."""
+    click.echo(json.dumps({"schema": schema, "ok": True, "data": data}, allow_nan=False))
 
 
 def set_up_logging(*, level: str, file: Path | None = None) -> None:

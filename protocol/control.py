@@ -258,7 +258,10 @@ class StatusRequest(Message):
     """Ask the coordinator for the swarm's status (`swarm status`)."""
 
 
+STATUS_SCHEMA = "swarm.status/1"
+
+
 class StatusAnswer(Message):
-    """The status document as JSON, schema `swarm.status/1`."""
+    """The status document as JSON, of `STATUS_SCHEMA`."""
 
     document: Annotated[str, Field(max_length=250_000)]

@@ -6,15 +6,8 @@ from pathlib import Path
 
 import click
 
-from coordinator.commandline import (
-    SETTING,
-    Command,
-    finish,
-    parse_settings,
-    print_document,
-    with_debug,
-    with_json,
-)
+from coordinator.commandline import SETTING, finish, parse_settings
+from protocol.console import Command, print_document, with_debug, with_json
 
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
 ANY = click.Path(path_type=Path)

@@ -7,13 +7,12 @@ machine, from the run directory's database (DIR), also while no coordinator runs
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from protocol.console import run_command
+from protocol.console import run_command, with_debug, with_json
 from protocol.errors import ConfigError
 
 
@@ -23,15 +22,10 @@ def swarm() -> None:
     """Look at a Handcar run."""
 
 
-def _reader(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command what all of them take."""
-    command = click.option("--debug", is_flag=True, help="Show a traceback if something unexpected happens.")(command)
-    command = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)
-    return click.argument("source", metavar="INVITE|DIR")(command)
-
-
 @swarm.command()
-@_reader
+@click.argument("source", metavar="INVITE|DIR")
+@with_json
+@with_debug
 def status(source: str, as_json: bool, debug: bool) -> None:
     """Show round, losses, speed, stages and peers of a run.
 
@@ -49,7 +43,9 @@ def status(source: str, as_json: bool, debug: bool) -> None:
 
 
 @swarm.command()
-@_reader
+@click.argument("source", metavar="INVITE|DIR")
+@with_json
+@with_debug
 def peers(source: str, as_json: bool, debug: bool) -> None:
     """List who takes part, what they earned, and with whom their neighbours quarrel.
 
@@ -59,7 +55,9 @@ def peers(source: str, as_json: bool, debug: bool) -> None:
 
 
 @swarm.command()
-@_reader
+@click.argument("source", metavar="INVITE|DIR")
+@with_json
+@with_debug
 def credits(source: str, as_json: bool, debug: bool) -> None:
     """Show what everybody has earned, most first.
 
@@ -102,10 +100,10 @@ def read_status(source: str) -> dict[str, Any]:
         if path.exists() or "/" in source:
             raise ConfigError(f"{source} is neither an invite nor a run directory.")
     invite = Invite.from_text(source)
-    from coordinator.monitor.remote import remote_status  # imports hivemind
     from protocol.process import run_loop
+    from protocol.transport.asking import ask_status  # imports hivemind
 
-    document: dict[str, Any] = run_loop(remote_status(invite))
+    document: dict[str, Any] = run_loop(ask_status(invite))
     return document
 
 

@@ -24,7 +24,6 @@ from click.testing import CliRunner
 from coordinator.app import run_coordinator
 from coordinator.cli import coordinator
 from coordinator.monitor.cli import read_status, swarm
-from coordinator.monitor.remote import remote_status
 from coordinator.rundir import RunDir
 from coordinator.settings import CoordinatorSettings
 from coordinator.status import FINISHED
@@ -48,6 +47,7 @@ from protocol.invite import Invite
 from protocol.manifest import MANIFEST_CONTEXT, Manifest
 from protocol.rounds.messages import CHARTER_CONTEXT, Charter
 from protocol.signing import unseal
+from protocol.transport.asking import ask_status
 from protocol.transport.blobs import Blobs
 from protocol.transport.calls import Calls
 from protocol.transport.node import Node
@@ -196,7 +196,7 @@ async def test_a_peer_joins_gets_tokens_reports_and_its_snapshot_becomes_a_check
         weights = await peer.blobs.fetch(invite.coordinator, "checkpoint/2/stage-0.weights.safetensors", max_bytes=9999)
         assert weights == peer.served["state/0/2/weights"]
 
-        document = await remote_status(invite)
+        document = await ask_status(invite)
         assert document["ledger"]["hops"] == 4
         assert document["stages"][0]["replicas"][0]["name"] == "client"
         local = await asyncio.to_thread(read_status, str(run.path))
@@ -270,7 +270,7 @@ async def test_a_wrong_fingerprint_reaches_nobody(run: RunDir) -> None:
         addresses = tuple(address.replace(invite.coordinator, other) for address in invite.addresses)
         forged = invite.model_copy(update={"coordinator": other, "addresses": addresses})
         with pytest.raises(InviteError, match="another key"):
-            await remote_status(forged)
+            await ask_status(forged)
 
 
 def test_the_command_prints_its_invite_survives_kill_9_and_ends_cleanly(tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from coordinator.monitor import local
-from coordinator.monitor.remote import read_answer
 from coordinator.monitor.render import num_bytes, render
-from coordinator.status import SCHEMA, Document, answer, document, envelope
-from protocol.control import Leave, PeerState, StatusAnswer
+from coordinator.status import Document, answer, document, envelope
+from protocol.control import STATUS_SCHEMA, Leave, PeerState, StatusAnswer
 from protocol.errors import IncompatibleError
+from protocol.transport.asking import read_answer
 from tests.coordinator.office import (
     Office,
     Volunteer,
@@ -98,7 +98,7 @@ async def test_a_document_survives_the_network(tmp_path: Path) -> None:
         await office.join(A)
         found = await status(office)
     assert read_answer(answer(found)) == json.loads(json.dumps(found))
-    assert json.loads(envelope(found)) == {"schema": SCHEMA, "ok": True, "data": json.loads(json.dumps(found))}
+    assert json.loads(envelope(found)) == {"schema": STATUS_SCHEMA, "ok": True, "data": json.loads(json.dumps(found))}
 
 
 async def test_a_swarm_too_large_for_a_message_is_shown_without_its_peers(tmp_path: Path) -> None:
