@@ -16,13 +16,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from protocol.ids import PeerId, StageId
+from coordinator.carries import FIRST_STAGE, carries_of
+from protocol.ids import PeerId, RoundId, StageId
 from protocol.receipts import Hop, Window
 
 Earned = Mapping[tuple[StageId, PeerId], int]
 """Target tokens by stage and peer."""
-
-FIRST_STAGE = StageId(0)
 
 
 class Quarrel(StrEnum):
@@ -62,7 +61,7 @@ def settle(windows: Iterable[Window], *, caps: Earned, num_stages: int) -> Settl
         said.add(window)
     matched = said.sent & said.served
     return Settlement(
-        earned=_capped(_earned(matched, caps=caps, num_stages=num_stages), caps),
+        earned=_capped(_earned(matched, round_id=said.round, caps=caps, num_stages=num_stages), caps),
         disputes=tuple(sorted(_disputes(said, matched), key=lambda each: (each.number, each.first_stage, each.caller))),
     )
 
@@ -71,12 +70,14 @@ class _Said:
     """All that anybody says of a round."""
 
     def __init__(self) -> None:
+        self.round = RoundId(0)
         self.sent: set[Hop] = set()
         self.served: set[Hop] = set()
         self._parts: defaultdict[tuple[PeerId, int], set[int]] = defaultdict(set)
         self._num_parts: dict[tuple[PeerId, int], int] = {}
 
     def add(self, window: Window) -> None:
+        self.round = window.round
         self.sent.update(window.sent_hops())
         self.served.update(window.served_hops())
         life = window.peer, window.session
@@ -89,21 +90,18 @@ class _Said:
         return frozenset({peer for peer, _ in self._parts} - missing)
 
 
-def _earned(matched: set[Hop], *, caps: Earned, num_stages: int) -> dict[tuple[StageId, PeerId], int]:
-    onward = {(hop.caller, hop.number, hop.first_stage) for hop in matched}
-    inward = {(hop.callee, hop.number) for hop in matched}
-    tokens: dict[tuple[PeerId, int, int], int] = {}
-    for hop in matched:
-        if hop.end_stage == num_stages or (hop.callee, hop.number, hop.end_stage) in onward:
-            for stage in range(hop.first_stage, hop.end_stage):
-                tokens[hop.callee, hop.number, stage] = hop.target_tokens
-        feeds = caps.get((FIRST_STAGE, hop.caller), 0) > 0 and (hop.caller, hop.number) not in inward
-        if feeds:
-            for stage in range(hop.first_stage):
-                tokens[hop.caller, hop.number, stage] = hop.target_tokens
+def _earned(
+    matched: set[Hop], *, round_id: RoundId, caps: Earned, num_stages: int
+) -> dict[tuple[StageId, PeerId], int]:
+    def is_feeder(peer: PeerId) -> bool:
+        return caps.get((FIRST_STAGE, peer), 0) > 0
+
+    tokens: dict[tuple[PeerId, int, StageId], int] = {}  # a microbatch that was done twice is paid once
+    for carry in carries_of(matched, round_id=round_id, num_stages=num_stages, is_feeder=is_feeder):
+        tokens |= {(carry.peer, carry.number, stage): carry.target_tokens for stage in carry.stages}
     earned: defaultdict[tuple[StageId, PeerId], int] = defaultdict(int)
     for (peer, _, stage), num_tokens in tokens.items():
-        earned[StageId(stage), peer] += num_tokens
+        earned[stage, peer] += num_tokens
     return earned
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from coordinator.audit.carries import Carry
+from coordinator.carries import Carry
 from protocol.audits import (
     AuditOrder,
     AuditOutcome,

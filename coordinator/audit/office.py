@@ -19,11 +19,11 @@ from collections.abc import Collection, Sequence
 import structlog
 
 from coordinator.audit import policy
-from coordinator.audit.carries import Carry, RoundHops
 from coordinator.audit.court import Case, Contributed, Court, Finding, Order, Verdict
 from coordinator.audit.policy import Sanction, Standing, State
 from coordinator.audit.sums import Sums
 from coordinator.audit.tolerance import tolerance_of
+from coordinator.carries import Carry, RoundHops
 from coordinator.clock import Clock
 from coordinator.journal import DISK_NOTE, Journal
 from coordinator.registry import Registry

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from coordinator.audit.carries import RoundHops
+from coordinator.carries import RoundHops
 from protocol.ids import RoundId, RunId, StageId, Version
 from protocol.receipts import Hop, Window, draw_windows
 from tests.coordinator.audit.people import named
