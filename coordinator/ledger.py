@@ -22,7 +22,7 @@ from coordinator.store.receipts import ReceiptRow
 from coordinator.store.rounds import ClosingRow
 from coordinator.store.successors import predecessors
 from coordinator.store.tree import CommitLink
-from protocol.audits import AuditReport, ContributionReport, SketchReport
+from protocol.audits import Answer, AuditReport, ContributionReport, SketchReport
 from protocol.batches import has_evaluation
 from protocol.control import (
     AveragingReport,
@@ -48,8 +48,6 @@ EXTRA_WINDOWS = 16  # of a peer and a round, beyond four hops of every number: i
 MAX_LINEAGES = 4096  # whose seats are remembered: the newest of every stage are all that is asked for
 
 Seating = frozenset[tuple[PeerId, int]]
-
-Answer = AuditReport | SketchReport | ContributionReport
 
 
 class Ledger:

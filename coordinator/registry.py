@@ -26,7 +26,7 @@ from coordinator.placement import Host, place
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import history, peers
 from coordinator.store.database import Database
-from protocol.audits import MAX_ORDERS, AuditOrder, SketchOrder, SumOrder
+from protocol.audits import MAX_ORDERS, AuditOrder, Order, SketchOrder, SumOrder
 from protocol.control import Beat, BeatReply, GivenUp, Leave, PeerState, Register, StageState, Welcome
 from protocol.errors import ClockError, IncompatibleError, RefusedError, StorageError, WireError
 from protocol.ids import PeerId, StageId
@@ -123,7 +123,7 @@ class Registry:
         """Where a peer should not stand any more, and whom to follow instead; the reunion puts itself here."""
         self.succeeded: Callable[[PeerId, Sequence[PeerId]], Awaitable[None]] = _nothing
         """Hears which keys a peer went by before; the audit office puts itself here."""
-        self.orders: Callable[[PeerId], Sequence[AuditOrder | SketchOrder | SumOrder]] = lambda peer: ()
+        self.orders: Callable[[PeerId], Sequence[Order]] = lambda peer: ()
         """What a peer should recompute and sketch; the audit office puts itself here."""
         self.bans: BanList | None = None
         """Who is kept out; `bans.py` puts itself here."""

@@ -28,6 +28,7 @@ from protocol.audits import (
     AuditOrder,
     AuditOutcome,
     AuditReport,
+    Order,
     Payload,
     SketchOrder,
     SketchReport,
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
     from peer.engine.recompute import Recomputer, Source
 
 log = structlog.get_logger()
-
-Order = AuditOrder | SketchOrder | SumOrder
 
 MAX_WAITING = 64
 MAX_REMEMBERED = 4096

@@ -50,7 +50,7 @@ from peer.reports import ReportQueue
 from peer.settings import PeerSettings
 from peer.tally import Tally
 from peer.tasks import Body, Outcome, TaskId
-from protocol.audits import AuditOrder, ContributionReport, SketchOrder, SumOrder, contribution_seed
+from protocol.audits import ContributionReport, Order, contribution_seed
 from protocol.batches import Microbatch, TaskKind
 from protocol.control import CommitReport, GivenUp, ReceiptReport
 from protocol.errors import PeerFault, RefusedError, TransientError
@@ -310,7 +310,7 @@ class SpanParts:
         if what.stage in self.drivers:
             self.drivers[what.stage].post(events.Rejoin(what.lineage, what.members))
 
-    def audit(self, orders: Iterable[AuditOrder | SketchOrder | SumOrder]) -> None:
+    def audit(self, orders: Iterable[Order]) -> None:
         """Carry out what the coordinator wants to be looked at."""
         self._auditor.take(orders)
 

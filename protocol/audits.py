@@ -136,6 +136,11 @@ class SumOrder(Message):
     works: Annotated[tuple[Work, ...], Field(min_length=1, max_length=MAX_WORKS)]
 
 
+Order = AuditOrder | SketchOrder | SumOrder
+Answer = AuditReport | SketchReport | ContributionReport
+"""What a peer reports for audits, asked or by itself."""
+
+
 def contribution_seed(lineage: Lineage) -> bytes | None:
     """Return the seed for sketches of what a commit sums up; None for every other commit, which is not looked at.
 

@@ -10,7 +10,8 @@ same, that is two witnesses. If not, it knows which of the others told something
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -19,6 +20,7 @@ from protocol.audits import (
     AuditOrder,
     AuditOutcome,
     AuditReport,
+    Order,
     Payload,
     SketchOrder,
     SketchReport,
@@ -31,8 +33,6 @@ from protocol.sketch import distance
 
 PATIENCE_S = 45.0
 SUM_PATIENCE_S = 300.0
-
-Order = AuditOrder | SketchOrder | SumOrder
 
 
 class Finding(StrEnum):
@@ -96,6 +96,19 @@ class Case:
     report: AuditReport | None = None
     sketches: dict[int, bytes] = field(default_factory=dict)
 
+    @property
+    def patience_s(self) -> float:
+        return PATIENCE_S if self.contribution is None else SUM_PATIENCE_S
+
+    @property
+    def unanswered(self) -> dict[int, PeerId]:
+        """Who has still to answer which order."""
+        return {
+            number: who
+            for number, (who, order) in self.orders.items()
+            if (number not in self.sketches if isinstance(order, SketchOrder) else self.report is None)
+        }
+
 
 class Court:
     """All cases that are open. In memory: a coordinator that is started again forgets them, and draws others."""
@@ -103,15 +116,84 @@ class Court:
     def __init__(self, tolerance: Tolerance, *, next_order: Callable[[], int]) -> None:
         self._tolerance, self._next_order = tolerance, next_order
         self._cases: dict[int, Case] = {}
+        """By the numbers of their orders."""
+        self._waiting: defaultdict[PeerId, dict[int, Order]] = defaultdict(dict)
+        """What everybody is asked and has not answered, oldest first."""
 
     def __len__(self) -> int:
         return len({id(case) for case in self._cases.values()})
 
-    def open(self, carry: Carry, auditor: PeerId, seed: bytes, *, now_s: float, first: Case | None = None) -> Case:
-        """Begin an audit; its orders wait to be asked for."""
-        case = Case(carry=carry, auditor=auditor, seed=seed, opened_s=now_s, first=first)
+    def open(
+        self,
+        carry: Carry,
+        auditor: PeerId,
+        seed: bytes,
+        *,
+        now_s: float,
+        contribution: Contributed | None = None,
+        first: Case | None = None,
+    ) -> Case:
+        """Begin an audit of a microbatch, or of the contribution that it is a part of; its orders wait to be asked for.
+
+        Of a contribution both witnesses get the same bytes, and the sketch is its sender's.
+        """
+        case = Case(carry=carry, auditor=auditor, seed=seed, opened_s=now_s, first=first, contribution=contribution)
+        if contribution is not None:
+            self._ask(case, auditor, self._sum_order(carry, seed, contribution))
+            return case
         is_second = first is not None
-        order = AuditOrder(
+        self._ask(case, auditor, self._audit_order(carry, seed, with_results=is_second))
+        for holder, digest, is_gradient in (
+            (carry.downstream, carry.outputs, False),
+            (carry.upstream, carry.returned, True),
+        ):
+            if holder is not None and not is_second:
+                number = self._next_order()
+                self._ask(case, holder, SketchOrder(order=number, digest=digest, is_gradient=is_gradient, seed=seed))
+        return case
+
+    def cases_of(self, carry: Carry) -> list[Case]:
+        """Return the open cases of a piece of work."""
+        return list({id(case): case for case in self._cases.values() if case.carry.key == carry.key}.values())
+
+    def load(self, peer: PeerId) -> int:
+        """Return how many audits wait for a peer."""
+        return sum(not isinstance(order, SketchOrder) for order in self.orders_for(peer))
+
+    def orders_for(self, peer: PeerId) -> list[Order]:
+        """Return what a peer is asked, oldest first."""
+        return list(self._waiting[peer].values()) if peer in self._waiting else []
+
+    def hear(self, peer: PeerId, report: AuditReport | SketchReport) -> Verdict | None:
+        """Take an answer; return the verdict if it was the last one that was missing."""
+        order = self._waiting.get(peer, {}).get(report.order)
+        if order is None or isinstance(order, SketchOrder) is not isinstance(report, SketchReport):
+            return None
+        case = self._cases[report.order]
+        if isinstance(report, SketchReport):
+            case.sketches[report.order] = report.sketch
+        else:
+            case.report = report
+        self._ask_no_more(peer, report.order)
+        if case.unanswered:
+            return None
+        self._close(case)
+        return self._judge(case)
+
+    def expire(self, *, now_s: float) -> list[Verdict]:
+        """Close what has waited for too long."""
+        late = {id(case): case for case in self._cases.values() if now_s - case.opened_s > case.patience_s}
+        for case in late.values():
+            self._close(case)
+        return [
+            Verdict(case=case, finding=Finding.NOTHING, missing=tuple(sorted(case.unanswered.values())))
+            for case in late.values()
+        ]
+
+    # -- orders -----------------------------------------------------------------------------------------
+
+    def _audit_order(self, carry: Carry, seed: bytes, *, with_results: bool) -> AuditOrder:
+        return AuditOrder(
             order=self._next_order(),
             round=carry.round,
             number=carry.number,
@@ -121,91 +203,46 @@ class Court:
             seed=seed,
             inputs=_payload(carry.upstream, carry.given),
             gradient=_payload(carry.downstream, carry.gradient),
-            outputs=_payload(carry.downstream, carry.outputs) if is_second else None,
-            returned=_payload(carry.upstream, carry.returned) if is_second else None,
+            outputs=_payload(carry.downstream, carry.outputs) if with_results else None,
+            returned=_payload(carry.upstream, carry.returned) if with_results else None,
         )
-        self._add(case, auditor, order)
-        if not is_second:
-            for holder, digest, is_gradient in (
-                (carry.downstream, carry.outputs, False),
-                (carry.upstream, carry.returned, True),
-            ):
-                if holder is not None:
-                    number = self._next_order()
-                    wanted = SketchOrder(order=number, digest=digest, is_gradient=is_gradient, seed=seed)
-                    self._add(case, holder, wanted)
-        return case
 
-    def open_sum(
-        self,
-        contributed: Contributed,
-        auditor: PeerId,
-        seed: bytes,
-        *,
-        now_s: float,
-        first: Case | None = None,
-    ) -> Case:
-        """Begin an audit of a contribution: both witnesses get the same bytes, and the sketch is its sender's."""
-        carry = contributed.works[0]
-        case = Case(carry=carry, auditor=auditor, seed=seed, opened_s=now_s, first=first, contribution=contributed)
-        order = SumOrder(
+    def _sum_order(self, carry: Carry, seed: bytes, contribution: Contributed) -> SumOrder:
+        works = (
+            Work(
+                number=each.number,
+                inputs=_payload(each.upstream, each.given),
+                gradient=_payload(each.downstream, each.gradient),
+            )
+            for each in contribution.works
+        )
+        return SumOrder(
             order=self._next_order(),
             round=carry.round,
             first_stage=carry.first_stage,
             num_stages=carry.num_stages,
             version=carry.version,
-            stage=contributed.stage,
+            stage=contribution.stage,
             seed=seed,
-            works=tuple(
-                Work(
-                    number=each.number,
-                    inputs=_payload(each.upstream, each.given),
-                    gradient=_payload(each.downstream, each.gradient),
-                )
-                for each in contributed.works
-            ),
+            works=tuple(works),
         )
-        self._add(case, auditor, order)
-        return case
 
-    def cases_of(self, carry: Carry) -> list[Case]:
-        """Return the open cases of a piece of work."""
-        return list({id(case): case for case in self._cases.values() if case.carry.key == carry.key}.values())
+    def _ask(self, case: Case, peer: PeerId, order: Order) -> None:
+        case.orders[order.order] = peer, order
+        self._cases[order.order] = case
+        self._waiting[peer][order.order] = order
 
-    def load(self, peer: PeerId) -> int:
-        """Return how many audits wait for a peer."""
-        return sum(who == peer and not isinstance(order, SketchOrder) for who, order in self._waiting())
+    def _ask_no_more(self, peer: PeerId, number: int) -> None:
+        self._waiting[peer].pop(number, None)
+        if not self._waiting[peer]:
+            del self._waiting[peer]
 
-    def orders_for(self, peer: PeerId) -> list[Order]:
-        """Return what a peer is asked, oldest first."""
-        return [order for who, order in self._waiting() if who == peer]
+    def _close(self, case: Case) -> None:
+        for number, (peer, _) in case.orders.items():
+            del self._cases[number]
+            self._ask_no_more(peer, number)
 
-    def hear(self, peer: PeerId, report: AuditReport | SketchReport) -> Verdict | None:
-        """Take an answer; return the verdict if it was the last one that was missing."""
-        case = self._cases.get(report.order)
-        if case is None or case.orders[report.order][0] != peer:
-            return None
-        order = case.orders[report.order][1]
-        if isinstance(report, AuditReport) and not isinstance(order, SketchOrder):
-            case.report = case.report or report
-        elif isinstance(report, SketchReport) and isinstance(order, SketchOrder):
-            case.sketches.setdefault(report.order, report.sketch)
-        if case.report is None or len(case.sketches) < len(case.orders) - 1:
-            return None
-        self._close(case)
-        return self._judge(case)
-
-    def expire(self, *, now_s: float) -> list[Verdict]:
-        """Close what has waited for too long."""
-        late = {id(case): case for case in self._cases.values() if now_s - case.opened_s > _patience_s(case)}
-        for case in late.values():
-            self._close(case)
-        return [
-            Verdict(case=case, finding=Finding.NOTHING, missing=tuple(sorted(who for who, _ in _open(case))))
-            for case in late.values()
-        ]
-
-    # -- inside ---------------------------------------------------------------------------------------
+    # -- verdicts ---------------------------------------------------------------------------------------
 
     def _judge(self, case: Case) -> Verdict:
         report = case.report
@@ -213,103 +250,45 @@ class Court:
         if report.outcome is not AuditOutcome.DONE:
             missing = () if report.missing is None else (report.missing,)
             return Verdict(case=case, finding=Finding.NOTHING, missing=missing)
-        if case.contribution is not None:
-            return self._judge_sum(case, case.contribution, report)
         if not _is_complete(case, report):
             return Verdict(case=case, finding=Finding.NOTHING, missing=(case.auditor,))
-        if case.first is not None:
-            return self._judge_second(case, case.first, report)
         silent = tuple(case.orders[number][0] for number, sketch in case.sketches.items() if not sketch)
         if silent:
             return Verdict(case=case, finding=Finding.NOTHING, missing=silent)
-        outputs, returned = _told(case)
-        try:
-            apart = _apart(outputs, report.outputs), _apart(returned, report.returned)
-        except WireError:
+        apart = _apart(_sent(case, report), _found(case, report))
+        if case.first is not None:
+            return self._judge_second(case, case.first, report, apart)
+        if apart is None:  # one of the two is no sketch
             return Verdict(case=case, finding=Finding.DIFFERS, outputs=2.0, returned=2.0)
-        finding = Finding.VALID if self._is_near(*apart) else Finding.DIFFERS
+        finding = Finding.VALID if self._is_near(case, apart) else Finding.DIFFERS
         return Verdict(case=case, finding=finding, outputs=apart[0], returned=apart[1])
 
-    def _judge_sum(self, case: Case, contributed: Contributed, report: AuditReport) -> Verdict:
-        try:
-            apart = distance(report.outputs, contributed.sketch)
-        except WireError:
-            return Verdict(case=case, finding=Finding.NOTHING, missing=(case.auditor,))
-        if case.first is None:
-            finding = Finding.VALID if apart <= self._tolerance.contribution else Finding.DIFFERS
-            return Verdict(case=case, finding=finding, outputs=apart)
-        assert case.first.report is not None
-        agree = distance(case.first.report.outputs, report.outputs) <= self._tolerance.contribution
-        if apart <= self._tolerance.contribution:
-            liars = () if agree else (case.first.auditor,)
-            return Verdict(case=case, finding=Finding.CLEARED, outputs=apart, liars=liars)
-        return Verdict(case=case, finding=Finding.CONFIRMED if agree else Finding.NOTHING, outputs=apart)
-
-    def _judge_second(self, case: Case, first: Case, report: AuditReport) -> Verdict:
-        try:
-            apart = _apart(report.seen_outputs, report.outputs), _apart(report.seen_returned, report.returned)
-        except WireError:
+    def _judge_second(self, case: Case, first: Case, report: AuditReport, apart: tuple[float, float] | None) -> Verdict:
+        assert first.report is not None
+        if apart is None:
             return Verdict(case=case, finding=Finding.NOTHING)
-        if not self._is_near(*apart):
-            agrees = self._agrees(first, report)
+        between = _apart(_found(first, first.report), _found(case, report))
+        agrees = between is not None and self._is_near(case, between)
+        liars: tuple[PeerId, ...] = ()
+        if not self._is_near(case, apart):
             # two who recompute and come to different results: one of them lies, and it may be the second
             finding = Finding.CONFIRMED if agrees else Finding.NOTHING
-            return Verdict(case=case, finding=finding, outputs=apart[0], returned=apart[1])
-        liars = () if self._agrees(first, report) else (first.auditor,)
-        for told, seen, holder in zip(
-            _told(first),
-            (report.seen_outputs, report.seen_returned),
-            (case.carry.downstream, case.carry.upstream),
-            strict=True,
-        ):
-            if holder is not None and not _same(told, seen):
-                liars = (*liars, holder)
-        return Verdict(case=case, finding=Finding.CLEARED, outputs=apart[0], returned=apart[1], liars=liars)
+        else:
+            finding = Finding.CLEARED
+            liars = (*(() if agrees else (first.auditor,)), *_false_neighbours(first, report))
+        return Verdict(case=case, finding=finding, outputs=apart[0], returned=apart[1], liars=liars)
 
-    def _agrees(self, first: Case, report: AuditReport) -> bool:
-        """Tell whether the two auditors have come to the same."""
-        assert first.report is not None
-        try:
-            return self._is_near(
-                _apart(first.report.outputs, report.outputs), _apart(first.report.returned, report.returned)
-            )
-        except WireError:
-            return False
-
-    def _is_near(self, outputs: float, returned: float) -> bool:
+    def _is_near(self, case: Case, apart: tuple[float, float]) -> bool:
+        outputs, returned = apart
+        if case.contribution is not None:
+            return outputs <= self._tolerance.contribution
         return outputs <= self._tolerance.outputs and returned <= self._tolerance.returned
-
-    def _add(self, case: Case, peer: PeerId, order: Order) -> None:
-        case.orders[order.order] = peer, order
-        self._cases[order.order] = case
-
-    def _close(self, case: Case) -> None:
-        for number in case.orders:
-            del self._cases[number]
-
-    def _waiting(self) -> Iterator[tuple[PeerId, Order]]:
-        for number, case in self._cases.items():
-            is_answered = number in case.sketches or (
-                case.report is not None and not isinstance(case.orders[number][1], SketchOrder)
-            )
-            if not is_answered:
-                yield case.orders[number]
-
-
-def _patience_s(case: Case) -> float:
-    return PATIENCE_S if case.contribution is None else SUM_PATIENCE_S
-
-
-def _open(case: Case) -> Iterator[tuple[PeerId, Order]]:
-    for number, (who, order) in case.orders.items():
-        if not isinstance(order, SketchOrder) and case.report is None:
-            yield who, order
-        if isinstance(order, SketchOrder) and number not in case.sketches:
-            yield who, order
 
 
 def _is_complete(case: Case, report: AuditReport) -> bool:
     """Tell whether an auditor has sketched what there is, and nothing else."""
+    if case.contribution is not None:
+        return len(report.outputs) == len(case.contribution.sketch)
     has_outputs, has_returned = case.carry.downstream is not None, case.carry.upstream is not None
     is_second = case.first is not None
     wanted = (has_outputs, has_returned, has_outputs and is_second, has_returned and is_second)
@@ -317,7 +296,22 @@ def _is_complete(case: Case, report: AuditReport) -> bool:
     return all(bool(sketch) == is_wanted for sketch, is_wanted in zip(given, wanted, strict=True))
 
 
-def _told(case: Case) -> tuple[bytes, bytes]:
+_Pair = tuple[bytes, bytes]
+"""Sketches of what went out and of what went back; empty where there is nothing. A contribution goes out."""
+
+
+def _found(case: Case, report: AuditReport) -> _Pair:
+    return report.outputs, report.returned if case.contribution is None else b""
+
+
+def _sent(case: Case, report: AuditReport) -> _Pair:
+    """Return what the audited has sent: as it says, as a second witness has seen it, or as its neighbours say."""
+    if case.contribution is not None:
+        return case.contribution.sketch, b""
+    return _told(case) if case.first is None else (report.seen_outputs, report.seen_returned)
+
+
+def _told(case: Case) -> _Pair:
     """Return what the neighbours have sketched: activations that went out, and the gradient that went back."""
     outputs = returned = b""
     for number, sketch in case.sketches.items():
@@ -329,16 +323,30 @@ def _told(case: Case) -> tuple[bytes, bytes]:
     return outputs, returned
 
 
-def _apart(seen: bytes, recomputed: bytes) -> float:
-    return 0.0 if not seen and not recomputed else distance(recomputed, seen)
+def _false_neighbours(first: Case, report: AuditReport) -> tuple[PeerId, ...]:
+    """Return which neighbours have sketched something else than the bytes that they were given."""
+    if first.contribution is not None:
+        return ()
+    holders = (first.carry.downstream, first.carry.upstream)
+    said = zip(holders, _told(first), (report.seen_outputs, report.seen_returned), strict=True)
+    return tuple(holder for holder, told, seen in said if holder is not None and not _same(told, seen))
+
+
+def _apart(sent: _Pair, found: _Pair) -> tuple[float, float] | None:
+    """Return how far two pairs are apart; None if one of them is no sketch."""
+    try:
+        outputs, returned = (
+            0.0 if not one and not other else distance(other, one) for one, other in zip(sent, found, strict=True)
+        )
+    except WireError:
+        return None
+    return outputs, returned
 
 
 def _same(told: bytes, seen: bytes) -> bool:
     """Two sketches of the same bytes with the same seed: they differ in the order of adding up at most."""
-    try:
-        return _apart(told, seen) < 1e-4
-    except WireError:
-        return False
+    apart = _apart((told, b""), (seen, b""))
+    return apart is not None and apart[0] < 1e-4
 
 
 def _payload(holder: PeerId | None, digest: bytes) -> Payload | None:

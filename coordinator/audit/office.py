@@ -19,7 +19,7 @@ from collections.abc import Collection, Sequence
 import structlog
 
 from coordinator.audit import policy
-from coordinator.audit.court import Case, Contributed, Court, Finding, Order, Verdict
+from coordinator.audit.court import Case, Contributed, Court, Finding, Verdict
 from coordinator.audit.policy import Sanction, Standing, State
 from coordinator.audit.sums import Sums
 from coordinator.audit.tolerance import tolerance_of
@@ -30,14 +30,7 @@ from coordinator.registry import Registry
 from coordinator.store import audits, bans, credits, successors
 from coordinator.store.bans import BanRow
 from coordinator.store.database import Connection, Database
-from protocol.audits import (
-    MAX_WORKS,
-    SEED_BYTES,
-    AuditReport,
-    ContributionReport,
-    SketchReport,
-    contribution_seed,
-)
+from protocol.audits import MAX_WORKS, SEED_BYTES, Answer, ContributionReport, Order, contribution_seed
 from protocol.errors import StorageError
 from protocol.ids import Lineage, PeerId, RoundId, StageId
 from protocol.manifest import Manifest
@@ -131,7 +124,7 @@ class AuditOffice:
         if contribution_seed(lineage) is not None and commit.first_round == commit.round:
             self._sums.hear_commit(commit, lineage, now_s=self._clock.monotonic())
 
-    def hear(self, peer: PeerId, report: AuditReport | SketchReport | ContributionReport) -> None:
+    def hear(self, peer: PeerId, report: Answer) -> None:
         """Take an answer; what it comes to is dealt with at the next tick."""
         if isinstance(report, ContributionReport):
             self._sums.hear(peer, report, now_s=self._clock.monotonic())
@@ -181,10 +174,10 @@ class AuditOffice:
                 chance = policy.rate(self.standing(carry.peer), now_s=now_s)
                 if drawn >= MAX_PER_ROUND or self._lot(carry) >= chance:
                     continue
-                if self._open(carry, without=()):
+                if self._open(carry, _new_seed()):
                     self._drawn[round_id, carry.peer] = drawn + 1
                     if self._chance.random() < RINGER_RATE:
-                        self._open(carry, without=self._auditors_of(carry))
+                        self._open(carry, _new_seed(), without=self._auditors_of(carry))
 
     def _draw_sums(self, *, now_s: float) -> None:
         """Have contributions recomputed: now and then, and all of them if they do not add up to what came out."""
@@ -202,23 +195,24 @@ class AuditOffice:
                 if len({(carry.first_stage, carry.num_stages, carry.version) for carry in own}) > 1:
                     continue
                 if not record.adds_up or self._chance.random() < policy.rate(self.standing(peer), now_s=now_s):
-                    contributed = Contributed(stage=record.stage, sketch=sketch, works=own)
-                    self._open_sum(contributed, record.seed)
+                    contribution = Contributed(stage=record.stage, sketch=sketch, works=own)
+                    self._open(own[0], record.seed, contribution=contribution)
 
-    def _open_sum(self, contributed: Contributed, seed: bytes, *, first: Case | None = None) -> bool:
-        auditor = self._auditor(contributed.works[0], without=() if first is None else (first.auditor,), first=first)
-        if auditor is None:
-            return False
-        self._court.open_sum(contributed, auditor, seed, now_s=self._clock.monotonic(), first=first)
-        return True
-
-    def _open(self, carry: Carry, *, without: Collection[PeerId], first: Case | None = None) -> bool:
-        """Have somebody recompute it, if there is anybody who can."""
+    def _open(
+        self,
+        carry: Carry,
+        seed: bytes,
+        *,
+        without: Collection[PeerId] = (),
+        contribution: Contributed | None = None,
+        first: Case | None = None,
+    ) -> bool:
+        """Have somebody recompute it, or the contribution that it is a part of, if there is anybody who can."""
         auditor = self._auditor(carry, without=without, first=first)
         if auditor is None:
             return False
-        seed = first.seed if first is not None else secrets.token_bytes(SEED_BYTES)
-        self._court.open(carry, auditor, seed, now_s=self._clock.monotonic(), first=first)
+        now_s = self._clock.monotonic()
+        self._court.open(carry, auditor, seed, now_s=now_s, contribution=contribution, first=first)
         return True
 
     def _auditor(self, carry: Carry, *, without: Collection[PeerId], first: Case | None) -> PeerId | None:
@@ -246,10 +240,9 @@ class AuditOffice:
         elif verdict.finding is Finding.VALID:
             await self._keep(verdict, now_s, policy.passed(standing, now_s=now_s - age_s, is_sum=is_sum))
         elif verdict.finding is Finding.DIFFERS:
-            if case.contribution is not None:
-                has_second = self._open_sum(case.contribution, case.seed, first=case)
-            else:
-                has_second = self._open(case.carry, without=(case.auditor,), first=case)
+            has_second = self._open(
+                case.carry, case.seed, without=(case.auditor,), contribution=case.contribution, first=case
+            )
             log.info("audit.differs", peer=peer, round=case.carry.round, number=case.carry.number, second=has_second)
             after, sanction = policy.doubted(standing, self._who(case.auditor), now_s=now_s)
             if has_second:  # it will settle that
@@ -322,6 +315,10 @@ class AuditOffice:
     def _next_order(self) -> int:
         self._order += 1
         return self._order
+
+
+def _new_seed() -> bytes:
+    return secrets.token_bytes(SEED_BYTES)
 
 
 def _row(verdict: Verdict, now_s: float) -> audits.AuditRow:

@@ -46,6 +46,7 @@ from protocol.audits import (
     AuditOutcome,
     AuditReport,
     ContributionReport,
+    Order,
     Payload,
     SketchOrder,
     SketchReport,
@@ -96,7 +97,6 @@ from tests.coordinator.office import (
 if TYPE_CHECKING:
     from tests.benchmarks.trust_cheats import Cheat
 
-Order = AuditOrder | SketchOrder | SumOrder
 
 BEAT_S = 5.0
 BEATS_PER_ROUND = 6  # orders with one, answers with the next, and twice over for a second opinion

@@ -13,10 +13,19 @@ from typing import Any, cast
 
 import pytest
 
-from peer.auditor import Auditor, Order
+from peer.auditor import Auditor
 from peer.payloads import Payloads
 from peer.pipeline.gate import Gate
-from protocol.audits import AuditOrder, AuditOutcome, AuditReport, Payload, SketchOrder, SketchReport, payload_name
+from protocol.audits import (
+    AuditOrder,
+    AuditOutcome,
+    AuditReport,
+    Order,
+    Payload,
+    SketchOrder,
+    SketchReport,
+    payload_name,
+)
 from protocol.errors import LocalFault, UnreachableError
 from protocol.ids import Lineage, PeerId, RoundId, RunId, StageId, Version, digest
 from protocol.receipts import shortened

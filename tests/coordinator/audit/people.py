@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from coordinator.audit.court import Order
 from coordinator.carries import Carry
-from protocol.audits import AuditOutcome, AuditReport, SketchOrder, SketchReport, SumOrder
+from protocol.audits import AuditOutcome, AuditReport, Order, SketchOrder, SketchReport, SumOrder
 from protocol.control import BeatReply
 from protocol.ids import PeerId, RoundId, StageId, digest
 from protocol.receipts import SHORT_DIGEST_BYTES

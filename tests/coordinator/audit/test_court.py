@@ -125,10 +125,11 @@ def contributed(given: str) -> Contributed:
 
 def tried_sum(given: str, liar: PeerId | None = None) -> list[Verdict]:
     own, crowd = court(), people(liar=liar)
-    first = own.open_sum(contributed(given), Q, SEED, now_s=0.0)
+    contribution = contributed(given)
+    first = own.open(contribution.works[0], Q, SEED, now_s=0.0, contribution=contribution)
     verdicts = [hold(own, crowd, first)]
     if verdicts[0].finding is Finding.DIFFERS:
-        second = own.open_sum(contributed(given), R, SEED, now_s=1.0, first=first)
+        second = own.open(contribution.works[0], R, SEED, now_s=1.0, contribution=contribution, first=first)
         verdicts.append(hold(own, crowd, second))
     return verdicts
 
