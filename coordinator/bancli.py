@@ -152,9 +152,9 @@ def evidence(directory: Path, peer: str, as_json: bool, debug: bool) -> None:
             rows = sorted((row for key in keys for row in evidence_of(db, key)), key=lambda row: row.id)
             hops = sum(disputed.get(key, (0, 0))[0] for key in keys)
             partners = max(disputed.get(key, (0, 0))[1] for key in keys)
-            counts = Counter[str]()
+            findings, counts = count_findings(db), Counter[str]()
             for key in keys:
-                counts.update(count_findings(db).get(key, {}))
+                counts.update(findings.get(key, {}))
             found_wrong = [row for key in keys for row in audits_of(db, key) if row.finding not in ("valid", "nothing")]
             audited = sorted(set(found_wrong), key=lambda row: -row.at_s)
         shown = [
@@ -174,9 +174,8 @@ def evidence(directory: Path, peer: str, as_json: bool, debug: bool) -> None:
             apart = f"activations {audit.outputs:.3g} apart, gradients {audit.returned:.3g}"
             click.echo(f"audit {audit.finding}: round {audit.round}, microbatch {audit.number}: {apart} ({who})")
         click.echo(f"{len(rows)} pieces of evidence; {hops} hops disputed with {partners} others", err=True)
-        click.echo(
-            f"audits: {', '.join(f'{count} {name}' for name, count in sorted(counts.items())) or 'none'}", err=True
-        )
+        listed = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+        click.echo(f"audits: {listed or 'none'}", err=True)
 
     finish(command, "evidence", debug)
 
@@ -187,14 +186,13 @@ def _find(db: Any, who: str) -> PeerId:
     Whose key was replaced is meant by its newest one.
     """
     from coordinator.store.peers import load_peers
-    from coordinator.store.successors import newest
+    from coordinator.store.successors import all_newest
 
-    rows = load_peers(db)
-    if any(row.peer == who for row in rows):
-        return newest(db, PeerId(who))
-    if re.fullmatch(PEER_ID, who, re.ASCII):  # who has not come yet can be kept out as well
-        return newest(db, PeerId(who))
-    named = sorted({newest(db, row.peer) for row in rows if row.name == who})
+    rows, following = load_peers(db), all_newest(db)
+    is_id = re.fullmatch(PEER_ID, who, re.ASCII) is not None  # who has not come yet can be kept out as well
+    if is_id or any(row.peer == who for row in rows):
+        return following.get(PeerId(who), PeerId(who))
+    named = sorted({following.get(row.peer, row.peer) for row in rows if row.name == who})
     if len(named) == 1:
         return named[0]
     if named:

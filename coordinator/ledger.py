@@ -10,7 +10,7 @@ one line in the log, and counts for nothing.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import structlog
@@ -23,7 +23,7 @@ from coordinator.store.rounds import ClosingRow
 from coordinator.store.successors import predecessors
 from coordinator.store.tree import CommitLink
 from protocol.audits import Answer, AuditReport, ContributionReport, SketchReport
-from protocol.batches import has_evaluation
+from protocol.batches import has_evaluation, num_trained
 from protocol.control import (
     AveragingReport,
     ClosingReport,
@@ -209,10 +209,9 @@ class Ledger:
         self._check_place(0, window.round)
         if window.peer != signed.signer or signed.signer not in keys:
             raise PeerFault("its receipts are of another peer")
-        tokens = batch.sequences_per_microbatch * batch.sequence_length
         for hop in (*window.sent_hops(), *window.served_hops()):
             fits = 0 < hop.first_stage < hop.end_stage <= num_stages and hop.number < batch.microbatches_per_round
-            if not (fits and 0 < hop.target_tokens <= tokens):
+            if not (fits and 0 < hop.target_tokens <= batch.tokens_per_microbatch):
                 raise PeerFault(f"its receipts speak of number {hop.number} at stages that there are not")
         self.on_receipts(window)
         row = ReceiptRow(
@@ -225,14 +224,13 @@ class Ledger:
         batch = self._manifest.batch
         self._check_run(closing.run)
         self._check_place(0, closing.round)
-        num_train = batch.microbatches_per_round if closing.round < batch.num_rounds else 0
-        if closing.num_train != num_train or bool(closing.num_eval) != has_evaluation(batch, closing.round):
+        if closing.num_train != num_trained(batch, closing.round) or bool(closing.num_eval) != has_evaluation(
+            batch, closing.round
+        ):
             raise PeerFault(f"a closing of round {closing.round} speaks of other microbatches")
-        carried = Counter[StageId]()
         for credit in closing.credits:
             self._check_place(credit.stage, closing.round)
-            carried[credit.stage] += credit.tokens
-        if max(carried.values(), default=0) > closing.target_tokens:
+        if max(closing.carried.values(), default=0) > closing.target_tokens:
             raise PeerFault(f"a closing of round {closing.round} credits more tokens than it counts")
         if closing.target_tokens > batch.tokens_per_round or closing.eval_tokens > _heldout_tokens(self._manifest):
             raise PeerFault(f"a closing of round {closing.round} counts more tokens than there are")

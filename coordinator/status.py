@@ -34,7 +34,8 @@ Document = dict[str, Any]
 def document(db: Connection, manifest: Manifest, *, now_s: float) -> Document:
     """Return the status as JSON values."""
     rows = peers.load_peers(db)
-    people = _people(db, rows)
+    following = successors.all_newest(db)
+    people = _people(rows, following)
     replicas = peers.load_replicas(db)
     course = tallies.course(db)
     charters = history.newest_charters(db)
@@ -54,7 +55,7 @@ def document(db: Connection, manifest: Manifest, *, now_s: float) -> Document:
         "ledger": asdict(tallies.counters(db)),
         "rollbacks": [asdict(rollback) for rollback in tallies.rollbacks(db)[:MAX_ROLLBACKS]],
         "stages": _stages(db, manifest, rows, replicas, charters),
-        "peers": _peers(db, people, now_s=now_s),
+        "peers": _peers(db, people, following, now_s=now_s),
         "peers_omitted": max(0, len(people) - MAX_PEERS),
         "checkpoints": [asdict(row) for row in history.load_checkpoints(db)],
         "notes": json.loads(peers.get_setting(db, NOTES) or "{}"),
@@ -148,17 +149,17 @@ def _stages(
     return stages
 
 
-def _people(db: Connection, rows: Iterable[peers.PeerRow]) -> list[peers.PeerRow]:
+def _people(rows: Iterable[peers.PeerRow], following: Mapping[PeerId, PeerId]) -> list[peers.PeerRow]:
     """Leave out keys that were replaced by one which is in the roster: what was theirs is shown with that."""
-    following = successors.all_newest(db)
     rows = list(rows)
     known = {row.peer for row in rows}
     return [row for row in rows if following.get(row.peer) not in known]
 
 
-def _peers(db: Connection, rows: list[peers.PeerRow], *, now_s: float) -> list[Document]:
+def _peers(
+    db: Connection, rows: list[peers.PeerRow], following: Mapping[PeerId, PeerId], *, now_s: float
+) -> list[Document]:
     """List the peers that are here first, then the newest of the others."""
-    following = successors.all_newest(db)
     tokens, disputes = Counter[PeerId](), Counter[PeerId]()
     for peer, worked in tallies.tokens_by_peer(db).items():
         tokens[following.get(peer, peer)] += worked

@@ -80,7 +80,7 @@ def extent_of(batch: BatchSpec, round_id: RoundId, number: int) -> Extent | None
     """Return what `plan_round` says of one number, without making a plan; None if the round does not have it."""
     size, first_evaluation = batch.sequences_per_microbatch, num_trained(batch, round_id)
     if number < first_evaluation:
-        return Extent(TaskKind.TRAIN, size * batch.sequence_length)
+        return Extent(TaskKind.TRAIN, batch.tokens_per_microbatch)
     offset = number - first_evaluation
     if offset >= num_evaluated(batch, round_id):
         return None
@@ -95,7 +95,7 @@ def num_trained(batch: BatchSpec, round_id: RoundId) -> int:
 
 def num_evaluated(batch: BatchSpec, round_id: RoundId) -> int:
     """Count the evaluation microbatches of a round."""
-    return -(-batch.heldout_sequences // batch.sequences_per_microbatch) if has_evaluation(batch, round_id) else 0
+    return batch.microbatches_per_evaluation if has_evaluation(batch, round_id) else 0
 
 
 def has_evaluation(batch: BatchSpec, round_id: RoundId) -> bool:

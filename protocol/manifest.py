@@ -116,8 +116,17 @@ class BatchSpec(Message):
     heldout_sequences: Positive
 
     @property
+    def tokens_per_microbatch(self) -> int:
+        return self.sequences_per_microbatch * self.sequence_length
+
+    @property
     def tokens_per_round(self) -> int:
-        return self.microbatches_per_round * self.sequences_per_microbatch * self.sequence_length
+        return self.microbatches_per_round * self.tokens_per_microbatch
+
+    @property
+    def microbatches_per_evaluation(self) -> int:
+        """The last one may hold fewer sequences."""
+        return -(-self.heldout_sequences // self.sequences_per_microbatch)
 
 
 class OptimizerSpec(Message):

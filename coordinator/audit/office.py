@@ -155,8 +155,7 @@ class AuditOffice:
         try:
             for verdict in verdicts:
                 await self._act(verdict, now_s=now_s)
-            for standing in [each for each in self._standings.values() if each.out_until_s > now_s]:
-                await self._pardon(standing, now_s=now_s)
+            await self._pardon(now_s=now_s)
             if now_s - self._pruned_s >= PRUNE_EVERY_S:
                 self._pruned_s = now_s
                 await self._database.run(audits.prune_audits, before_s=now_s - KEEP_S)
@@ -285,23 +284,23 @@ class AuditOffice:
         if sanction is not None:
             await self._journal.event(f"peer.{sanction.state.value}", standing.peer, sanction.reason)
 
-    async def _pardon(self, standing: Standing, *, now_s: float) -> None:
-        """Follow the organiser, who has let it in again (`coordinator unban`): an appeal was granted."""
+    async def _pardon(self, *, now_s: float) -> None:
+        """Follow the organiser, who has let somebody in again (`coordinator unban`): an appeal was granted."""
+        out = [standing for standing in self._standings.values() if standing.out_until_s > now_s]
+        if not out:
+            return
 
-        def write(db: Connection) -> Standing | None:
-            keys = (standing.peer, *successors.predecessors(db, standing.peer))
-            held = [bans.find_ban(db, key, now_s=now_s) for key in keys]
-            if any(row is not None and row.kind == "banned" for row in held):
-                return None
-            pardoned = policy.pardoned(standing)
-            for key in keys:
-                credits.restore(db, key, since_s=standing.out_since_s, at_s=now_s)
-            audits.put_standing(db, standing.peer, policy.fields_of(pardoned))
-            return pardoned
+        def write(db: Connection) -> list[Standing]:
+            banned = {self._who(row.peer) for row in bans.load_bans(db, now_s=now_s) if row.kind == "banned"}
+            let_in = [standing for standing in out if standing.peer not in banned]
+            for standing in let_in:
+                for key in (standing.peer, *successors.predecessors(db, standing.peer)):
+                    credits.restore(db, key, since_s=standing.out_since_s, at_s=now_s)
+                audits.put_standing(db, standing.peer, policy.fields_of(policy.pardoned(standing)))
+            return let_in
 
-        pardoned = await self._database.run(write)
-        if pardoned is not None:
-            self._standings[standing.peer] = pardoned
+        for standing in await self._database.run(write):
+            self._standings[standing.peer] = policy.pardoned(standing)
             await self._journal.event("peer.pardoned", standing.peer, "back on probation: all of its work is looked at")
 
     def _auditors_of(self, carry: Carry) -> tuple[PeerId, ...]:

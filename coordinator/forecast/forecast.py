@@ -164,7 +164,7 @@ class _Round:
 
     @property
     def _num_evaluations(self) -> int:
-        return self.recipe.num_evaluations
+        return self.recipe.batch.microbatches_per_evaluation
 
     @property
     def _ping_s(self) -> float:

@@ -152,7 +152,7 @@ def posts_of(swarm: Swarm, model: Model, recipe: Recipe) -> tuple[Post, ...]:
 
 def hops_of(model: Model, recipe: Recipe, num_spans: int, *, trains: bool = True) -> tuple[Hop, ...]:
     """Return what a microbatch costs between each span and the next."""
-    num_elements = recipe.tokens_per_microbatch * model.width
+    num_elements = recipe.batch.tokens_per_microbatch * model.width
     return hops(recipe.averaging.hop_codecs, num_elements, num_spans=num_spans, trains=trains)
 
 
@@ -190,7 +190,7 @@ def _averaging(
 
 
 def _replicas(swarm: Swarm, recipe: Recipe, span: Span, crew: Mapping[int, int]) -> tuple[Replicas, ...]:
-    length, tokens = recipe.batch.sequence_length, recipe.tokens_per_microbatch
+    length, tokens = recipe.batch.sequence_length, recipe.batch.tokens_per_microbatch
     training_flop = span.training_flop(length, recomputes=swarm.recomputes)
     forward_share = span.forward_flop(length) / training_flop
     wave = min(swarm.wave, -(-recipe.batch.microbatches_per_round // sum(crew.values())))

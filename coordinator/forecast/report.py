@@ -283,7 +283,7 @@ def _activations(recipe: Recipe) -> str:
 
 
 def _length(recipe: Recipe) -> str:
-    return f"{recipe.batch.microbatches_per_round:,} x {recipe.tokens_per_microbatch:,}"
+    return f"{recipe.batch.microbatches_per_round:,} x {recipe.batch.tokens_per_microbatch:,}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -132,12 +132,3 @@ class Recipe:
     averaging: AveragingSpec
     timing: TimingSpec
     keeping: KeepingSpec
-
-    @property
-    def tokens_per_microbatch(self) -> int:
-        return self.batch.sequences_per_microbatch * self.batch.sequence_length
-
-    @property
-    def num_evaluations(self) -> int:
-        """Microbatches of one evaluation."""
-        return -(-self.batch.heldout_sequences // self.batch.sequences_per_microbatch)

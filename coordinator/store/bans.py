@@ -52,17 +52,18 @@ def remove_ban(db: sqlite3.Connection, peer: PeerId) -> bool:
 
 def find_ban(db: sqlite3.Connection, peer: PeerId, *, now_s: float) -> BanRow | None:
     """Return a peer's ban, if it holds now."""
-    return next((row for row in load_bans(db, now_s=now_s) if row.peer == peer), None)
+    row = db.execute(f"{_SELECT} AND peer = ?", (now_s, peer)).fetchone()
+    return None if row is None else _row(row)
 
 
 def load_bans(db: sqlite3.Connection, *, now_s: float) -> list[BanRow]:
     """Return the bans that hold now, the newest first; keys that were replaced come last, whatever their number."""
-    rows = db.execute(
-        "SELECT peer, since_s, until_s, reason, kind FROM bans WHERE until_s IS NULL OR until_s > ? "
-        "ORDER BY kind = 'rotated', since_s DESC, peer",
-        (now_s,),
-    )
-    return [
-        BanRow(peer=PeerId(peer), since_s=since_s, until_s=until_s, reason=reason, kind=kind)
-        for peer, since_s, until_s, reason, kind in rows
-    ]
+    return [_row(row) for row in db.execute(f"{_SELECT} ORDER BY kind = 'rotated', since_s DESC, peer", (now_s,))]
+
+
+_SELECT = "SELECT peer, since_s, until_s, reason, kind FROM bans WHERE (until_s IS NULL OR until_s > ?)"
+
+
+def _row(row: tuple[str, float, float | None, str, Kind]) -> BanRow:
+    peer, since_s, until_s, reason, kind = row
+    return BanRow(peer=PeerId(peer), since_s=since_s, until_s=until_s, reason=reason, kind=kind)

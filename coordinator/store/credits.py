@@ -13,7 +13,7 @@ import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from coordinator.store.successors import newest
+from coordinator.store.successors import all_newest
 from protocol.ids import PeerId, RoundId, StageId
 
 
@@ -118,9 +118,10 @@ def restore(db: sqlite3.Connection, peer: PeerId, *, since_s: float, at_s: float
 
 def by_person(db: sqlite3.Connection) -> dict[PeerId, Balance]:
     """Return the balances with those of replaced keys added to the newest. The book itself is never changed."""
+    following = all_newest(db)
     found: dict[PeerId, Balance] = {}
     for peer, mine in balances(db).items():
-        person = newest(db, peer)
+        person = following.get(peer, peer)
         so_far = found.get(person, Balance())
         found[person] = Balance(
             held_mflop=so_far.held_mflop + mine.held_mflop,

@@ -27,11 +27,7 @@ def successor_of(db: sqlite3.Connection, peer: PeerId) -> PeerId | None:
 
 def newest(db: sqlite3.Connection, peer: PeerId) -> PeerId:
     """Return the key that a peer goes by now: its own, or the last of those that followed."""
-    seen = {peer}
-    while (following := successor_of(db, peer)) is not None and following not in seen:
-        seen.add(following)
-        peer = following
-    return peer
+    return all_newest(db).get(peer, peer)
 
 
 def all_newest(db: sqlite3.Connection) -> dict[PeerId, PeerId]:

@@ -5,7 +5,6 @@ Owns: the checks on a closing, and the newest few. Must not know: what a closing
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 from protocol.errors import PeerFault
@@ -91,10 +90,7 @@ class Closings:
             raise PeerFault(f"the run has no round {closing.round}")
         if settings.rules.size_of(closing.round) != RoundSize(closing.num_train, closing.num_eval):
             raise PeerFault(f"round {closing.round} has other numbers than its closing says")
-        credited = Counter[StageId]()
-        for credit in closing.credits:
-            credited[credit.stage] += credit.tokens
-        if max([closing.target_tokens, *credited.values()]) > settings.rules.tokens_per_round:
+        if max([closing.target_tokens, *closing.carried.values()]) > settings.rules.tokens_per_round:
             raise PeerFault(f"round {closing.round} has fewer tokens than its closing counts or credits")
         return closing
 

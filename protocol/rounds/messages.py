@@ -10,6 +10,7 @@ with several stages can hand it to the right replica.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
@@ -131,6 +132,14 @@ class Closing(Message):
         if len(self.done) != -(-numbers // 8) or int.from_bytes(self.done, "little") >> numbers:
             raise ValueError("the bitmap does not fit the numbers of the round")
         return self
+
+    @property
+    def carried(self) -> Counter[StageId]:
+        """How many target tokens it credits at each stage, all peers together."""
+        found = Counter[StageId]()
+        for credit in self.credits:
+            found[credit.stage] += credit.tokens
+        return found
 
     @property
     def bits(self) -> int:
