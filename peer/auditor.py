@@ -95,11 +95,13 @@ class Auditor:
     async def run(self) -> None:
         """Carry out orders until cancelled."""
         while True:
-            order = await self._waiting.get()
-            if isinstance(order, SketchOrder):
-                self._reports.add(SketchReport(order=order.order, sketch=await self._sketch(order)))
-            else:
-                self._reports.add(await self._recomputed(order))
+            self._reports.add(await self.carry_out(await self._waiting.get()))
+
+    async def carry_out(self, order: Order) -> AuditReport | SketchReport:
+        """Do what is ordered, and return what we say to it."""
+        if isinstance(order, SketchOrder):
+            return SketchReport(order=order.order, sketch=await self._sketch(order))
+        return await self._recomputed(order)
 
     async def _sketch(self, order: SketchOrder) -> bytes:
         data = self._payloads.find(order.digest)

@@ -15,7 +15,6 @@ from pathlib import Path
 import structlog
 
 from peer.auditor import Auditor
-from peer.averaging.absorb import Update, update_shards
 from peer.averaging.driver import Hooks, StageDriver, membership_of
 from peer.averaging.group_reduce import GroupReduce
 from peer.averaging.history import History
@@ -24,6 +23,7 @@ from peer.averaging.restore import Restorer
 from peer.averaging.rules import done_task, machine_settings, round_timers
 from peer.averaging.sync import StageSync
 from peer.codecs import codec
+from peer.contributions import Contributions
 from peer.data.fetch import SwarmChunks, serve_tokens
 from peer.data.source import BatchSource
 from peer.data.tokens import TokenFile
@@ -50,13 +50,13 @@ from peer.reports import ReportQueue
 from peer.settings import PeerSettings
 from peer.tally import Tally
 from peer.tasks import Body, Outcome, TaskId
-from protocol.audits import ContributionReport, Order, contribution_seed
+from protocol.audits import Order
 from protocol.batches import Microbatch, TaskKind
 from protocol.control import CommitReport, GivenUp, ReceiptReport
 from protocol.errors import PeerFault, RefusedError, TransientError
 from protocol.history import CommitNews, LogAnswer, LogRequest, StateAnswer, StateRequest
 from protocol.hops import MAX_BODY_BYTES
-from protocol.ids import Lineage, PeerId, RoundId, StageId, Version
+from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, Version
 from protocol.manifest import Manifest
 from protocol.ownership import rendezvous
 from protocol.rounds import events
@@ -104,7 +104,6 @@ class SpanParts:
         self._engine = engine
         self._compute = compute
         self._reports = reports
-        self._loop = asyncio.get_running_loop()
         self._folder = folder
         self._errands: set[asyncio.Task[None]] = set()
         run = manifest.run_id
@@ -138,15 +137,22 @@ class SpanParts:
         self._caller.on_answer = self._note_answer
         self._receipts = ReceiptBook(run, link.key, session=session)
         self._payloads = Payloads(max_bytes=settings.audit_bytes // 2)
-        sequences, length = manifest.batch.sequences_per_microbatch, manifest.batch.sequence_length
-        self._recomputer = Recomputer(
+        recomputer = Recomputer(
             manifest.model.config,
             num_stages=self.num_stages,
             engines=engine.engines,
             past=PastWeights(max_bytes=settings.audit_bytes // 2),
             codec=codec(forward_codec),
             gradient_codec=codec(gradient_codec),
-            microbatch=(sequences, length),
+            microbatch=(manifest.batch.sequences_per_microbatch, manifest.batch.sequence_length),
+        )
+        loop = asyncio.get_running_loop()
+        self._contributions = Contributions(
+            me=link.peer_id,
+            engines=engine.engines,
+            recomputer=recomputer,
+            gate=self.gate,
+            report=lambda report: loop.call_soon_threadsafe(reports.add, report),
         )
         # whoever waits for us must not take a wave that gathers for a peer that is gone
         patience_s = min(engine.wave_patience_s, manifest.timing.hop_silence_s / 4)
@@ -188,7 +194,7 @@ class SpanParts:
         self._auditor = Auditor(
             link=link,
             compute=compute,
-            recomputer=self._recomputer,
+            recomputer=recomputer,
             payloads=self._payloads,
             batches=self._batches,
             gate=self.gate,
@@ -361,22 +367,8 @@ class SpanParts:
             check_history=partial(Chain.of_history, machine),
             init_seed=self._manifest.model.init_seed,
             resumed=self._engine.resumed.get(stage),
-            before_step=partial(self._before_step, stage),
+            before_step=partial(self._contributions.before_step, stage),
         )
-
-    def _before_step(self, stage: StageId, commit: Commit, update: Update) -> None:
-        """Keep what an audit of the round may ask for. In the compute thread."""
-        self._recomputer.keep(stage)
-        lineage = next_lineage(commit.parent, commit.to_bytes())
-        seed = contribution_seed(lineage)
-        is_ours = any(each.peer == self._link.peer_id and each.tokens for each in commit.contributors)
-        if seed is None or not is_ours or not self._engine.engines[stage].has_contribution:
-            return
-        found = self._recomputer.contribution(stage, update_shards(self._engine.engines[stage], update), seed)
-        if found is not None:
-            own, total = found
-            report = ContributionReport(stage=stage, round=commit.round, lineage=lineage, own=own, total=total)
-            self._loop.call_soon_threadsafe(self._reports.add, report)
 
     def _make_driver(self, stage: StageId, machine: Settings) -> StageDriver:
         return StageDriver(
@@ -405,8 +397,7 @@ class SpanParts:
         )
 
     async def _work(self, hosted: HostedTask) -> Outcome:
-        if hosted.key.task.kind is TaskKind.TRAIN:
-            self._payloads.keep(hosted.body.digest, hosted.body.data)
+        self._keep(hosted.key.task, hosted.body.digest, hosted.body.data)
         return await self._runner.work(
             hosted.key.task,
             hosted.key.stage,
@@ -420,14 +411,17 @@ class SpanParts:
     def _note_served(self, hosted: HostedTask, outcome: Outcome) -> None:
         key = hosted.key
         self._receipts.note(key.task, key.caller, self._link.peer_id, key.stage, hosted.body, outcome)
-        if key.task.kind is TaskKind.TRAIN:
-            self._payloads.keep(outcome.gradient_digest, outcome.gradient)
+        self._keep(key.task, outcome.gradient_digest, outcome.gradient)
 
     def _note_answer(self, task: TaskId, callee: PeerId, stage: StageId, body: Body, outcome: Outcome) -> None:
         self._receipts.note(task, self._link.peer_id, callee, stage, body, outcome)
+        self._keep(task, body.digest, body.data)
+        self._keep(task, outcome.gradient_digest, outcome.gradient)
+
+    def _keep(self, task: TaskId, digest: Digest, data: bytes | bytearray | None) -> None:
+        """Keep what crossed a hop of ours for audits. Evaluations are not audited."""
         if task.kind is TaskKind.TRAIN:
-            self._payloads.keep(body.digest, body.data)
-            self._payloads.keep(outcome.gradient_digest, outcome.gradient)
+            self._payloads.keep(digest, data)
 
     def _count_received(self, task: TaskId, target_tokens: int) -> None:
         if task.kind is TaskKind.TRAIN:

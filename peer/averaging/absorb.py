@@ -68,8 +68,7 @@ def update_shards(engine: StageEngine, update: Update) -> Iterator[Tensor]:
     """Decode the sum of gradients that an update has, shard after shard, flat fp32. Raises `WireError` as above."""
     for number, pieces in _split(engine, update).items():
         out = torch.empty(engine.shards[number].num_elements)
-        for part, values in pieces():
-            out[part].copy_(values)
+        _fill(out, pieces())
         yield out
 
 
@@ -100,8 +99,7 @@ def absorb(
     assert len(shards) == len(engine.shards), "an optimizer step is one of the whole stage"
 
     def load(number: int, out: Tensor) -> None:
-        for part, values in shards[number]():
-            out[part].copy_(values)
+        _fill(out, shards[number]())
 
     engine.step(schedule.at(engine.version), scale=clip_scale / sum(update.weights), load=load)
 
@@ -131,6 +129,11 @@ def _split(engine: StageEngine, update: Update) -> dict[int, Callable[[], Iterat
             numbers, lengths, sizes, accumulate(sizes, initial=0), strict=False
         )  # the last end is nobody's start
     }
+
+
+def _fill(out: Tensor, pieces: Iterable[tuple[slice, Tensor]]) -> None:
+    for part, values in pieces:
+        out[part].copy_(values)
 
 
 def _not_sent(codec_name: str, values: Tensor) -> Tensor:

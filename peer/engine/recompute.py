@@ -40,7 +40,6 @@ class Recomputed:
 
     outputs: bytes
     returned: bytes
-    loss_sum: float | None
 
 
 class Recomputer:
@@ -82,16 +81,14 @@ class Recomputer:
         gradient by the outputs. Raises `WireError` or `PeerFault` for bytes that are none, `LocalFault` if this machine
         cannot compute.
         """
-        weights = [self._weights(*place) for place in places]
-        if any(flat is None for flat in weights):
+        weights = self._weights(places)
+        if weights is None:
             return None
-        here = [flat for flat in weights if flat is not None]
-        hidden, gradient, loss_sum = self.there_and_back(places, here, source, target)
+        hidden, gradient = self.there_and_back(places, weights, source, target)
         is_first, is_last = places[0][0] == 0, places[-1][0] == self._num_stages - 1
         return Recomputed(
             outputs=b"" if is_last else self.sketch_of(self._through(hidden, self._codec), seed),
             returned=b"" if is_first else self.sketch_of(self._through(gradient, self._gradient_codec), seed),
-            loss_sum=loss_sum,
         )
 
     def there_and_back(
@@ -101,29 +98,27 @@ class Recomputer:
         source: Source,
         target: Source,
         on_gradient: Callable[[StageId, int, Tensor], None] = lambda stage, block, gradient: None,
-    ) -> tuple[Tensor, Tensor, float | None]:
-        """Return outputs, gradient by the inputs, and loss; `on_gradient` hears of that by each block's weights."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return outputs and the gradient by the inputs; `on_gradient` hears of that by each block's weights."""
         replays = [self._replay(stage) for stage, _ in places]
         climbs: list[Climb] = []
-        hidden, loss_sum = self._decode(source, self._codec), None
+        hidden = self._decode(source, self._codec)
         for replay, flat in zip(replays, weights, strict=True):
             climbs.append(replay.up(flat, [hidden]))
             hidden = climbs[-1].outputs[0]
         if places[-1][0] == self._num_stages - 1:
             labels = self._decode(target, self._codec)
-            ((loss_sum, gradient),) = replays[-1].losses(climbs[-1], [labels], partial(on_gradient, places[-1][0]))
+            ((_, gradient),) = replays[-1].losses(climbs[-1], [labels], partial(on_gradient, places[-1][0]))
         else:
             gradient = self._decode(target, self._gradient_codec)
         for (stage, _), replay, climb in zip(reversed(places), reversed(replays), reversed(climbs), strict=True):
             (gradient,) = replay.down(climb, [gradient], partial(on_gradient, stage))
-        return hidden, gradient, loss_sum
+        return hidden, gradient
 
     def sum_of(self, places: Sequence[tuple[StageId, Version]], stage: StageId) -> GradientSum | None:
         """Begin to recompute what microbatches add up to at one of these stages; None if weights are not here."""
-        weights = [self._weights(*place) for place in places]
-        if any(flat is None for flat in weights):
-            return None
-        return GradientSum(self, places, [flat for flat in weights if flat is not None], stage)
+        weights = self._weights(places)
+        return None if weights is None else GradientSum(self, places, weights, stage)
 
     def contribution(self, stage: StageId, update: Iterable[Tensor], seed: bytes) -> tuple[bytes, bytes] | None:
         """Sketch what a stage of ours is about to see averaged, and the sum (its shards); None for local steps."""
@@ -150,12 +145,15 @@ class Recomputer:
         """Sketch activations or gradients (B, T, D)."""
         return sketch(_flat(values), seed)
 
-    def _weights(self, stage: StageId, version: Version) -> Sequence[Tensor] | None:
-        found = self._past.find(stage, version)
-        if found is not None:
-            return found
-        engine = self._engines[stage]
-        return engine.shared_weights() if engine.version == version else None
+    def _weights(self, places: Sequence[tuple[StageId, Version]]) -> list[Sequence[Tensor]] | None:
+        """Return the weights of all places; None if one is not here. Those of the present version are kept, too."""
+        found = []
+        for stage, version in places:
+            if self._past.find(stage, version) is None and self._engines[stage].version == version:
+                self.keep(stage)
+            found.append(self._past.find(stage, version))
+        here = [weights for weights in found if weights is not None]
+        return here if len(here) == len(found) else None
 
     def _replay(self, stage: StageId) -> Replay:
         if stage not in self._replays:

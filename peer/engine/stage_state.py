@@ -205,11 +205,9 @@ class StageState:
 
     def weight_tensors(self) -> dict[str, Tensor]:
         """Return a copy of the weights by Hugging Face name: all of them, so for small stages only."""
-        shards: list[list[Tensor]] = [[] for _ in self._stage.blocks]
-        self._read_shards(lambda block, layout, weights, moments: shards[block].append(weights.cpu().clone()))
         parts: dict[str, list[Tensor]] = {}
-        for layout, pieces in zip(self._stage.layouts, shards, strict=True):
-            for name, view in named_views(layout, torch.cat(pieces)).items():
+        for layout, flat in zip(self._stage.layouts, self._copy_weights(), strict=True):
+            for name, view in named_views(layout, flat).items():
                 parts.setdefault(name, []).append(view)
         return {name: rows[0] if len(rows) == 1 else torch.cat(rows) for name, rows in parts.items()}
 
@@ -217,9 +215,7 @@ class StageState:
         """Return a copy of the weights that replicas agree on, one flat fp32 buffer in host memory for each block."""
         if self.anchored is not None:
             return [self.anchored.block_weights(block).cpu().clone() for block in self._blocks]
-        shards: list[list[Tensor]] = [[] for _ in self._stage.blocks]
-        self._read_shards(lambda block, layout, weights, moments: shards[block].append(weights.cpu().clone()))
-        return [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in shards]
+        return self._copy_weights()
 
     @property
     def device(self) -> torch.device:
@@ -336,6 +332,12 @@ class StageState:
         else:
             self.anchored.note_step()
         self.zero_gradients()
+
+    def _copy_weights(self) -> list[Tensor]:
+        """Return a copy of our weights, one flat buffer in host memory for each block."""
+        shards: list[list[Tensor]] = [[] for _ in self._stage.blocks]
+        self._read_shards(lambda block, layout, weights, moments: shards[block].append(weights.cpu().clone()))
+        return [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in shards]
 
     def _read_shards(self, on_shard: OnShard) -> None:
         self._memory.run(shard_visits(self._blocks, Kind.READ), ShardPass(self._stage, self._first, on_shard))
