@@ -54,8 +54,11 @@ class Neighbours:
         self._dead.difference_update([seat for seat in seats if seat.peer == peer])
 
     def gone(self, seats: Seats) -> set[PeerId]:
-        """Return those of `seats` that are certainly dead."""
-        return {seat.peer for seat in seats if seat in self._dead}
+        """Return those of `seats` that are certainly dead, or banned: nobody takes anything from those any more.
+
+        Nobody dials them either, so we would never hear that their process has ended.
+        """
+        return {seat.peer for seat in seats if seat in self._dead or seat.peer in self.banned}
 
     def keep_only(self, seats: Seats) -> None:
         """Forget the dead of earlier rounds."""

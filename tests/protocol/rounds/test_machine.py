@@ -58,6 +58,7 @@ from protocol.rounds.messages import (
     StageMessage,
     VoidRound,
 )
+from protocol.rounds.quorum import steward_order
 from protocol.rounds.steward import Phase
 from tests.protocol.rounds.builders import (
     COORDINATOR,
@@ -262,6 +263,22 @@ def test_the_banned_are_not_heard() -> None:
     made, _ = machine(A, B)
     made.handle(RosterChanged({StageId(0): (FEEDER,)}, frozenset({B})), 0.0)
     assert made.handle(Received(B, CharterNotice(stage=STAGE, charter=charter(A, generation=9))), 0.0) == []
+
+
+def test_the_banned_are_not_waited_for() -> None:
+    """Of two members the one that is left goes on alone, whoever comes first in order: nobody dials a banned peer, so
+    nobody would ever hear that it has gone."""
+    first = set()
+    for other in (B, C, PeerId("d"), PeerId("e"), PeerId("f")):
+        made, actions = machine(A, other)
+        (opened,) = [action for action in actions if isinstance(action, OpenRound)]
+        first.add(steward_order(settings(A).run, STAGE, opened.lineage, (A, other))[0] == A)
+        close(made)
+        made.handle(Frozen(RoundId(0), 40), 0.0)
+        made.handle(RosterChanged({StageId(0): (FEEDER,), STAGE: (A, other)}, frozenset({other})), 0.1)
+        actions = [action for second in range(1, 60) for action in made.handle(Tick(), float(second))]
+        assert any(isinstance(action, StartReduce) for action in actions), other
+    assert first == {True, False}
 
 
 def parted_hello() -> Hello:
