@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from protocol.architecture import preset
 from protocol.ids import StageId
-from protocol.manifest import AveragingMode, AveragingSpec, Manifest, ModelSpec, OptimizerName, OptimizerSpec
+from protocol.manifest import AveragingMode, AveragingSpec, Manifest, ModelSpec
 from tests.protocol.manifests import batch_spec, data_spec, manifest
 
 STAGES, REPLICAS = 3, 4
@@ -68,17 +68,7 @@ MACHINES = (
 
 def make_manifest(seed: int, rounds: int, *, mode: str, codec: HopCodec) -> Manifest:
     """Return the manifest of a training, whose hops use a codec."""
-    optimizer = OptimizerSpec(
-        name=OptimizerName.ADAMW8BIT,
-        learning_rate=4e-3,
-        warmup_rounds=5,
-        final_lr_fraction=0.1,
-        weight_decay=0.1,
-        beta1=0.9,
-        beta2=0.95,
-        eps=1e-8,
-        clip=1.0,
-    )
+    usual = manifest().optimizer
     return manifest(
         model=ModelSpec(config_json=json.dumps(CONFIG, sort_keys=True), num_stages=STAGES, init_seed=seed),
         data=data_spec(train_tokens=1 << 20, heldout_tokens=1 << 14).model_copy(update={"vocab_size": 256}),
@@ -89,7 +79,7 @@ def make_manifest(seed: int, rounds: int, *, mode: str, codec: HopCodec) -> Mani
             num_rounds=rounds,
             eval_every=100_000,
         ),
-        optimizer=optimizer,
+        optimizer=usual.model_copy(update={"learning_rate": 4e-3, "warmup_rounds": 5}),
         averaging=AveragingSpec(mode=AveragingMode(mode), codec="fp16", activation_codec=codec),
     )
 

@@ -18,15 +18,17 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from coordinator.store.database import Connection
+from peer.auditor import Auditor
 from peer.averaging.absorb import Update, absorb, update_norm, update_shards
 from peer.averaging.merge import OrderedMerger, check_summable
 from peer.averaging.parts import spans_of
@@ -41,22 +43,20 @@ from peer.engine.span import SpanEngine
 from peer.engine.stage_engine import StageEngine
 from peer.engine.weights import PastWeights
 from peer.payloads import Payloads
+from peer.pipeline.gate import Gate
+from peer.tasks import TaskId
 from protocol.audits import (
-    AuditOrder,
-    AuditOutcome,
     AuditReport,
     ContributionReport,
     Order,
-    Payload,
     SketchOrder,
     SketchReport,
-    SumOrder,
-    Work,
     contribution_seed,
 )
 from protocol.control import ReceiptReport, Report
-from protocol.errors import LocalFault, PeerFault, WireError
-from protocol.ids import PeerId, RoundId, StageId, Version, digest
+from protocol.errors import PeerFault, UnreachableError, WireError
+from protocol.hops import MAX_BODY_BYTES
+from protocol.ids import PeerId, RoundId, StageId, digest
 from protocol.receipts import Hop, draw_windows, shortened
 from protocol.rounds.lineage import next_lineage
 from protocol.rounds.messages import Commit, Contribution, Credit
@@ -101,6 +101,7 @@ if TYPE_CHECKING:
 BEAT_S = 5.0
 BEATS_PER_ROUND = 6  # orders with one, answers with the next, and twice over for a second opinion
 PAST_BYTES = 1 << 26
+PAYLOAD_BYTES = 1 << 26
 MEMORY = Path("/dev/shm")  # SQLite waits for the disk at every transaction, and here nothing has to outlive anything
 
 
@@ -136,9 +137,11 @@ class Member:
     stage: StageId
     machine: Machine
     span: SpanEngine
+    gate: Gate
     recomputer: Recomputer
+    auditor: Auditor
+    payloads: Payloads
     cheat: Cheat | None
-    payloads: Payloads = field(default_factory=lambda: Payloads(max_bytes=1 << 26))
     sent: list[Hop] = field(default_factory=list)
     served: list[Hop] = field(default_factory=list)
     outbox: list[Report] = field(default_factory=list)
@@ -168,14 +171,6 @@ class Member:
 
 class Refused(Exception):
     """The callee refuses a body: its caller cannot go on."""
-
-
-class Withheld(Exception):
-    """Somebody does not have what it should."""
-
-    def __init__(self, holder: PeerId) -> None:
-        super().__init__(holder)
-        self.holder = holder
 
 
 class Failed(Exception):
@@ -297,6 +292,9 @@ class World:
         """Work on a round while the one before is audited, average it, and hand its receipts in."""
         for member in self._present():
             member.span.open(member.stage, round_id, fresh=True)
+            member.gate.open(
+                member.stage, round_id=round_id, version=member.engine.version, lineage=self._lineages[member.stage]
+            )
         self.carried = {key: each for key, each in self.carried.items() if key[0] >= round_id - 2}
         paths = [self._feed(Task(round_id, number)) for number in range(MICROBATCHES)]
         await self._audit()
@@ -594,7 +592,7 @@ class World:
                 await services.audits.tick()
             self._put_out()
             for member in self._present():
-                member.outbox += [self._answer(member, order) for order in member.orders]
+                member.outbox += [await self._answer(member, order) for order in member.orders]
                 member.orders = []
 
     async def _beat(self, member: Member) -> None:
@@ -614,71 +612,47 @@ class World:
             if member.peer not in live:
                 member.is_out, member.tasks_when_out = True, member.tasks
 
-    def _answer(self, member: Member, order: Order) -> Report:
-        if isinstance(order, SketchOrder):
-            data = member.payloads.find(order.digest)
-            told = b"" if data is None else self._sketch(member, data, order.seed, is_gradient=order.is_gradient)
-            if member.cheat is not None:
-                told = member.cheat.sketches(order, told)
-            return SketchReport(order=order.order, sketch=told)
-        report = self._recomputed(member, order)
-        return report if member.cheat is None else member.cheat.reports(order, report)
+    async def _answer(self, member: Member, order: Order) -> Report:
+        """Carry out an order, and tell what the member tells of it."""
+        report = await member.auditor.carry_out(order)
+        if member.cheat is None:
+            return report
+        if isinstance(order, SketchOrder) and isinstance(report, SketchReport):
+            return report.model_copy(update={"sketch": member.cheat.sketches(order, report.sketch)})
+        assert not isinstance(order, SketchOrder)
+        assert isinstance(report, AuditReport)
+        return member.cheat.reports(order, report)
 
-    def _recomputed(self, member: Member, order: AuditOrder | SumOrder) -> AuditReport:
-        """Do what `peer/auditor.py` does, without a network."""
-        version = Version(order.round) if order.version is None else order.version
-        place = [(order.first_stage, version)]
-        try:
-            with member.machine.computing():
-                if isinstance(order, SumOrder):
-                    return self._added_up(member, order, place)
-                found = member.recomputer.recompute(place, *self._sources(order, order), order.seed)
-            if found is None:
-                return AuditReport(order=order.order, outcome=AuditOutcome.STALE)
-            seen = [
-                b""
-                if named is None
-                else self._sketch(member, self._brought(named), order.seed, is_gradient=is_gradient)
-                for named, is_gradient in ((order.outputs, False), (order.returned, True))
-            ]
-        except Withheld as error:
-            return AuditReport(order=order.order, outcome=AuditOutcome.MISSING, missing=error.holder)
-        except (PeerFault, LocalFault, WireError):
-            return AuditReport(order=order.order, outcome=AuditOutcome.FAILED)
-        return AuditReport(
-            order=order.order,
-            outcome=AuditOutcome.DONE,
-            outputs=found.outputs,
-            returned=found.returned,
-            seen_outputs=seen[0],
-            seen_returned=seen[1],
+    def _auditor(
+        self, peer: PeerId, stage: StageId, machine: Machine, gate: Gate, own: Recomputer, payloads: Payloads
+    ) -> Auditor:
+        """Return a peer's real auditor, on a network that is a dictionary."""
+
+        async def fetch(holder: PeerId, name: str, *, max_bytes: int) -> bytes:
+            data = self.by_peer[holder].payloads.resolve(name)
+            if data is None:
+                raise UnreachableError(f"{holder} does not have {name}")
+            return bytes(data)
+
+        async def compute(work: Callable[[], Any], *, priority: object) -> Any:
+            with machine.computing():
+                return work()
+
+        async def text(task: TaskId, which: int) -> Any:
+            return self.texts(Task(task.round, task.number))[which].numpy()
+
+        return Auditor(
+            link=cast(Any, SimpleNamespace(peer_id=peer, blobs=SimpleNamespace(fetch=fetch))),
+            compute=cast(Any, SimpleNamespace(run=compute)),
+            recomputer=own,
+            payloads=payloads,
+            batches=cast(Any, SimpleNamespace(inputs=partial(text, which=0), labels=partial(text, which=1))),
+            gate=gate,
+            reports=cast(Any, None),
+            stages=(stage,),
+            num_stages=STAGES,
+            max_body_bytes=MAX_BODY_BYTES,
         )
-
-    def _added_up(self, member: Member, order: SumOrder, place: Sequence[tuple[StageId, Version]]) -> AuditReport:
-        total = member.recomputer.sum_of(place, order.stage)
-        if total is None:
-            return AuditReport(order=order.order, outcome=AuditOutcome.STALE)
-        for work in order.works:
-            total.add(*self._sources(order, work))
-        return AuditReport(order=order.order, outcome=AuditOutcome.DONE, outputs=total.sketch(order.seed))
-
-    def _sources(self, order: AuditOrder | SumOrder, work: AuditOrder | Work) -> tuple[Source, Source]:
-        inputs, labels = self.texts(Task(order.round, work.number))
-        source = inputs.numpy() if work.inputs is None else self._brought(work.inputs)
-        target = labels.numpy() if work.gradient is None else self._brought(work.gradient)
-        return source, target
-
-    def _brought(self, named: Payload) -> bytes:
-        data = self.by_peer[named.holder].payloads.find(named.digest)
-        if data is None:
-            raise Withheld(named.holder)
-        return bytes(data)
-
-    def _sketch(self, member: Member, data: bytes | bytearray, seed: bytes, *, is_gradient: bool) -> bytes:
-        try:
-            return member.recomputer.sketch_bytes(data, seed, is_gradient=is_gradient)
-        except (PeerFault, WireError):
-            return b""
 
     # -- beginning and end ----------------------------------------------------------------------------
 
@@ -722,12 +696,18 @@ class World:
             microbatch=(SEQUENCES, LENGTH),
         )
         made = self.setting.cheats.get((stage, number))
+        volunteer = Volunteer(f"peer-{self.setting.seed}-{stage}-{number}")
+        machine = self.setting.machines[number % len(self.setting.machines)]
+        gate, payloads = Gate(run=self.manifest.run_id), Payloads(max_bytes=PAYLOAD_BYTES)
         return Member(
-            volunteer=Volunteer(f"peer-{self.setting.seed}-{stage}-{number}"),
+            volunteer=volunteer,
             stage=stage,
-            machine=self.setting.machines[number % len(self.setting.machines)],
+            machine=machine,
             span=span,
+            gate=gate,
             recomputer=recomputer,
+            auditor=self._auditor(volunteer.peer, stage, machine, gate, recomputer, payloads),
+            payloads=payloads,
             cheat=None if made is None else made(),
         )
 
