@@ -9,19 +9,18 @@ from protocol.ids import RoundId, RunId, StageId, Version
 from protocol.receipts import Hop, Window, draw_windows
 from tests.coordinator.audit.people import named
 from tests.coordinator.office import Volunteer
+from tests.protocol import hops as builders
 
 A, B, C = Volunteer("a"), Volunteer("b"), Volunteer("c")
 HOSTS = {A.peer: (StageId(0),), B.peer: (StageId(1),), C.peer: (StageId(2),)}
 
 
 def hop(caller: Volunteer, callee: Volunteer, stage: int, *, number: int = 0, step: int = 0, data: str = "") -> Hop:
-    return Hop(
-        number=number,
-        caller=caller.peer,
-        callee=callee.peer,
-        first_stage=StageId(stage),
-        num_stages=1,
-        target_tokens=64,
+    return builders.hop(
+        number,
+        caller.peer,
+        callee.peer,
+        stage,
         given=named(f"forward {stage}{data}"),
         returned=named(f"back {stage}"),
         version=Version(5),

@@ -18,10 +18,12 @@ from coordinator.store.credits import Balance
 from protocol.control import ReceiptReport, Report
 from protocol.handover import hand_over
 from protocol.ids import RoundId, StageId
-from protocol.receipts import SHORT_DIGEST_BYTES, Hop, draw_windows
+from protocol.receipts import Hop
 from protocol.rounds.messages import Credit
 from protocol.signing import Signed
 from tests.coordinator.office import START_WALL_S, Office, Volunteer, closing, closing_report, open_office, sign_closing
+from tests.protocol import hops as builders
+from tests.protocol.hops import signed_window
 
 A, B, C = Volunteer("a"), Volunteer("b"), Volunteer("c")
 TOKENS = 32
@@ -30,28 +32,12 @@ DAY_S = 86_400.0
 
 
 def hop(number: int, *, returned: int = 1, tokens: int = TOKENS, callee: Volunteer = B) -> Hop:
-    return Hop(
-        number=number,
-        caller=A.peer,
-        callee=callee.peer,
-        first_stage=StageId(1),
-        num_stages=1,
-        target_tokens=tokens,
-        given=bytes([number]) * SHORT_DIGEST_BYTES,
-        returned=bytes([returned]) * SHORT_DIGEST_BYTES,
-    )
+    return builders.hop(number, A.peer, callee.peer, returned=returned, target_tokens=tokens)
 
 
-def receipt(office: Office, by: Volunteer, *hops: Hop, round_id: int = 0, session: int = 1) -> ReceiptReport:
-    (window,) = draw_windows(
-        by.key,
-        run=office.manifest.run_id,
-        session=session,
-        round_id=RoundId(round_id),
-        sent=[each for each in hops if each.caller == by.peer],
-        served=[each for each in hops if each.callee == by.peer],
-    )
-    return ReceiptReport(window=window)
+def receipt(office: Office, by: Volunteer, *said: Hop, round_id: int = 0, session: int = 1) -> ReceiptReport:
+    run = office.manifest.run_id
+    return ReceiptReport(window=signed_window(by.key, *said, run=run, round_id=round_id, session=session))
 
 
 def closed(office: Office, round_id: int = 0, *, by: Volunteer = A, callee: Volunteer = B) -> Signed:

@@ -8,9 +8,11 @@ from itertools import permutations
 import pytest
 
 from coordinator.settlement import Dispute, Quarrel, settle
-from protocol.ids import RoundId, RunId, StageId
-from protocol.receipts import RECEIPT_CONTEXT, SHORT_DIGEST_BYTES, Hop, Window, draw_windows
-from protocol.signing import SigningKey, unseal
+from protocol.ids import StageId
+from protocol.receipts import SHORT_DIGEST_BYTES, Hop, Window
+from protocol.signing import SigningKey
+from tests.protocol import hops as builders
+from tests.protocol.hops import window
 
 FEEDER, MIDDLE, LAST, TWIN = (SigningKey(bytes([number]) * 32) for number in range(4))
 TOKENS = 64
@@ -19,28 +21,7 @@ CAPS = {(S0, FEEDER.peer_id): 1000, (S1, MIDDLE.peer_id): 1000, (S2, LAST.peer_i
 
 
 def hop(number: int, caller: SigningKey, callee: SigningKey, stage: int, *, stages: int = 1, returned: int = 1) -> Hop:
-    return Hop(
-        number=number,
-        caller=caller.peer_id,
-        callee=callee.peer_id,
-        first_stage=StageId(stage),
-        num_stages=stages,
-        target_tokens=TOKENS,
-        given=bytes([number]) * SHORT_DIGEST_BYTES,
-        returned=bytes([returned]) * SHORT_DIGEST_BYTES,
-    )
-
-
-def window(key: SigningKey, *hops: Hop, session: int = 1) -> Window:
-    (signed,) = draw_windows(
-        key,
-        run=RunId("r" * 32),
-        session=session,
-        round_id=RoundId(0),
-        sent=[each for each in hops if each.caller == key.peer_id],
-        served=[each for each in hops if each.callee == key.peer_id],
-    )
-    return unseal(signed, RECEIPT_CONTEXT, Window)
+    return builders.hop(number, caller.peer_id, callee.peer_id, stage, num_stages=stages, returned=returned)
 
 
 FIRST_HOP, SECOND_HOP = hop(1, FEEDER, MIDDLE, 1), hop(1, MIDDLE, LAST, 2)

@@ -32,11 +32,11 @@ from coordinator.store.database import DATABASE_FILE, open_readonly
 from peer.report_spool import ReportSpool
 from peer.reports import ReportQueue
 from protocol.control import Beat, BeatReply, PeerState, ReceiptReport, Report
-from protocol.ids import RoundId, StageId
+from protocol.ids import StageId
 from protocol.manifest import Manifest
-from protocol.receipts import SHORT_DIGEST_BYTES, Hop, draw_windows
 from protocol.rounds.messages import Credit
 from tests.coordinator.office import Office, Volunteer, closing, closing_report, open_office, sign_closing
+from tests.protocol.hops import hop, signed_window
 from tests.protocol.manifests import batch_spec, manifest
 
 FEEDER, MIDDLE, LATE = Volunteer("feeder"), Volunteer("middle"), Volunteer("late")
@@ -81,19 +81,6 @@ def _run(rounds: int) -> Manifest:
     return manifest(batch=batch_spec(num_rounds=rounds, eval_every=1 << 20))
 
 
-def _hop(number: int, callee: Volunteer, *, returned: int = 1) -> Hop:
-    return Hop(
-        number=number,
-        caller=FEEDER.peer,
-        callee=callee.peer,
-        first_stage=StageId(1),
-        num_stages=1,
-        target_tokens=TOKENS,
-        given=bytes([number]) * SHORT_DIGEST_BYTES,
-        returned=bytes([returned]) * SHORT_DIGEST_BYTES,
-    )
-
-
 def _speech(run_: Manifest, round_id: int) -> Iterator[tuple[Volunteer, Report]]:
     """Say what a round's three peers report of it."""
     half = NUMBERS // 2
@@ -104,19 +91,12 @@ def _speech(run_: Manifest, round_id: int) -> Iterator[tuple[Volunteer, Report]]
     done = closing(run_, round_id).model_copy(update={"credits": credits})
     for who in EVERYBODY:  # as it comes with everybody's commits
         yield who, closing_report(sign_closing(FEEDER, done))
-    hops = [_hop(number, MIDDLE if number < half else LATE) for number in range(NUMBERS)]
-    denied = _hop(NUMBERS - 1, LATE, returned=9)
+    hops = [hop(number, FEEDER.peer, (MIDDLE if number < half else LATE).peer) for number in range(NUMBERS)]
+    denied = hop(NUMBERS - 1, FEEDER.peer, LATE.peer, returned=9)
     said = ((FEEDER, hops), (MIDDLE, hops[:half]), (LATE, [*hops[half:-1], denied]))
     for session in (1, 2):  # the second time is a repetition under another name
         for who, mine in said:
-            (window,) = draw_windows(
-                who.key,
-                run=run_.run_id,
-                session=session,
-                round_id=RoundId(round_id),
-                sent=mine if who is FEEDER else (),
-                served=() if who is FEEDER else mine,
-            )
+            window = signed_window(who.key, *mine, run=run_.run_id, round_id=round_id, session=session)
             yield who, ReceiptReport(window=window)
 
 

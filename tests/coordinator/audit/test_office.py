@@ -13,8 +13,8 @@ from coordinator.audit.policy import State, state_of
 from coordinator.store import audits, bans, credits, history
 from protocol.control import BeatReply, ReceiptReport, Report
 from protocol.handover import hand_over
-from protocol.ids import RoundId, StageId
-from protocol.receipts import Hop, draw_windows
+from protocol.ids import StageId
+from protocol.receipts import Hop
 from protocol.rounds.messages import Credit
 from tests.coordinator.audit.people import Person, named
 from tests.coordinator.office import (
@@ -28,6 +28,7 @@ from tests.coordinator.office import (
     sign_closing,
     state,
 )
+from tests.protocol.hops import hop, signed_window
 from tests.protocol.manifests import batch_spec, manifest
 
 FEEDER, WORKER, SECOND, THIRD = (Volunteer(name) for name in ("feeder", "worker", "second", "third"))
@@ -68,20 +69,10 @@ class Crew:
             }
         )
         hops = [
-            Hop(
-                number=number,
-                caller=FEEDER.peer,
-                callee=worker.peer,
-                first_stage=StageId(1),
-                num_stages=1,
-                target_tokens=TOKENS,
-                given=named("x"),
-                returned=named("dx"),
-            )
-            for number in range(NUMBERS)
+            hop(number, FEEDER.peer, worker.peer, given=named("x"), returned=named("dx")) for number in range(NUMBERS)
         ]
-        await self.beat(FEEDER, closing_report(sign_closing(FEEDER, done)), self._window(FEEDER, round_id, sent=hops))
-        await self.beat(worker, self._window(worker, round_id, served=hops))
+        await self.beat(FEEDER, closing_report(sign_closing(FEEDER, done)), self._window(FEEDER, round_id, hops))
+        await self.beat(worker, self._window(worker, round_id, hops))
 
     async def settle(self, beats: int = 6) -> None:
         """Let everybody answer what it is asked, until nothing is."""
@@ -103,11 +94,8 @@ class Crew:
         return {who.name: found[who.peer] for who in EVERYBODY if who.peer in found}
 
     @staticmethod
-    def _window(who: Volunteer, round_id: int, *, sent: Sequence[Hop] = (), served: Sequence[Hop] = ()) -> Report:
-        (signed,) = draw_windows(
-            who.key, run=RUN.run_id, session=1, round_id=RoundId(round_id), sent=sent, served=served
-        )
-        return ReceiptReport(window=signed)
+    def _window(who: Volunteer, round_id: int, hops: Sequence[Hop]) -> Report:
+        return ReceiptReport(window=signed_window(who.key, *hops, run=RUN.run_id, round_id=round_id))
 
 
 async def test_honest_work_is_looked_at_and_earns_trust_that_outlives_a_restart(tmp_path: Path) -> None:
