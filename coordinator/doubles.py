@@ -16,9 +16,7 @@ from dataclasses import dataclass, field
 from protocol.ids import PeerId
 
 TURNS = 3  # that one process has taken up again
-SPREAD_S = (
-    30.0  # between the first and the last of them: what a dead process had under way arrives within a call's 10 s
-)
+SPREAD_S = 30.0  # from the first to the last of them: what a dead process had under way comes within a call's 10 s
 WINDOW_S = 100.0  # in which they lie; a frozen peer should be frozen within two minutes
 MAX_PROCESSES = 50  # within a window: one that is restarted takes seconds to start
 

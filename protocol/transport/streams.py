@@ -51,9 +51,7 @@ log = structlog.get_logger()
 CHUNK_TIMEOUT_S = 60.0  # 1 MiB at 0.14 Mbit/s: slower than that is not a link
 MAX_STREAMS_PER_CALLER = 64  # far above what an honest peer keeps open; bounds memory under a flood
 MAX_STREAMS = 1024
-MAX_STREAMS_OF_STRANGERS = (
-    256  # streams besides them of who has no pass: nothing that strangers do takes anybody's room
-)
+MAX_STREAMS_OF_STRANGERS = 256  # besides them, of who has no pass: what strangers do takes nobody's room
 MAX_STREAMS_PER_STRANGER = 16  # an honest peer whom we have forgotten calls with all that it has under way
 STRANGER_TIMEOUT_S = 2.0
 
