@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -173,7 +174,7 @@ class Repeat(Idle):
         return super().does(task) and self.member.tasks > 0
 
 
-class OtherWeights(Cheat):
+class OtherWeights(Cheat, ABC):
     """Computes honestly, with other weights than it should."""
 
     def enter(self, world: World, member: Member) -> None:
@@ -182,9 +183,9 @@ class OtherWeights(Cheat):
         self._climbs: dict[Task, Climb] = {}
         self._sums: dict[int, Tensor] = {}
 
+    @abstractmethod
     def weights(self) -> Sequence[Tensor]:
         """Return those with which it computes."""
-        raise NotImplementedError
 
     def sends_on(self, task: Task, source: Source, honest: bytes) -> bytes:
         outputs = self._up(task, source).outputs[0]
