@@ -191,10 +191,7 @@ class SpanRunner:
         if task.kind is TaskKind.EVAL:
             result = await self._enter(entering, item, lambda wave: self._engine.evaluate_wave(wave, entry=entry))
             return self._sign(entering, NO_GRADIENT, result.loss_sum, result.target_tokens, ())
-        else:
-            result, gradient = await self._enter(
-                entering, item, lambda wave: self._finish_wave(wave, entry, task.round)
-            )
+        result, gradient = await self._enter(entering, item, lambda wave: self._finish_wave(wave, entry, task.round))
         return self._sign(entering, gradient, result.loss_sum, result.target_tokens, (), standing=result.standing)
 
     async def _enter(
