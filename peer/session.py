@@ -219,9 +219,11 @@ class Session:
     async def _wait_charter(self, stage: StageId) -> Signed | None:
         """Hold a restored state ready until a charter seats us, or until there are members to follow.
 
-        None: following them has failed half-way, and what is here now is of no place.
+        None: following them has failed half-way, and what is here now is of no place; or the run has a checkpoint by
+        now that is ahead of what is here, which the coordinator would not found the stage on any more.
         """
-        asked, ask_again_s = None, 0.0
+        restorer = self._restorers[stage]
+        asked, ask_again_s, look_again_s = None, 0.0, time.monotonic() + ASK_AGAIN_S
         while True:
             self._say(PeerState.WAITING, "charter")
             known = self._charters.get(stage)
@@ -233,7 +235,7 @@ class Session:
                 if others and (asked != (signed, others) or time.monotonic() >= ask_again_s):
                     asked, ask_again_s = (signed, others), time.monotonic() + ASK_AGAIN_S
                     try:
-                        followed = await self._restorers[stage].from_members(others)
+                        followed = await restorer.from_members(others)
                     except UnreachableError as error:
                         log.info("restore.no_members", stage=stage, error=error.one_line())
                         if not self._is_placed(stage):
@@ -241,6 +243,12 @@ class Session:
                     else:
                         await self._hold(stage, followed)
                         return followed.charter
+            if time.monotonic() >= look_again_s:
+                look_again_s = time.monotonic() + ASK_AGAIN_S
+                is_outdated = await restorer.is_outdated(self._places[stage].version)
+                if is_outdated and self._charters.get(stage) is known:  # no charter has come meanwhile
+                    log.info("restore.outdated", stage=stage, version=self._places[stage].version)
+                    return None
             await self._wait_news()
 
     async def _wait_ending(self, stop: asyncio.Event) -> Ending:

@@ -21,7 +21,7 @@ from peer.engine.span import SpanEngine
 from peer.engine.stage_engine import StageEngine
 from peer.pipeline.compute import ComputeThread, Priority
 from protocol.control import Snapshot, StateFile
-from protocol.errors import PeerFault, UnreachableError, WireError
+from protocol.errors import PeerFault, TransientError, UnreachableError, WireError
 from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, Version
 from protocol.transport.blobs import Blobs, MissingBlobError
 
@@ -70,6 +70,15 @@ class Restorer:
             raise UnreachableError("this machine needs a pause before it can load a state.")
         with self._pausing():
             return await self._from_scratch(allow_initial)
+
+    async def is_outdated(self, version: Version) -> bool:
+        """Tell whether the newest checkpoint is ahead of a state: no charter will ever name that state."""
+        try:
+            snapshot = await self._newest_checkpoint()
+        except (TransientError, PeerFault) as error:
+            log.debug("checkpoint.unanswered", error=error.one_line())
+            return False
+        return snapshot is not None and snapshot.version > version
 
     async def state_digest(self) -> Digest:
         """Hash the stage's present state."""

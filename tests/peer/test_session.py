@@ -54,6 +54,7 @@ class Restorer:
         self.changes = 0
         self.members: list[Callable[[], Awaitable[Place]]] = []
         self.scratch: list[Place] = []
+        self.checkpoint = Version(0)
 
     async def from_members(self, members: object) -> Place:
         if not self.members:
@@ -65,6 +66,9 @@ class Restorer:
             raise UnreachableError("nothing yet")
         self.changes += 1
         return self.scratch.pop(0)
+
+    async def is_outdated(self, version: Version) -> bool:
+        return self.checkpoint > version
 
     async def state_digest(self) -> Digest:
         return digest(bytes([self.changes]))
@@ -213,6 +217,22 @@ async def test_a_state_that_nothing_has_touched_is_still_offered(case: Case) -> 
     case.hear(seated := charter(2, 3, ME))
     await case.wait(lambda: case.driver.synced)
     assert case.driver.synced == [events.Synced(seated, (), digest(b"\x01"))]
+    await end(task)
+
+
+async def test_a_state_that_a_checkpoint_has_overtaken_is_restored_again(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The coordinator founds no stage on less than its checkpoint. Oracle: the checkpoint's version is offered instead;
+    a state that is as new as the checkpoint stays."""
+    monkeypatch.setattr("peer.session.ASK_AGAIN_S", 0.0)
+    monkeypatch.setattr("peer.session.RETRY_S", 0.001)
+    task = await bring_up(case)
+    case.restorer.checkpoint = Version(3)
+    await asyncio.sleep(0.05)
+    assert case.said() == [(3, digest(b"\x01"))]
+    case.restorer.checkpoint = Version(5)
+    await case.wait(lambda: case.said() == [(5, digest(b"\x02"))])
     await end(task)
 
 

@@ -168,3 +168,20 @@ async def test_what_was_followed_half_way_is_not_thrown_away_for_initial_weights
     with pytest.raises(UnreachableError, match="no checkpoint"):
         await case.restorer.from_scratch(allow_initial=True)
     assert "start over" not in case.did
+
+
+@pytest.mark.parametrize(("checkpoint", "is_outdated"), [(None, False), (9, False), (10, True)])
+async def test_a_checkpoint_ahead_outdates_a_state(checkpoint: int | None, is_outdated: bool) -> None:
+    """Oracle: the coordinator's rule in `founding.py`: what is as new as its checkpoint may still be founded on."""
+    case = Returned(own=PLACE, standing=STANDING, checkpoint=checkpoint)
+    assert await case.restorer.is_outdated(Version(9)) is is_outdated
+
+
+async def test_a_silent_coordinator_outdates_nothing() -> None:
+    case = Returned(own=PLACE, standing=STANDING, checkpoint=10)
+
+    async def silence(*_: object, **__: object) -> bytes:
+        raise UnreachableError("away")
+
+    case.restorer._blobs = cast(Any, SimpleNamespace(fetch=silence))
+    assert not await case.restorer.is_outdated(Version(9))
