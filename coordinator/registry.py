@@ -22,6 +22,7 @@ from coordinator.clock import Clock
 from coordinator.doubles import Doubles
 from coordinator.journal import DISK_NOTE, Journal
 from coordinator.ledger import Ledger
+from coordinator.pace import Pace
 from coordinator.placement import Host, place
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import history, peers
@@ -42,6 +43,8 @@ log = structlog.get_logger()
 MAX_SKEW_S = 3.0  # hivemind's DHT refuses neighbours whose clocks differ by more
 MAX_HINTS = 256  # members named in one answer; keeps a beat's answer well below a message's limit
 DOUBT, SUSPECT = 0.5, 0.3  # of `lost_after_s`: silent for so long, or that and missed by others
+KEPT_PEERS = 20_000  # of whom most have never done anything: 30 MB on disk, 20 in memory
+FORGET_AFTER_S, FORGET_AT_ONCE = 3600.0, 500
 SAVE_EVERY_S = 1.0  # how old the database's picture of the swarm may be
 
 
@@ -116,6 +119,7 @@ class Registry:
         self._clock = clock
         self._peers: dict[PeerId, LivePeer] = {}
         self._doubles = Doubles()
+        self._pace = Pace(clock.monotonic)
         self._saved_s = float("-inf")
         self.charters: Callable[[], tuple[Signed, ...]] = tuple
         """Newest charter of every stage; the charter office puts itself here."""
@@ -203,6 +207,8 @@ class Registry:
         if before:
             await self.succeeded(caller, before)
         known = self._peers.get(caller)
+        if known is None or known.session != request.session:
+            self._pace.start(caller, is_new=known is None)
         wall_s = self._clock.wall()
         joined_s = [self._peers[peer].joined_s for peer in (caller, *before) if peer in self._peers]
         newcomer = LivePeer(
@@ -308,8 +314,31 @@ class Registry:
                 await self._journal.event("peer.lost", peer.peer, f"{peer.name}: silent for {silent_s:.0f} s")
         if not any(peer.heard for peer in self.live()):
             self.awake_since_s = None
+        await self._forget_strangers(now_s)
         if now_s - self._saved_s >= SAVE_EVERY_S:
             await self.save()
+
+    async def _forget_strangers(self, now_s: float) -> None:
+        """Forget who registered, never reported anything and has gone, once there are too many: they have no end."""
+        too_many = len(self._peers) - KEPT_PEERS
+        if too_many <= 0:
+            return
+        gone = [
+            peer.peer
+            for peer in sorted(self._peers.values(), key=lambda one: one.seen_s)
+            if peer.presence != "live" and not peer.acknowledged and now_s - peer.seen_s > FORGET_AFTER_S
+        ][: min(too_many, FORGET_AT_ONCE)]
+        if not gone:
+            return
+        try:
+            await self._database.run(peers.forget, gone)
+        except StorageError as error:
+            self._journal.note(DISK_NOTE, str(error))
+            return
+        for peer in gone:
+            known = self._peers.get(peer)
+            if known is not None and known.presence != "live":  # it may have come back meanwhile
+                del self._peers[peer]
 
     async def save(self) -> None:
         """Write down what has changed since the last time."""
@@ -409,9 +438,13 @@ class Registry:
         peer.changed = True
 
     async def _record(self, peer: LivePeer, beat: Beat) -> None:
-        """Store reports. If that fails they stay unacknowledged: the peer keeps them and training goes on."""
+        """Store reports. If that fails they stay unacknowledged: the peer keeps them and training goes on.
+
+        So do those beyond its pace.
+        """
+        taken = beat.reports[: self._pace.reports(peer.peer, len(beat.reports))]
         try:
-            peer.acknowledged = await self._ledger.record(peer.peer, beat.reports)
+            peer.acknowledged = await self._ledger.record(peer.peer, taken)
         except StorageError as error:
             self._journal.note(DISK_NOTE, str(error))
 

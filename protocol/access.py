@@ -63,12 +63,15 @@ class Allowance:
 
     def take(self, now_s: float) -> bool:
         """Take one, if there is one."""
+        return self.take_some(1, now_s) == 1
+
+    def take_some(self, most: int, now_s: float) -> int:
+        """Take as many as there are, `most` at most; return how many."""
         self.left = min(self.burst, self.left + max(0.0, now_s - self.at_s) * self.rate)
         self.at_s = now_s
-        if self.left < 1.0:
-            return False
-        self.left -= 1.0
-        return True
+        taken = min(most, int(self.left))
+        self.left -= taken
+        return taken
 
 
 @dataclass(slots=True)

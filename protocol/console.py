@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from protocol.errors import StorageError, SwarmError
 Command = Callable[..., None]
 
 EXIT_BUG = 1
+MAX_LOG_BYTES = 64 << 20  # of a log file, of which there are two parts at most
 EXIT_INTERRUPTED = 130
 
 
@@ -108,8 +110,41 @@ class LossyStream:
                 self._stream.flush()
 
 
+class _LogFile:
+    """A log that begins anew when it has grown large; one older part is kept. Strangers cause lines in it too."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._open()
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    def isatty(self) -> bool:
+        return False
+
+    def write(self, text: str) -> None:
+        if self._num_bytes > MAX_LOG_BYTES and self._path.is_file():  # and no pipe
+            self._file.close()
+            with contextlib.suppress(OSError):
+                os.replace(self._path, self._path.with_name(self._path.name + ".1"))
+            self._open()
+        self._num_bytes += self._file.write(text)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _open(self) -> None:
+        self._file = self._path.open("a", buffering=1, encoding="utf-8")
+        self._num_bytes = self._path.stat().st_size
+
+
 def _open_log(file: Path) -> TextIO:
     try:
-        return file.open("a", buffering=1, encoding="utf-8")
+        return cast(TextIO, _LogFile(file))
     except OSError as error:
         raise StorageError(f"cannot write the log {file}: {error.strerror}.") from None

@@ -18,6 +18,7 @@ from protocol.errors import WireError
 
 PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 16 * 1024 * 1024  # about 100,000 tensors; the largest stages have some hundreds
+MAX_AXES = 16  # the product of a hundred thousand sizes takes longer than anybody waits
 METADATA = "__metadata__"
 BYTES_PER_ELEMENT: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
@@ -110,7 +111,7 @@ def _entry(name: str, value: Any) -> TensorEntry:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BYTES_PER_ELEMENT:
         raise WireError(f"tensor {name} has the unknown type {str(dtype)[:16]!r}")
-    if not (_are_counts(shape) and _are_counts(offsets) and len(offsets) == 2):
+    if not (_are_counts(shape) and len(shape) <= MAX_AXES and _are_counts(offsets) and len(offsets) == 2):
         raise WireError(f"tensor {name} has an impossible shape or place")
     if offsets[1] - offsets[0] != prod(shape) * BYTES_PER_ELEMENT[dtype]:
         raise WireError(f"tensor {name} does not fill its place")

@@ -259,7 +259,7 @@ def _check_room(data: bytes) -> None:
         if code >= _MAP_16:
             room -= _MAP_BYTES + 3 * _ENTRY_BYTES * length  # it grows by copying
         elif code >= _ARRAY_16:
-            room -= _LIST_BYTES + _SLOT_BYTES * length
+            room -= _LIST_BYTES + 2 * _SLOT_BYTES * length  # it is a list before it is a tuple
         elif _EXTENSION_8 <= code < _STR_8:  # the numbers in between have steps
             if data[at : at + 1] == _TIMESTAMP:
                 raise WireError("not a message: it holds a timestamp")

@@ -19,6 +19,8 @@ from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, Version
 
 MAX_TIPS = 16  # of a stage whose envelopes are kept: more branches than a swarm can be torn into by accident
 
+KEPT_EVENTS = 100_000  # some 20 MB; a swarm of a hundred that is restarted daily makes as many in a year
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CharterRow:
@@ -296,11 +298,12 @@ def load_checkpoints(db: sqlite3.Connection) -> list[CheckpointRow]:
 
 
 def add_event(db: sqlite3.Connection, event: Event) -> None:
-    """Append an event."""
-    db.execute(
+    """Append an event; the oldest ones make room for it."""
+    added = db.execute(
         "INSERT INTO events (at_s, kind, peer, detail) VALUES (?, ?, ?, ?)",
         (event.at_s, event.kind, event.peer, event.detail),
     )
+    db.execute("DELETE FROM events WHERE id <= ?", ((added.lastrowid or 0) - KEPT_EVENTS,))
 
 
 def last_events(db: sqlite3.Connection, *, limit: int) -> list[Event]:

@@ -96,6 +96,13 @@ def save_peer(db: sqlite3.Connection, row: PeerRow) -> None:
     db.execute("DELETE FROM replicas WHERE peer = ?", (row.peer,))
 
 
+def forget(db: sqlite3.Connection, gone: Iterable[PeerId]) -> None:
+    """Drop peers, unless they are live: one of them may have just come back."""
+    for peer in gone:
+        if db.execute("DELETE FROM peers WHERE peer = ? AND presence != 'live'", (peer,)).rowcount:
+            db.execute("DELETE FROM replicas WHERE peer = ?", (peer,))
+
+
 def save_sightings(db: sqlite3.Connection, sightings: Iterable[Sighting]) -> None:
     """Write down how peers are."""
     for sighting in sightings:

@@ -351,7 +351,7 @@ class HopCaller:
                     outcome = await self._collect(stream, peer, errand, started_s)
                     log.info("hop.resumed", peer=peer, round=errand.task.round, number=errand.task.number)
                     return outcome
-            except UnreachableError as unreachable:
+            except (UnreachableError, StrangerError) as unreachable:  # the second is shown our pass next time
                 error = unreachable
                 await asyncio.sleep(RESUME_PAUSE_S)
         raise error

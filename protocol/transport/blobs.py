@@ -8,19 +8,22 @@ from a signed place). A broken transfer is resumed by asking for the rest, from 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO, cast
 
 from pydantic import Field
 
-from protocol.errors import TransientError, UnreachableError, WireError
+from protocol.errors import StrangerError, TransientError, UnreachableError, WireError
 from protocol.ids import PeerId
 from protocol.transport.streams import Stream, Streams
 from protocol.transport.throttle import Lane
-from protocol.wire import PROTOCOL_VERSION, Message
+from protocol.wire import MAX_CHUNK_BYTES, PROTOCOL_VERSION, Message
 
-MAX_RANGE_BYTES = 8 * 1024 * 1024  # what one request may bring; bounds memory on both sides
+MAX_RANGE_BYTES = 8 * 1024 * 1024  # what one request may bring; bounds memory of who asks
+MAX_BODIES_PER_CALLER = 8  # under way at once, a chunk of each in memory: who reads slowly makes itself wait
 ANSWER_TIMEOUT_S = 20.0
 CLOSE_TIMEOUT_S = 10.0
 
@@ -55,8 +58,10 @@ class Blobs:
 
     def __init__(self, streams: Streams, *, run: str) -> None:
         self._streams = streams
-        self._name = f"/handcar/{PROTOCOL_VERSION}/{run}/blob"
+        self._name = blob_protocol(run)
         self._resolve: Resolver | None = None
+        self._turns: dict[PeerId, tuple[asyncio.Semaphore, int]] = {}
+        """Of everybody who is asking right now, and how many streams of theirs there are."""
 
     async def serve(self, resolve: Resolver) -> None:
         """Serve what `resolve(caller, name)` returns: a file, bytes, what loads them, or None for "not here"."""
@@ -73,6 +78,12 @@ class Blobs:
 
         Raises `MissingBlobError` if the peer does not have it, other `TransientError`s if the link fails.
         """
+        try:
+            return await self._fetch_range(peer, name, offset, length)
+        except StrangerError:  # it was restarted and has forgotten us: now it is shown our pass first
+            return await self._fetch_range(peer, name, offset, length)
+
+    async def _fetch_range(self, peer: PeerId, name: str, offset: int, length: int) -> tuple[bytes, int]:
         async with self._streams.open(peer, self._name, lane=Lane.BULK) as stream:
             await stream.send(RangeRequest(name=name, offset=offset, length=length))
             answer = await stream.receive(RangeAnswer, timeout_s=ANSWER_TIMEOUT_S)
@@ -112,27 +123,68 @@ class Blobs:
         request = await stream.receive(RangeRequest, timeout_s=ANSWER_TIMEOUT_S)
         resolve = self._resolve  # retired, if it is while the request was on its way
         source = None if resolve is None else resolve(stream.remote, request.name)
-        piece, total = (None, 0) if source is None else await asyncio.to_thread(_read, source, request)
-        if piece is None:
-            await stream.send(RangeAnswer(found=False, length=0, total_bytes=0))
-        else:
-            await stream.send(RangeAnswer(found=True, length=len(piece), total_bytes=total))
-            await stream.send_body(memoryview(piece))
+        async with self._turn(stream.remote):
+            if source is None:
+                await stream.send(RangeAnswer(found=False, length=0, total_bytes=0))
+            else:
+                await _send(stream, source, request)
         await stream.wait_closed(timeout_s=CLOSE_TIMEOUT_S)
 
+    @asynccontextmanager
+    async def _turn(self, caller: PeerId) -> AsyncIterator[None]:
+        turns, num = self._turns.get(caller, (asyncio.Semaphore(MAX_BODIES_PER_CALLER), 0))
+        self._turns[caller] = (turns, num + 1)
+        try:
+            async with turns:
+                yield
+        finally:
+            turns, num = self._turns.pop(caller)
+            if num > 1:
+                self._turns[caller] = (turns, num - 1)
 
-def _read(source: Path | bytes | memoryview | Load, request: RangeRequest) -> tuple[bytes | memoryview | None, int]:
+
+def blob_protocol(run: str) -> str:
+    """Return the libp2p protocol name of a run's blobs."""
+    return f"/handcar/{PROTOCOL_VERSION}/{run}/blob"
+
+
+async def _send(stream: Stream, source: Path | bytes | memoryview | Load, request: RangeRequest) -> None:
+    """Answer with a range of what is here. Of a file, no more than a chunk is in memory at a time."""
+    opened = await asyncio.to_thread(_open, source)
+    if opened is None:
+        await stream.send(RangeAnswer(found=False, length=0, total_bytes=0))
+        return
+    total = len(opened) if isinstance(opened, memoryview) else await asyncio.to_thread(opened.seek, 0, os.SEEK_END)
+    start, end = min(request.offset, total), min(request.offset + request.length, total)
+    try:
+        await stream.send(RangeAnswer(found=True, length=end - start, total_bytes=total))
+        for at in range(start, end, MAX_CHUNK_BYTES):
+            num = min(MAX_CHUNK_BYTES, end - at)
+            piece = opened[at : at + num] if isinstance(opened, memoryview) else await _piece(opened, at, num)
+            await stream.send_body(piece)
+    finally:
+        if not isinstance(opened, memoryview):
+            opened.close()
+
+
+def _open(source: Path | bytes | memoryview | Load) -> memoryview | BinaryIO | None:
     if callable(source):
         loaded = source()
-        if loaded is None:
-            return None, 0
-        source = loaded
-    if isinstance(source, (bytes, memoryview)):
-        return source[request.offset : request.offset + request.length], len(source)
-    try:
-        with source.open("rb") as file:
-            total = file.seek(0, 2)
-            file.seek(min(request.offset, total))
-            return file.read(request.length), total
-    except FileNotFoundError:  # pruned between resolving and reading
-        return None, 0
+        return None if loaded is None else memoryview(loaded)
+    if isinstance(source, Path):
+        try:
+            return cast(BinaryIO, source.open("rb", buffering=0))
+        except FileNotFoundError:  # pruned between resolving and reading
+            return None
+    return memoryview(source)
+
+
+async def _piece(file: BinaryIO, at: int, num: int) -> memoryview:
+    def read() -> bytes:
+        file.seek(at)
+        return file.read(num)
+
+    piece = await asyncio.to_thread(read)
+    if len(piece) != num:
+        raise TransientError("a file became shorter while it was sent")
+    return memoryview(piece)

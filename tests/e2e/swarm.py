@@ -52,6 +52,7 @@ class Swarm:
         model: Path | None = None,
         places: Mapping[str, Place] | None = None,
         directory: Path | None = None,
+        log_level: str = "debug",
     ) -> None:
         """Make the run in `folder`; `settings` are `section.field=value` on top of the preset.
 
@@ -68,6 +69,7 @@ class Swarm:
         self.peers: dict[str, Command] = {}
         self._ended: list[Command] = []
         self._places = places or {}
+        self._log_level = log_level
         if corpus is None:
             return
         flags = ["--corpus", str(corpus), "--preset", preset, "--stages", str(stages), "--rounds", str(rounds)]
@@ -126,7 +128,7 @@ class Swarm:
     def _start(self, program: Any, name: str, *arguments: str) -> Command:
         if name in self.peers:
             self._ended.append(self.peers.pop(name))
-        log = ("--log-file", str(self.folder / f"{name}.jsonl"), "--log-level", "debug", "--debug")
+        log = ("--log-file", str(self.folder / f"{name}.jsonl"), "--log-level", self._log_level, "--debug")
         place = self._places.get(name)
         netns = None if place is None else place.netns
         return Command(program, [*arguments, *log], name=name, folder=self.folder, netns=netns)

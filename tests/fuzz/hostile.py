@@ -26,6 +26,7 @@ def _shapes(num_bytes: int) -> Iterator[tuple[str, bytes]]:
     yield "maps of six", _many(b"\x86" + b"".join(b"\xa1%c\xc0" % letter for letter in b"abcdef"), room)
     yield "maps of eleven bytes", _many(b"\x8b" + b"".join(b"\xc4\x01%c\xc0" % each for each in range(11)), room)
     yield "numbers", _many(b"\xca\x00\x00\x00\x01", room)
+    yield "letters", _many(b"\xa1a", room)
     yield "two letters", _many(b"\xa2ab", room)
     yield "short wide text", _many(b"\xa5a\xf0\x9f\x98\x80", room)
     yield "long wide text", TEXT + room.to_bytes(4, "big") + b"\xf0\x9f\x98\x80" + b"a" * (room - 4)

@@ -119,7 +119,7 @@ MSGPACK = (
 
 
 @pytest.mark.parametrize("name", MSGPACK)
-@pytest.mark.parametrize("num_bytes", [8000, 65_000])
+@pytest.mark.parametrize("num_bytes", [8000, 65_000, 260_000])
 def test_hostile_shapes_take_no_more_memory_than_was_agreed(name: str, num_bytes: int) -> None:
     """Small containers would be up to eighty times their bytes. Oracle: Python's own account of what it allocates."""
     target = targets()[name]

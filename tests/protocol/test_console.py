@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import pytest
 
+from protocol import console
 from protocol.console import EXIT_BUG, LossyStream, run_command
 from protocol.errors import ConfigError
 
@@ -45,3 +47,29 @@ def test_output_to_a_closed_stream_is_lost_and_nothing_else() -> None:
     file.close()
     stream.write("a line")
     stream.flush()
+
+
+def test_a_log_begins_anew_when_it_is_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the lines of both parts, and that there are no more parts."""
+    monkeypatch.setattr(console, "MAX_LOG_BYTES", 1000)
+    path = tmp_path / "log"
+    file = console._open_log(path)
+    log = console.LossyStream(file)
+    for number in range(200):
+        log.write(f"line {number:03}\n")
+    file.close()
+    older = tmp_path / "log.1"
+    assert sorted(tmp_path.iterdir()) == [path, older]
+    assert max(path.stat().st_size, older.stat().st_size) <= 1000 + len("line 000\n")
+    lines = (older.read_text() + path.read_text()).splitlines()
+    assert lines == [f"line {number:03}" for number in range(200 - len(lines), 200)]
+    console._open_log(path).close()
+    assert path.stat().st_size > 0, "what is there is kept"
+
+
+def test_a_log_that_is_no_file_is_written_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "MAX_LOG_BYTES", 1)
+    log = console._open_log(Path(os.devnull))
+    log.write("a line\n")
+    log.write("another\n")
+    log.close()

@@ -119,6 +119,7 @@ def test_random_bytes_are_refused_as_wire_errors(file: bytes) -> None:
         ({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, -8]}}, 0, "impossible"),
         ({"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}, 4, "impossible"),
         ({"a": {"dtype": "F32", "shape": [1 << 60], "data_offsets": [0, 4]}}, 4, "impossible"),
+        ({"a": {"dtype": "F32", "shape": [1] * 10_000, "data_offsets": [0, 4]}}, 4, "impossible"),
         ({"a": {"dtype": "F32", "shape": [2]}}, 8, "described by"),
         ({"a": [2]}, 8, "described by"),
         ({"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}, 8, "unknown type"),

@@ -125,7 +125,7 @@ async def test_who_has_a_pass_shows_it_once_and_is_let_in(start: StartNode, monk
 
 
 async def test_a_peer_that_has_forgotten_us_is_shown_our_pass_again(start: StartNode) -> None:
-    """It was restarted. A call does so by itself; a stream fails once."""
+    """It was restarted. Calls and fetches do so by themselves; any other stream fails once."""
     first, second = await pair(start)
     first.admit()
     await first.ask(second)
@@ -133,9 +133,17 @@ async def test_a_peer_that_has_forgotten_us_is_shown_our_pass_again(start: Start
     await first.ask(second)
     assert len(second.asked) == 2
     second.door._guests.clear()
-    with pytest.raises(StrangerError):
-        await first.blobs.fetch(second.peer, "anything", max_bytes=100)
     assert await first.blobs.fetch(second.peer, "anything", max_bytes=100) == b"something"
+    second.door._guests.clear()
+    await second.streams.serve("own", lambda stream: stream.send(Done()))
+    with pytest.raises(StrangerError):
+        await say(first, second)
+    await say(first, second)
+
+
+async def say(first: Peer, second: Peer) -> None:
+    async with first.streams.open(second.peer, "own") as stream:
+        await stream.receive(Done, timeout_s=5.0)
 
 
 async def test_a_pass_of_somebody_else_does_not_help(start: StartNode) -> None:

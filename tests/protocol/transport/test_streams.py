@@ -6,6 +6,8 @@ import asyncio
 import gc
 import os
 import weakref
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import psutil
@@ -24,10 +26,17 @@ from protocol.errors import (
 )
 from protocol.ids import PeerId, digest
 from protocol.transport import streams
-from protocol.transport.blobs import MAX_RANGE_BYTES, Blobs, MissingBlobError
+from protocol.transport.blobs import (
+    MAX_BODIES_PER_CALLER,
+    MAX_RANGE_BYTES,
+    Blobs,
+    MissingBlobError,
+    RangeAnswer,
+    RangeRequest,
+)
 from protocol.transport.calls import Calls, Done, Failure
 from protocol.transport.streams import Stream, Streams
-from protocol.wire import HEADER, MAX_MESSAGE_BYTES, FrameKind, Message
+from protocol.wire import HEADER, MAX_CHUNK_BYTES, MAX_MESSAGE_BYTES, FrameKind, Message
 from tests.protocol.transport.network import RUN, StartNode
 
 pytestmark = pytest.mark.slow  # every test starts two real nodes
@@ -226,6 +235,59 @@ async def test_blobs_come_whole_or_not_at_all(start: StartNode, tmp_path: Path) 
             await fetching.fetch(peer, name, max_bytes=10)
     with pytest.raises(WireError, match="more than"):
         await fetching.fetch(peer, "small", max_bytes=2)
+
+
+async def test_ranges_of_a_file_come_chunk_by_chunk(start: StartNode, tmp_path: Path) -> None:
+    """Oracle: slices of the bytes, at the borders of chunks and beyond the end."""
+    first, second, peer = await pair(start)
+    fetching, serving = Blobs(first, run=RUN), Blobs(second, run=RUN)
+    data = os.urandom(3 * MAX_CHUNK_BYTES + 1)
+    (tmp_path / "file").write_bytes(data)
+    await serving.serve(lambda caller, name: tmp_path / name)
+    for offset in (0, 1, MAX_CHUNK_BYTES, len(data) - 1, len(data), len(data) + 5):
+        for length in (1, MAX_CHUNK_BYTES, 2 * MAX_CHUNK_BYTES + 7, MAX_RANGE_BYTES):
+            expected = data[offset : offset + length]
+            assert await fetching.fetch_range(peer, "file", offset=offset, length=length) == (expected, len(data))
+
+
+async def test_a_file_that_becomes_shorter_ends_the_transfer(start: StartNode, tmp_path: Path) -> None:
+    first, second, peer = await pair(start)
+    serving, path = Blobs(second, run=RUN), tmp_path / "file"
+    path.write_bytes(bytes(MAX_RANGE_BYTES))
+    await serving.serve(lambda caller, name: path)
+    async with first.open(peer, serving._name) as stream:
+        await stream.send(RangeRequest(name="file", offset=0, length=MAX_RANGE_BYTES))
+        await stream.receive(RangeAnswer, timeout_s=5.0)
+        os.truncate(path, 0)
+        with pytest.raises(TransientError):
+            await stream.receive_body(MAX_RANGE_BYTES)
+
+
+async def test_who_does_not_read_waits_for_itself(start: StartNode) -> None:
+    """Oracle: how often what is asked for is loaded."""
+    first, second, peer = await pair(start)
+    serving, loaded = Blobs(second, run=RUN), 0
+
+    def load() -> bytes:
+        nonlocal loaded
+        loaded += 1
+        return bytes(MAX_RANGE_BYTES)
+
+    await serving.serve(lambda caller, name: load)
+    async with AsyncExitStack() as stack:
+        for _ in range(MAX_BODIES_PER_CALLER + 2):
+            stream = await stack.enter_async_context(first.open(peer, serving._name))
+            await stream.send(RangeRequest(name="x", offset=0, length=MAX_RANGE_BYTES))
+        await until(lambda: loaded >= MAX_BODIES_PER_CALLER)
+        await asyncio.sleep(0.3)
+        assert loaded == MAX_BODIES_PER_CALLER
+    await until(lambda: not serving._turns)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10.0):
+        while not condition():  # noqa: ASYNC110 - what is waited for tells nobody
+            await asyncio.sleep(0.01)
 
 
 async def test_who_serves_nothing_under_a_name_is_told_from_who_is_not_there(start: StartNode) -> None:
