@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,6 +54,7 @@ BODY_CEILING_MIB = 128  # an eighth of what is sent
 DISK_CEILING_MIB = 16  # a GiB an hour
 FILES_CEILING = MAX_STREAMS + MAX_STREAMS_OF_STRANGERS + 256  # a socket for each stream; databases, pipes
 ANSWER_TIMEOUT_S = 10.0
+PATIENCE_S = 240.0  # a GiB takes a minute; the machine may have other things to do
 CALM = "nothing"
 PEER = "oak"
 SETTINGS = ("batch.eval_every=100000", "keeping.checkpoint_every=20", "batch.heldout_sequences=32")
@@ -209,8 +210,9 @@ async def _one_flood(swarm: Swarm, folder: Path, flood: Flood | None, seconds: f
         felt.done = sum(json.loads(said)["done"] for said in await ending)
     finally:
         for attacker in attackers:
-            os.killpg(attacker.pid, signal.SIGKILL)  # and its p2pd, which takes its time to end
-            attacker.wait()
+            with suppress(ProcessLookupError):  # it has ended, and its p2pd, which takes its time
+                os.killpg(attacker.pid, signal.SIGKILL)
+            attacker.communicate()
         await streams.stop()
         await node.stop()
     felt.rounds = swarm.version() - before
@@ -218,9 +220,10 @@ async def _one_flood(swarm: Swarm, folder: Path, flood: Flood | None, seconds: f
 
 
 async def _said(attacker: subprocess.Popen[str]) -> str:
-    """Return an attacker's next line. It ends by itself, and so does this."""
+    """Return an attacker's next line. Whoever says nothing is killed by the caller, which also ends the reading."""
     assert attacker.stdout is not None
-    line = (await asyncio.to_thread(attacker.stdout.readline)).strip()
+    async with asyncio.timeout(PATIENCE_S):
+        line = (await asyncio.to_thread(attacker.stdout.readline)).strip()
     assert line, "an attacker has ended before its time"
     return line
 
