@@ -226,7 +226,7 @@ async def _serve(
 ) -> None:
     """Go on the network, and stay there until it is time to go."""
     node, invite = await _start_node(services)
-    door = Door(services.run.manifest.run_id, services.run.manifest.coordinator, tells_banned=True)
+    door = Door(services.run.manifest.run_id, services.run.manifest.coordinator, refusal=services.bans.refusal)
     door.on_banned.append(node.gate.ban)
     streams = Streams(node.p2p, door=door)
     services.bans.on_list = door.learn

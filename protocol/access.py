@@ -90,10 +90,10 @@ class Door:
         *,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
-        tells_banned: bool = False,
+        refusal: Callable[[PeerId], RefusedError | None] | None = None,
     ) -> None:
-        """`clock` gives Unix seconds. Who is banned is not let in at all, or hears why if it `tells_banned`."""
-        self._tells_banned = tells_banned
+        """`clock` gives Unix seconds. Who is banned is not let in at all, or hears why by `refusal`."""
+        self._refusal = refusal
         self._run = run
         self.coordinator = coordinator
         self._clock = clock
@@ -115,7 +115,7 @@ class Door:
         Raises `PeerFault` if that does not let it in now, `RefusedError` if the caller is banned.
         """
         if caller in self.banned:
-            raise RefusedError(f"{caller} is banned.")
+            raise (self._refusal and self._refusal(caller)) or RefusedError(f"{caller} is banned.")
         now_s = self._clock()
         shown = check_admission(admission, run=self._run, coordinator=self.coordinator, peer=caller, now_s=now_s)
         known = self._guests.pop(caller, None)
@@ -140,7 +140,7 @@ class Door:
         now_s = self._monotonic()
         if caller == self.coordinator:
             return True
-        if caller in self.banned and not self._tells_banned:
+        if caller in self.banned and self._refusal is None:
             return False
         if self.is_admitted(caller):
             return self._guests[caller].allowance.take(now_s)

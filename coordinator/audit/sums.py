@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from protocol.audits import ContributionReport, contribution_seed
 from protocol.errors import WireError
 from protocol.ids import Lineage, PeerId, RoundId, StageId
+from protocol.rounds.factors import factors_of
 from protocol.rounds.messages import Commit
 from protocol.sketch import distance, scaled, summed
 
@@ -94,7 +95,9 @@ def _record(commit: Commit, lineage: Lineage, said: Mapping[PeerId, Contribution
     """Put sketches together; None if too few have spoken, or what they say is no sketch."""
     seed = contribution_seed(lineage)
     members = {each.peer: each for each in commit.contributors if each.weight}
-    scales = {peer: each.weight / each.tokens for peer, each in members.items()}  # as when they were added
+    scales = dict.fromkeys(members, 1.0)
+    if factors := factors_of(commit.contributors, is_mean=False):  # as when they were added
+        scales = {each.peer: factor for each, factor in zip(commit.contributors, factors, strict=True) if each.weight}
     reports = {peer: said[peer] for peer in members if peer in said}
     silent = members.keys() - reports.keys()
     if seed is None or not reports or len(silent) > 1:

@@ -16,13 +16,14 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from peer.averaging.reduce import contribution, decoded_parts, encoded_shard_bytes, shares_of
+from peer.averaging.reduce import contribution, decoded_parts, encoded_shard_bytes
 from peer.codecs import codec
 from peer.engine.anchored import Mean
 from peer.engine.schedule import LearningRate
 from peer.engine.stage_engine import StageEngine
 from peer.engine.stage_state import NORM_ELEMENTS
 from protocol.errors import WireError
+from protocol.rounds.factors import shares_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,8 @@ class Update:
     """As `update_norm` has found it, if it was asked: then every number has been looked at."""
     shards: tuple[int, ...] | None = None
     """The stage's shards that it has, ascending; None: all of them."""
+    factors: tuple[float, ...] = ()
+    """By what a sparse codec's contributions are multiplied; without them each by its share of the weights."""
 
     def shards_of(self, engine: StageEngine) -> Sequence[int]:
         """Return their numbers."""
@@ -115,7 +118,8 @@ def _split(engine: StageEngine, update: Update) -> dict[int, Callable[[], Iterat
     num_pieces = _num_pieces(update.codec, len(update.weights))
     if len(update.data) != num_pieces * sum(sizes):
         raise WireError(f"an update of {len(update.data)} bytes does not fit this stage")
-    is_mean = engine.anchored is not None and num_pieces > 1  # what is dense has been averaged already
+    # what is dense has been multiplied already
+    factors = (update.factors or shares_of(update.weights)) if num_pieces > 1 else ()
     view, starts = memoryview(update.data), range(0, len(update.data), sum(sizes) or 1)
     return {
         number: partial(
@@ -123,7 +127,7 @@ def _split(engine: StageEngine, update: Update) -> dict[int, Callable[[], Iterat
             update.codec,
             [view[start + offset : start + offset + size] for start in starts],
             length,
-            factors=shares_of(update.weights) if is_mean else (),
+            factors=factors,
         )
         for number, length, size, offset in zip(
             numbers, lengths, sizes, accumulate(sizes, initial=0), strict=False

@@ -22,6 +22,8 @@ from protocol.errors import LocalFault, WireError
 class ButterflyRunner(GroupRunner):
     """A reduce in which the makers of parts are reducers: each needs that part of all members."""
 
+    sees_everything = False
+
     def __init__(
         self, link: Link, *, group: ReduceGroup, shards: Shards, namespace: str, folder: Path | None = None
     ) -> None:
@@ -34,6 +36,7 @@ class ButterflyRunner(GroupRunner):
             num_senders=len(group.members),
             factors=group.factors,
         )
+        self._squares = self.tensor_part_reducer.squares
 
     async def _make_own_parts(self) -> None:
         """Contribute to the parts we reduce, and see to it that the others do so in time."""

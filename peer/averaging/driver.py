@@ -22,7 +22,7 @@ from peer.averaging.history import History
 from peer.averaging.line_rate import LineRate
 from peer.averaging.machine_clock import MachineClock
 from peer.averaging.outbox import Outbox
-from peer.averaging.reduce import Reduce, Reduced, ReduceError, ReduceGroup, ReduceTimeouts, Shards, factors_of
+from peer.averaging.reduce import Reduce, Reduced, ReduceError, ReduceGroup, ReduceTimeouts, Shards
 from peer.averaging.rules import round_timers
 from peer.averaging.sync import OUR_FAULTS, StageSync, standing_after, to_its_end
 from peer.engine.span import SpanEngine
@@ -37,9 +37,10 @@ from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, Version
 from protocol.manifest import AveragingMode, Manifest
 from protocol.rounds import events
 from protocol.rounds.closings import FIRST_STAGE
+from protocol.rounds.factors import LEAST_CLIPPED, factors_of
 from protocol.rounds.lineage import Link
 from protocol.rounds.machine import RoundMachine
-from protocol.rounds.messages import MAX_COMMITS_PER_ANSWER, Charter, Closing, Commit, StageMessage
+from protocol.rounds.messages import MAX_COMMITS_PER_ANSWER, MAX_NORM, Charter, Closing, Commit, StageMessage
 from protocol.signing import Signed
 from protocol.transport.calls import Calls
 from protocol.wire import MAX_MESSAGE_BYTES
@@ -130,6 +131,9 @@ class StageDriver:
         self._changing: asyncio.Task[None] | None = None
         """Brings the engine to another state, from others: the newest replay or resync."""
         self._engine_lock = asyncio.Lock()
+        self._late_round: RoundId | None = None
+        """Whose contribution was frozen before what came before it was applied, and is not measured yet."""
+        self._is_whole = manifest.averaging.fragments == 1
         self._left = asyncio.Event()
         self.state_digest: Digest | None = None
         """Of the newest applied state."""
@@ -284,14 +288,30 @@ class StageDriver:
         freezing = self._compute.submit(
             lambda: self._engine.freeze(self.stage, replaces=replaces), priority=Priority.CONTROL
         )
+        self._late_round = closing.round if replaces else None
 
         async def tell() -> None:
             with self._pausing():
                 tokens = await freezing
-                log.debug("round.frozen", stage=self.stage, round=closing.round, tokens=tokens)
-                self.post(events.Frozen(closing.round, tokens, self._engine.tokens_per_s(self.stage)))
+                norm = 0.0 if replaces or not tokens else await self._contribution_norm(closing.round)
+                log.debug("round.frozen", stage=self.stage, round=closing.round, tokens=tokens, norm=norm)
+                self.post(events.Frozen(closing.round, tokens, self._engine.tokens_per_s(self.stage), norm))
 
         self._start(tell(), name=f"freeze-{self.stage}-{closing.round}")
+
+    async def _contribution_norm(self, round_id: RoundId) -> float:
+        """Measure what we bring to the average after a round, as others will."""
+        engine = self._engine.engines[self.stage]
+        norm = await self._compute.run(
+            lambda: engine.contribution_norm(engine.due(Version(engine.version + 1), round_id)),
+            priority=Priority.CONTROL,
+        )
+        return norm if norm <= MAX_NORM else MAX_NORM  # no number either: whoever adds it up will say so
+
+    async def _late_norm(self) -> float | None:
+        """Measure what was frozen before what came before it was applied; None if that is not so."""
+        round_id, self._late_round = self._late_round, None
+        return None if round_id is None else await self._contribution_norm(round_id)
 
     async def _run_reduce(self, action: events.StartReduce) -> None:
         """Sum what was frozen with the group, or average it; stage the bytes; report how it went."""
@@ -301,13 +321,16 @@ class StageDriver:
         shards = Shards(lengths, lambda index: engine.contribution_shard(due[index]))
         open_before_s = self._gate.open_s(self.stage)
         log.debug("averaging.begun", stage=self.stage, round=action.round, peers=len(action.group))
+        # if all fragments are due at the end, somebody may have measured one of them before it heard that this is it
+        group = self._group_of(action, is_measured=len(due) < len(engine.shards) or self._is_whole)
         try:
             try:
-                reduced = await self._reduce.reduce(self._group_of(action), shards)
+                reduced = await self._reduce.reduce(group, shards)
             finally:
                 self._reducing.pop(action.group_id, None)  # what is summed may be of use, whatever the machine wants
             weights = tuple(contribution.weight for contribution in action.group)
-            update, norm = await self._checked(Update(reduced.codec, reduced.data, weights, shards=due))
+            update = Update(reduced.codec, reduced.data, weights, shards=due, factors=group.factors)
+            update, norm = await self._checked(update)
         except (SwarmError, *OUR_FAULTS) as error:
             is_ours = isinstance(error, StorageError) or not isinstance(error, SwarmError)
             if is_ours and not self._engine.note_fault(error):
@@ -323,17 +346,15 @@ class StageDriver:
         self._line_rate.note(reduced.bytes_sent, reduced.seconds)
         self.post(events.ReduceDone(action.group_id, reduced.digest, norm, self._line_rate.bytes_per_s))
 
-    def _group_of(self, action: events.StartReduce) -> ReduceGroup:
+    def _group_of(self, action: events.StartReduce, *, is_measured: bool = True) -> ReduceGroup:
         timing, is_mean = self._manifest.timing, self._manifest.averaging.mode is AveragingMode.DILOCO
+        is_measured = is_measured and len(action.group) >= LEAST_CLIPPED
         return ReduceGroup(
             group_id=action.group_id,
             members=tuple(contribution.peer for contribution in action.group),
             codec=action.codec,
-            factors=factors_of(
-                [contribution.weight for contribution in action.group],
-                [contribution.tokens for contribution in action.group],
-                is_mean=is_mean,
-            ),
+            factors=factors_of(action.group, is_mean=is_mean),
+            norms=tuple(contribution.norm for contribution in action.group) if is_measured else (),
             timeouts=ReduceTimeouts(
                 sender_s=timing.hop_silence_s, reducer_s=2 * timing.hop_silence_s, deadline_s=timing.reduce_timeout_s
             ),
@@ -441,7 +462,7 @@ class StageDriver:
                 with self._pausing(commit):
                     await self._stop_adding()
                     state_digest = await self._take_step(commit, signed, lineage, update)
-                    self.post(events.Applied(lineage, state_digest))
+                    self.post(events.Applied(lineage, state_digest, await self._late_norm()))
         except PeerFault as error:
             self._staged.pop(commit.digest, None)
             self.post(events.ApplyFailed(lineage, _reason(error)))
@@ -456,7 +477,7 @@ class StageDriver:
                     if step.commit.version > engine.version:
                         update = await self._sync.fetch_update(step.commit, self._known(sources, step.commit))
                         await to_its_end(self._take_step(step.commit, step.signed, step.lineage, update))
-                self.post(events.Applied(steps[-1].lineage, self.state_digest))
+                self.post(events.Applied(steps[-1].lineage, self.state_digest, await self._late_norm()))
         except (TransientError, PeerFault) as error:
             self.post(events.ApplyFailed(steps[-1].lineage, _reason(error)))
 

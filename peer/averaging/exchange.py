@@ -19,7 +19,7 @@ from torch import Tensor
 
 from peer.averaging.group_message import GroupMessage
 from peer.averaging.link import Inbox, Link
-from peer.averaging.merge import check_summable
+from peer.averaging.merge import check_summable, squares
 from peer.averaging.parts import Part, cut_for_each
 from peer.averaging.reduce import ReduceGroup, Shards
 from peer.averaging.runner import GroupRunner
@@ -27,6 +27,8 @@ from peer.averaging.runner import GroupRunner
 
 class ExchangeRunner(GroupRunner):
     """A reduce in which every member makes the parts of one contribution, and needs nothing for it."""
+
+    sees_everything = True
 
     def __init__(
         self, link: Link, *, group: ReduceGroup, shards: Shards, namespace: str, folder: Path | None = None
@@ -37,8 +39,9 @@ class ExchangeRunner(GroupRunner):
         self._grown = asyncio.Event()
         self.acceptance_timeout_s = None  # nobody waits for anybody's parts, so links of all speeds end when they do
 
-    def _check(self, values: Tensor) -> None:
+    def _check(self, maker: int, values: Tensor) -> None:
         check_summable(values, num_senders=self.group_size)
+        self._squares[maker] += squares(values)
 
     def finalize(self, *, cancel: bool = False, exception: BaseException | None = None) -> None:
         super().finalize(cancel=cancel, exception=exception)

@@ -22,6 +22,11 @@ class MergeStopped(Exception):
     """The reduce ended while somebody was waiting for a sum. Never leaves this package."""
 
 
+def squares(values: Tensor) -> float:
+    """Return the squared length of some numbers, added up in fp64."""
+    return float(torch.linalg.vector_norm(values.double())) ** 2
+
+
 def check_summable(values: Tensor, *, num_senders: int) -> None:
     """Raise `WireError` for values of which so many might not add up any more."""
     limit = torch.finfo(torch.float32).max / (2 * num_senders)
@@ -43,6 +48,8 @@ class OrderedMerger:
         self._stopped = False
         self._sum: Tensor | None = None
         self._early: dict[int, Tensor] = {}
+        self.squares = [0.0] * num_senders
+        """The squared length of what each sender has contributed so far."""
         self._begin(0)
 
     @property
@@ -60,6 +67,7 @@ class OrderedMerger:
             raise MergeStopped
         check_summable(values, num_senders=self._num_senders)
         self._early[sender_index] = values
+        self.squares[sender_index] += squares(values)
         merged = self._merged
         self._add_in_order()
         return await asyncio.shield(merged)  # shared by all senders: one that is cancelled must not cancel it

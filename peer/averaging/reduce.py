@@ -71,7 +71,10 @@ class ReduceGroup:
     """In the order in which contributions are added."""
     codec: str
     factors: tuple[float, ...] = ()
-    """By what each member's values are multiplied before they are added (`factors_of`); without them nobody's are."""
+    """By what each member's values are multiplied before they are added (`protocol.rounds.factors`); without them
+    nobody's are."""
+    norms: tuple[float, ...] = ()
+    """How long each member says that what it brings is; without them nothing is compared with that."""
     timeouts: ReduceTimeouts = field(default_factory=ReduceTimeouts)
 
     def __post_init__(self) -> None:
@@ -81,6 +84,8 @@ class ReduceGroup:
             raise ValueError("a group's members are distinct and at least one")
         if self.factors and (len(self.factors) != len(self.members) or not any(self.factors)):
             raise ValueError("a group has a factor for each of its members, and not only zeros")
+        if self.norms and len(self.norms) != len(self.members):
+            raise ValueError("a group has a norm for each of its members")
         if not all(0 <= factor <= 1 for factor in self.factors):
             raise ValueError("a group's factors make nobody's values larger")
 
@@ -159,25 +164,6 @@ class Reduce(Protocol):
         Raises `ReduceError` naming a peer, or `LocalFault` if our own values cannot be sent. Leaves no task
         behind, however it ends. Several groups may run at the same time.
         """
-
-
-def shares_of(weights: Sequence[int]) -> tuple[float, ...]:
-    """Return each weight's part of all of them."""
-    total = sum(weights)
-    return tuple(weight / total for weight in weights)
-
-
-def factors_of(weights: Sequence[int], tokens: Sequence[int], *, is_mean: bool) -> tuple[float, ...]:
-    """Return by what contributions are multiplied so that each counts by its weight; nothing if all are by 1.
-
-    In a mean those are shares. A sum that stands for `tokens` is made smaller by as much as they do not count: who
-    claims too many makes its own sum smaller, and who claims none has nothing to add.
-    """
-    if is_mean:
-        return shares_of(weights)
-    if all(0 < weight == claimed for weight, claimed in zip(weights, tokens, strict=True)):
-        return ()
-    return tuple(weight / claimed if claimed else 0.0 for weight, claimed in zip(weights, tokens, strict=True))
 
 
 def encoded_shard_bytes(name: str, num_elements: int) -> int:

@@ -12,7 +12,8 @@ each receiver, going on with fewer members, zeros in the place of a dead reducer
 One stream, `AveragingData` messages; a maker is who makes parts of the result (a butterfly's reducer):
     member -> maker    PART_FOR_AVERAGING {group_id}, then what the maker needs of us: {tensor_part.buffer}
     maker  -> member   per part AVERAGED_PART {tensor_part.buffer}
-    member -> maker    ACCEPTED {tensor_part.buffer = digest of the whole result}, end of stream
+    member -> maker    ACCEPTED {tensor_part.buffer = digest of the whole result, and how long everybody's values were
+                       that it has added up (fp64 squares, one per member, if others cannot know)}, end of stream
     either way         CANCELLED {peer_id = whom we blame}: the reduce has failed
 A member accepts only when it holds *all* results, and returns only when all others have accepted and name the
 same digest. So a maker that tells members different things is found out, and a death before the end fails
@@ -24,6 +25,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
@@ -52,11 +55,12 @@ from peer.averaging.reduce_service import ReduceService
 from peer.averaging.spool import Spool
 from peer.codecs import Buffer, codec
 from protocol.errors import PeerFault, SwarmError, TransientError, WireError
-from protocol.ids import Digest, RunningDigest
+from protocol.ids import DIGEST_BYTES, Digest, RunningDigest
 from protocol.transport.dial import LAST_WORD_S
 
 log = structlog.get_logger()
 
+NORM_SLACK = 1.1  # codecs round, and noise adds to a norm
 HASHED_BYTES = 4 << 20  # at a time, in another thread: a few milliseconds
 
 
@@ -91,6 +95,8 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
         self._parts = tuple(parts)
         sizes = [self._codec.encoded_bytes(part.length) for part in self._parts]
         self._offsets = [0, *itertools.accumulate(sizes)]
+        self._squares = [0.0] * len(members)
+        """How long what each member contributed was, as far as we have seen it, squared."""
         self._folder = folder
         self._spool: Spool | None = None
         self._results: set[int] = set()
@@ -172,10 +178,12 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
     def _own_parts(self, inbox: Inbox[GroupMessage], member: int) -> AsyncGenerator[bytes, None]:
         """Yield the parts that we make, for a member, from whose stream comes what we need of it."""
 
+    sees_everything: bool
+    """Whether every member decodes all that the others contribute, or only what it adds up itself."""
     acceptance_timeout_s: float | None
     """How long everybody may take to accept once we have the result; None: until the deadline."""
 
-    def _check(self, values: Tensor) -> None:
+    def _check(self, maker: int, values: Tensor) -> None:
         """Raise `WireError` for decoded values that a maker should not have sent."""
 
     # --- our own side ---------------------------------------------------------------------------------
@@ -246,14 +254,15 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
         if self._failure() or self._digest is None:
             yield self.farewell()
         else:
-            yield GroupMessage(code=ACCEPTED, data=self._digest)
+            told = [] if self.sees_everything or not self._group.norms else self._squares
+            yield GroupMessage(code=ACCEPTED, data=self._digest + struct.pack(f"<{len(told)}d", *told))
 
     async def _next_sum(self, exchange: Exchange, reducer: int, part: Part) -> Buffer:
         answer = await self._next_answer(exchange, reducer, timeout_s=self.reducer_timeout)
         if answer is None:
             raise self._blame(reducer, "ended the stream before its last sum")
         try:
-            self._check(self._codec.decode(answer.data, part.length))  # now, while nothing depends on it
+            self._check(reducer, self._codec.decode(answer.data, part.length))  # now, while nothing depends on it
         except WireError as error:
             raise self._blame(reducer, f"sent a bad sum ({error})") from None
         return answer.data
@@ -304,9 +313,27 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
                     await self._someone_accepted.wait()
         except TimeoutError:
             raise self._blame(self._not_accepted()[0], "did not acknowledge the result") from None
-        for member, claimed in sorted(self._accepted.items()):
-            if claimed != self._digest:
+        for member, accepted in sorted(self._accepted.items()):
+            if accepted[:DIGEST_BYTES] != self._digest:
                 raise self._blame(member, "ended with another result than ours")
+        self._check_norms()
+
+    def _check_norms(self) -> None:
+        """Raise for a member that has sent more than it said: by that it was weighed."""
+        if not self._group.norms:
+            return
+        seen = [self._squares]
+        for maker, accepted in self._accepted.items() if not self.sees_everything else ():
+            packed = accepted[DIGEST_BYTES:]
+            if len(packed) != 8 * self.group_size:
+                raise self._blame(maker, "does not say how much it was sent")
+            seen.append([*struct.unpack(f"<{self.group_size}d", packed)])
+            if min(seen[-1]) < 0:
+                raise self._blame(maker, "says that it was sent less than nothing")
+        for member, norm in enumerate(self._group.norms):
+            square = sum(each[member] for each in seen)
+            if member != self._me and not square <= (NORM_SLACK * norm) ** 2:
+                raise self._blame(member, f"sent values of norm {math.sqrt(abs(square)):.3g}, and had said {norm:.3g}")
 
     # --- the side that other members call ---------------------------------------------------------------
 

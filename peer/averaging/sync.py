@@ -37,6 +37,7 @@ from protocol.errors import (
 )
 from protocol.history import LogAnswer, LogRequest, StateAnswer, StateRequest
 from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, Version, digest
+from protocol.rounds.factors import factors_of
 from protocol.rounds.lineage import next_lineage, root_lineage
 from protocol.rounds.messages import CHARTER_CONTEXT, COMMIT_CONTEXT, Charter, Commit
 from protocol.signing import Signed, unseal
@@ -241,7 +242,9 @@ class StageSync:
     def update_of(self, commit: Commit, data: bytes | memoryview) -> Update:
         """Return what bytes of this commit's digest mean."""
         weights = tuple(each.weight for each in commit.contributors)
-        return Update(commit.codec, data, weights, shards=self._engine.due(commit.version, commit.round))
+        due = self._engine.due(commit.version, commit.round)
+        factors = factors_of(commit.contributors, is_mean=self._engine.anchored is not None)
+        return Update(commit.codec, data, weights, shards=due, factors=factors)
 
     async def absorb(self, commit: Commit, update: Update) -> None:
         """Take the step to a commit's version, in the compute thread. Raises `PeerFault` if it does not follow."""

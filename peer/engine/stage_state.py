@@ -12,7 +12,7 @@ Gradients are sums over target tokens. They add up in the shards until `step` mu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -123,6 +123,10 @@ class StageState:
             return self.anchored.contribution(number)
         return self._held(self._held_units[number]) if self._held_units else self.gradient_shard(number)
 
+    def contribution_norm(self, shards: Iterable[int]) -> float:
+        """Return the Euclidean norm of what some shards contribute, added up in fp64."""
+        return _norm_of(map(self.contribution_shard, shards))
+
     def hold_gradients(self, *, on_top: bool) -> None:
         """Set the gradient sums aside for an average, and begin new ones.
 
@@ -148,10 +152,7 @@ class StageState:
 
     def gradient_norm(self) -> float:
         """Return the Euclidean norm of the summed gradient of the stage, added up in fp64."""
-        pieces = (
-            piece for unit in self._gradient_units for piece in torch.split(self._gradient_of(unit), NORM_ELEMENTS)
-        )
-        return math.sqrt(sum(float(torch.linalg.vector_norm(piece.double())) ** 2 for piece in pieces))
+        return _norm_of(map(self._gradient_of, self._gradient_units))
 
     def step(self, learning_rate: float, *, scale: float, load: Callable[[int, Tensor], None] | None = None) -> None:
         """Update the weights from `gradient * scale`, clear the gradients, and go to the next version.
@@ -371,3 +372,8 @@ class StageState:
         self._note_change()
         self._before_change()
         self.zero_gradients()
+
+
+def _norm_of(shards: Iterable[Tensor]) -> float:
+    pieces = (piece for shard in shards for piece in torch.split(shard, NORM_ELEMENTS))
+    return math.sqrt(sum(float(torch.linalg.vector_norm(piece.double())) ** 2 for piece in pieces))

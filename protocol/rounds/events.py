@@ -61,6 +61,8 @@ class Frozen:
     tokens: int
     tokens_per_s: float | None = None
     """How fast they came, while there was something to do; None if none did."""
+    norm: float = 0.0
+    """Of the contribution (L2); not known yet if it `replaces` one that is absorbed first (see `Applied`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,8 @@ class Applied:
 
     lineage: Lineage
     state_digest: Digest | None
+    norm: float | None = None
+    """Of the contribution that was frozen before, and is one only now; None if there is none."""
 
 
 @dataclass(frozen=True, slots=True)

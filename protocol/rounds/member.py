@@ -256,7 +256,7 @@ class Member:
         slot = self.slot
         if slot is None or slot.freezing != event.round:
             return []
-        slot.freezing, slot.contribution = None, event.tokens
+        slot.freezing, slot.contribution, slot.norm = None, event.tokens, event.norm
         self._measured.tokens_per_s = event.tokens_per_s or self._measured.tokens_per_s
         return self._average(now_s) if slot.applied else self._apply_late()
 
@@ -328,6 +328,8 @@ class Member:
         if event.lineage != self.chain.head.lineage:
             return self._replay(())
         keeps_work, self._keeps_work = self._keeps_work, False
+        if self.slot is not None and event.norm is not None:
+            self.slot.norm = event.norm
         return self._open(now_s, fresh=not keeps_work)
 
     def on_apply_failed(self, event: ApplyFailed) -> list[Step]:

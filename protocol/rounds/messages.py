@@ -23,7 +23,7 @@ CHARTER_CONTEXT = "handcar charter"
 CLOSING_CONTEXT = "handcar closing"
 COMMIT_CONTEXT = "handcar commit"
 
-MAX_SEATS = 1024  # one stage; a commit for as many still fits a message
+MAX_SEATS = 1000  # one stage; a commit for as many still fits a message
 MAX_CREDITS = 2048  # (stage, peer) pairs of one round, about 70 bytes each
 MAX_NUMBERS = 1 << 17  # training and evaluation microbatches of one round
 MAX_DONE_PER_MESSAGE = 64  # of a short pipeline: the clock minds the bytes as well
@@ -83,6 +83,8 @@ class Contribution(Message):
     """The target tokens that its accumulated gradient stands for, by its own word."""
     weight: Count
     """For how many of them it counts: those that it is credited with (0017)."""
+    norm: Norm = 0.0
+    """Its length (L2), by the peer's own word, which whoever adds it up compares with what came (0021)."""
 
 
 class Credit(Message):
@@ -307,6 +309,8 @@ class Pong(BallotMessage):
     tokens: Count | None
     vote: Vote | None
     leaving: bool
+    norm: Norm = 0.0
+    """Of what we bring; 0 if there are too few of us to compare it with."""
     bytes_per_s: Rate | None = None
     """What I could send while the last average was made here."""
     tokens_per_s: Rate | None = None

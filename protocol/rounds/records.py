@@ -111,8 +111,10 @@ def clip_scale(norm: float, threshold: float) -> float:
     return 1.0 if norm <= threshold else threshold / norm
 
 
-def weigh(settings: Settings, slot: Slot, claimed: Mapping[PeerId, int], until: RoundId) -> tuple[Contribution, ...]:
-    """Say for how much of what members claim they count, in an average after round `until`.
+def weigh(
+    settings: Settings, slot: Slot, claimed: Mapping[PeerId, tuple[int, float]], until: RoundId
+) -> tuple[Contribution, ...]:
+    """Say for how much of what members claim (tokens, norm) they count, in an average after round `until`.
 
     For what the closings since the parent credit them with. Of a round whose closing we have not heard, or whose list
     of credits is full, anybody may have done everything: what an honest member did shall count.
@@ -120,8 +122,8 @@ def weigh(settings: Settings, slot: Slot, claimed: Mapping[PeerId, int], until: 
     credited, num_unknown = _credits(settings.stage, slot, until)
     spare = num_unknown * settings.rules.tokens_per_round
     return tuple(
-        Contribution(peer=peer, tokens=tokens, weight=min(tokens, credited[peer] + spare))
-        for peer, tokens in claimed.items()
+        Contribution(peer=peer, tokens=tokens, weight=min(tokens, credited[peer] + spare), norm=norm)
+        for peer, (tokens, norm) in claimed.items()
     )
 
 
@@ -171,9 +173,11 @@ def check_proposal(
     at; the bytes are compared by digest when they are fetched.
     """
     me = settings.me.peer
-    mine = {c.peer: c.tokens for c in commit.contributors}.get(me)
-    if mine is not None and slot.tokens is not None and mine != slot.tokens:
-        raise PeerFault(f"it weighs us with {mine} tokens instead of {slot.tokens}")
+    mine = next((each for each in commit.contributors if each.peer == me), None)
+    if mine is not None and slot.tokens is not None and (mine.tokens, mine.norm) != (slot.tokens, slot.norm):
+        raise PeerFault(
+            f"it weighs us with {mine.tokens} tokens, norm {mine.norm:g} instead of {slot.tokens}, norm {slot.norm:g}"
+        )
     check_weights(settings, slot, commit)
     for seat in commit.seats:
         if seat.peer in banned:

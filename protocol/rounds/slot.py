@@ -68,6 +68,8 @@ class Slot:
     """The round that the driver is asked to freeze, until it has."""
     contribution: int | None = None
     """The target tokens of what the driver has frozen, once it has."""
+    norm: float = 0.0
+    """Of the same."""
     closings: dict[RoundId, HeardClosing] = field(default_factory=dict)
     """All closings heard since the parent; void rounds leave theirs, because credits add up."""
     promised: Ballot | None = None

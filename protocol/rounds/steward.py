@@ -232,7 +232,7 @@ class Steward:
 
     def _weighed(self, peers: Collection[PeerId]) -> tuple[Contribution, ...]:
         assert self._heard is not None
-        claimed = {peer: self._pongs[peer].tokens or 0 for peer in peers}
+        claimed = {peer: (self._pongs[peer].tokens or 0, self._pongs[peer].norm) for peer in peers}
         return weigh(self._settings, self._slot, claimed, self._heard.closing.round)
 
     def _voters(self) -> set[PeerId]:

@@ -102,9 +102,9 @@ class Voter:
         """Say why this is no group that we could sum with; nothing if it is one."""
         slot = self._slot
         assert slot.promised is not None
-        tokens = {contribution.peer: contribution.tokens for contribution in begin.group}
+        by_peer = {contribution.peer: contribution for contribution in begin.group}
         weights = [contribution.weight for contribution in begin.group]
-        if len(tokens) != len(begin.group) or not tokens.keys() <= set(slot.order):
+        if len(by_peer) != len(begin.group) or not by_peer.keys() <= set(slot.order):
             return "the group names somebody twice, or who is no member"
         if any(contribution.weight > contribution.tokens for contribution in begin.group):
             return "the group counts somebody for more than it brings"
@@ -114,9 +114,11 @@ class Voter:
             return f"{begin.codec} after round {begin.round} is not what this run averages"
         if begin.group_id != group_id(slot, slot.promised, begin.group, codec=begin.codec, round_id=begin.round):
             return "the group does not have the name that its ballot and list give it"
-        mine = tokens.get(self._settings.me.peer)
-        if mine != slot.tokens:  # the steward lies, or a void round has passed since our answer
-            return f"the group weighs us with {mine} tokens instead of {slot.tokens}"
+        mine = by_peer.get(self._settings.me.peer)
+        # the steward lies, or a void round has passed since our answer
+        if mine is None or (mine.tokens, mine.norm) != (slot.tokens, slot.norm):
+            weighs = "does not name us" if mine is None else f"weighs us with {mine.tokens} tokens, norm {mine.norm:g}"
+            return f"the group {weighs} instead of {slot.tokens}, norm {slot.norm:g}"
         return ""
 
     def on_propose(self, sender: PeerId, propose: Propose, now_s: float) -> list[Step]:
@@ -255,6 +257,7 @@ class Voter:
                 tokens=slot.tokens,
                 vote=slot.vote,
                 leaving=slot.leaving,
+                norm=slot.norm,
                 bytes_per_s=slot.measured.bytes_per_s,
                 tokens_per_s=slot.measured.tokens_per_s,
             ),

@@ -32,7 +32,7 @@ from coordinator.rundir import TOKENS, RunDir
 from peer.averaging.absorb import Update, absorb
 from peer.averaging.merge import OrderedMerger
 from peer.averaging.parts import spans_of
-from peer.averaging.reduce import contribution, encode_shard, shares_of
+from peer.averaging.reduce import contribution, encode_shard
 from peer.codecs import codec
 from peer.engine.optimizer import OptimizerSpec
 from peer.engine.outer import OuterSpec
@@ -41,6 +41,7 @@ from peer.engine.stage_engine import StageEngine
 from protocol.architecture import preset
 from protocol.batches import TaskKind, plan_round
 from protocol.ids import RoundId
+from protocol.rounds.factors import shares_of
 from protocol.rounds.records import clip_scale
 from tests.benchmarks.harness import Options, Row, figure
 from tests.e2e.plain_loop import batch, read_tokens

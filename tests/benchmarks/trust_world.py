@@ -13,6 +13,7 @@ say so.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import tempfile
 from collections import Counter, defaultdict
@@ -30,9 +31,9 @@ from torch import Tensor
 from coordinator.store.database import Connection
 from peer.auditor import Auditor
 from peer.averaging.absorb import Update, absorb, update_norm, update_shards
-from peer.averaging.merge import OrderedMerger, check_summable
+from peer.averaging.merge import OrderedMerger, check_summable, squares
 from peer.averaging.parts import spans_of
-from peer.averaging.reduce import contribution, factors_of
+from peer.averaging.reduce import contribution
 from peer.codecs import codec
 from peer.engine.local_steps import LocalRules
 from peer.engine.optimizer import OptimizerSpec
@@ -58,6 +59,7 @@ from protocol.errors import PeerFault, UnreachableError, WireError
 from protocol.hops import MAX_BODY_BYTES
 from protocol.ids import PeerId, RoundId, StageId, digest
 from protocol.receipts import Hop, draw_windows, shortened
+from protocol.rounds.factors import factors_of
 from protocol.rounds.lineage import next_lineage
 from protocol.rounds.messages import Commit, Contribution, Credit
 from protocol.rounds.records import clip_scale
@@ -483,6 +485,7 @@ class World:
                 peer=member.peer,
                 tokens=tokens[member.peer],
                 weight=min(tokens[member.peer], TOKENS * credits[stage, member.peer]),
+                norm=math.sqrt(sum(squares(values) for values in given[member.peer])),
             )
             for member in senders
         )
@@ -490,10 +493,11 @@ class World:
         if not sum(weights):
             return
         name = self.manifest.averaging.codecs_of(stage)[0]
-        claimed = tuple(each.tokens for each in contributors)
-        factors = factors_of(weights, claimed, is_mean=self.setting.mode == "diloco")
+        if not self.setting.is_defended:  # counted, and not clipped
+            contributors = tuple(each.model_copy(update={"norm": 0.0}) for each in contributors)
+        factors = factors_of(contributors, is_mean=self.setting.mode == "diloco")
         data = await _reduced(name, [given[member.peer] for member in senders], factors)
-        update = Update(name, data, weights)
+        update = Update(name, data, weights, factors=factors)
         try:
             update = replace(update, norm=update_norm(present[0].engine, update))
         except WireError:

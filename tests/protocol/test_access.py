@@ -158,10 +158,15 @@ def test_an_older_list_changes_nothing_and_a_forged_one_is_refused(door: Door) -
 
 def test_the_coordinator_tells_the_banned_why(time: Time) -> None:
     """They reach what is open to all, as any stranger does."""
-    door = Door(RUN, COORDINATOR.peer_id, clock=time.unix, monotonic=time.monotonic, tells_banned=True)
+    why = {ANNE: RefusedError("two processes use your key")}
+    door = Door(RUN, COORDINATOR.peer_id, clock=time.unix, monotonic=time.monotonic, refusal=why.get)
     door.show(ANNE, pass_of(ANNE))
-    door.learn(banning(1, ANNE))
+    door.learn(banning(1, ANNE, BERT))
     assert not door.is_admitted(ANNE)
+    with pytest.raises(RefusedError, match="two processes"):
+        door.show(ANNE, pass_of(ANNE))
+    with pytest.raises(RefusedError, match="is banned"):  # the list is newer than what we know of it
+        door.show(BERT, pass_of(BERT))
     assert sum(door.knock(ANNE) for _ in range(100)) == STRANGER_BURST
 
 

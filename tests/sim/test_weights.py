@@ -13,7 +13,7 @@ import pytest
 from protocol.ids import PeerId, RoundId, RunId
 from protocol.rounds import RoundSize, Settings, clock, steward
 from protocol.rounds.events import Trouble
-from protocol.rounds.messages import Closing, Commit, Contribution, DoneTask
+from protocol.rounds.messages import Closing, Commit, DoneTask
 from protocol.rounds.records import draw_closing, weigh
 from protocol.rounds.slot import Slot
 from tests.sim.trial import SEEDS, TRIPLES, commits_of, reports, settle, suffer
@@ -50,20 +50,18 @@ def test_who_claims_a_thousand_times_its_tokens_changes_nothing(seed: int, overl
 def test_a_steward_that_favours_itself_is_refused(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: no commit counts it for more than it did, others conduct its rounds, and it is named."""
 
-    def favour(settings: Settings, slot: Slot, claimed: Mapping[PeerId, int], until: RoundId) -> object:
+    def favour(settings: Settings, slot: Slot, claimed: Mapping[PeerId, tuple[int, float]], until: RoundId) -> object:
         fair = weigh(settings, slot, claimed, until)
         if settings.me.peer != LIAR:
             return fair
-        return tuple(
-            Contribution(peer=each.peer, tokens=each.tokens, weight=each.tokens if each.peer == LIAR else each.weight)
-            for each in fair
-        )
+        return tuple(each.model_copy(update={"weight": each.tokens}) if each.peer == LIAR else each for each in fair)
 
     monkeypatch.setattr(steward, "weigh", favour)
     world = suffer(seed, [], rounds=6, spans=TRIPLES, exaggerates={LIAR: 1000})
     settle(world)
     for commit in commits_of(world, 1):
-        assert {each.peer: each.weight for each in commit.contributors} == _counted(world, commit)
+        counted = _counted(world, commit)
+        assert all(each.weight <= counted[each.peer] for each in commit.contributors), "or less: work was done twice"
     refused = [report for report in reports(world, Trouble.FAULT) if "instead of" in report.detail]
     assert refused
     assert {report.peer for report in refused} == {LIAR}

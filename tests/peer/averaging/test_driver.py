@@ -29,6 +29,7 @@ from protocol.ids import Digest, Lineage, PeerId, RoundId, RunId, StageId, Versi
 from protocol.manifest import AveragingMode
 from protocol.rounds import events
 from protocol.rounds.messages import Contribution, Hello
+from protocol.signing import Signed
 
 STAGE = StageId(1)
 ANNE, BERT = PeerId("anne"), PeerId("bert")
@@ -65,6 +66,9 @@ class Engine:
 
     def contribution_shard(self, number: int) -> Any:
         raise AssertionError("there are no shards")
+
+    def contribution_norm(self, shards: tuple[int, ...]) -> float:
+        return float(self.version)
 
     def state_digest(self) -> Digest:
         return digest(str(self.version).encode())
@@ -129,6 +133,9 @@ class Compute:
 
         return await asyncio.shield(asyncio.create_task(job()))
 
+    def submit(self, work: Any, **_: object) -> Any:
+        return asyncio.ensure_future(self.run(work))
+
 
 class History:
     """Notes in which thread it is read, and that a snapshot was taken."""
@@ -165,7 +172,7 @@ class Reduces:
 
 
 MANIFEST = SimpleNamespace(
-    averaging=SimpleNamespace(codec="fp32", mode=AveragingMode.GRADIENT),
+    averaging=SimpleNamespace(codec="fp32", mode=AveragingMode.GRADIENT, fragments=1),
     batch=SimpleNamespace(num_rounds=9),
     keeping=SimpleNamespace(checkpoint_every=9),
     timing=SimpleNamespace(beat_s=4 * BEAT_S, hop_silence_s=1.0, reduce_timeout_s=1.0, round_deadline_s=1.0),
@@ -184,7 +191,7 @@ class Case:
         self.faults: list[Exception] = []
         self.committed: list[int] = []
         self.forgotten: list[StageId] = []
-        self.is_open = False
+        self.is_open, self.tokens = False, 0
         self.driver = StageDriver(
             STAGE,
             manifest=cast(Any, MANIFEST),
@@ -199,6 +206,7 @@ class Case:
                     is_open=lambda _: self.is_open,
                     note_standing=lambda stage, standing: self.log.append(f"standing {standing.version}"),
                     note_fault=self._note_fault,
+                    tokens_per_s=lambda stage: None,
                 ),
             ),
             compute=cast(Any, self.compute),
@@ -233,7 +241,7 @@ class Case:
         if self.is_open:
             self.log.append("frozen")
         self.is_open = False
-        return 0
+        return self.tokens
 
     def _note_fault(self, error: Exception) -> bool:
         self.faults.append(error)
@@ -439,6 +447,7 @@ async def test_what_no_pause_helps_ends_the_peer(fault: Exception) -> None:
     assert caught.value.exceptions == (fault,)
 
 
+SIGNED = Signed(payload=b"closing", signer=ANNE, signature=bytes(64))
 REDUCING = events.StartReduce(
     group_id=digest(b"group"),
     round=RoundId(5),
@@ -511,13 +520,57 @@ async def test_what_was_summed_is_staged_with_its_norm() -> None:
 async def test_members_are_summed_and_divided_by_what_counts(mode: AveragingMode, factors: tuple[float, ...]) -> None:
     """Anne claims 4 tokens, of which 3 count. Oracle: by hand."""
     case = Case()
-    averaging = SimpleNamespace(codec="fp32", mode=mode)
+    averaging = SimpleNamespace(codec="fp32", mode=mode, fragments=1)
     case.driver._manifest = cast(Any, SimpleNamespace(averaging=averaging, timing=MANIFEST.timing))
     assert case.driver._group_of(REDUCING).factors == factors
     async with running(case):
         await case.perform(REDUCING)
         await until(lambda: case.machine.has_seen(events.ReduceDone))
         assert case.driver._staged[digest(b"sum")].weights == (1, 3)
+
+
+@pytest.mark.parametrize(("tokens", "norm"), [(40, 5.0), (0, 0.0)])
+async def test_what_is_frozen_is_measured(tokens: int, norm: float) -> None:
+    """Oracle: the norm of the played engine is its version; nothing has none."""
+    case = Case()
+    case.tokens = tokens
+    async with running(case):
+        await case.perform(events.Freeze(cast(Any, SimpleNamespace(round=RoundId(5))), SIGNED))
+        await until(lambda: case.machine.has_seen(events.Frozen))
+        (frozen,) = [event for event in case.machine.seen if isinstance(event, events.Frozen)]
+        assert (frozen.tokens, frozen.norm) == (tokens, norm)
+
+
+@pytest.mark.parametrize("how", ["apply", "replay"])
+async def test_what_is_frozen_before_the_step_is_measured_after_it(how: str) -> None:
+    """Only then is it a contribution. Oracle: as above, and that nothing else is measured."""
+    case, target = Case(), step(6)
+    case.tokens = 40
+    case.driver._stage_update(digest(b"sum"), Update("fp32", b"sum", (1,)))
+    closing = cast(Any, SimpleNamespace(round=RoundId(6)))
+    apply = {
+        "apply": events.Apply(target.commit, target.signed, target.lineage),
+        "replay": events.Replay((target,), ()),
+    }[how]
+    async with running(case):
+        await case.perform(events.Freeze(closing, SIGNED, replaces=True))
+        await until(lambda: case.machine.has_seen(events.Frozen))
+        await case.perform(apply)
+        await until(lambda: case.machine.has_seen(events.Applied))
+        await case.perform(events.Replay((step(7),), ()))
+        await until(lambda: sum(isinstance(event, events.Applied) for event in case.machine.seen) == 2)
+        norms = [event.norm for event in case.machine.seen if isinstance(event, events.Frozen | events.Applied)]
+        assert norms == [0.0, 6.0, None]
+
+
+def test_norms_are_compared_where_they_are_of_the_same() -> None:
+    """Of two nobody can be unusual. Oracle: the group that the reduce gets."""
+    case = Case()
+    members = tuple(Contribution(peer=PeerId(name), tokens=4, weight=4, norm=2.0) for name in ("me", "b", "c"))
+    three = replace(REDUCING, group=members)
+    assert case.driver._group_of(three).norms == (2.0, 2.0, 2.0)
+    assert case.driver._group_of(three, is_measured=False).norms == ()
+    assert case.driver._group_of(REDUCING).norms == ()
 
 
 # -- replay ------------------------------------------------------------------------------------------------

@@ -20,12 +20,12 @@ from peer.averaging.reduce import (
     ReduceTimeouts,
     Shards,
     encoded_shard_bytes,
-    shares_of,
 )
 from peer.averaging.reduce_service import ReduceService
 from peer.averaging.spool import Spool
 from protocol.errors import LocalFault, StorageError, UnreachableError
 from protocol.ids import PeerId, digest
+from protocol.rounds.factors import shares_of
 from tests.peer.averaging.reduce_members import (
     NAMESPACE,
     QUICK,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import struct
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,11 +19,13 @@ from hivemind.proto.averaging_pb2 import (
     AveragingData,
 )
 from hivemind.proto.runtime_pb2 import Tensor as WireTensor
+from torch import Tensor
 
 from peer.averaging import link
 from peer.averaging.group_reduce import GroupReduce
-from peer.averaging.reduce import ReduceError, ReduceTimeouts, Shards
+from peer.averaging.reduce import ReduceError, ReduceGroup, ReduceTimeouts, Shards
 from peer.averaging.reduce_service import ReduceService
+from protocol.ids import digest
 from tests.peer.averaging.reduce_members import (
     NAMESPACE,
     Member,
@@ -99,6 +103,61 @@ async def test_lying_sender_is_named(swarm: list[Member], lie: str) -> None:
     if lie != "another digest":  # that one comes after the talk
         assert answers[-1].code == CANCELLED
         assert answers[-1].peer_id == swarm[1].p2p.peer_id.to_bytes()
+
+
+def normed(group: ReduceGroup, inputs: Sequence[Sequence[Tensor]], *, slack: Sequence[float] = ()) -> ReduceGroup:
+    """Have every member say how long its shards are, times `slack`."""
+    norms = [torch.cat(list(shards)).norm().item() for shards in inputs]
+    return replace(group, norms=tuple(norm * each for norm, each in zip(norms, slack or (1.0,) * 3, strict=True)))
+
+
+@pytest.mark.parametrize("name", ["fp32", "int8", "int4", "sparse"])
+async def test_who_says_how_long_its_values_are_is_believed(swarm: list[Member], name: str) -> None:
+    """Parts go to three reducers, and codecs round. Oracle: the same sum as without."""
+    inputs = [[shard / 10.0**seed for shard in make_shards(seed)] for seed in range(3)]
+    group = normed(make_group(swarm[:3], name), inputs)
+    results = await reduce_all(swarm[:3], group, inputs)
+    assert {joined(result) for result in results} == {b"".join(reference(name, inputs))}
+
+
+@pytest.mark.parametrize("name", ["fp32", "sparse"])
+async def test_who_sends_more_than_it_said_is_named(swarm: list[Member], name: str) -> None:
+    """It sends no reducer more than its claim, and all of them together more. Oracle: whom the others name."""
+    inputs = [[shard / 10.0**seed for shard in make_shards(seed)] for seed in range(3)]
+    group = normed(make_group(swarm[:3], name), inputs, slack=(1.0, 0.7 if name == "fp32" else 0.1, 1.0))
+    results = await reduce_all(swarm[:3], group, inputs)
+    for honest in (results[0], results[2]):
+        assert isinstance(honest, ReduceError)
+        assert (honest.peer, "had said" in str(honest)) == (swarm[1].peer, True)
+
+
+ACCEPTED_SUMS = {
+    "nothing": (b"", "does not say how much"),
+    "of too few": (struct.pack("<2d", 1.0, 1.0), "does not say how much"),
+    "less than nothing": (struct.pack("<3d", 1.0, -1e9, 1.0), "less than nothing"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lie", ACCEPTED_SUMS)
+async def test_a_reducer_that_does_not_say_what_it_was_sent_is_named(swarm: list[Member], lie: str) -> None:
+    """It makes no part itself here: there is one, which is ours."""
+    packed, why = ACCEPTED_SUMS[lie]
+    group = replace(make_group([swarm[0], swarm[1], swarm[2]]), norms=(10.0, 10.0, 10.0))
+    honest = asyncio.create_task(swarm[0].reduce.reduce(group, Shards.of([torch.ones(100)])))
+    total = digest(struct.pack("<100f", *[1.0] * 100))
+    accepted = [
+        AveragingData(code=ACCEPTED, tensor_part=WireTensor(buffer=total + words))
+        for words in (packed, struct.pack("<3d", 0.0, 0.0, 0.0))
+    ]
+    calls = [
+        asyncio.create_task(call(liar, swarm[0], hello(group.group_id, ZEROS, words)))
+        for liar, words in zip(swarm[1:3], accepted, strict=True)
+    ]
+    with pytest.raises(ReduceError, match=why) as caught:
+        await honest
+    assert caught.value.peer == swarm[1].peer
+    await asyncio.gather(*calls, return_exceptions=True)
 
 
 @pytest.mark.slow

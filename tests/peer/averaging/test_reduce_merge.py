@@ -19,12 +19,11 @@ from peer.averaging.reduce import (
     decoded_parts,
     encode_shard,
     encoded_shard_bytes,
-    factors_of,
-    shares_of,
 )
 from peer.codecs import codec
 from protocol.errors import WireError
 from protocol.ids import PeerId
+from protocol.rounds.factors import shares_of
 from tests.peer.averaging.reduce_members import decode_shard
 
 shard_lists = st.lists(st.integers(0, 5 * PART_ELEMENTS), max_size=6)
@@ -84,15 +83,6 @@ async def test_mean_counts_each_member_by_its_share() -> None:
     merger = OrderedMerger(codec("fp32"), [64], num_senders=3, factors=shares_of((1, 1, 2)))
     waiting = [asyncio.create_task(merger.accumulate_part(m, 0, given_values[m].clone())) for m in (2, 0, 1)]
     assert {await task for task in waiting} == {codec("fp32").encode(expected)}
-
-
-def test_a_sum_is_made_smaller_by_what_does_not_count() -> None:
-    """And by nothing if all of it does: honest members' sums are not even multiplied. Oracle: by hand."""
-    assert factors_of((10, 30), (10, 30), is_mean=False) == ()
-    assert factors_of((10, 30), (10_000, 30), is_mean=False) == (0.001, 1.0)
-    assert factors_of((10, 0), (10, 7), is_mean=False) == (1.0, 0.0)
-    assert factors_of((10, 0), (10, 0), is_mean=False) == (1.0, 0.0), "who claims nothing adds nothing"
-    assert factors_of((10, 30), (10_000, 30), is_mean=True) == (0.25, 0.75)
 
 
 async def test_a_factor_of_one_changes_no_bit() -> None:

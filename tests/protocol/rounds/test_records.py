@@ -142,15 +142,18 @@ def test_another_ballot_or_another_list_is_another_group() -> None:
         group_id(here, Ballot(number=2, steward=A), group, codec="fp32", round_id=RoundId(0)),
         group_id(here, BALLOT, group[::-1], codec="fp32", round_id=RoundId(0)),
         group_id(here, BALLOT, (group[0], Contribution(peer=B, tokens=3, weight=3)), codec="fp32", round_id=RoundId(0)),
+        group_id(
+            here, BALLOT, (group[0], group[1].model_copy(update={"norm": 1.0})), codec="fp32", round_id=RoundId(0)
+        ),
         group_id(here, BALLOT, group, codec="int8", round_id=RoundId(0)),
         group_id(here, BALLOT, group, codec="fp32", round_id=RoundId(1)),
     }
-    assert len(ids) == 6
+    assert len(ids) == 7
 
 
 def _weights(here: Slot, claimed: int, until: int = 0) -> list[int]:
-    rules = replace(RULES, tokens_per_round=400)
-    return [each.weight for each in weigh(settings(rules=rules), here, {A: claimed, B: claimed}, RoundId(until))]
+    rules, claims = replace(RULES, tokens_per_round=400), {A: (claimed, 1.0), B: (claimed, 2.0)}
+    return [each.weight for each in weigh(settings(rules=rules), here, claims, RoundId(until))]
 
 
 def test_members_count_for_what_they_are_credited_with_and_never_for_more_than_they_bring() -> None:

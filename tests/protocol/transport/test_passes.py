@@ -64,8 +64,8 @@ class Peer:
         await self.calls.tell(other.peer, Question(number=1))
 
 
-async def make(node: Node, *, tells_banned: bool = False) -> Peer:
-    door = Door(RUN, COORDINATOR.peer_id, tells_banned=tells_banned)
+async def make(node: Node) -> Peer:
+    door = Door(RUN, COORDINATOR.peer_id)
     streams = Streams(node.p2p, door=door)
     calls = Calls(streams, run=RUN, coordinator=COORDINATOR.peer_id)
     made = Peer(node, door, streams, calls, Blobs(streams, run=RUN), Passes(calls, streams, door, me=node.peer_id), [])
