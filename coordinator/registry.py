@@ -27,7 +27,7 @@ from coordinator.placement import Host, place
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import history, peers
 from coordinator.store.database import Database
-from protocol.audits import MAX_ORDERS, AuditOrder, Order, SketchOrder, SumOrder
+from protocol.audits import MAX_ORDERS, AuditOrder, Order, ShareOrder, SketchOrder, SumOrder
 from protocol.control import Beat, BeatReply, GivenUp, Leave, PeerState, Register, StageState, Welcome
 from protocol.errors import ClockError, IncompatibleError, RefusedError, StorageError, WireError
 from protocol.ids import PeerId, StageId
@@ -273,6 +273,7 @@ class Registry:
             audits=tuple(order for order in orders if isinstance(order, AuditOrder))[:MAX_ORDERS],
             sketches=tuple(order for order in orders if isinstance(order, SketchOrder))[: 4 * MAX_ORDERS],
             sums=tuple(order for order in orders if isinstance(order, SumOrder))[:1],
+            shares=tuple(order for order in orders if isinstance(order, ShareOrder))[:MAX_ORDERS],
             finished=self.is_finished,
         )
 

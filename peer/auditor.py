@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from peer.contributions import Contributions
 from peer.data.source import BatchSource
 from peer.link import Link
 from peer.payloads import Payloads
@@ -30,6 +31,8 @@ from protocol.audits import (
     AuditReport,
     Order,
     Payload,
+    ShareOrder,
+    ShareReport,
     SketchOrder,
     SketchReport,
     SumOrder,
@@ -69,6 +72,7 @@ class Auditor:
         compute: ComputeThread,
         recomputer: Recomputer,
         payloads: Payloads,
+        contributions: Contributions,
         batches: BatchSource,
         gate: Gate,
         reports: ReportQueue,
@@ -77,6 +81,7 @@ class Auditor:
         max_body_bytes: int,
     ) -> None:
         self._link, self._compute, self._recomputer = link, compute, recomputer
+        self._contributions = contributions
         self._payloads, self._batches, self._gate, self._reports = payloads, batches, gate, reports
         self._stages, self._num_stages, self._max_body_bytes = stages, num_stages, max_body_bytes
         self._waiting: asyncio.Queue[Order] = asyncio.Queue(MAX_WAITING)
@@ -97,8 +102,10 @@ class Auditor:
         while True:
             self._reports.add(await self.carry_out(await self._waiting.get()))
 
-    async def carry_out(self, order: Order) -> AuditReport | SketchReport:
+    async def carry_out(self, order: Order) -> AuditReport | SketchReport | ShareReport:
         """Do what is ordered, and return what we say to it."""
+        if isinstance(order, ShareOrder):
+            return self._contributions.answer(order)
         if isinstance(order, SketchOrder):
             return SketchReport(order=order.order, sketch=await self._sketch(order))
         return await self._recomputed(order)

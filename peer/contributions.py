@@ -1,21 +1,73 @@
 """What audits may ask for of a round that ends: its weights, and sketches of what we have given into its average.
 
-Owns: taking that down before a stage goes to the next version. Must not know: who is audited, how sketches are compared
-(`coordinator/audit/`). In the compute thread, but for the report.
+Owns: taking that down before a stage goes to the next version, and what we say of it share by share when it is asked.
+Must not know: who is audited, how sketches are compared (`coordinator/audit/`). In the compute thread, but for the
+report and the answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from peer.averaging.absorb import Update, update_shards
+from peer.averaging.parts import spans_of
+from peer.averaging.reduce import contribution
+from peer.averaging.taken import Taken
+from peer.codecs import Codec, codec
 from peer.engine.recompute import Recomputer
 from peer.engine.stage_engine import StageEngine
 from peer.pipeline.gate import Gate
-from protocol.audits import ContributionReport, contribution_seed
-from protocol.ids import PeerId, StageId
+from protocol.audits import MAX_SHARES, ContributionReport, ShareOrder, ShareReport, contribution_seed
+from protocol.ids import Lineage, PeerId, StageId
 from protocol.rounds.lineage import next_lineage
 from protocol.rounds.messages import Commit
+from protocol.sketch import ShardSketch, folded, summed
+
+COARSE_CODECS = ("int4",)
+"""What they leave of a contribution is not close enough to it: what is sketched goes through them first."""
+MAX_KEPT = 8  # commits whose shares are remembered: they are asked about within half a minute
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Sketches of one average, by the member that added a share up, or that gave something into ours."""
+
+    given: tuple[bytes, ...]
+    taken: tuple[bytes, ...]
+    totals: tuple[bytes, ...]
+
+
+def sketch_by_maker(
+    shards: Iterable[Tensor], seed: bytes, *, num_members: int, using: Codec | None = None
+) -> tuple[bytes, ...]:
+    """Sketch shards by who adds up which parts of them, as they are or as they come out of a codec.
+
+    Together that is the sketch of all (`protocol.sketch.summed`).
+    """
+    makers = [ShardSketch(seed) for _ in range(num_members)]
+    index = 0
+    for number, values in enumerate(shards):
+        for start, length in spans_of(len(values)):
+            part = values[start : start + length]
+            part = part if using is None else contribution(part, using=using)
+            makers[index % num_members].add(number, part.numpy(), start=start)
+            index += 1
+    return tuple(each.packed() for each in makers)
+
+
+def sketch_taken(taken: Taken, seed: bytes) -> tuple[bytes, ...]:
+    """Sketch what each member has given into the share of one."""
+    found = []
+    for member in range(taken.num_members):
+        each = ShardSketch(seed)
+        for part, values in taken.of(member):
+            each.add(part.shard, values.numpy(), start=part.start)
+        found.append(each.packed())
+    return tuple(found)
 
 
 class Contributions:
@@ -32,6 +84,7 @@ class Contributions:
     ) -> None:
         """`report` is called from the compute thread."""
         self._me, self._engines, self._recomputer, self._gate, self._report = me, engines, recomputer, gate, report
+        self._kept: OrderedDict[tuple[StageId, Lineage], Shares] = OrderedDict()
 
     def before_step(self, stage: StageId, commit: Commit, update: Update) -> None:
         """Keep the weights that a commit is about to change; if contributions to it are on record, sketch ours."""
@@ -43,7 +96,30 @@ class Contributions:
         is_ours = any(each.peer == self._me and each.tokens for each in commit.contributors)
         if seed is None or not is_ours or not engine.has_contribution:
             return
-        found = self._recomputer.contribution(stage, update_shards(engine, update), seed)
-        if found is not None:
-            own, total = found
-            self._report(ContributionReport(stage=stage, round=commit.round, lineage=lineage, own=own, total=total))
+        used, num_members = codec(update.codec), len(commit.contributors)
+        if not used.is_dense:  # nobody adds anything up for others
+            return
+        own = map(engine.contribution_shard, update.shards_of(engine))
+        rounds = used if update.codec in COARSE_CODECS else None
+        given = sketch_by_maker(own, seed, num_members=num_members, using=rounds)
+        totals = sketch_by_maker(update_shards(engine, update), seed, num_members=num_members)
+        self._report(
+            ContributionReport(
+                stage=stage, round=commit.round, lineage=lineage, own=summed(given), total=summed(totals)
+            )
+        )
+        if num_members <= MAX_SHARES:
+            taken = () if update.taken is None else sketch_taken(update.taken, seed)
+            self._keep(stage, lineage, Shares(*(tuple(map(folded, each)) for each in (given, taken, totals))))
+
+    def answer(self, order: ShareOrder) -> ShareReport:
+        """Say who gave what, if we have taken that down and still know it. May be called from any thread."""
+        kept = self._kept.get((order.stage, order.lineage))
+        if kept is None:
+            return ShareReport(order=order.order)
+        return ShareReport(order=order.order, given=kept.given, taken=kept.taken, totals=kept.totals)
+
+    def _keep(self, stage: StageId, lineage: Lineage, shares: Shares) -> None:
+        self._kept[stage, lineage] = shares
+        while len(self._kept) > MAX_KEPT:
+            self._kept.popitem(last=False)

@@ -111,7 +111,7 @@ class Session:
         self._take_charters(reply.charters)
         for each in reply.given_up:
             self._parts.give_up(each)
-        self._parts.audit((*reply.sketches, *reply.audits, *reply.sums))
+        self._parts.audit((*reply.shares, *reply.sketches, *reply.audits, *reply.sums))
         members: dict[StageId, list[PeerId]] = {}
         for stage, peer, addresses in reply.members:
             members.setdefault(stage, []).append(peer)

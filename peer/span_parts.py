@@ -196,6 +196,7 @@ class SpanParts:
             compute=compute,
             recomputer=recomputer,
             payloads=self._payloads,
+            contributions=self._contributions,
             batches=self._batches,
             gate=self.gate,
             reports=reports,

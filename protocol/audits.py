@@ -19,18 +19,20 @@ from pydantic import Field
 from protocol.ids import Lineage, PeerId, RoundId, StageId, Version, digest
 from protocol.receipts import SHORT_DIGEST_BYTES
 from protocol.signing import MAX_PEER_ID_CHARS
-from protocol.sketch import MAX_SKETCH_BYTES
+from protocol.sketch import MAX_SKETCH_BYTES, WIDTH
 from protocol.wire import Message
 
 MAX_ORDERS = 16  # in one answer to a beat
 SEED_BYTES = 32
 MAX_WORKS = 256  # of one peer in one round, in one order
 RECORDED_EVERY = 2  # commits
+MAX_SHARES = 32  # members of an average that is looked into share by share
 
 _Number = Annotated[int, Field(ge=0, lt=1 << 53)]
 _Seed = Annotated[bytes, Field(min_length=SEED_BYTES, max_length=SEED_BYTES)]
 _Short = Annotated[bytes, Field(min_length=SHORT_DIGEST_BYTES, max_length=SHORT_DIGEST_BYTES)]
 _Sketch = Annotated[bytes, Field(max_length=MAX_SKETCH_BYTES)]
+_Folded = Annotated[bytes, Field(min_length=4 * WIDTH, max_length=4 * WIDTH)]
 
 
 class Payload(Message):
@@ -136,8 +138,32 @@ class SumOrder(Message):
     works: Annotated[tuple[Work, ...], Field(min_length=1, max_length=MAX_WORKS)]
 
 
-Order = AuditOrder | SketchOrder | SumOrder
-Answer = AuditReport | SketchReport | ContributionReport
+class ShareOrder(Message):
+    """Contributions to this commit do not add up: say what you gave to whom, and were given by whom."""
+
+    order: _Number
+    stage: StageId
+    lineage: Lineage
+    """Of the commit."""
+
+
+class ShareReport(Message):
+    """The sketches of one commit, share by share, each in one piece. Empty: it is not known here (any more).
+
+    A share is what one contributor adds up for all; members are in the commit's order.
+    """
+
+    order: _Number
+    given: Annotated[tuple[_Folded, ...], Field(max_length=MAX_SHARES)] = ()
+    """What we gave into each member's share."""
+    taken: Annotated[tuple[_Folded, ...], Field(max_length=MAX_SHARES)] = ()
+    """What each member gave into our share, as it came."""
+    totals: Annotated[tuple[_Folded, ...], Field(max_length=MAX_SHARES)] = ()
+    """What came out of each member's share."""
+
+
+Order = AuditOrder | SketchOrder | SumOrder | ShareOrder
+Answer = AuditReport | SketchReport | ContributionReport | ShareReport
 """What a peer reports for audits, asked or by itself."""
 
 

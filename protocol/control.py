@@ -21,6 +21,8 @@ from protocol.audits import (
     AuditOrder,
     AuditReport,
     ContributionReport,
+    ShareOrder,
+    ShareReport,
     SketchOrder,
     SketchReport,
     SumOrder,
@@ -188,7 +190,7 @@ class ReceiptReport(Message):
 
 
 Report = (ClosingReport | CommitReport | AveragingReport | WorkReport | ReceiptReport) | (
-    AuditReport | SketchReport | ContributionReport
+    AuditReport | SketchReport | ContributionReport | ShareReport
 )
 
 
@@ -244,6 +246,8 @@ class BeatReply(Message):
     """What this peer should sketch of what it holds; likewise."""
     sums: Annotated[tuple[SumOrder, ...], Field(max_length=1)] = ()
     """Whole contributions that it should recompute; likewise, one at a time."""
+    shares: Annotated[tuple[ShareOrder, ...], Field(max_length=MAX_ORDERS)] = ()
+    """Averages of which this peer should say who gave what; likewise."""
     finished: bool = False
     """The run has its last checkpoint; there is nothing left to do."""
 

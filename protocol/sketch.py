@@ -48,21 +48,43 @@ def sketch(values: Values, seed: bytes, *, pieces: int = MAX_PIECES) -> bytes:
     return np.asarray(rows, dtype="<f4").tobytes()
 
 
-def sketch_shards(shards: Iterable[Values], seed: bytes) -> bytes:
-    """Sketch a stage's weights, or as many numbers, shard by shard, in `MAX_PIECES`: the shards go into them in turn.
+class ShardSketch:
+    """The sketch of a stage's weights, or as many numbers, in `MAX_PIECES`: the shards go into them in turn.
 
     Segments of a shard share one pattern, each turned and with a sign of its own, so that drawing it costs little.
     """
-    buckets, signs = pattern(seed, SEGMENT)
-    sums = np.zeros((MAX_PIECES, WIDTH))
-    for number, values in enumerate(shards):
+
+    def __init__(self, seed: bytes) -> None:
+        self._seed, (self._buckets, self._signs) = seed, pattern(seed, SEGMENT)
+        self._sums = np.zeros((MAX_PIECES, WIDTH))
+
+    def add(self, shard: int, values: Values, *, start: int = 0) -> None:
+        """Add numbers of a shard from `start` on, at the beginning of a segment."""
+        first, rest = divmod(start, SEGMENT)
+        assert rest == 0, "a segment is sketched from its beginning"
         count = -(-len(values) // SEGMENT)
-        turns, flips = pattern(seed + number.to_bytes(4, "big"), count)
+        turns, flips = pattern(self._seed + shard.to_bytes(4, "big"), first + count)
         for index in range(count):
             piece = values[index * SEGMENT : (index + 1) * SEGMENT]
-            row = np.bincount(buckets[: len(piece)], piece * signs[: len(piece)], minlength=WIDTH)
-            sums[number % MAX_PIECES] += flips[index] * np.roll(row, turns[index])
-    return bytes(sums.astype("<f4").tobytes())
+            row = np.bincount(self._buckets[: len(piece)], piece * self._signs[: len(piece)], minlength=WIDTH)
+            self._sums[shard % MAX_PIECES] += flips[first + index] * np.roll(row, turns[first + index])
+
+    def packed(self) -> bytes:
+        """Return the sketch."""
+        return bytes(self._sums.astype("<f4").tobytes())
+
+
+def sketch_shards(shards: Iterable[Values], seed: bytes) -> bytes:
+    """Sketch all shards of something, flat fp32 each."""
+    whole = ShardSketch(seed)
+    for number, values in enumerate(shards):
+        whole.add(number, values)
+    return whole.packed()
+
+
+def folded(packed: bytes) -> bytes:
+    """Return a sketch of the same values in one piece: less is seen of what spoils only some of them."""
+    return bytes(_rows(packed).sum(axis=0).astype("<f4").tobytes())
 
 
 def summed(sketches: Iterable[bytes]) -> bytes:

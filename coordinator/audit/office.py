@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import itertools
 import random
 import secrets
 from collections import OrderedDict, defaultdict
@@ -21,6 +22,7 @@ import structlog
 from coordinator.audit import policy
 from coordinator.audit.court import Case, Contributed, Court, Finding, Verdict
 from coordinator.audit.policy import Sanction, Standing, State
+from coordinator.audit.shares import Blame, Disputes, ShareCases
 from coordinator.audit.sums import Sums
 from coordinator.audit.tolerance import tolerance_of
 from coordinator.carries import Carry, RoundHops
@@ -30,10 +32,19 @@ from coordinator.registry import Registry
 from coordinator.store import audits, bans, credits, successors
 from coordinator.store.bans import BanRow
 from coordinator.store.database import Connection, Database
-from protocol.audits import MAX_WORKS, SEED_BYTES, Answer, ContributionReport, Order, contribution_seed
+from protocol.audits import (
+    MAX_SHARES,
+    MAX_WORKS,
+    SEED_BYTES,
+    Answer,
+    ContributionReport,
+    Order,
+    ShareReport,
+    contribution_seed,
+)
 from protocol.errors import StorageError
 from protocol.ids import Lineage, PeerId, RoundId, StageId
-from protocol.manifest import Manifest
+from protocol.manifest import AveragingMode, Manifest
 from protocol.receipts import Window
 from protocol.rounds.messages import Commit
 
@@ -45,6 +56,7 @@ MAX_WAITING = 4  # audits that wait at one auditor
 RINGER_RATE = 1 / 8  # of audits: somebody else does the same once more, so that who answers at random is noticed
 PRUNE_EVERY_S = 600.0
 KEEP_S = 7 * 86400.0
+SPOILT = "what it gave into an average, or made of what others gave, is not what it says"
 
 
 class AuditOffice:
@@ -62,7 +74,10 @@ class AuditOffice:
         self._standings: dict[PeerId, Standing] = {}
         self._rounds: OrderedDict[RoundId, RoundHops] = OrderedDict()
         self._touched: set[RoundId] = set()
-        self._sums = Sums()
+        self._is_local = manifest.averaging.mode is AveragingMode.DILOCO
+        self._sums = Sums(is_mean=self._is_local)
+        self._shares = ShareCases(next_order=self._next_order)
+        self._disputes = Disputes()
         self._drawn: defaultdict[tuple[RoundId, PeerId], int] = defaultdict(int)
         self._verdicts: list[Verdict] = []
         self._pruned_s = float("-inf")
@@ -129,13 +144,16 @@ class AuditOffice:
         if isinstance(report, ContributionReport):
             self._sums.hear(peer, report, now_s=self._clock.monotonic())
             return
+        if isinstance(report, ShareReport):
+            self._shares.hear(peer, report)
+            return
         verdict = self._court.hear(peer, report)
         if verdict is not None:
             self._verdicts.append(verdict)
 
     def orders_for(self, peer: PeerId) -> Sequence[Order]:
         """Return what a peer is asked with the answer to its beat."""
-        return self._court.orders_for(peer)
+        return [*self._shares.orders_for(peer), *self._court.orders_for(peer)]
 
     def standing(self, peer: PeerId) -> Standing:
         """Return where a peer stands."""
@@ -155,6 +173,8 @@ class AuditOffice:
         try:
             for verdict in verdicts:
                 await self._act(verdict, now_s=now_s)
+            for blame in self._shares.due(now_s=self._clock.monotonic()):
+                await self._act_on_shares(blame, now_s=now_s)
             await self._pardon(now_s=now_s)
             if now_s - self._pruned_s >= PRUNE_EVERY_S:
                 self._pruned_s = now_s
@@ -186,6 +206,10 @@ class AuditOffice:
             works = [] if hops is None else [carry for carry in hops.all(hosts) if record.stage in carry.stages]
             if not record.adds_up:
                 log.warning("audit.sum", stage=record.stage, round=record.round, apart=record.apart)
+                if len(record.members) <= MAX_SHARES:
+                    self._shares.open(record, now_s=self._clock.monotonic())
+            if self._is_local:  # what local steps come to depends on their order
+                continue
             for peer, (tokens, sketch) in record.contributions.items():
                 own = tuple(carry for carry in works if carry.peer == peer)
                 # with work that nobody vouches for, or that was done with other weights, the sum is another one
@@ -260,12 +284,41 @@ class AuditOffice:
         else:
             await self._database.run(audits.add_audit, _row(verdict, now_s))
 
+    async def _act_on_shares(self, blame: Blame, *, now_s: float) -> None:
+        """Follow what was said of an average that does not add up."""
+        record = blame.record
+        found = {"proven": blame.proven, "disputes": blame.disputes, "evasive": blame.evasive}
+        log.warning("audit.shares", stage=record.stage, round=record.round, **found)
+        for pair in blame.disputes:
+            self._disputes.note(*map(self._who, pair), now_s=now_s)
+        concerned = {self._who(peer) for peer in (*blame.proven, *itertools.chain(*blame.disputes), *blame.evasive)}
+        proven = {self._who(peer) for peer in blame.proven}
+        for peer in sorted(concerned):
+            standing = self.standing(peer)
+            if standing.out_until_s > now_s:
+                continue
+            if peer in proven or self._disputes.is_liar(peer, num_members=len(record.members), now_s=now_s):
+                self._disputes.forget(peer)
+                after, sanction = policy.struck(standing, now_s=now_s, why=SPOILT)
+                await self._keep(None, now_s, after, sanction, is_sum=True)
+            elif blame.evasive:
+                witness = PeerId(f"sum {record.lineage.hex()[:16]}")
+                await self._keep(None, now_s, *policy.doubted(standing, witness, now_s=now_s), is_sum=True)
+            else:
+                await self._keep(None, now_s, policy.suspected(standing, now_s=now_s))
+
     async def _keep(
-        self, verdict: Verdict | None, now_s: float, standing: Standing, sanction: Sanction | None = None
+        self,
+        verdict: Verdict | None,
+        now_s: float,
+        standing: Standing,
+        sanction: Sanction | None = None,
+        *,
+        is_sum: bool = False,
     ) -> None:
         """Keep a finding, a standing and what follows from it, all or nothing."""
         before = self.standing(standing.peer)
-        is_sum = verdict is not None and verdict.case.contribution is not None
+        is_sum = is_sum or (verdict is not None and verdict.case.contribution is not None)
         since_s = before.last_valid_sum_s if is_sum else before.last_valid_s
 
         def write(db: Connection) -> None:

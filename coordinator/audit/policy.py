@@ -108,7 +108,14 @@ def doubted(standing: Standing, accuser: PeerId, *, now_s: float) -> tuple[Stand
     return replace(standing, valid=0, audited=standing.audited + 1, doubted_s=now_s, accusers=accusers), None
 
 
-def struck(standing: Standing, *, now_s: float) -> tuple[Standing, Sanction]:
+def suspected(standing: Standing, *, now_s: float) -> Standing:
+    """It or another one lies, and nobody knows which: both are looked at closely."""
+    return replace(standing, valid=0, doubted_s=now_s)
+
+
+def struck(
+    standing: Standing, *, now_s: float, why: str = "two others recomputed its work and found it wrong"
+) -> tuple[Standing, Sanction]:
     """Two witnesses agree that it did wrong.
 
     Once, after a long time of doing right, is what a card does that is too hot: it gets an hour to cool down, and loses
@@ -127,7 +134,7 @@ def struck(standing: Standing, *, now_s: float) -> tuple[Standing, Sanction]:
         count = len(_recent(strikes, now_s))
         hours = HOURS[min(count, len(HOURS)) - 1]
         state = State.BANNED if count >= BANNED_FROM else State.QUARANTINED
-        sanction = Sanction(state, hours, f"two others recomputed its work and found it wrong ({count}. time)")
+        sanction = Sanction(state, hours, f"{why} ({count}. time)")
         fresh = replace(fresh, strikes=strikes)
     until_s = now_s + sanction.hours * 3600
     return replace(fresh, out_since_s=now_s, out_until_s=until_s, out_as=sanction.state), sanction

@@ -23,6 +23,7 @@ MAX_COMMITS = 256
 GATHER_S = 3.0  # all members report with their next beat
 GIVE_UP_S = 20.0
 ROUNDING = 0.05
+COARSE_ROUNDING = {"int4": 0.25}
 """How far a sum may be from its parts: the codec rounds every one of them, and the sum."""
 
 
@@ -32,14 +33,22 @@ class Record:
 
     stage: StageId
     round: RoundId
+    lineage: Lineage
     seed: bytes
+    members: tuple[PeerId, ...]
+    """In the order in which they were summed, with the factor of each."""
+    factors: tuple[float, ...]
+    own: Mapping[PeerId, bytes]
+    """What members say they have given, as sketches."""
     contributions: Mapping[PeerId, tuple[int, bytes]]
     """Tokens by the commit, and the sketch; of one who does not say, what is missing from the sum."""
     apart: float
+    rounding: float = ROUNDING
+    """How far apart honest words may be, by the codec."""
 
     @property
     def adds_up(self) -> bool:
-        return self.apart <= ROUNDING
+        return self.apart <= self.rounding
 
 
 @dataclass(slots=True)
@@ -52,7 +61,8 @@ class _Gathering:
 class Sums:
     """Commits whose contributions are coming in."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_mean: bool = False) -> None:
+        self._is_mean = is_mean
         self._gathering: OrderedDict[Lineage, _Gathering] = OrderedDict()
         self._done: OrderedDict[Lineage, None] = OrderedDict()
 
@@ -78,7 +88,7 @@ class Sums:
             self._done[lineage] = None
             while len(self._done) > MAX_COMMITS:
                 self._done.popitem(last=False)
-            record = None if commit is None else _record(commit, lineage, gathering.said)
+            record = None if commit is None else _record(commit, lineage, gathering.said, is_mean=self._is_mean)
             if record is not None:
                 found.append(record)
         return found
@@ -91,13 +101,14 @@ class Sums:
         return self._gathering[lineage]
 
 
-def _record(commit: Commit, lineage: Lineage, said: Mapping[PeerId, ContributionReport]) -> Record | None:
+def _record(
+    commit: Commit, lineage: Lineage, said: Mapping[PeerId, ContributionReport], *, is_mean: bool
+) -> Record | None:
     """Put sketches together; None if too few have spoken, or what they say is no sketch."""
     seed = contribution_seed(lineage)
     members = {each.peer: each for each in commit.contributors if each.weight}
-    scales = dict.fromkeys(members, 1.0)
-    if factors := factors_of(commit.contributors, is_mean=False):  # as when they were added
-        scales = {each.peer: factor for each, factor in zip(commit.contributors, factors, strict=True) if each.weight}
+    factors = factors_of(commit.contributors, is_mean=is_mean) or (1.0,) * len(commit.contributors)
+    scales = {each.peer: factor for each, factor in zip(commit.contributors, factors, strict=True)}
     reports = {peer: said[peer] for peer in members if peer in said}
     silent = members.keys() - reports.keys()
     if seed is None or not reports or len(silent) > 1:
@@ -115,4 +126,15 @@ def _record(commit: Commit, lineage: Lineage, said: Mapping[PeerId, Contribution
     except WireError:
         return None
     contributions = {peer: (each.tokens, sketches[peer]) for peer, each in members.items()}
-    return Record(stage=commit.stage, round=commit.round, seed=seed, contributions=contributions, apart=apart)
+    return Record(
+        stage=commit.stage,
+        round=commit.round,
+        lineage=lineage,
+        seed=seed,
+        members=tuple(each.peer for each in commit.contributors),
+        factors=factors,
+        own={peer: report.own for peer, report in reports.items()},
+        contributions=contributions,
+        apart=apart,
+        rounding=COARSE_ROUNDING.get(commit.codec, ROUNDING),
+    )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from peer.averaging.reduce import contribution, decoded_parts, encoded_shard_bytes
+from peer.averaging.taken import Taken
 from peer.codecs import codec
 from peer.engine.anchored import Mean
 from peer.engine.schedule import LearningRate
@@ -39,6 +40,8 @@ class Update:
     """As `update_norm` has found it, if it was asked: then every number has been looked at."""
     shards: tuple[int, ...] | None = None
     """The stage's shards that it has, ascending; None: all of them."""
+    taken: Taken | None = None
+    """What we were sent when we helped to sum it."""
     factors: tuple[float, ...] = ()
     """By what a sparse codec's contributions are multiplied; without them each by its share of the weights."""
 

@@ -14,8 +14,10 @@ from peer.averaging.group_message import GroupMessage
 from peer.averaging.link import Inbox, Link
 from peer.averaging.merge import MergeStopped, OrderedMerger
 from peer.averaging.parts import cut
-from peer.averaging.reduce import ReduceGroup, Shards, contribution
+from peer.averaging.reduce import ReduceGroup, Shards
 from peer.averaging.runner import GroupRunner
+from peer.averaging.taken import Taken
+from peer.codecs import Buffer
 from protocol.errors import LocalFault, WireError
 
 
@@ -37,11 +39,25 @@ class ButterflyRunner(GroupRunner):
             factors=group.factors,
         )
         self._squares = self.tensor_part_reducer.squares
+        self._has_room = asyncio.Event()
+
+    async def _make_room(self) -> None:
+        try:
+            await super()._make_room()
+            if self._group.keeps:
+                own, size = self._parts_of(self._me), self.group_size
+                self.taken = await asyncio.to_thread(
+                    lambda: Taken(own, num_members=size, using=self._codec, folder=self._folder)
+                )
+        finally:
+            self._has_room.set()
 
     async def _make_own_parts(self) -> None:
         """Contribute to the parts we reduce, and see to it that the others do so in time."""
         for slot, part in enumerate(self._parts_of(self._me)):
-            values = contribution(await self._values(part), using=self._codec)
+            sent = self._codec.encode(await self._values(part))
+            values = self._codec.decode(sent, part.length)
+            await self._keep(self._me, slot, sent)
             merging = asyncio.create_task(self.tensor_part_reducer.accumulate_part(self._me, slot, values))
             try:
                 await asyncio.wait({merging}, timeout=self.sender_timeout)
@@ -65,7 +81,14 @@ class ButterflyRunner(GroupRunner):
             request = await self._next_request(inbox, member)
             try:
                 values = self._codec.decode(request.data, part.length)
+                await self._keep(member, slot, request.data)
                 merged = await self.tensor_part_reducer.accumulate_part(member, slot, values)
             except WireError as error:
                 raise self._blame(member, f"sent a bad part ({error})") from None
             yield merged
+
+    async def _keep(self, member: int, slot: int, data: Buffer) -> None:
+        """Keep what was sent, as it came. Members may send before there is room."""
+        await self._has_room.wait()
+        if self.taken is not None:
+            self.taken.put(member, slot, data)

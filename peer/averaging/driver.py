@@ -329,7 +329,9 @@ class StageDriver:
             finally:
                 self._reducing.pop(action.group_id, None)  # what is summed may be of use, whatever the machine wants
             weights = tuple(contribution.weight for contribution in action.group)
-            update = Update(reduced.codec, reduced.data, weights, shards=due, factors=group.factors)
+            update = Update(
+                reduced.codec, reduced.data, weights, shards=due, factors=group.factors, taken=reduced.taken
+            )
             update, norm = await self._checked(update)
         except (SwarmError, *OUR_FAULTS) as error:
             is_ours = isinstance(error, StorageError) or not isinstance(error, SwarmError)
@@ -355,6 +357,7 @@ class StageDriver:
             codec=action.codec,
             factors=factors_of(action.group, is_mean=is_mean),
             norms=tuple(contribution.norm for contribution in action.group) if is_measured else (),
+            keeps=len(action.group) > 1,
             timeouts=ReduceTimeouts(
                 sender_s=timing.hop_silence_s, reducer_s=2 * timing.hop_silence_s, deadline_s=timing.reduce_timeout_s
             ),

@@ -27,6 +27,7 @@ from peer.averaging.reduce import (
 )
 from peer.averaging.reduce_service import ReduceService
 from peer.averaging.spool import Spool
+from peer.averaging.taken import Taken
 from peer.codecs import codec
 from protocol.errors import LocalFault
 from protocol.ids import Digest, digest
@@ -96,7 +97,14 @@ class GroupReduce:
                     raise ReduceError("this peer's own p2p daemon is gone", peer=me) from None
                 raise
         return _reduced(
-            group, shards, runner.result, total, started_s, sent=runner.bytes_sent, received=runner.bytes_received
+            group,
+            shards,
+            runner.result,
+            total,
+            started_s,
+            sent=runner.bytes_sent,
+            received=runner.bytes_received,
+            taken=runner.taken,
         )
 
 
@@ -123,6 +131,7 @@ def _reduced(
     *,
     sent: int = 0,
     received: int = 0,
+    taken: Taken | None = None,
 ) -> Reduced:
     return Reduced(
         codec=group.codec,
@@ -132,4 +141,5 @@ def _reduced(
         bytes_sent=sent,
         bytes_received=received,
         seconds=time.monotonic() - started_s,
+        taken=taken,
     )

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from peer.averaging.parts import spans_of
+from peer.averaging.taken import Taken
 from peer.codecs import Buffer, Codec, codec
 from protocol.errors import TransientError, WireError
 from protocol.ids import Digest, PeerId
@@ -75,6 +76,8 @@ class ReduceGroup:
     nobody's are."""
     norms: tuple[float, ...] = ()
     """How long each member says that what it brings is; without them nothing is compared with that."""
+    keeps: bool = False
+    """Whether members keep what they were sent to add up, until the sum is committed."""
     timeouts: ReduceTimeouts = field(default_factory=ReduceTimeouts)
 
     def __post_init__(self) -> None:
@@ -103,6 +106,8 @@ class Reduced:
     bytes_sent: int
     bytes_received: int
     seconds: float
+    taken: Taken | None = None
+    """What we were sent to add up, if the group keeps that and its codec has sums."""
 
 
 class Shards:

@@ -53,6 +53,7 @@ from peer.averaging.parts import Part
 from peer.averaging.reduce import ReduceError, ReduceGroup, Shards
 from peer.averaging.reduce_service import ReduceService
 from peer.averaging.spool import Spool
+from peer.averaging.taken import Taken
 from peer.codecs import Buffer, codec
 from protocol.errors import PeerFault, SwarmError, TransientError, WireError
 from protocol.ids import DIGEST_BYTES, Digest, RunningDigest
@@ -95,6 +96,8 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
         self._parts = tuple(parts)
         sizes = [self._codec.encoded_bytes(part.length) for part in self._parts]
         self._offsets = [0, *itertools.accumulate(sizes)]
+        self.taken: Taken | None = None
+        """What we were sent to add up, if the group keeps that."""
         self._squares = [0.0] * len(members)
         """How long what each member contributed was, as far as we have seen it, squared."""
         self._folder = folder

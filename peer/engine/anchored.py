@@ -105,6 +105,11 @@ class Anchored:
         return self._has_moved or self._has_contributed
 
     @property
+    def has_contribution(self) -> bool:
+        """Tell whether what `contribution` returns was left by a turn of ours, and no mean has come since."""
+        return self._has_contributed
+
+    @property
     def is_at_anchor(self) -> bool:
         """Tell whether the weights are the anchor. With fragments some always drift on."""
         return not self.has_drift and self._spec.fragments == 1

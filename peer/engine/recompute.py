@@ -9,7 +9,7 @@ agree on every bit, and the codec's own error cancels out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -119,14 +119,6 @@ class Recomputer:
         """Begin to recompute what microbatches add up to at one of these stages; None if weights are not here."""
         weights = self._weights(places)
         return None if weights is None else GradientSum(self, places, weights, stage)
-
-    def contribution(self, stage: StageId, update: Iterable[Tensor], seed: bytes) -> tuple[bytes, bytes] | None:
-        """Sketch what a stage of ours is about to see averaged, and the sum (its shards); None for local steps."""
-        engine = self._engines[stage]
-        if engine.anchored is not None:
-            return None
-        own = (engine.contribution_shard(number) for number in range(len(engine.shards)))
-        return sketch_shards(map(_flat, own), seed), sketch_shards(map(_flat, update), seed)
 
     def sketch_bytes(self, data: bytes | bytearray, seed: bytes, *, is_gradient: bool) -> bytes:
         """Sketch what crossed a hop. May be called from any thread."""

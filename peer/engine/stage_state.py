@@ -224,7 +224,9 @@ class StageState:
 
     @property
     def has_contribution(self) -> bool:
-        """Tell whether there is a gradient sum, of this round or set aside."""
+        """Tell whether there is a gradient sum, of this round or set aside; or a drift, of the last turn."""
+        if self.anchored is not None:
+            return self.anchored.has_contribution
         return bool(self._held_units) or len(self._fresh) < len(self._blocks)
 
     @property

@@ -57,6 +57,8 @@ ATTACKS: dict[str, Attack] = {
     "poisoned_gradients_10": partial(cheats.PoisonedGradients, 0.1),
     "poisoned_contribution": cheats.PoisonedContribution,
     "hidden_contribution": cheats.HiddenContribution,
+    "lying_reducer": cheats.LyingReducer,
+    "framing_reducer": cheats.FramingReducer,
     "lying_neighbour": cheats.LyingNeighbour,
     "lying_auditor": cheats.LyingAuditor,
     "colluding_pair": cheats.SignFlip,
@@ -134,7 +136,8 @@ def setting_of(name: str, seed: int, *, quick: bool) -> Setting:
         rounds = rounds if quick else SLEEP_ROUNDS
         made = {(stage, CHEAT): partial(cheats.Sleeper, honest_tasks=sleep) for stage in range(STAGES)}
     else:
-        made = {(stage, CHEAT): attack for stage in range(STAGES) if stage in attack().stages}
+        place = 0 if "reducer" in name else CHEAT  # small stages have few parts to be added up: the first members do it
+        made = {(stage, place): attack for stage in range(STAGES) if stage in attack().stages}
     mode = "diloco" if name.endswith(DILOCO) else "gradient"
     machines = MACHINES[:2] if quick else MACHINES  # bf16 takes twice as long on a CPU
     return Setting(seed=seed, rounds=rounds, mode=mode, machines=machines, cheats=made)

@@ -19,9 +19,10 @@ from torch import Tensor
 from peer.engine.replay import Climb, Replay
 from peer.model.blocks import named_views
 from protocol.architecture import stage_blocks
-from protocol.audits import AuditOrder, AuditReport, SketchOrder, SumOrder
+from protocol.audits import AuditOrder, AuditReport, ShareReport, SketchOrder, SumOrder
 from protocol.layout import BlockKind
 from protocol.receipts import Hop
+from protocol.sketch import scaled, summed
 from tests.benchmarks.trust_model import CONFIG, LENGTH, MICROBATCHES, STAGES, Source
 
 if TYPE_CHECKING:
@@ -84,6 +85,14 @@ class Cheat:
     def shows(self, given: Sequence[Tensor], honest: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return of what it sketches its contribution."""
         return given
+
+    def makes(self, total: Tensor) -> Tensor:
+        """Return what it makes of a part that it adds up for all."""
+        return total
+
+    def shares(self, honest: ShareReport) -> ShareReport:
+        """Return what it says of an average share by share."""
+        return honest
 
     def says(self, sent: list[Hop], served: list[Hop]) -> tuple[list[Hop], list[Hop]]:
         return sent, served
@@ -331,6 +340,29 @@ class HiddenContribution(PoisonedContribution):
 
     def shows(self, given: Sequence[Tensor], honest: Sequence[Tensor]) -> Sequence[Tensor]:
         return honest
+
+
+class LyingReducer(Cheat):
+    """Turns the sign of what it adds up for all."""
+
+    note = "its tasks are right; the loss is of the sums that it makes"
+
+    def makes(self, total: Tensor) -> Tensor:
+        self.member.lies += 1
+        return -total
+
+
+class FramingReducer(LyingReducer):
+    """Does the same, and says that somebody else has sent it so: always another one."""
+
+    def shares(self, honest: ShareReport) -> ShareReport:
+        """Lay what is missing on a member, so that its own words fit each other. It is first in order."""
+        victim = self.chance.randrange(1, len(honest.taken))
+        share = 1 / len(honest.taken) if self.world.setting.mode == "diloco" else 1.0
+        others = summed(each for index, each in enumerate(honest.taken) if index != victim)
+        laid = summed((scaled(honest.totals[0], 1 / share), scaled(others, -1.0)))
+        taken = [laid if index == victim else each for index, each in enumerate(honest.taken)]
+        return honest.model_copy(update={"taken": tuple(taken)})
 
 
 class LyingNeighbour(Cheat):

@@ -30,11 +30,13 @@ from torch import Tensor
 
 from coordinator.store.database import Connection
 from peer.auditor import Auditor
-from peer.averaging.absorb import Update, absorb, update_norm, update_shards
+from peer.averaging.absorb import Update, absorb, update_norm
 from peer.averaging.merge import OrderedMerger, check_summable, squares
-from peer.averaging.parts import spans_of
+from peer.averaging.parts import cut, spans_of
 from peer.averaging.reduce import contribution
+from peer.averaging.taken import Taken
 from peer.codecs import codec
+from peer.contributions import Contributions
 from peer.engine.local_steps import LocalRules
 from peer.engine.optimizer import OptimizerSpec
 from peer.engine.outer import OuterSpec
@@ -47,11 +49,14 @@ from peer.payloads import Payloads
 from peer.pipeline.gate import Gate
 from peer.tasks import TaskId
 from protocol.audits import (
+    AuditOrder,
     AuditReport,
-    ContributionReport,
     Order,
+    ShareOrder,
+    ShareReport,
     SketchOrder,
     SketchReport,
+    SumOrder,
     contribution_seed,
 )
 from protocol.control import ReceiptReport, Report
@@ -64,7 +69,6 @@ from protocol.rounds.lineage import next_lineage
 from protocol.rounds.messages import Commit, Contribution, Credit
 from protocol.rounds.records import clip_scale
 from protocol.signing import Signed
-from protocol.sketch import sketch_shards
 from tests.benchmarks.trust_model import (
     CONFIG,
     FP32,
@@ -131,6 +135,24 @@ class Task:
     number: int
 
 
+PART_ELEMENTS = 8_192
+
+
+class Showing:
+    """A stage as it is shown to who sketches contributions: a cheat may show another one than it gave."""
+
+    def __init__(self, engine: StageEngine) -> None:
+        self._engine = engine
+        self.shown: Sequence[Tensor] = ()
+        self.has_contribution = True
+
+    def contribution_shard(self, number: int) -> Tensor:
+        return self.shown[number]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
 @dataclass(slots=True, kw_only=True)
 class Member:
     """One replica of one stage, and what is counted of it."""
@@ -143,10 +165,12 @@ class Member:
     recomputer: Recomputer
     auditor: Auditor
     payloads: Payloads
+    contributions: Contributions
+    showing: Showing
     cheat: Cheat | None
+    outbox: list[Report]
     sent: list[Hop] = field(default_factory=list)
     served: list[Hop] = field(default_factory=list)
-    outbox: list[Report] = field(default_factory=list)
     orders: list[Order] = field(default_factory=list)
     answered: set[int] = field(default_factory=set)
     sequence: int = 0
@@ -245,6 +269,9 @@ def train(setting: Setting) -> Result:
         with (
             tempfile.TemporaryDirectory(prefix="handcar-bench-", dir=memory) as folder,
             patch("coordinator.audit.office.secrets", SimpleNamespace(token_bytes=chance.randbytes)),
+            # stages are smaller than one part: all of a sum would be made by one member
+            patch("peer.averaging.parts.PART_ELEMENTS", PART_ELEMENTS),
+            patch("protocol.sketch.SEGMENT", PART_ELEMENTS),
         ):
             return asyncio.run(_train(setting, Path(folder)))
     finally:
@@ -457,7 +484,7 @@ class World:
         self, stage: StageId, round_id: RoundId, under: Signed, credits: Counter[tuple[StageId, PeerId]]
     ) -> None:
         present = self._present(stage)
-        tokens = {member.peer: member.span.freeze(stage, replaces=True) for member in present}
+        tokens = {member.peer: member.span.freeze(stage) for member in present}
         if self.setting.is_defended:
             self._past[stage].keep(
                 stage,
@@ -496,7 +523,7 @@ class World:
         if not self.setting.is_defended:  # counted, and not clipped
             contributors = tuple(each.model_copy(update={"norm": 0.0}) for each in contributors)
         factors = factors_of(contributors, is_mean=self.setting.mode == "diloco")
-        data = await _reduced(name, [given[member.peer] for member in senders], factors)
+        data = await _reduced(name, [given[member.peer] for member in senders], factors, senders)
         update = Update(name, data, weights, factors=factors)
         try:
             update = replace(update, norm=update_norm(present[0].engine, update))
@@ -504,7 +531,7 @@ class World:
             return
         assert update.norm is not None
         message = self._commit(stage, under, senders, contributors, update)
-        if self.setting.is_defended and self.setting.mode == "gradient":
+        if self.setting.is_defended:
             self._record(stage, message, senders, given, update)
         for member in present:
             absorb(
@@ -540,16 +567,15 @@ class World:
         """Have everybody sketch what it gave, if this commit is one of those on record."""
         lineage = self._lineages[stage] = next_lineage(self._lineages[stage], message.to_bytes())
         self.office.services.audits.hear_commit(message, lineage)
-        seed = contribution_seed(lineage)
-        if seed is None:
+        if contribution_seed(lineage) is None:
             return
-        total = sketch_shards((each.numpy() for each in update_shards(senders[0].engine, update)), seed)
-        for member in senders:
+        shards = [given[member.peer] for member in senders]
+        for index, member in enumerate(senders):
+            taken = _taken(update.codec, shards, maker=index)
             honest = [member.engine.contribution_shard(number) for number in range(len(member.engine.shards))]
-            shards = given[member.peer] if member.cheat is None else member.cheat.shows(given[member.peer], honest)
-            own = sketch_shards((each.numpy() for each in shards), seed)
-            report = ContributionReport(stage=stage, round=message.round, lineage=lineage, own=own, total=total)
-            member.outbox.append(report)
+            shown = shards[index] if member.cheat is None else member.cheat.shows(shards[index], honest)
+            member.showing.shown = shown
+            member.contributions.before_step(stage, message, replace(update, taken=taken))
 
     # -- receipts and audits --------------------------------------------------------------------------
 
@@ -602,9 +628,9 @@ class World:
     async def _beat(self, member: Member) -> None:
         first, member.sequence = member.sequence + 1, member.sequence + len(member.outbox)
         reports = [(first + index, report) for index, report in enumerate(member.outbox)]
-        member.outbox = []
+        member.outbox.clear()
         reply = await self.office.beat(member.volunteer, self._state(member), reports=reports)
-        orders: list[Order] = [*reply.audits, *reply.sketches, *reply.sums]
+        orders: list[Order] = [*reply.shares, *reply.audits, *reply.sketches, *reply.sums]
         for order in orders:
             if order.order not in member.answered:
                 member.answered.add(order.order)
@@ -621,14 +647,23 @@ class World:
         report = await member.auditor.carry_out(order)
         if member.cheat is None:
             return report
+        if isinstance(order, ShareOrder) and isinstance(report, ShareReport):
+            return member.cheat.shares(report)
         if isinstance(order, SketchOrder) and isinstance(report, SketchReport):
             return report.model_copy(update={"sketch": member.cheat.sketches(order, report.sketch)})
-        assert not isinstance(order, SketchOrder)
+        assert isinstance(order, AuditOrder | SumOrder)
         assert isinstance(report, AuditReport)
         return member.cheat.reports(order, report)
 
     def _auditor(
-        self, peer: PeerId, stage: StageId, machine: Machine, gate: Gate, own: Recomputer, payloads: Payloads
+        self,
+        peer: PeerId,
+        stage: StageId,
+        machine: Machine,
+        gate: Gate,
+        own: Recomputer,
+        payloads: Payloads,
+        contributions: Contributions,
     ) -> Auditor:
         """Return a peer's real auditor, on a network that is a dictionary."""
 
@@ -650,6 +685,7 @@ class World:
             compute=cast(Any, SimpleNamespace(run=compute)),
             recomputer=own,
             payloads=payloads,
+            contributions=contributions,
             batches=cast(Any, SimpleNamespace(inputs=partial(text, which=0), labels=partial(text, which=1))),
             gate=gate,
             reports=cast(Any, None),
@@ -703,6 +739,14 @@ class World:
         volunteer = Volunteer(f"peer-{self.setting.seed}-{stage}-{number}")
         machine = self.setting.machines[number % len(self.setting.machines)]
         gate, payloads = Gate(run=self.manifest.run_id), Payloads(max_bytes=PAYLOAD_BYTES)
+        showing, outbox = Showing(engine), list[Report]()
+        contributions = Contributions(
+            me=volunteer.peer,
+            engines=cast(Any, {stage: showing}),
+            recomputer=cast(Any, SimpleNamespace(keep=lambda stage: None)),  # all replicas here have the same
+            gate=cast(Any, SimpleNamespace(opening=lambda stage: True)),
+            report=outbox.append,
+        )
         return Member(
             volunteer=volunteer,
             stage=stage,
@@ -710,7 +754,10 @@ class World:
             span=span,
             gate=gate,
             recomputer=recomputer,
-            auditor=self._auditor(volunteer.peer, stage, machine, gate, recomputer, payloads),
+            auditor=self._auditor(volunteer.peer, stage, machine, gate, recomputer, payloads, contributions),
+            contributions=contributions,
+            showing=showing,
+            outbox=outbox,
             payloads=payloads,
             cheat=None if made is None else made(),
         )
@@ -748,9 +795,22 @@ class World:
         return found, (max(outputs), max(returned)), dict(paid)
 
 
-async def _reduced(name: str, given: Sequence[Sequence[Tensor]], factors: Sequence[float]) -> bytes:
-    """Add contributions up part by part in member order, as a butterfly does."""
-    made = []
+def _taken(name: str, given: Sequence[Sequence[Tensor]], *, maker: int) -> Taken:
+    """Return what one member was sent of the parts that it adds up."""
+    parts = [part for part in cut([*map(len, given[0])], num_members=len(given)) if part.reducer == maker]
+    taken = Taken(parts, num_members=len(given), using=codec(name), folder=None)
+    for member, shards in enumerate(given):
+        for slot, part in enumerate(parts):
+            values = shards[part.shard][part.start : part.start + part.length].contiguous()
+            taken.put(member, slot, codec(name).encode(values))
+    return taken
+
+
+async def _reduced(
+    name: str, given: Sequence[Sequence[Tensor]], factors: Sequence[float], members: Sequence[Member]
+) -> bytes:
+    """Add contributions up part by part in member order, as a butterfly does; each member makes its parts."""
+    made: list[bytes] = []
     for shards in zip(*given, strict=True):
         spans = list(spans_of(len(shards[0])))
         lengths = [length for _, length in spans]
@@ -760,5 +820,9 @@ async def _reduced(name: str, given: Sequence[Sequence[Tensor]], factors: Sequen
             sums = await asyncio.gather(
                 *(merger.accumulate_part(member, part, piece) for member, piece in enumerate(pieces))
             )
+            cheat = members[len(made) % len(members)].cheat
+            if cheat is not None:
+                wrong = cheat.makes(codec(name).decode(sums[0], length))
+                sums[0] = codec(name).encode(wrong.contiguous())
             made.append(bytes(sums[0]))
     return b"".join(made)

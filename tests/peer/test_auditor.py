@@ -71,6 +71,7 @@ class Case:
             compute=cast(Any, SimpleNamespace(run=self._run)),
             recomputer=cast(Any, SimpleNamespace(recompute=self._recompute, sketch_bytes=self._sketch)),
             payloads=self.payloads,
+            contributions=cast(Any, None),
             batches=cast(Any, None),
             gate=self.gate,
             reports=cast(Any, SimpleNamespace(add=self.reports.append)),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from coordinator.carries import Carry
-from protocol.audits import AuditOutcome, AuditReport, Order, SketchOrder, SketchReport, SumOrder
+from protocol.audits import AuditOutcome, AuditReport, Order, ShareOrder, SketchOrder, SketchReport, SumOrder
 from protocol.control import BeatReply
 from protocol.ids import PeerId, RoundId, StageId, digest
 from protocol.receipts import SHORT_DIGEST_BYTES
@@ -58,6 +58,7 @@ class Person:
         return [*map(self.answer, reply.audits), *map(self.answer, reply.sketches), *map(self.answer, reply.sums)]
 
     def answer(self, order: Order) -> AuditReport | SketchReport:
+        assert not isinstance(order, ShareOrder), "nobody is asked for shares here"
         if isinstance(order, SumOrder):
             return AuditReport(order=order.order, outcome=self.outcome, outputs=self._sketch("sum", order.seed))
         if isinstance(order, SketchOrder):

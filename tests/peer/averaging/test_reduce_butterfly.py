@@ -6,11 +6,12 @@ import asyncio
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from peer.averaging import runner
+from peer.averaging import runner, taken
 from peer.averaging.link import Link
 from peer.averaging.parts import PART_ELEMENTS
 from peer.averaging.reduce import (
@@ -19,10 +20,12 @@ from peer.averaging.reduce import (
     ReduceGroup,
     ReduceTimeouts,
     Shards,
+    contribution,
     encoded_shard_bytes,
 )
 from peer.averaging.reduce_service import ReduceService
 from peer.averaging.spool import Spool
+from peer.codecs import codec
 from protocol.errors import LocalFault, StorageError, UnreachableError
 from protocol.ids import PeerId, digest
 from protocol.rounds.factors import shares_of
@@ -88,6 +91,27 @@ async def test_with_weights_every_member_gets_the_bytes_of_the_mean(swarm: list[
     decode_shard("fp32", joined(results[0]), out)
     assert torch.equal(out, a * 0.125 + b * 0.375 + c * 0.5)
     assert len({joined(result) for result in results}) == 1
+
+
+@pytest.mark.parametrize("name", ["fp32", "int8"])
+async def test_what_a_maker_keeps_is_what_it_was_sent(swarm: list[Member], name: str) -> None:
+    """Factors come later, and the sum is the same. Oracle: every member's own values behind the codec."""
+    inputs = [make_shards(seed) for seed in range(3)]
+    group = replace(make_group(swarm[:3], name), factors=(1.0, 0.5, 1.0))
+    plain = await reduce_all(swarm[:3], replace(group, group_id=b"plain " + name.encode()), inputs)
+    results = await reduce_all(swarm[:3], replace(group, keeps=True), inputs)
+    assert {joined(result) for result in (*plain, *results)} == {joined(plain[0])}
+    parts = []
+    for result in results:
+        assert isinstance(result, Reduced)
+        assert result.taken is not None
+        for member, shards in enumerate(inputs):
+            for part, values in result.taken.of(member):
+                sent = shards[part.shard][part.start : part.start + part.length]
+                assert torch.equal(values, contribution(sent, using=codec(name)))
+                parts.append((member, part.index))
+    assert sorted(parts) == [(member, index) for member in range(3) for index in range(7)]
+    assert all(isinstance(result, Reduced) and result.taken is None for result in plain)
 
 
 async def test_alone_too_a_sum_is_made_smaller_by_what_does_not_count(swarm: list[Member]) -> None:
@@ -190,8 +214,9 @@ async def test_member_with_nan_fails_itself_and_is_named_by_the_others(swarm: li
         assert result.peer == swarm[1].peer
 
 
+@pytest.mark.parametrize("module", [runner, taken])
 async def test_a_member_whose_disk_is_full_fails_itself_and_the_others_hear_at_once(
-    swarm: list[Member], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    swarm: list[Member], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: ModuleType
 ) -> None:
     """Oracle: its own error; whom the others name, before they would give it up; the event loop is not held up."""
     threads: list[threading.Thread] = []
@@ -202,10 +227,11 @@ async def test_a_member_whose_disk_is_full_fails_itself_and_the_others_hear_at_o
             raise StorageError("no room")
         return Spool(num_bytes, folder)
 
-    monkeypatch.setattr(runner, "Spool", room)
+    monkeypatch.setattr(module, "Spool", room)
     monkeypatch.setattr(swarm[1].reduce, "_folder", tmp_path)
+    group = replace(make_group(swarm[:3]), keeps=True)
     async with asyncio.timeout(QUICK.sender_s / 2):
-        results = await reduce_all(swarm[:3], make_group(swarm[:3]), [make_shards(seed) for seed in range(3)])
+        results = await reduce_all(swarm[:3], group, [make_shards(seed) for seed in range(3)])
     assert isinstance(results[1], StorageError)
     for result in (results[0], results[2]):
         assert isinstance(result, ReduceError)
