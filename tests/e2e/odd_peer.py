@@ -5,6 +5,8 @@
     python -m tests.e2e.odd_peer slow:0.5 join INVITE ...      each microbatch takes half a second more, one way
     python -m tests.e2e.odd_peer flips:0.5 join INVITE ...     half of what it sends on or back has the opposite sign
     python -m tests.e2e.odd_peer spoils:1.0 join INVITE ...   its sums for averages are turned, times this
+    python -m tests.e2e.odd_peer hides:1.0 join INVITE ...    so are they, and it sketches what it should have given
+    python -m tests.e2e.odd_peer twists:1.0 join INVITE ...   what it adds up for others is turned, times this
 
 Everything else is the real command.
 """
@@ -19,6 +21,8 @@ from typing import Any
 
 import peer.app
 from peer import cli
+from peer.averaging.merge import OrderedMerger
+from peer.averaging.reduce import Shards
 from peer.engine.span import SpanEngine
 from peer.engine.stage_state import StageState
 from protocol import wire
@@ -38,6 +42,10 @@ def main() -> None:
         _flip(float(value))
     elif oddity == "spoils":
         _spoil(float(value))
+    elif oddity == "hides":
+        _hide(float(value))
+    elif oddity == "twists":
+        _twist(float(value))
     else:
         raise ValueError(f"no oddity is called '{oddity}'")
     cli.main()
@@ -78,6 +86,26 @@ def _spoil(size: float) -> None:
     StageState.contribution_shard = (  # type: ignore[method-assign]
         lambda self, number: honest(self, number).mul(-size)
     )
+
+
+def _hide(size: float) -> None:
+    """Compute honestly, contribute something else, and say that it was what was computed."""
+    honest = Shards._read_checked
+    Shards._read_checked = (  # type: ignore[method-assign]
+        lambda self, shard: honest(self, shard).mul(-size)
+    )
+
+
+def _twist(size: float) -> None:
+    """Contribute honestly, and make something else of what all have contributed."""
+    honest = OrderedMerger.accumulate_part
+
+    async def accumulate_part(self: OrderedMerger, sender_index: int, part_index: int, values: Any) -> bytes:
+        length = len(values)
+        total = await honest(self, sender_index, part_index, values)
+        return self._codec.encode(self._codec.decode(total, length).mul(-size))
+
+    OrderedMerger.accumulate_part = accumulate_part  # type: ignore[method-assign]
 
 
 def _delayed(method: Any, seconds: float) -> Any:

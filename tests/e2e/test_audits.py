@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.audit.office import SPOILT
 from coordinator.store import audits, credits
 from protocol.ids import PeerId
 from tests.e2e.swarm import Swarm
@@ -18,9 +19,15 @@ pytestmark = [pytest.mark.timeout(400), pytest.mark.long]
 SETTINGS = ("batch.microbatches_per_round=24", "batch.heldout_sequences=32", "batch.eval_every=1000")
 
 
-@pytest.mark.parametrize("oddity", ["flips:1.0", "spoils:1.0"])
-def test_who_cheats_is_put_out_and_nobody_else(tmp_path: Path, corpus: Path, oddity: str) -> None:
-    """With activations and gradients that it sends on, or with what it adds to averages."""
+RECOMPUTED = "two others recomputed its work and found it wrong"
+
+
+@pytest.mark.parametrize(
+    ("oddity", "why"),
+    [("flips:1.0", RECOMPUTED), ("spoils:1.0", RECOMPUTED), ("hides:1.0", SPOILT), ("twists:1.0", SPOILT)],
+)
+def test_who_cheats_is_put_out_and_nobody_else(tmp_path: Path, corpus: Path, oddity: str, why: str) -> None:
+    """With activations and gradients that it sends on, with what it adds to averages, or makes of them."""
     with Swarm(tmp_path, corpus=corpus, rounds=10_000, stages=2, settings=SETTINGS) as swarm:
         swarm.start_coordinator("--start-peers", "4")
         swarm.start_peer("ash", "--stage", "0")
@@ -29,14 +36,14 @@ def test_who_cheats_is_put_out_and_nobody_else(tmp_path: Path, corpus: Path, odd
         cheat = swarm.start_peer("fir", "--stage", "1", oddity=oddity)
         cheat.is_expected_to_end = True
         assert cheat.wait_end(timeout_s=240.0) == 4, cheat.story()
-        assert "two others recomputed its work and found it wrong" in cheat.story()
+        assert why in cheat.story()
         version = swarm.version(0)
         swarm.wait_version(version + 5, timeout_s=60.0)
         with swarm.database() as db:
             names = {PeerId(peer): name for peer, name in db.execute("SELECT peer, name FROM peers")}
             findings = {names[peer]: found for peer, found in audits.count_findings(db).items()}
             balances = {names[peer]: found for peer, found in credits.balances(db).items()}
-        assert findings["fir"]["confirmed"] >= 1
+        assert (findings["fir"].get("confirmed", 0) >= 1) is (why == RECOMPUTED)
         for name in ("ash", "elm", "oak"):
             assert set(findings.get(name, {})) <= {"valid", "nothing", "cleared"}, findings
         assert balances.get("fir", credits.Balance()).held_tokens == 0

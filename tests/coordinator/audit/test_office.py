@@ -7,23 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from coordinator.audit.office import MAX_PER_ROUND
+import pytest
+
+from coordinator.audit.office import MAX_PER_ROUND, SPOILT
 from coordinator.audit.policy import State, state_of
+from coordinator.audit.sums import GATHER_S
 from coordinator.store import audits, bans, credits, history
+from protocol.audits import ContributionReport, ShareOrder, ShareReport, contribution_seed
 from protocol.control import BeatReply, ReceiptReport, Report
 from protocol.handover import hand_over
 from protocol.ids import StageId
 from protocol.receipts import Hop
-from protocol.rounds.messages import Credit
-from tests.coordinator.audit.people import Person, named
+from protocol.rounds.lineage import next_lineage
+from protocol.rounds.messages import Contribution, Credit
+from protocol.sketch import ShardSketch, Values, folded, summed
+from tests.coordinator.audit.people import Person, named, tensor
 from tests.coordinator.office import (
+    NO_LINEAGE,
     START_WALL_S,
     Office,
     StoppedTime,
     Volunteer,
     closing,
     closing_report,
+    commit,
     open_office,
     sign_closing,
     state,
@@ -237,3 +246,105 @@ async def test_what_is_known_of_a_key_is_known_of_its_successor(tmp_path: Path) 
         assert kept.standing(SECOND.peer) == kept.standing(again.peer)
         assert kept.standing(again.peer).accusers == {moved.peer}
         assert set(await office.services.database.run(audits.load_standings)).isdisjoint({SECOND.peer, new.peer})
+
+
+# -- averages ------------------------------------------------------------------------------------------------
+
+
+GIVERS = (WORKER, SECOND, THIRD)
+
+
+class Average:
+    """A commit of three on record, each of which adds up a third; one makes something else of its share."""
+
+    def __init__(self, *, poisoned: bool) -> None:
+        under = sign_closing(FEEDER, closing(RUN, 0))
+        made = (
+            commit(RUN, 1, under, members=GIVERS, parent=NO_LINEAGE, norm=float(number), **self._group())
+            for number in range(64)
+        )
+        self.commit, self.lineage, self.seed = next(
+            (each, lineage, seed)
+            for each in made
+            if (seed := contribution_seed(lineage := next_lineage(each.parent, each.to_bytes()))) is not None
+        )
+        self.poison = tensor("poison") if poisoned else 0 * tensor("poison")
+
+    @staticmethod
+    def _group() -> dict[str, Any]:
+        return {"contributors": tuple(Contribution(peer=who.peer, tokens=TOKENS, weight=TOKENS) for who in GIVERS)}
+
+    def given(self, who: Volunteer, share: int) -> bytes:
+        return self._sketch(tensor(f"{who.name} to {share}"), share)
+
+    def total(self, share: int) -> bytes:
+        """The worker adds up the first share."""
+        honest = [self.given(who, share) for who in GIVERS]
+        return summed([*honest, self._sketch(self.poison, 0)] if share == 0 else honest)
+
+    def contribution(self, who: Volunteer) -> ContributionReport:
+        return ContributionReport(
+            stage=StageId(1),
+            round=self.commit.round,
+            lineage=self.lineage,
+            own=summed(self.given(who, share) for share in range(3)),
+            total=summed(self.total(share) for share in range(3)),
+        )
+
+    def shares(self, who: Volunteer, order: ShareOrder) -> ShareReport:
+        own = GIVERS.index(who)
+        return ShareReport(
+            order=order.order,
+            given=tuple(folded(self.given(who, share)) for share in range(3)),
+            taken=tuple(folded(self.given(giver, own)) for giver in GIVERS),
+            totals=tuple(folded(self.total(share)) for share in range(3)),
+        )
+
+    def _sketch(self, values: Values, share: int) -> bytes:
+        made = ShardSketch(self.seed)
+        made.add(share, values)
+        return made.packed()
+
+
+@pytest.mark.parametrize("poisoned", [False, True])
+async def test_who_makes_something_else_of_an_average_is_put_out(tmp_path: Path, poisoned: bool) -> None:
+    """If it adds up nobody is even asked. Oracle: standings, the ban, and that it is told why."""
+    async with open_office(tmp_path, run=RUN) as office:
+        crew, average = Crew(office), Average(poisoned=poisoned)
+        await crew.enter()
+        office.services.audits.hear_commit(average.commit, average.lineage)
+        for who in GIVERS:
+            await crew.beat(who, average.contribution(who))
+        await office.tick(GATHER_S + 1.0)
+        for who in GIVERS:
+            reply = await crew.beat(who)
+            assert len(reply.shares) == poisoned
+            for order in reply.shares:
+                await crew.beat(who, average.shares(who, order))
+            assert (await crew.beat(who)).shares == ()
+        await office.tick(1.0)
+        rows = await office.services.database.run(lambda db: bans.load_bans(db, now_s=office.services.clock.wall()))
+        assert [row.peer for row in rows] == [WORKER.peer] * poisoned
+        assert all(SPOILT in row.reason for row in rows)
+        assert (crew.state_of(WORKER) is State.QUARANTINED) is poisoned
+        assert all(crew.state_of(who) is State.NEW for who in (SECOND, THIRD))
+
+
+async def test_of_two_that_contradict_each_other_both_are_looked_at_closely(tmp_path: Path) -> None:
+    """The worker says that another has sent the poison. Oracle: nobody is put out; two are suspects, one is not."""
+    async with open_office(tmp_path, run=RUN) as office:
+        crew, average = Crew(office), Average(poisoned=True)
+        await crew.enter()
+        office.services.audits.hear_commit(average.commit, average.lineage)
+        for who in GIVERS:
+            await crew.beat(who, average.contribution(who))
+        await office.tick(GATHER_S + 1.0)
+        for who in GIVERS:
+            (order,) = (await crew.beat(who)).shares
+            report = average.shares(who, order)
+            if who is WORKER:
+                laid = summed((report.taken[1], folded(average._sketch(average.poison, 0))))
+                report = report.model_copy(update={"taken": (report.taken[0], laid, report.taken[2])})
+            await crew.beat(who, report)
+        await office.tick(1.0)
+        assert [crew.state_of(who) for who in GIVERS] == [State.SUSPECT, State.SUSPECT, State.NEW]
