@@ -8,16 +8,12 @@ report and the answer.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from peer.averaging.absorb import Update, update_shards
-from peer.averaging.parts import spans_of
-from peer.averaging.reduce import contribution
-from peer.averaging.taken import Taken
-from peer.codecs import Codec, codec
+from peer.averaging.sketches import sketch_by_maker, sketch_taken
+from peer.codecs import codec
 from peer.engine.recompute import Recomputer
 from peer.engine.stage_engine import StageEngine
 from peer.pipeline.gate import Gate
@@ -25,7 +21,7 @@ from protocol.audits import MAX_SHARES, ContributionReport, ShareOrder, ShareRep
 from protocol.ids import Lineage, PeerId, StageId
 from protocol.rounds.lineage import next_lineage
 from protocol.rounds.messages import Commit
-from protocol.sketch import ShardSketch, folded, summed
+from protocol.sketch import folded, summed
 
 COARSE_CODECS = ("int4",)
 """What they leave of a contribution is not close enough to it: what is sketched goes through them first."""
@@ -39,35 +35,6 @@ class Shares:
     given: tuple[bytes, ...]
     taken: tuple[bytes, ...]
     totals: tuple[bytes, ...]
-
-
-def sketch_by_maker(
-    shards: Iterable[Tensor], seed: bytes, *, num_members: int, using: Codec | None = None
-) -> tuple[bytes, ...]:
-    """Sketch shards by who adds up which parts of them, as they are or as they come out of a codec.
-
-    Together that is the sketch of all (`protocol.sketch.summed`).
-    """
-    makers = [ShardSketch(seed) for _ in range(num_members)]
-    index = 0
-    for number, values in enumerate(shards):
-        for start, length in spans_of(len(values)):
-            part = values[start : start + length]
-            part = part if using is None else contribution(part, using=using)
-            makers[index % num_members].add(number, part.numpy(), start=start)
-            index += 1
-    return tuple(each.packed() for each in makers)
-
-
-def sketch_taken(taken: Taken, seed: bytes) -> tuple[bytes, ...]:
-    """Sketch what each member has given into the share of one."""
-    found = []
-    for member in range(taken.num_members):
-        each = ShardSketch(seed)
-        for part, values in taken.of(member):
-            each.add(part.shard, values.numpy(), start=part.start)
-        found.append(each.packed())
-    return tuple(found)
 
 
 class Contributions:

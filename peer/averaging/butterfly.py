@@ -10,6 +10,8 @@ import asyncio
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
+import structlog
+
 from peer.averaging.group_message import GroupMessage
 from peer.averaging.link import Inbox, Link
 from peer.averaging.merge import MergeStopped, OrderedMerger
@@ -18,7 +20,9 @@ from peer.averaging.reduce import ReduceGroup, Shards
 from peer.averaging.runner import GroupRunner
 from peer.averaging.taken import Taken
 from peer.codecs import Buffer
-from protocol.errors import LocalFault, WireError
+from protocol.errors import LocalFault, StorageError, WireError
+
+log = structlog.get_logger()
 
 
 class ButterflyRunner(GroupRunner):
@@ -45,12 +49,17 @@ class ButterflyRunner(GroupRunner):
         try:
             await super()._make_room()
             if self._group.keeps:
-                own, size = self._parts_of(self._me), self.group_size
-                self.taken = await asyncio.to_thread(
-                    lambda: Taken(own, num_members=size, using=self._codec, folder=self._folder)
-                )
+                self.taken = await asyncio.to_thread(self._make_room_for_taken)
         finally:
             self._has_room.set()
+
+    def _make_room_for_taken(self) -> Taken | None:
+        try:
+            own = self._parts_of(self._me)
+            return Taken(own, num_members=self.group_size, using=self._codec, folder=self._folder)
+        except StorageError as error:  # the sum needs none of it; we cannot say afterwards what we were sent
+            log.warning("reduce.not_kept", error=error.one_line())
+            return None
 
     async def _make_own_parts(self) -> None:
         """Contribute to the parts we reduce, and see to it that the others do so in time."""

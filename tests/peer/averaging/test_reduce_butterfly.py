@@ -6,7 +6,6 @@ import asyncio
 import threading
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -214,9 +213,8 @@ async def test_member_with_nan_fails_itself_and_is_named_by_the_others(swarm: li
         assert result.peer == swarm[1].peer
 
 
-@pytest.mark.parametrize("module", [runner, taken])
 async def test_a_member_whose_disk_is_full_fails_itself_and_the_others_hear_at_once(
-    swarm: list[Member], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: ModuleType
+    swarm: list[Member], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Oracle: its own error; whom the others name, before they would give it up; the event loop is not held up."""
     threads: list[threading.Thread] = []
@@ -227,16 +225,30 @@ async def test_a_member_whose_disk_is_full_fails_itself_and_the_others_hear_at_o
             raise StorageError("no room")
         return Spool(num_bytes, folder)
 
-    monkeypatch.setattr(module, "Spool", room)
+    monkeypatch.setattr(runner, "Spool", room)
     monkeypatch.setattr(swarm[1].reduce, "_folder", tmp_path)
-    group = replace(make_group(swarm[:3]), keeps=True)
     async with asyncio.timeout(QUICK.sender_s / 2):
-        results = await reduce_all(swarm[:3], group, [make_shards(seed) for seed in range(3)])
+        results = await reduce_all(swarm[:3], make_group(swarm[:3]), [make_shards(seed) for seed in range(3)])
     assert isinstance(results[1], StorageError)
     for result in (results[0], results[2]):
         assert isinstance(result, ReduceError)
         assert result.peer == swarm[1].peer
     assert threading.current_thread() not in threads
+
+
+async def test_without_room_for_what_it_is_sent_a_member_sums_all_the_same(
+    swarm: list[Member], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the sum; nothing was kept."""
+
+    def room(num_bytes: int, folder: Path | None) -> Spool:
+        raise StorageError("no room")
+
+    monkeypatch.setattr(taken, "Spool", room)
+    inputs = [make_shards(seed) for seed in range(3)]
+    results = await reduce_all(swarm[:3], replace(make_group(swarm[:3]), keeps=True), inputs)
+    assert {joined(result) for result in results} == {b"".join(reference("fp32", inputs))}
+    assert all(isinstance(result, Reduced) and result.taken is None for result in results)
 
 
 async def test_unreachable_member_is_named(swarm: list[Member]) -> None:
