@@ -25,6 +25,7 @@ from coordinator.audit.policy import Sanction, Standing, State
 from coordinator.audit.shares import Blame, Disputes, ShareCases
 from coordinator.audit.sums import Sums
 from coordinator.audit.tolerance import tolerance_of
+from coordinator.audit.vouchers import Vouchers
 from coordinator.carries import Carry, RoundHops
 from coordinator.clock import Clock
 from coordinator.journal import DISK_NOTE, Journal
@@ -56,6 +57,8 @@ MAX_WAITING = 4  # audits that wait at one auditor
 RINGER_RATE = 1 / 8  # of audits: somebody else does the same once more, so that who answers at random is noticed
 PRUNE_EVERY_S = 600.0
 KEEP_S = 7 * 86400.0
+MAX_AGAIN = 8  # microbatches that are looked at again when somebody was struck
+VOUCHED = "it found work of another right that two others found wrong"
 SPOILT = "what it gave into an average, or made of what others gave, is not what it says"
 
 
@@ -76,6 +79,7 @@ class AuditOffice:
         self._touched: set[RoundId] = set()
         self._is_local = manifest.averaging.mode is AveragingMode.DILOCO
         self._sums = Sums(is_mean=self._is_local)
+        self._vouchers = Vouchers()
         self._shares = ShareCases(next_order=self._next_order)
         self._disputes = Disputes()
         self._drawn: defaultdict[tuple[RoundId, PeerId], int] = defaultdict(int)
@@ -100,7 +104,7 @@ class AuditOffice:
         changed = {peer: standing} if known else {}
         for other in (*changed.values(), *self._standings.values()):
             for key in before:
-                if key in other.accusers and other.peer not in before:
+                if policy.is_witness(other, key) and other.peer not in before:
                     other = policy.renamed(changed.get(other.peer, other), key, peer)
                     changed[other.peer] = other
 
@@ -258,23 +262,31 @@ class AuditOffice:
         standing = self.standing(peer)
         # what is found right says nothing of what was booked since it was drawn: that may be of the same round
         age_s = self._clock.monotonic() - (case.first or case).opened_s
-        if standing.out_until_s > now_s:  # it has had its sentence for what was found at the same time
+        auditor, vouchers = self._who(case.auditor), set[PeerId]() if is_sum else self._vouchers.of(case.carry)
+        if verdict.finding is Finding.CONFIRMED:
+            await self._strike_vouchers(vouchers, now_s=now_s)
+        is_out = standing.out_until_s > now_s
+        if is_out and not (verdict.finding is Finding.DIFFERS and vouchers):
+            # it has had its sentence for what was found at the same time
             await self._database.run(audits.add_audit, _row(verdict, now_s))
         elif verdict.finding is Finding.VALID:
-            await self._keep(verdict, now_s, policy.passed(standing, now_s=now_s - age_s, is_sum=is_sum))
+            if not is_sum:
+                self._vouchers.note(case.carry, auditor)
+            await self._keep(verdict, now_s, policy.passed(standing, auditor, now_s=now_s - age_s, is_sum=is_sum))
         elif verdict.finding is Finding.DIFFERS:
             has_second = self._open(
-                case.carry, case.seed, without=(case.auditor,), contribution=case.contribution, first=case
+                case.carry, case.seed, without=(case.auditor, *vouchers), contribution=case.contribution, first=case
             )
             log.info("audit.differs", peer=peer, round=case.carry.round, number=case.carry.number, second=has_second)
-            after, sanction = policy.doubted(standing, self._who(case.auditor), now_s=now_s)
-            if has_second:  # it will settle that
+            after, sanction = policy.doubted(standing, auditor, now_s=now_s)
+            if has_second or is_out:  # it will settle that
                 after, sanction = standing, None
             await self._keep(verdict, now_s, after, sanction)
         elif verdict.finding is Finding.CONFIRMED:
             await self._keep(verdict, now_s, *policy.struck(standing, now_s=now_s))
+            self._look_again(peer)
         elif verdict.finding is Finding.CLEARED:
-            await self._keep(verdict, now_s, policy.passed(standing, now_s=now_s - age_s, is_sum=is_sum))
+            await self._keep(verdict, now_s, policy.passed(standing, auditor, now_s=now_s - age_s, is_sum=is_sum))
             for liar in verdict.liars:
                 after, sanction = policy.doubted(self.standing(liar), self._who(case.auditor), now_s=now_s)
                 await self._keep(None, now_s, after, sanction)
@@ -283,6 +295,21 @@ class AuditOffice:
             await self._keep(verdict, now_s, after, sanction)
         else:
             await self._database.run(audits.add_audit, _row(verdict, now_s))
+
+    async def _strike_vouchers(self, vouchers: Collection[PeerId], *, now_s: float) -> None:
+        """Two others have found wrong what these found right: they did not compute it, or cover for it."""
+        for peer in sorted(vouchers):
+            standing = self.standing(peer)
+            if standing.out_until_s > now_s:
+                continue
+            await self._keep(None, now_s, *policy.struck(standing, now_s=now_s, why=VOUCHED))
+            for accused in [each for each in self._standings.values() if peer in each.accusers]:
+                await self._keep(None, now_s, policy.withdrawn(accused, peer))
+
+    def _look_again(self, peer: PeerId) -> None:
+        """Have others recompute what was found right of a peer that does wrong."""
+        for carry in self._vouchers.newest(peer, MAX_AGAIN):
+            self._open(carry, _new_seed(), without=(*self._vouchers.of(carry), *self._auditors_of(carry)))
 
     async def _act_on_shares(self, blame: Blame, *, now_s: float) -> None:
         """Follow what was said of an average that does not add up."""
@@ -319,7 +346,7 @@ class AuditOffice:
         """Keep a finding, a standing and what follows from it, all or nothing."""
         before = self.standing(standing.peer)
         is_sum = is_sum or (verdict is not None and verdict.case.contribution is not None)
-        since_s = before.last_valid_sum_s if is_sum else before.last_valid_s
+        since_s = policy.kept_until(before, is_sum=is_sum)
 
         def write(db: Connection) -> None:
             if verdict is not None:

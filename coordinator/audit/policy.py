@@ -10,7 +10,7 @@ the rate of them, however rarely it cheats.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any
 
@@ -25,6 +25,7 @@ STRIKES_COUNT_S = 30 * 86400.0
 HOURS = (1.0, 24.0, 7 * 24.0, 30 * 24.0)
 """Out for so long with the first strike, the second, and so on."""
 BANNED_FROM = 3  # strikes
+MAX_VOUCHERS = 8
 PROVEN = 100  # audits that found nothing: who then does wrong once is probably broken, and not a liar
 
 
@@ -61,9 +62,13 @@ class Standing:
     out_until_s: float = float("-inf")
     out_as: State = State.QUARANTINED
     """What it is until then."""
-    last_valid_s: float = float("-inf")
-    last_valid_sum_s: float = float("-inf")
+    vouched_s: Mapping[PeerId, float] = field(default_factory=dict)
+    """Until when each of its latest auditors has found nothing."""
+    vouched_sum_s: Mapping[PeerId, float] = field(default_factory=dict)
     """The same of its contributions to averages."""
+
+
+_FIELDS = frozenset(each.name for each in fields(Standing))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +98,19 @@ def rate(standing: Standing, *, now_s: float) -> float:
     return max(LEAST_RATE, TRUST / standing.valid) if standing.valid > TRUST else 1.0
 
 
-def passed(standing: Standing, *, now_s: float, is_sum: bool = False) -> Standing:
-    """An audit has found nothing, of a microbatch or of a contribution."""
+def passed(standing: Standing, auditor: PeerId, *, now_s: float, is_sum: bool = False) -> Standing:
+    """An audit has found nothing, of a microbatch or of a contribution that was given before `now_s`."""
+    known = {**(standing.vouched_sum_s if is_sum else standing.vouched_s)}
+    known[auditor] = max(now_s, known.get(auditor, now_s))
+    latest = dict(sorted(known.items(), key=lambda pair: -pair[1])[:MAX_VOUCHERS])
     found = replace(standing, valid=standing.valid + 1, audited=standing.audited + 1)
-    return replace(found, last_valid_sum_s=now_s) if is_sum else replace(found, last_valid_s=now_s)
+    return replace(found, vouched_sum_s=latest) if is_sum else replace(found, vouched_s=latest)
+
+
+def kept_until(standing: Standing, *, is_sum: bool = False) -> float:
+    """Return until when its credits stay if it is struck now: for that two auditors have to vouch, as one may lie."""
+    times_s = sorted((standing.vouched_sum_s if is_sum else standing.vouched_s).values())
+    return times_s[-2] if len(times_s) > 1 else float("-inf")
 
 
 def doubted(standing: Standing, accuser: PeerId, *, now_s: float) -> tuple[Standing, Sanction | None]:
@@ -106,6 +120,12 @@ def doubted(standing: Standing, accuser: PeerId, *, now_s: float) -> tuple[Stand
     if len(accusers) > 1:
         return struck(standing, now_s=now_s)
     return replace(standing, valid=0, audited=standing.audited + 1, doubted_s=now_s, accusers=accusers), None
+
+
+def withdrawn(standing: Standing, accuser: PeerId) -> Standing:
+    """A witness against it was found to lie: its word does not count."""
+    accusers = standing.accusers - {accuser}
+    return replace(standing, accusers=accusers, doubted_s=standing.doubted_s if accusers else float("-inf"))
 
 
 def suspected(standing: Standing, *, now_s: float) -> Standing:
@@ -143,10 +163,6 @@ def struck(
 def inherited(standing: Standing, earlier: Standing) -> Standing:
     """What is known of a key that was replaced is known of its successor. Of two, what says less for it counts."""
     own = standing if standing.audited else replace(standing, valid=earlier.valid)
-    since_s = {
-        name: min(getattr(own, name), getattr(earlier, name)) if standing.audited else getattr(earlier, name)
-        for name in ("last_valid_s", "last_valid_sum_s")
-    }
     return replace(
         own,
         valid=min(own.valid, earlier.valid),
@@ -158,15 +174,28 @@ def inherited(standing: Standing, earlier: Standing) -> Standing:
         out_since_s=max(own.out_since_s, earlier.out_since_s),
         out_until_s=max(own.out_until_s, earlier.out_until_s),
         out_as=max(own, earlier, key=lambda each: each.out_until_s).out_as,
-        **since_s,
+        vouched_s=_earlier(own.vouched_s, earlier.vouched_s) if standing.audited else earlier.vouched_s,
+        vouched_sum_s=_earlier(own.vouched_sum_s, earlier.vouched_sum_s) if standing.audited else earlier.vouched_sum_s,
     )
+
+
+def is_witness(standing: Standing, key: PeerId) -> bool:
+    """Tell whether a key has spoken for or against a peer lately."""
+    return key in standing.accusers or key in standing.vouched_s or key in standing.vouched_sum_s
 
 
 def renamed(standing: Standing, before: PeerId, after: PeerId) -> Standing:
     """A witness goes by another key now: it stays one witness."""
-    if before not in standing.accusers:
-        return standing
-    return replace(standing, accusers=standing.accusers - {before} | {after})
+
+    def as_after(key: PeerId) -> PeerId:
+        return after if key == before else key
+
+    return replace(
+        standing,
+        accusers=frozenset(map(as_after, standing.accusers)),
+        vouched_s={as_after(key): at_s for key, at_s in standing.vouched_s.items()},
+        vouched_sum_s={as_after(key): at_s for key, at_s in standing.vouched_sum_s.items()},
+    )
 
 
 def pardoned(standing: Standing) -> Standing:
@@ -186,12 +215,17 @@ def fields_of(standing: Standing) -> dict[str, Any]:
     return {key: sorted(value) if isinstance(value, frozenset) else value for key, value in asdict(standing).items()}
 
 
-def standing_from(peer: PeerId, fields: Mapping[str, Any]) -> Standing:
+def standing_from(peer: PeerId, kept: Mapping[str, Any]) -> Standing:
     """Return a standing that was kept."""
-    known = {**fields, "peer": peer}
+    known = {name: value for name, value in kept.items() if name in _FIELDS} | {"peer": peer}
     for name, kind in (("strikes", tuple), ("faults", tuple), ("accusers", frozenset), ("out_as", State)):
         known[name] = kind(known[name])
     return Standing(**known)
+
+
+def _earlier(one: Mapping[PeerId, float], other: Mapping[PeerId, float]) -> dict[PeerId, float]:
+    """Return who vouches for both, until the earlier moment."""
+    return {key: min(at_s, other[key]) for key, at_s in one.items() if key in other}
 
 
 def _recent(times_s: tuple[float, ...], now_s: float) -> list[float]:

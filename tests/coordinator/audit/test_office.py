@@ -5,13 +5,15 @@ Everything is real but tensors, the network and the time. Oracles: rows in SQLit
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from coordinator.audit.office import MAX_PER_ROUND, SPOILT
+from coordinator.audit.office import MAX_PER_ROUND, SPOILT, VOUCHED
 from coordinator.audit.policy import State, state_of
 from coordinator.audit.sums import GATHER_S
 from coordinator.store import audits, bans, credits, history
@@ -246,6 +248,39 @@ async def test_what_is_known_of_a_key_is_known_of_its_successor(tmp_path: Path) 
         assert kept.standing(SECOND.peer) == kept.standing(again.peer)
         assert kept.standing(again.peer).accusers == {moved.peer}
         assert set(await office.services.database.run(audits.load_standings)).isdisjoint({SECOND.peer, new.peer})
+
+
+async def test_who_finds_right_what_two_others_find_wrong_is_put_out_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four replicas one sends nonsense, and one covers for it. Oracle: standings; the credits that are left."""
+    secrets = SimpleNamespace(token_bytes=random.Random(1).randbytes)  # so that it is asked at all
+    monkeypatch.setattr("coordinator.audit.office.secrets", secrets)
+    fourth = Volunteer("fourth")
+    async with open_office(tmp_path, run=RUN) as office:
+        crew = Crew(office)
+        crew.people[fourth.peer], crew._sequences[fourth.name] = Person(fourth.peer), 0
+        await crew.enter()
+        await office.join(fourth, wanted_stages=(StageId(1),))
+        await crew.beat(fourth)
+        for person in crew.people.values():
+            person.sent = {"dx": "nonsense"}
+        crew.people[SECOND.peer].covers = True
+        await crew.work(0)
+        for _ in range(12):
+            await office.tick(1.0)
+            for who in (FEEDER, SECOND, THIRD, fourth):
+                if office.services.bans.refusal(who.peer) is None:
+                    await crew.beat(who, *crew.people[who.peer].answers(await crew.beat(who)))
+        assert crew.state_of(WORKER) is crew.state_of(SECOND) is State.QUARANTINED
+        assert all(crew.state_of(who) in (State.NEW, State.PROBATION) for who in (FEEDER, THIRD, fourth))
+        rows = await office.services.database.run(lambda db: bans.load_bans(db, now_s=office.services.clock.wall()))
+        assert {row.peer: VOUCHED in row.reason for row in rows} == {WORKER.peer: False, SECOND.peer: True}
+        found = await office.services.database.run(audits.count_findings)
+        assert found[WORKER.peer].get("valid", 0) >= 1, "it was covered for"
+        await office.tick(6.0)
+        balances = await office.services.database.run(credits.balances)
+        assert balances.get(WORKER.peer, credits.Balance()).held_tokens == 0
 
 
 # -- averages ------------------------------------------------------------------------------------------------

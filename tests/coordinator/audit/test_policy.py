@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+
 import pytest
 
 from coordinator.audit.policy import (
@@ -12,13 +15,17 @@ from coordinator.audit.policy import (
     Standing,
     State,
     doubted,
+    fields_of,
     inherited,
+    kept_until,
     pardoned,
     passed,
     rate,
     renamed,
+    standing_from,
     state_of,
     struck,
+    withdrawn,
 )
 from protocol.ids import PeerId
 
@@ -29,7 +36,7 @@ DAY_S = 86400.0
 def proven(count: int, now_s: float = 0.0) -> Standing:
     standing = Standing(peer=P)
     for _ in range(count):
-        standing = passed(standing, now_s=now_s)
+        standing = passed(standing, Q, now_s=now_s)
     return standing
 
 
@@ -92,7 +99,7 @@ def test_what_has_long_been_right_is_taken_for_broken_once() -> None:
     assert standing.strikes == ()
     assert state_of(standing, now_s=1.0) is State.HARDWARE_FAULT
     for _ in range(PROVEN):
-        standing = passed(standing, now_s=DAY_S)
+        standing = passed(standing, Q, now_s=DAY_S)
     standing, sanction = struck(standing, now_s=DAY_S)
     assert sanction.state is State.QUARANTINED
     assert len(standing.strikes) == 1
@@ -111,13 +118,45 @@ def test_a_new_key_is_where_the_old_one_was_and_sheds_nothing() -> None:
     assert (fresh.peer, fresh.strikes, fresh.out_until_s, fresh.valid) == (Q, old.strikes, old.out_until_s, 0)
     assert state_of(fresh, now_s=11.0) is state_of(old, now_s=11.0) is State.QUARANTINED
     assert inherited(Standing(peer=Q), proven(500)).valid == 500, "trust goes along"
-    own = passed(Standing(peer=Q), now_s=1.0)
+    own = passed(Standing(peer=Q), R, now_s=1.0)
     assert inherited(own, old).strikes == old.strikes, "also if it came as a newcomer first"
     assert inherited(own, proven(500)).valid == 1
-    summed = passed(Standing(peer=P), now_s=5.0, is_sum=True)
-    assert inherited(Standing(peer=Q), summed).last_valid_sum_s == 5.0
-    assert inherited(own, summed).last_valid_sum_s == own.last_valid_sum_s, "the earlier, so that more is taken back"
+    summed = passed(passed(Standing(peer=P), Q, now_s=5.0, is_sum=True), R, now_s=6.0, is_sum=True)
+    assert kept_until(inherited(Standing(peer=Q), summed), is_sum=True) == 5.0
+    assert kept_until(inherited(own, summed), is_sum=True) == -math.inf, "the earlier, so that more is taken back"
     assert inherited(proven(500), old).valid == 0
+
+
+def test_the_word_of_a_liar_is_withdrawn() -> None:
+    """Oracle: as if it had never been said, but for the trust that has to be earned again."""
+    standing, _ = doubted(proven(50), Q, now_s=0.0)
+    assert state_of(withdrawn(standing, R), now_s=1.0) is State.SUSPECT
+    again = withdrawn(standing, Q)
+    assert state_of(again, now_s=1.0) is State.PROBATION
+    again, sanction = doubted(again, R, now_s=2.0)
+    assert sanction is None, "it would have been the second witness"
+
+
+def test_what_one_auditor_vouches_for_is_not_kept_for_that() -> None:
+    """It may be a friend. Oracle: the second latest of different ones."""
+    standing = Standing(peer=P)
+    for now_s in (1.0, 2.0, 3.0):
+        standing = passed(standing, Q, now_s=now_s)
+    assert kept_until(standing) == -math.inf
+    standing = passed(standing, R, now_s=2.5)
+    assert kept_until(standing) == 2.5
+    standing = passed(standing, R, now_s=1.0)
+    assert kept_until(standing) == 2.5, "a word about earlier work takes nothing back"
+    for number in range(20):
+        standing = passed(standing, PeerId(f"auditor {number}"), now_s=float(number))
+    assert kept_until(standing) == 18.0
+    assert kept_until(standing, is_sum=True) == -math.inf
+    assert standing_from(P, json.loads(json.dumps(fields_of(standing)))) == standing
+
+
+def test_what_an_earlier_version_kept_of_a_peer_can_be_read() -> None:
+    """Oracle: a field that there is no more is passed over."""
+    assert standing_from(P, {**fields_of(proven(3)), "last_valid_s": 5.0}) == proven(3)
 
 
 def test_a_witness_with_another_key_is_the_same_witness() -> None:
