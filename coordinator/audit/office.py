@@ -23,7 +23,7 @@ from coordinator.audit import policy
 from coordinator.audit.court import Case, Contributed, Court, Finding, Verdict
 from coordinator.audit.policy import Sanction, Standing, State
 from coordinator.audit.shares import Blame, Disputes, ShareCases
-from coordinator.audit.sums import Sums
+from coordinator.audit.sums import GIVE_UP_S, Sums
 from coordinator.audit.tolerance import tolerance_of
 from coordinator.audit.vouchers import Vouchers
 from coordinator.carries import Carry, RoundHops
@@ -82,6 +82,8 @@ class AuditOffice:
         self._vouchers = Vouchers()
         self._shares = ShareCases(next_order=self._next_order)
         self._disputes = Disputes()
+        self._added_up_s: dict[PeerId, float] = {}
+        """Until when what everybody gave into averages is what it says. Unix seconds; of this process only."""
         self._drawn: defaultdict[tuple[RoundId, PeerId], int] = defaultdict(int)
         self._verdicts: list[Verdict] = []
         self._pruned_s = float("-inf")
@@ -208,7 +210,9 @@ class AuditOffice:
         for record in self._sums.due(now_s=self._clock.monotonic()):
             hops = self._rounds.get(record.round)
             works = [] if hops is None else [carry for carry in hops.all(hosts) if record.stage in carry.stages]
-            if not record.adds_up:
+            if record.adds_up:  # its auditors only know what it says that it gave
+                self._added_up_s |= dict.fromkeys(map(self._who, record.own), now_s - GIVE_UP_S)
+            else:
                 log.warning("audit.sum", stage=record.stage, round=record.round, apart=record.apart)
                 if len(record.members) <= MAX_SHARES:
                     self._shares.open(record, now_s=self._clock.monotonic())
@@ -327,10 +331,10 @@ class AuditOffice:
             if peer in proven or self._disputes.is_liar(peer, num_members=len(record.members), now_s=now_s):
                 self._disputes.forget(peer)
                 after, sanction = policy.struck(standing, now_s=now_s, why=SPOILT)
-                await self._keep(None, now_s, after, sanction, is_sum=True)
+                await self._keep(None, now_s, after, sanction, since_s=self._added_up_s.get(peer, 0.0))
             elif blame.evasive:
                 witness = PeerId(f"sum {record.lineage.hex()[:16]}")
-                await self._keep(None, now_s, *policy.doubted(standing, witness, now_s=now_s), is_sum=True)
+                await self._keep(None, now_s, *policy.doubted(standing, witness, now_s=now_s))
             else:
                 await self._keep(None, now_s, policy.suspected(standing, now_s=now_s))
 
@@ -341,12 +345,16 @@ class AuditOffice:
         standing: Standing,
         sanction: Sanction | None = None,
         *,
-        is_sum: bool = False,
+        since_s: float | None = None,
     ) -> None:
-        """Keep a finding, a standing and what follows from it, all or nothing."""
-        before = self.standing(standing.peer)
-        is_sum = is_sum or (verdict is not None and verdict.case.contribution is not None)
-        since_s = policy.kept_until(before, is_sum=is_sum)
+        """Keep a finding, a standing and what follows from it, all or nothing.
+
+        With a sanction go the credits since `since_s`, or since its auditors vouch for it no more.
+        """
+        if since_s is None:
+            is_sum = verdict is not None and verdict.case.contribution is not None
+            since_s = policy.kept_until(self.standing(standing.peer), is_sum=is_sum)
+        gone_s = max(0.0, since_s)
 
         def write(db: Connection) -> None:
             if verdict is not None:
@@ -357,7 +365,7 @@ class AuditOffice:
                 reason = f"{sanction.state.value}: {sanction.reason}"
                 bans.add_milder_ban(db, BanRow(peer=standing.peer, since_s=now_s, until_s=until_s, reason=reason))
                 for key in (standing.peer, *successors.predecessors(db, standing.peer)):
-                    credits.revoke(db, key, reason=reason, at_s=now_s, since_s=max(0.0, since_s))
+                    credits.revoke(db, key, reason=reason, at_s=now_s, since_s=gone_s)
 
         await self._database.run(write)
         self._standings[standing.peer] = standing

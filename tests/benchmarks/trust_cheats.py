@@ -351,6 +351,10 @@ class LyingReducer(Cheat):
         self.member.lies += 1
         return -total
 
+    def does(self, task: Task) -> bool:
+        """Its work is right."""
+        return False
+
 
 class FramingReducer(LyingReducer):
     """Does the same, and says that somebody else has sent it so: always another one."""
