@@ -25,6 +25,7 @@ import structlog
 
 from coordinator import listening, status
 from coordinator.access import AccessOffice
+from coordinator.alarm import Alarm
 from coordinator.audit.office import AuditOffice
 from coordinator.bans import Bans
 from coordinator.charters import CharterOffice
@@ -39,6 +40,7 @@ from coordinator.ledger import Ledger
 from coordinator.monitor.local import SharedStatus, status_of_run
 from coordinator.registry import Registry
 from coordinator.reunion import Reunion
+from coordinator.rollback import Rollback
 from coordinator.rundir import KEY, RunDir
 from coordinator.serving import Shelf
 from coordinator.settings import CoordinatorSettings
@@ -78,6 +80,8 @@ class Services:
     registry: Registry
     charters: CharterOffice
     reunion: Reunion
+    rollback: Rollback
+    alarm: Alarm
     bans: Bans
     credits: Credits
     audits: AuditOffice
@@ -99,6 +103,8 @@ class Services:
         await self.bans.tick()
         await self.registry.sweep()
         if not self.finish.is_reached:
+            await self.alarm.tick()
+            await self.rollback.tick()
             await self.charters.tick()
             await self.reunion.tick()
         await self.credits.tick()
@@ -148,10 +154,12 @@ def make_services(run: RunDir, settings: CoordinatorSettings, *, database: Datab
         clock=clock,
     )
     reunion = Reunion(manifest, settings=settings, registry=registry, ledger=ledger, journal=journal, clock=clock)
+    rollback = Rollback(run, ledger=ledger, database=database, journal=journal)
     bans = Bans(manifest.run_id, key=run.key, registry=registry, database=database, journal=journal, clock=clock)
     credits = Credits(manifest, settings=settings, database=database, journal=journal, clock=clock)
     audits = AuditOffice(manifest, registry=registry, database=database, journal=journal, clock=clock)
     ledger.on_receipts, ledger.on_commit, ledger.on_audit = audits.hear_receipts, audits.hear_commit, audits.hear
+    rollback.on_rollback = audits.forget
     finish = Finish(manifest, registry=registry, database=database, journal=journal, clock=clock)
     return Services(
         run=run,
@@ -164,6 +172,8 @@ def make_services(run: RunDir, settings: CoordinatorSettings, *, database: Datab
         registry=registry,
         charters=charters,
         reunion=reunion,
+        rollback=rollback,
+        alarm=Alarm(run, settings=settings, database=database, journal=journal, clock=clock),
         bans=bans,
         credits=credits,
         audits=audits,
@@ -238,6 +248,7 @@ async def _serve(
         Passes(calls, streams, door, me=node.peer_id).serve()
         collector = _make_collector(services, blobs, calls)
         await _answer_calls(services, calls)
+        services.rollback.on_checkpoint = collector.go_back
         await collector.load()  # hashes gigabytes; until then there is no checkpoint to hand out, not even "none"
         shelf = Shelf(
             services.run,
@@ -308,7 +319,7 @@ def _make_collector(services: Services, blobs: Blobs, calls: Calls) -> Collector
         return (await calls.call(peer, StateRequest(stage=stage), StateAnswer)).snapshots
 
     def on_checkpoint(checkpoint: Checkpoint) -> None:
-        services.charters.floor = versions(checkpoint)
+        services.charters.floor, services.charters.floor_round = versions(checkpoint), checkpoint.round
 
     return Collector(
         services.run,

@@ -73,6 +73,8 @@ class CharterOffice:
         self._short_since_s: dict[StageId, float] = {}
         self.floor: Mapping[StageId, Version] = {}
         """Versions of the newest checkpoint, kept up to date by the collector."""
+        self.floor_round = RoundId(0)
+        """And its round."""
         registry.charters = self.newest
 
     async def load(self) -> None:
@@ -214,8 +216,11 @@ class CharterOffice:
         reported = self._ledger.newest_commit(stage)
         if reported is None:
             charter = self._newest[stage].charter
-            return charter.version, charter.round
-        return reported[1].version, RoundId(reported[1].round + 1)
+            version, round_id = charter.version, charter.round
+        else:
+            version, round_id = reported[1].version, RoundId(reported[1].round + 1)
+        # of what is gone nothing is known to follow the checkpoint's own commit
+        return max(version, self.floor.get(stage, Version(0))), max(round_id, self.floor_round)
 
     def _participants(self) -> tuple[Participant, ...]:
         suspects = self._registry.suspects()
@@ -239,7 +244,7 @@ class CharterOffice:
             stage=state.stage,
             round=state.round,
             version=state.version,
-            ready=state.ready,
+            ready=state.ready and not self._ledger.is_gone(state.lineage),
             acting=not is_lost and (self._is_freshly_seated(seat, state.stage) or self._is_member(seat, state)),
             is_lost=is_lost,
             state_digest=state.state_digest,

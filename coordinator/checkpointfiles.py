@@ -26,7 +26,7 @@ from typing import Annotated
 import structlog
 from pydantic import ConfigDict, Field, ValidationError
 
-from coordinator.durable import PART_PREFIX, new_directory, storage_faults
+from coordinator.durable import ASIDE_PREFIX, PART_PREFIX, new_directory, storage_faults
 from protocol.errors import StorageError
 from protocol.ids import Lineage, RoundId, RunId, StageId, Version
 from protocol.wire import Message
@@ -153,6 +153,20 @@ class CheckpointFolder:
             for file in stage.files:
                 _check_file(folder / file.name, file)
         return Checkpoint(folder, record)
+
+    def set_aside_after(self, round_id: RoundId) -> tuple[RoundId, ...]:
+        """Take all checkpoints after a round out of the list, and return their rounds. They stay on disk.
+
+        Raises `StorageError`.
+        """
+        later = tuple(number for number in self.rounds() if number > round_id)
+        with storage_faults(self.path):
+            for number in later:
+                aside = self.path / f"{ASIDE_PREFIX}{self._folder(number).name}"
+                if aside.exists():
+                    shutil.rmtree(aside)
+                self._folder(number).rename(aside)
+        return later
 
     def _write_folder(self, final: Path, round_id: RoundId, stages: Sequence[StageFiles]) -> CheckpointRecord:
         with new_directory(final, last=RECORD) as staging, storage_faults(final):

@@ -182,6 +182,10 @@ class Collector:
                     "checkpoint.dissent", peer, f"stage {stage}, round {round_id}: offers other files, {against}"
                 )
 
+    def go_back(self, checkpoint: Checkpoint) -> None:
+        """Take an older checkpoint for the newest: the run goes on from that."""
+        self._take(checkpoint)
+
     def _take(self, checkpoint: Checkpoint) -> None:
         self.newest = checkpoint
         self._on_checkpoint(checkpoint)

@@ -12,11 +12,12 @@ from typing import Any
 import click
 
 from coordinator.bancli import ban, bans, evidence, unban
-from coordinator.commandline import DIRECTORY, SETTING, finish, parse_settings
+from coordinator.commandline import DIRECTORY, SETTING, check_text, finish, parse_settings, write_database
 from coordinator.forecast.cli import plan
 from coordinator.invitecli import invite, invites, uninvite
 from protocol.console import Command, print_document, set_up_logging, with_debug, with_json
 from protocol.errors import ConfigError
+from protocol.ids import RoundId
 
 ACCESS = click.Choice(["open", "invite"])
 LEVELS = click.Choice(["debug", "info", "warning", "error"])
@@ -118,6 +119,7 @@ def init(
 @click.option("--start-peers", type=int, default=None, help="Begin when so many peers are ready. [default: 1]")
 @click.option("--stages-per-peer", type=int, default=None, help="Stages that a joiner is given. [default: 1]")
 @click.option("--lost-after", "lost_after_s", type=float, default=None, help="Seconds of silence. [default: 10]")
+@click.option("--auto-rollback", is_flag=True, default=None, help="Go back by itself when the held-out loss jumps.")
 @click.option("--until-finished", is_flag=True, help="Exit when the run is over.")
 @_logging
 @with_debug
@@ -130,6 +132,7 @@ def run(
     start_peers: int | None,
     stages_per_peer: int | None,
     lost_after_s: float | None,
+    auto_rollback: bool | None,
     until_finished: bool,
     log_file: Path | None,
     log_level: str,
@@ -151,6 +154,7 @@ def run(
             start_peers=start_peers,
             stages_per_peer=stages_per_peer,
             lost_after_s=lost_after_s,
+            auto_rollback=auto_rollback,
         )
         set_up_logging(level=log_level, file=log_file)
         from coordinator.access import kept_access
@@ -196,6 +200,42 @@ def checkpoints(directory: Path, as_json: bool, debug: bool) -> None:
             click.echo(f"round {row['round']:>6}  {size:>16} bytes  {row['problem'] or 'sound'}")
 
     finish(command, "checkpoints", debug)
+
+
+@coordinator.command()
+@click.argument("directory", type=DIRECTORY)
+@click.option("--to", "round_id", type=click.IntRange(min=0), required=True, help="Round of the checkpoint.")
+@click.option("--reason", default="", help="Shown in the events.")
+@with_json
+@with_debug
+def rollback(directory: Path, round_id: int, reason: str, as_json: bool, debug: bool) -> None:
+    """Take the whole run in DIRECTORY back to an earlier checkpoint, and go on from there.
+
+    What was learnt since is given up. A coordinator that runs does it within a second, another one when it starts;
+    peers start over with their next beats. Later checkpoints are set aside, not deleted.
+
+    Example: coordinator rollback my-run --to 400 --reason "poisoned since then"
+    """
+
+    def command() -> None:
+        from coordinator.rollback import WISH, Wish
+        from coordinator.rundir import RunDir
+        from coordinator.store.peers import put_setting
+
+        check_text(reason, "--reason")
+        checkpoints = RunDir.open(directory).checkpoints
+        if round_id not in checkpoints.rounds():
+            known = ", ".join(map(str, checkpoints.rounds())) or "none"
+            raise ConfigError(f"there is no checkpoint of round {round_id}.", hint=f"There are: {known}")
+        checkpoints.open(RoundId(round_id))
+        wish = Wish(round=RoundId(round_id), reason=reason)
+        write_database(directory, lambda db: put_setting(db, WISH, wish.to_json()))
+        if as_json:
+            print_document("coordinator.rollback/1", {"round": round_id})
+        else:
+            click.echo(f"the run goes back to the checkpoint of round {round_id}")
+
+    finish(command, "rollback", debug)
 
 
 @coordinator.command()

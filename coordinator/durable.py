@@ -16,6 +16,7 @@ from pathlib import Path
 
 from protocol.errors import ConfigError, StorageError
 
+ASIDE_PREFIX = "given-up-"  # what the run has gone back from
 PART_PREFIX = ".part-"  # whatever starts so was being made when somebody died, and may be deleted
 COPY_BYTES = 1024 * 1024
 

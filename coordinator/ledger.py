@@ -17,7 +17,7 @@ import structlog
 
 from coordinator.clock import Clock
 from coordinator.store import history, tree
-from coordinator.store.database import Database
+from coordinator.store.database import Connection, Database
 from coordinator.store.receipts import ReceiptRow
 from coordinator.store.rounds import ClosingRow
 from coordinator.store.successors import predecessors
@@ -63,6 +63,8 @@ class Ledger:
         """Commits that nothing follows, by their envelopes."""
         self._roots: dict[StageId, Lineage] = {}
         self._given_up: set[Lineage] = set()
+        self._gone: set[Lineage] = set()
+        """What of that is not gone on from in any case: the run has gone back to a checkpoint before it."""
         self.on_receipts: Callable[[Window], None] = lambda window: None
         """Hears of receipts that are believed to be their sender's; the audit office puts itself here."""
         self.on_commit: Callable[[Commit, Lineage], None] = lambda commit, lineage: None
@@ -73,6 +75,7 @@ class Ledger:
     async def load(self) -> None:
         """Take over the newest commits. Call once, before serving, when the charters are known."""
         self._given_up = set(await self._database.run(tree.given_up))
+        self._gone = set(await self._database.run(tree.gone))
         await self._load_tips()
 
     def newest_commit(self, stage: StageId) -> tuple[Signed, Commit] | None:
@@ -91,6 +94,23 @@ class Ledger:
     def is_given_up(self, lineage: Lineage) -> bool:
         """Tell whether a state is of the half of a torn swarm that does not go on, as far as that was reported."""
         return lineage in self._given_up
+
+    def is_gone(self, lineage: Lineage) -> bool:
+        """Tell whether a state was given up although nobody stands anywhere else."""
+        return lineage in self._gone
+
+    async def give_up_for_good(self, lineages: Collection[Lineage]) -> None:
+        """Settle that commits, and all that will ever follow them, are gone. Raises `StorageError`."""
+
+        def write(db: Connection) -> list[Lineage]:
+            marked = tree.give_up(db, lineages, at_s=self._clock.wall())
+            tree.mark_gone(db, marked)
+            return marked
+
+        marked = await self._database.run(write)
+        self._given_up.update(marked)
+        self._gone.update(marked)
+        await self._load_tips()
 
     async def give_up(self, lineages: Collection[Lineage]) -> None:
         """Settle that commits, and all that will ever follow them, do not go on. Raises `StorageError`."""
@@ -131,6 +151,8 @@ class Ledger:
         entries = [self._entry(peer, keys, numbered) for numbered in reports]
         stored = await self._database.run(history.add_reports, peer, entries, received_s=self._clock.wall())
         self._given_up.update(stored.given_up)
+        if stored.given_up:
+            self._gone = set(await self._database.run(tree.gone))
         if any(isinstance(entry.said, history.CommitRow) for entry in entries):
             await self._load_tips()
         return stored.acknowledged

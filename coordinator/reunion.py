@@ -76,12 +76,17 @@ class Reunion:
             self._journal.note(DISK_NOTE, str(error))
 
     def astray(self, peer: LivePeer) -> tuple[GivenUp, ...]:
-        """Say where a peer should not stand any more, and who stands where its stages go on."""
-        return tuple(
-            GivenUp(stage=state.stage, lineage=state.lineage, members=sources)
-            for state in peer.replicas
-            if self._ledger.is_given_up(state.lineage) and (sources := self._sources(state.stage))
-        )
+        """Say where a peer should not stand any more, and who stands where its stages go on.
+
+        Of what the run has gone back from nobody is named: it starts over.
+        """
+        found = []
+        for state in peer.replicas:
+            is_gone = self._ledger.is_gone(state.lineage)
+            sources = () if is_gone else self._sources(state.stage)
+            if is_gone or (sources and self._ledger.is_given_up(state.lineage)):
+                found.append(GivenUp(stage=state.stage, lineage=state.lineage, members=sources))
+        return tuple(found)
 
     async def _look(self, rivals: Mapping[StageId, Mapping[PeerId, Lineage]], now_s: float) -> None:
         found = await self._branches()

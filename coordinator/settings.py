@@ -44,6 +44,8 @@ class CoordinatorSettings(BaseSettings):
     admission_hours: Annotated[float, Field(gt=0, le=720)] = 24.0
     hold_hours: Annotated[float, Field(gt=0, le=2160)] = 24.0
     """How long what a peer has earned can be taken back before it is its own."""
+    auto_rollback: bool = False
+    """Go back to the last checkpoint before a jump of the held-out loss without being asked."""
     tick_s: Annotated[float, Field(gt=0, le=60)] = 0.5
 
 

@@ -110,7 +110,11 @@ class Session:
         """Take over what the coordinator says."""
         self._take_charters(reply.charters)
         for each in reply.given_up:
-            self._parts.give_up(each)
+            if each.members:
+                self._parts.give_up(each)
+            elif any(state.lineage == each.lineage for state in self.condition().stages if state.stage == each.stage):
+                log.warning("stage.goes_back", stage=each.stage)
+                self._start_over()
         self._parts.audit((*reply.shares, *reply.sketches, *reply.audits, *reply.sums))
         members: dict[StageId, list[PeerId]] = {}
         for stage, peer, addresses in reply.members:

@@ -217,12 +217,15 @@ class Beat(Message):
 
 
 class GivenUp(Message):
-    """A lineage that does not go on, though a replica stands there: its swarm was torn, and the other half goes on."""
+    """A lineage that does not go on, though a replica stands there.
+
+    Its swarm was torn, and the other half goes on; or the run goes back to a checkpoint, and all start over from that.
+    """
 
     stage: StageId
     lineage: Lineage
     members: Annotated[tuple[PeerId, ...], Field(max_length=64)]
-    """Some who stand where it does go on."""
+    """Some who stand where it does go on; nobody, if the run goes back."""
 
 
 class BeatReply(Message):

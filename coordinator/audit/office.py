@@ -56,6 +56,7 @@ MAX_PER_ROUND = 20  # of one peer's microbatches in one round
 MAX_WAITING = 4  # audits that wait at one auditor
 RINGER_RATE = 1 / 8  # of audits: somebody else does the same once more, so that who answers at random is noticed
 PRUNE_EVERY_S = 600.0
+QUIET_S = 60.0  # after the run went back: what peers say of work before that is in by then
 KEEP_S = 7 * 86400.0
 MAX_AGAIN = 8  # microbatches that are looked at again when somebody was struck
 VOUCHED = "it found work of another right that two others found wrong"
@@ -73,7 +74,9 @@ class AuditOffice:
         self._secret = secrets.token_bytes(32)
         self._chance = random.Random(self._secret)
         self._order = int(clock.wall() * 1000)  # so that no number comes twice, whoever has answered an earlier one
-        self._court = Court(tolerance_of(*manifest.averaging.hop_codecs), next_order=self._next_order)
+        self._tolerance = tolerance_of(*manifest.averaging.hop_codecs)
+        self._court = Court(self._tolerance, next_order=self._next_order)
+        self._quiet_until_s = float("-inf")
         self._standings: dict[PeerId, Standing] = {}
         self._rounds: OrderedDict[RoundId, RoundHops] = OrderedDict()
         self._touched: set[RoundId] = set()
@@ -125,10 +128,25 @@ class AuditOffice:
         if changed:
             await self._database.run(write)
 
+    def forget(self) -> None:
+        """The run goes back: the same rounds and versions come again, with other weights.
+
+        Nobody may be judged for the work of the one by those of the other, so for a while nothing is drawn at all.
+        """
+        self._court, self._vouchers = Court(self._tolerance, next_order=self._next_order), Vouchers()
+        self._shares = ShareCases(next_order=self._next_order)
+        self._rounds.clear()
+        self._touched.clear()
+        self._drawn.clear()
+        self._verdicts.clear()
+        self._quiet_until_s = self._clock.monotonic() + QUIET_S
+
     # -- what is heard ----------------------------------------------------------------------------------
 
     def hear_receipts(self, window: Window) -> None:
         """Take what a peer says of its hops, whose signature was checked."""
+        if self._clock.monotonic() < self._quiet_until_s:
+            return
         if window.round not in self._rounds:
             self._rounds[window.round] = RoundHops(window.round, num_stages=self._num_stages)
             while len(self._rounds) > MAX_ROUNDS:

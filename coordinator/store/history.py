@@ -158,7 +158,7 @@ def add_commit(db: sqlite3.Connection, row: CommitRow, *, received_s: float) -> 
     """
     vouched = row.vouched or tree.is_signed_by_member(db, row.parent, row.signer)
     db.execute(
-        "INSERT INTO commits VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL) "
+        "INSERT INTO commits VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, 0) "
         "ON CONFLICT (digest) DO UPDATE SET vouched = max(vouched, excluded.vouched)",
         (
             row.digest,
@@ -181,6 +181,8 @@ def add_commit(db: sqlite3.Connection, row: CommitRow, *, received_s: float) -> 
     )
     given_up_s = tree.given_up_s(db, row.parent)
     given_up = [] if given_up_s is None else tree.give_up(db, [row.lineage], at_s=given_up_s)
+    if tree.is_gone(db, row.parent):
+        tree.mark_gone(db, given_up)
     if vouched:
         _keep_if_tip(db, row)
     add_closing(db, row.closing, closed_s=received_s)

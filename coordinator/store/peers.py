@@ -180,6 +180,11 @@ def get_setting(db: sqlite3.Connection, key: str) -> str | None:
     return None if row is None else str(row[0])
 
 
+def drop_setting(db: sqlite3.Connection, key: str) -> None:
+    """Forget a kept value."""
+    db.execute("DELETE FROM settings WHERE key = ?", (key,))
+
+
 def put_setting(db: sqlite3.Connection, key: str, value: str) -> None:
     """Keep a value."""
     db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (key, value))

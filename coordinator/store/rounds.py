@@ -73,3 +73,12 @@ def settle_round(db: sqlite3.Connection, round_id: RoundId) -> None:
         {"round": round_id},
     ).fetchone()[0]
     db.execute("UPDATE rounds SET superseded = (digest <> ?) WHERE round = ?", (standing, round_id))
+
+
+def last_evaluations(db: sqlite3.Connection, *, limit: int) -> list[tuple[RoundId, float]]:
+    """Return the last rounds that were evaluated and go on, with their held-out loss in nats, the oldest first."""
+    query = """
+        SELECT round, heldout_loss_sum / heldout_tokens FROM rounds
+        WHERE heldout_tokens > 0 AND NOT superseded ORDER BY round DESC, digest LIMIT ?
+    """
+    return [(RoundId(number), loss) for number, loss in reversed(db.execute(query, (limit,)).fetchall())]

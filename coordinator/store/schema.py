@@ -367,6 +367,11 @@ MIGRATIONS: tuple[str, ...] = (
     -- Why a peer is on the list: banned, frozen (two processes with one key), rotated (its key was replaced).
     ALTER TABLE bans ADD COLUMN kind TEXT NOT NULL DEFAULT 'banned' CHECK (kind IN ('banned', 'frozen', 'rotated'));
     """,
+    # Commits that the run has gone back from.
+    """
+    ALTER TABLE commits ADD COLUMN gone INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX commits_gone ON commits (gone) WHERE gone;
+    """,
 )
 
 SCHEMA_VERSION = len(MIGRATIONS)

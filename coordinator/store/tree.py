@@ -112,6 +112,27 @@ def given_up(db: sqlite3.Connection) -> list[Lineage]:
     return [lineage for (lineage,) in db.execute("SELECT lineage FROM commits WHERE given_up_s IS NOT NULL")]
 
 
+def later_than(db: sqlite3.Connection, stage: StageId, version: Version) -> list[Lineage]:
+    """Return the lineages of a stage's commits that go on and lead beyond a version."""
+    query = "SELECT lineage FROM commits WHERE stage = ? AND version > ? AND given_up_s IS NULL"
+    return [lineage for (lineage,) in db.execute(query, (stage, version))]
+
+
+def mark_gone(db: sqlite3.Connection, lineages: Iterable[Lineage]) -> None:
+    """Note that what was given up does not go on, also if nobody stands anywhere else."""
+    db.executemany("UPDATE commits SET gone = 1 WHERE lineage = ?", [(lineage,) for lineage in lineages])
+
+
+def is_gone(db: sqlite3.Connection, lineage: Lineage) -> bool:
+    """Tell whether a commit was noted by `mark_gone`."""
+    return db.execute("SELECT 1 FROM commits WHERE lineage = ? AND gone", (lineage,)).fetchone() is not None
+
+
+def gone(db: sqlite3.Connection) -> list[Lineage]:
+    """Return what was noted by `mark_gone`, and what follows that."""
+    return [lineage for (lineage,) in db.execute("SELECT lineage FROM commits WHERE gone")]
+
+
 def is_signed_by_member(db: sqlite3.Connection, parent: Lineage, signer: PeerId) -> bool:
     """Tell whether somebody is known to have taken a vouched commit as one of its members, and so may sign the next."""
     row = db.execute(

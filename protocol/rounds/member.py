@@ -402,7 +402,7 @@ class Member:
         slot = self.slot
         if slot is None:
             return
-        slot.company_s = self._neighbours.heard_s
+        slot.company_s, slot.company_since_s = self._neighbours.heard_s, self._neighbours.company_since_s
         slot.gone = self._neighbours.gone(slot.parent.seats) - {self._settings.me.peer}
         slot.has_listeners = self._neighbours.has_listeners(slot.order)
         seated = {(seat.peer, seat.session) for seat in slot.parent.seats}

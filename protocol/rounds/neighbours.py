@@ -24,6 +24,8 @@ class Neighbours:
         self.banned: frozenset[PeerId] = frozenset()
         self.heard_s = 0.0
         """When anybody at all was last heard."""
+        self.company_since_s = 0.0
+        """Since when somebody has been heard again and again, with no gap as long as the patience."""
         self._dead: set[Seat] = set()
         self._refused: set[PeerId] = set()
         """Whose hosts refused the last connection, with a seat or without."""
@@ -46,6 +48,8 @@ class Neighbours:
 
     def note_heard(self, peer: PeerId, now_s: float) -> None:
         """Anybody said anything."""
+        if now_s - self.heard_s >= self._settings.timers.patience_s:
+            self.company_since_s = now_s
         self.heard_s = now_s
         self._refused.discard(peer)
 

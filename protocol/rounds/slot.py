@@ -91,6 +91,8 @@ class Slot:
     """When each member, ourselves included, last said something in a ballot of this slot."""
     company_s: float = 0.0
     """When anybody at all was last heard."""
+    company_since_s: float = 0.0
+    """Since when our own line has been fine."""
     leaving: bool = False
     """We want to leave with the next commit."""
     round_s: float | None = None

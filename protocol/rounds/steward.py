@@ -303,7 +303,10 @@ class Steward:
         since_s = max(self._missing_since_s[peer] for peer in others)
         # Our own line is fine if it brought anything from anybody lately, and after the last of them fell silent.
         alone = slot.company_s <= max(now_s - timers.patience_s, since_s + timers.silence_s)
-        return now_s - since_s >= (timers.isolation_s if alone else timers.patience_s)
+        if alone:
+            return now_s - since_s >= timers.isolation_s
+        # while our line was down their silence meant nothing: now that it is back they may answer at any moment
+        return now_s - max(since_s, slot.company_since_s) >= timers.patience_s
 
     # -- begin, propose, fail ----------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ Oracles: the table of exit codes in the documentation of errors; the modules tha
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sqlite3
 import subprocess
@@ -18,7 +19,9 @@ from click.testing import CliRunner, Result
 from coordinator.cli import coordinator
 from coordinator.commandline import parse_settings
 from coordinator.monitor.cli import swarm
-from coordinator.store.database import DATABASE_FILE, Database
+from coordinator.rollback import WISH
+from coordinator.store.database import DATABASE_FILE, Database, reading
+from coordinator.store.peers import get_setting
 from protocol.errors import ConfigError
 from protocol.ids import RoundId
 from tests.coordinator.runs import make_run, random_weights, stage_files, write_prose
@@ -28,6 +31,7 @@ COMMANDS = (
     "run",
     "invite",
     "checkpoints",
+    "rollback",
     "export",
     "demo",
     "plan",
@@ -141,6 +145,32 @@ def test_checkpoints_lists_the_sound_and_the_damaged(tmp_path: Path) -> None:
     rows = json.loads(result.stdout)["data"]["checkpoints"]
     assert [(row["round"], row["problem"] is None) for row in rows] == [(4, False), (2, True)]
     assert "sound" in call("checkpoints", run.path).stdout
+
+
+def test_rollback_takes_a_sound_checkpoint_and_no_other(tmp_path: Path) -> None:
+    """Oracle: what is written down for the coordinator, which does it."""
+    run = make_run(tmp_path)
+    assert_one_line(call("rollback", run.path, "--to", "2"), 3, "no checkpoint of round 2")
+    weights = random_weights(run.manifest)
+    for round_id in (2, 4):
+        run.write_checkpoint(RoundId(round_id), stage_files(tmp_path / str(round_id), weights, version=round_id))
+    assert_one_line(call("rollback", run.path, "--to", "2"), 3, "was never served")
+    asyncio.run(_opened(run.path))
+    damaged = run.path / "checkpoints" / "round-000004" / "stage-1.weights.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    assert call("rollback", run.path, "--to", "4").exit_code not in (0, 2)
+    assert_one_line(call("rollback", run.path, "--to", "2", "--reason", "x\ny"), 3, "--reason")
+    assert call("rollback", run.path, "--to", "-1").exit_code == 2
+    with reading(run.path / DATABASE_FILE) as db:
+        assert get_setting(db, WISH) is None
+    result = call("rollback", run.path, "--to", "2", "--reason", "poisoned", "--json")
+    assert json.loads(result.stdout)["data"] == {"round": 2}
+    with reading(run.path / DATABASE_FILE) as db:
+        assert json.loads(get_setting(db, WISH) or "") == {"round": 2, "reason": "poisoned"}
+
+
+async def _opened(path: Path) -> None:
+    await (await Database.open(path / DATABASE_FILE)).close()
 
 
 def test_export_takes_the_newest_sound_checkpoint(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.audit.office import MAX_PER_ROUND, SPOILT, VOUCHED
+from coordinator.audit.office import MAX_PER_ROUND, QUIET_S, SPOILT, VOUCHED
 from coordinator.audit.policy import State, state_of
 from coordinator.audit.sums import GATHER_S
 from coordinator.store import audits, bans, credits, history
@@ -383,3 +383,26 @@ async def test_of_two_that_contradict_each_other_both_are_looked_at_closely(tmp_
             await crew.beat(who, report)
         await office.tick(1.0)
         assert [crew.state_of(who) for who in GIVERS] == [State.SUSPECT, State.SUSPECT, State.NEW]
+
+
+async def test_when_the_run_goes_back_nobody_is_judged_by_other_weights(tmp_path: Path) -> None:
+    """The same rounds come again. Oracle: what was asked is asked no more, and for a minute nothing new is."""
+    async with open_office(tmp_path, run=RUN) as office:
+        crew = Crew(office)
+        await crew.enter()
+        await crew.work(0)
+        await office.tick(1.0)
+        asked = [who for who in (SECOND, THIRD) if (await crew.beat(who)).audits]
+        assert asked
+        office.services.audits.forget()
+        await crew.work(1)
+        for _ in range(3):
+            await office.tick(1.0)
+            assert not any([(await crew.beat(who)).audits for who in (SECOND, THIRD)])
+        for _ in range(int(QUIET_S)):
+            await office.tick(1.0)
+            for who in EVERYBODY:
+                await crew.beat(who)
+        await crew.work(2)
+        await office.tick(1.0)
+        assert any([(await crew.beat(who)).audits for who in (SECOND, THIRD)])

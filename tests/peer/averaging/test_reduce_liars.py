@@ -126,9 +126,9 @@ async def test_who_sends_more_than_it_said_is_named(swarm: list[Member], name: s
     inputs = [[shard / 10.0**seed for shard in make_shards(seed)] for seed in range(3)]
     group = normed(make_group(swarm[:3], name), inputs, slack=(1.0, 0.7 if name == "fp32" else 0.1, 1.0))
     results = await reduce_all(swarm[:3], group, inputs)
-    for honest in (results[0], results[2]):
-        assert isinstance(honest, ReduceError)
-        assert (honest.peer, "had said" in str(honest)) == (swarm[1].peer, True)
+    honest = [result for result in (results[0], results[2]) if isinstance(result, ReduceError)]
+    assert [error.peer for error in honest] == [swarm[1].peer] * 2
+    assert any("had said" in str(error) for error in honest), "the other one may hear of it"
 
 
 ACCEPTED_SUMS = {

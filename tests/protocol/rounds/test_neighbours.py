@@ -33,3 +33,15 @@ def test_a_replica_without_a_seat_is_a_listener_until_its_host_refuses() -> None
     assert not made.has_listeners((A,))
     made.note_heard(B, 1.0)
     assert made.has_listeners((A,))
+
+
+def test_a_gap_as_long_as_the_patience_means_that_our_line_was_down() -> None:
+    """Oracle: since when there is company; shorter gaps are a quiet swarm."""
+    made = Neighbours(settings())
+    for now_s in (1.0, 2.0, 2.0 + TIMERS.patience_s / 2):
+        made.note_heard(B, now_s)
+    assert made.company_since_s == 0.0
+    made.note_heard(C, now_s + TIMERS.patience_s)
+    assert made.company_since_s == now_s + TIMERS.patience_s
+    made.note_heard(B, now_s + TIMERS.patience_s + 1.0)
+    assert made.company_since_s == now_s + TIMERS.patience_s

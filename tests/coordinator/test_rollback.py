@@ -1,0 +1,123 @@
+"""Going back to a checkpoint. Oracles: folders, rows, charters and replies to beats.
+
+The office is real but for network and time; two peers host both stages.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from coordinator.rollback import WISH, Wish
+from coordinator.rundir import RunDir
+from coordinator.store import history, peers
+from protocol.ids import PeerId, RoundId, StageId, Version
+from protocol.rounds.messages import Charter
+from tests.coordinator.office import Office, Volunteer, open_office, state
+from tests.coordinator.runs import random_weights, stage_files
+from tests.coordinator.test_reunion import STAGES, Half
+
+A, B = Volunteer("a"), Volunteer("b")
+
+
+def add_checkpoint(run: RunDir, folder: Path, round_number: int, half: Half) -> None:
+    files = stage_files(folder / str(round_number), random_weights(run.manifest), version=round_number)
+    run.write_checkpoint(RoundId(round_number), files)
+    assert half.version == round_number
+
+
+async def trained(office: Office, folder: Path) -> Half:
+    """Train six rounds, with checkpoints of rounds 2 and 4."""
+    for volunteer in (A, B):
+        await office.join(volunteer, wanted_stages=tuple(map(StageId, STAGES)))
+        await office.beat(volunteer, *(state(stage) for stage in STAGES))
+    await office.tick()
+    half = Half(office, (A, B), {stage: office.charter_lineage(stage) for stage in STAGES}, 0)
+    for number in (2, 4):
+        await half.train(2)
+        add_checkpoint(office.services.run, folder / "fetched", number, half)
+    await half.train(2)
+    return half
+
+
+async def wish(office: Office, round_number: int) -> None:
+    made = Wish(round=RoundId(round_number), reason="poisoned")
+    await office.services.database.run(peers.put_setting, WISH, made.to_json())
+    await office.tick()
+
+
+async def events(office: Office, kind: str) -> list[str]:
+    found = await office.services.database.run(lambda db: history.last_events(db, limit=100))
+    return [each.detail for each in found if each.kind == kind]
+
+
+def charters(office: Office) -> list[tuple[int, int, int, list[PeerId]]]:
+    found = [Charter.from_bytes(each.payload) for each in office.services.charters.newest()]
+    return [(each.generation, each.round, each.version, [seat.peer for seat in each.seats]) for each in found]
+
+
+async def test_everybody_starts_over_from_the_checkpoint(tmp_path: Path) -> None:
+    async with open_office(tmp_path) as office:
+        half = await trained(office, tmp_path)
+        newest: list[int] = []
+        office.services.rollback.on_checkpoint = lambda checkpoint: newest.append(checkpoint.round)
+        office.services.charters.floor = dict.fromkeys(map(StageId, STAGES), Version(2))
+        office.services.charters.floor_round = RoundId(2)
+        await wish(office, 2)
+        assert newest == [2]
+        (told,) = await events(office, "run.rolled_back")
+        assert "round 2, versions 2, 2: 8 commits are given up. poisoned" in told
+        assert office.services.run.checkpoints.rounds() == (2,)
+        assert (office.services.run.path / "checkpoints" / "given-up-round-000004").is_dir()
+        assert await office.services.database.run(peers.get_setting, WISH) is None
+        # what nobody has told of yet, and what follows, is given up as well; and nobody is named to follow
+        before = [each[0] for each in charters(office)]
+        await half.train(1)
+        reply = await half.beat()
+        assert {(each.stage, each.lineage, each.members) for each in reply.given_up} == {
+            (stage, half.lineages[stage], ()) for stage in STAGES
+        }
+        await office.tick(5.0)
+        assert [each[0] for each in charters(office)] == before, "nobody goes on from what is gone"
+        # who has restored the checkpoint is seated at its round
+        for _ in range(32):  # a charter is not replaced before its members can have heard of it
+            for volunteer in (A, B):
+                restored = [state(stage, version=Version(2), round=RoundId(2)) for stage in STAGES]
+                assert (await office.beat(volunteer, *restored)).given_up == ()
+            await office.tick(1.0)
+        assert charters(office) == [(2, 2, 2, sorted((A.peer, B.peer)))] * 2
+
+
+async def test_what_is_gone_stays_gone_over_a_restart(tmp_path: Path) -> None:
+    async with open_office(tmp_path) as office:
+        half = await trained(office, tmp_path)
+        await wish(office, 2)
+    async with open_office(tmp_path) as office:
+        half.office = office
+        for volunteer in (A, B):
+            await office.join(volunteer, wanted_stages=tuple(map(StageId, STAGES)))
+        reply = await half.beat()
+        assert [(each.stage, each.members) for each in reply.given_up] == [(stage, ()) for stage in STAGES]
+
+
+async def test_a_checkpoint_that_is_damaged_meanwhile_changes_nothing(tmp_path: Path) -> None:
+    async with open_office(tmp_path) as office:
+        half = await trained(office, tmp_path)
+        file = next((office.services.run.path / "checkpoints" / "round-000002").glob("stage-1.*"))
+        file.write_bytes(file.read_bytes()[:-1])
+        await wish(office, 2)
+        assert await events(office, "run.rolled_back") == []
+        assert len(await events(office, "run.not_rolled_back")) == 1
+        assert office.services.run.checkpoints.rounds() == (4, 2)
+        assert (await half.beat()).given_up == ()
+        await office.tick()
+        assert len(await events(office, "run.not_rolled_back")) == 1, "it is said once"
+
+
+async def test_nothing_is_audited_for_a_while(tmp_path: Path) -> None:
+    """The same rounds and versions come again, with other weights. Oracle: what the office was told."""
+    async with open_office(tmp_path) as office:
+        await trained(office, tmp_path)
+        told: list[str] = []
+        office.services.rollback.on_rollback = lambda: told.append("forget")
+        await wish(office, 4)
+        assert told == ["forget"]
