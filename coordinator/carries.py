@@ -121,10 +121,14 @@ class RoundHops:
 
     def all(self, hosts: Mapping[PeerId, Collection[StageId]]) -> list[Carry]:
         """Return everything that is told from all sides and can be recomputed; a number once of every peer."""
+        return [carry for carry in self.told(hosts) if carry.is_repeatable]
+
+    def told(self, hosts: Mapping[PeerId, Collection[StageId]]) -> list[Carry]:
+        """Return everything that is told from all sides, also what cannot be recomputed by what is said of it."""
         found = carries_of(
             self._sent & self._served,
             round_id=self._round,
             num_stages=self._num_stages,
             is_feeder=lambda peer: FIRST_STAGE in hosts.get(peer, ()),
         )
-        return list({(carry.peer, carry.number): carry for carry in found if carry.is_repeatable}.values())
+        return list({(carry.peer, carry.number, carry.is_repeatable): carry for carry in found}.values())

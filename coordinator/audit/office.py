@@ -21,6 +21,7 @@ import structlog
 
 from coordinator.audit import policy
 from coordinator.audit.court import Case, Contributed, Court, Finding, Verdict
+from coordinator.audit.evasion import Evasion
 from coordinator.audit.policy import Sanction, Standing, State
 from coordinator.audit.shares import Blame, Disputes, ShareCases
 from coordinator.audit.sums import GIVE_UP_S, Sums
@@ -30,7 +31,7 @@ from coordinator.carries import Carry, RoundHops
 from coordinator.clock import Clock
 from coordinator.journal import DISK_NOTE, Journal
 from coordinator.registry import Registry
-from coordinator.store import audits, bans, credits, successors
+from coordinator.store import audits, bans, credits, receipts, successors
 from coordinator.store.bans import BanRow
 from coordinator.store.database import Connection, Database
 from protocol.audits import (
@@ -56,6 +57,12 @@ MAX_PER_ROUND = 20  # of one peer's microbatches in one round
 MAX_WAITING = 4  # audits that wait at one auditor
 RINGER_RATE = 1 / 8  # of audits: somebody else does the same once more, so that who answers at random is noticed
 PRUNE_EVERY_S = 600.0
+LOOK_EVERY_S = 30.0
+LATE_S, LATELY_S = 120.0, 900.0
+"""What a peer has to say of a round is in by then; what is older counts no more."""
+LEAST_ROUNDS, LEAST_HOPS = 8, 20
+SILENT = "it hands in no receipts for its work, so that nobody can look at it"
+UNSTEADY = "it says of most of its work that nobody can do it again"
 QUIET_S = 60.0  # after the run went back: what peers say of work before that is in by then
 KEEP_S = 7 * 86400.0
 MAX_AGAIN = 8  # microbatches that are looked at again when somebody was struck
@@ -82,6 +89,8 @@ class AuditOffice:
         self._touched: set[RoundId] = set()
         self._is_local = manifest.averaging.mode is AveragingMode.DILOCO
         self._sums = Sums(is_mean=self._is_local)
+        self._silence, self._unsteady = Evasion(least=LEAST_ROUNDS), Evasion(least=LEAST_HOPS)
+        self._look_at_s = float("-inf")
         self._vouchers = Vouchers()
         self._shares = ShareCases(next_order=self._next_order)
         self._disputes = Disputes()
@@ -200,6 +209,7 @@ class AuditOffice:
             for blame in self._shares.due(now_s=self._clock.monotonic()):
                 await self._act_on_shares(blame, now_s=now_s)
             await self._pardon(now_s=now_s)
+            await self._look_for_evasion(now_s=now_s)
             if now_s - self._pruned_s >= PRUNE_EVERY_S:
                 self._pruned_s = now_s
                 await self._database.run(audits.prune_audits, before_s=now_s - KEEP_S)
@@ -221,6 +231,36 @@ class AuditOffice:
                     self._drawn[round_id, carry.peer] = drawn + 1
                     if self._chance.random() < RINGER_RATE:
                         self._open(carry, _new_seed(), without=self._auditors_of(carry))
+
+    async def _look_for_evasion(self, *, now_s: float) -> None:
+        """Look who does work of which nothing can be looked at."""
+        monotonic_s = self._clock.monotonic()
+        if monotonic_s < self._look_at_s:
+            return
+        self._look_at_s = monotonic_s + LOOK_EVERY_S
+        live = {peer.peer: peer.stages for peer in self._registry.live()}
+        rounds = await self._database.run(receipts.handed_in, since_s=now_s - LATELY_S, until_s=now_s - LATE_S)
+        silent = self._silence.look({peer: seen for peer, seen in rounds.items() if peer in live}, now_s=monotonic_s)
+        evasive = {peer: (is_proven, SILENT) for peer, is_proven in silent.items()}
+        if not self._is_local:  # or else only the first step of a round can be recomputed
+            counts: dict[PeerId, tuple[int, int]] = {}
+            for hops in self._rounds.values():
+                for carry in hops.told(live):
+                    known, hidden = counts.get(carry.peer, (0, 0))
+                    counts[carry.peer] = known + 1, hidden + (not carry.is_repeatable)
+            found = self._unsteady.look(counts, now_s=monotonic_s)
+            evasive |= {peer: (is_proven, UNSTEADY) for peer, is_proven in found.items()}
+        for peer, (is_proven, why) in evasive.items():
+            standing = self.standing(peer)
+            if standing.out_until_s > now_s:
+                continue
+            if is_proven:
+                self._silence.forget(peer)
+                self._unsteady.forget(peer)
+                await self._keep(None, now_s, *policy.struck(standing, now_s=now_s, why=why), since_s=0.0)
+            else:
+                log.warning("audit.evasive", peer=peer, why=why)
+                await self._keep(None, now_s, policy.suspected(standing, now_s=now_s))
 
     def _draw_sums(self, *, now_s: float) -> None:
         """Have contributions recomputed: now and then, and all of them if they do not add up to what came out."""

@@ -171,3 +171,16 @@ def evidence_of(db: sqlite3.Connection, peer: PeerId) -> list[EvidenceRow]:
 
 def _keyed(row: ReceiptRow) -> tuple[PeerId, int, RoundId, int]:
     return row.peer, row.session, row.round, row.part
+
+
+def handed_in(db: sqlite3.Connection, *, since_s: float, until_s: float) -> dict[PeerId, tuple[int, int]]:
+    """Return in how many rounds, closed then, peers are credited with work, and of how many they say nothing."""
+    query = """
+        SELECT peer, count(DISTINCT round), count(DISTINCT CASE WHEN NOT EXISTS (
+            SELECT 1 FROM receipts AS r WHERE r.peer = c.peer AND r.round = c.round
+        ) THEN round END)
+        FROM round_credits AS c WHERE tokens > 0 AND round IN (
+            SELECT round FROM rounds WHERE closed_s >= ? AND closed_s < ?
+        ) GROUP BY peer
+    """
+    return {PeerId(peer): (rounds, silent) for peer, rounds, silent in db.execute(query, (since_s, until_s))}

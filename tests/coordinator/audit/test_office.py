@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,8 +70,8 @@ class Crew:
             numbered.append((self._sequences[who.name], report))
         return await self.office.beat(who, state(int(who is not FEEDER)), reports=numbered)
 
-    async def work(self, round_id: int, *, worker: Volunteer = WORKER) -> None:
-        """Report a round in which the worker did everything at stage 1."""
+    async def work(self, round_id: int, *, worker: Volunteer = WORKER, how: str = "honest") -> None:
+        """Report a round in which the worker did everything at stage 1; if it is mute it says nothing of it."""
         done = closing(RUN, round_id).model_copy(
             update={
                 "credits": tuple(
@@ -80,10 +81,15 @@ class Crew:
             }
         )
         hops = [
-            hop(number, FEEDER.peer, worker.peer, given=named("x"), returned=named("dx")) for number in range(NUMBERS)
+            replace(
+                hop(number, FEEDER.peer, worker.peer, given=named("x"), returned=named("dx")),
+                local_step=int(how == "unsteady"),
+            )
+            for number in range(NUMBERS)
         ]
         await self.beat(FEEDER, closing_report(sign_closing(FEEDER, done)), self._window(FEEDER, round_id, hops))
-        await self.beat(worker, self._window(worker, round_id, hops))
+        if how != "mute":
+            await self.beat(worker, self._window(worker, round_id, hops))
 
     async def settle(self, beats: int = 6) -> None:
         """Let everybody answer what it is asked, until nothing is."""
@@ -281,6 +287,31 @@ async def test_who_finds_right_what_two_others_find_wrong_is_put_out_as_well(
         await office.tick(6.0)
         balances = await office.services.database.run(credits.balances)
         assert balances.get(WORKER.peer, credits.Balance()).held_tokens == 0
+
+
+@pytest.mark.parametrize("how", ["mute", "unsteady", "honest"])
+async def test_who_hides_its_work_is_put_out_in_the_end(tmp_path: Path, how: str) -> None:
+    """It signs paths, or nobody would be credited, but no receipts; or says that nobody could do it again. Oracle:
+    standings; it takes minutes, as receipts may be late."""
+    async with open_office(tmp_path, run=RUN) as office:
+        crew = Crew(office)
+        await crew.enter()
+        rounds = iter(range(40))
+        states = []
+        for _ in range(18):
+            round_id = next(rounds)
+            await crew.work(round_id, worker=SECOND)
+            if office.services.bans.refusal(WORKER.peer) is None:
+                await crew.work(next(rounds), how=how)
+            for _ in range(5):
+                await office.tick(10.0)
+                for who in EVERYBODY:
+                    if office.services.bans.refusal(who.peer) is None:
+                        await crew.beat(who, *crew.people[who.peer].answers(await crew.beat(who)))
+            states.append(crew.state_of(WORKER))
+        assert (State.SUSPECT in states) is (how != "honest")
+        assert (states[-1] is State.QUARANTINED) is (how != "honest")
+        assert all(crew.state_of(who) is not State.QUARANTINED for who in (FEEDER, SECOND, THIRD))
 
 
 # -- averages ------------------------------------------------------------------------------------------------
