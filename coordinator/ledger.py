@@ -22,7 +22,7 @@ from coordinator.store.receipts import ReceiptRow
 from coordinator.store.rounds import ClosingRow
 from coordinator.store.successors import predecessors
 from coordinator.store.tree import CommitLink
-from protocol.audits import Answer, AuditReport, ContributionReport, ShareReport, SketchReport
+from protocol.audits import Answer, AuditReport, ContributionReport, NonsenseReport, ShareReport, SketchReport
 from protocol.batches import has_evaluation, num_trained
 from protocol.control import (
     AveragingReport,
@@ -219,7 +219,7 @@ class Ledger:
                 _check_numbers(*tasks, report.activation_bytes, report.target_tokens)
             case ReceiptReport():
                 return self._read_receipts(keys, report.window)
-            case AuditReport() | SketchReport() | ContributionReport() | ShareReport():
+            case AuditReport() | SketchReport() | ContributionReport() | ShareReport() | NonsenseReport():
                 self.on_audit(peer, report)
                 return None
         return report

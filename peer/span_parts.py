@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,7 @@ from peer.reports import ReportQueue
 from peer.settings import PeerSettings
 from peer.tally import Tally
 from peer.tasks import Body, Outcome, TaskId
-from protocol.audits import Order
+from protocol.audits import NonsenseReport, Order
 from protocol.batches import Microbatch, TaskKind
 from protocol.control import CommitReport, GivenUp, ReceiptReport
 from protocol.errors import PeerFault, RefusedError, TransientError
@@ -81,6 +82,7 @@ log = structlog.get_logger()
 
 NEWS_TIMEOUT_S = 3.0
 MAX_INFORMANTS = 8
+MAX_NONSENSE = 1024  # peers and rounds that are remembered as told of
 MAX_TOKEN_SOURCES = 3  # besides the coordinator: more would only be more ways to wait
 
 
@@ -137,6 +139,8 @@ class SpanParts:
         self._caller.on_answer = self._note_answer
         self._receipts = ReceiptBook(run, link.key, session=session)
         self._payloads = Payloads(max_bytes=settings.audit_bytes // 2)
+        self._reports = reports
+        self._nonsense: deque[tuple[PeerId, RoundId]] = deque(maxlen=MAX_NONSENSE)
         recomputer = Recomputer(
             manifest.model.config,
             num_stages=self.num_stages,
@@ -175,6 +179,7 @@ class SpanParts:
             gate=self.gate,
             batches=self._batches,
             on_pause=lambda: self.on_pause(),
+            on_nonsense=self._note_nonsense,
         )
         self._server = HopServer(
             run=run,
@@ -316,6 +321,13 @@ class SpanParts:
         """Let a stage follow others instead of what it has, if it still has it."""
         if what.stage in self.drivers:
             self.drivers[what.stage].post(events.Rejoin(what.lineage, what.members))
+
+    def _note_nonsense(self, peer: PeerId, task: TaskId) -> None:
+        """Tell the coordinator who sends us what are no numbers, once for each round."""
+        log.warning("hop.nonsense", peer=peer, round=task.round, number=task.number)
+        if (peer, task.round) not in self._nonsense:
+            self._nonsense.append((peer, task.round))
+            self._reports.add(NonsenseReport(peer=peer, round=task.round))
 
     def audit(self, orders: Iterable[Order]) -> None:
         """Carry out what the coordinator wants to be looked at."""

@@ -117,6 +117,13 @@ class ContributionReport(Message):
     total: Annotated[bytes, Field(min_length=1, max_length=MAX_SKETCH_BYTES)]
 
 
+class NonsenseReport(Message):
+    """What this peer sent us could not be taken for numbers: once for each peer and round."""
+
+    peer: Annotated[PeerId, Field(min_length=1, max_length=MAX_PEER_ID_CHARS)]
+    round: RoundId
+
+
 class Work(Message):
     """One microbatch of a contribution, with its inputs as in `AuditOrder`."""
 
@@ -163,7 +170,7 @@ class ShareReport(Message):
 
 
 Order = AuditOrder | SketchOrder | SumOrder | ShareOrder
-Answer = AuditReport | SketchReport | ContributionReport | ShareReport
+Answer = AuditReport | SketchReport | ContributionReport | ShareReport | NonsenseReport
 """What a peer reports for audits, asked or by itself."""
 
 

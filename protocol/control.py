@@ -21,6 +21,7 @@ from protocol.audits import (
     AuditOrder,
     AuditReport,
     ContributionReport,
+    NonsenseReport,
     ShareOrder,
     ShareReport,
     SketchOrder,
@@ -190,7 +191,7 @@ class ReceiptReport(Message):
 
 
 Report = (ClosingReport | CommitReport | AveragingReport | WorkReport | ReceiptReport) | (
-    AuditReport | SketchReport | ContributionReport | ShareReport
+    AuditReport | SketchReport | ContributionReport | ShareReport | NonsenseReport
 )
 
 

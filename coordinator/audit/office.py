@@ -15,11 +15,12 @@ import itertools
 import random
 import secrets
 from collections import OrderedDict, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import structlog
 
 from coordinator.audit import policy
+from coordinator.audit.complaints import Complaints
 from coordinator.audit.court import Case, Contributed, Court, Finding, Verdict
 from coordinator.audit.evasion import Evasion
 from coordinator.audit.policy import Sanction, Standing, State
@@ -40,6 +41,7 @@ from protocol.audits import (
     SEED_BYTES,
     Answer,
     ContributionReport,
+    NonsenseReport,
     Order,
     ShareReport,
     contribution_seed,
@@ -62,6 +64,7 @@ LATE_S, LATELY_S = 120.0, 900.0
 """What a peer has to say of a round is in by then; what is older counts no more."""
 LEAST_ROUNDS, LEAST_HOPS = 8, 20
 SILENT = "it hands in no receipts for its work, so that nobody can look at it"
+NONSENSE = "most of its neighbours refuse what it sends, as it is no numbers"
 UNSTEADY = "it says of most of its work that nobody can do it again"
 QUIET_S = 60.0  # after the run went back: what peers say of work before that is in by then
 KEEP_S = 7 * 86400.0
@@ -89,6 +92,7 @@ class AuditOffice:
         self._touched: set[RoundId] = set()
         self._is_local = manifest.averaging.mode is AveragingMode.DILOCO
         self._sums = Sums(is_mean=self._is_local)
+        self._complaints = Complaints()
         self._silence, self._unsteady = Evasion(least=LEAST_ROUNDS), Evasion(least=LEAST_HOPS)
         self._look_at_s = float("-inf")
         self._vouchers = Vouchers()
@@ -180,6 +184,9 @@ class AuditOffice:
         if isinstance(report, ShareReport):
             self._shares.hear(peer, report)
             return
+        if isinstance(report, NonsenseReport):
+            self._complaints.note(report.peer, peer, report.round, now_s=self._clock.monotonic())
+            return
         verdict = self._court.hear(peer, report)
         if verdict is not None:
             self._verdicts.append(verdict)
@@ -209,7 +216,7 @@ class AuditOffice:
             for blame in self._shares.due(now_s=self._clock.monotonic()):
                 await self._act_on_shares(blame, now_s=now_s)
             await self._pardon(now_s=now_s)
-            await self._look_for_evasion(now_s=now_s)
+            await self._look_around(now_s=now_s)
             if now_s - self._pruned_s >= PRUNE_EVERY_S:
                 self._pruned_s = now_s
                 await self._database.run(audits.prune_audits, before_s=now_s - KEEP_S)
@@ -232,13 +239,17 @@ class AuditOffice:
                     if self._chance.random() < RINGER_RATE:
                         self._open(carry, _new_seed(), without=self._auditors_of(carry))
 
-    async def _look_for_evasion(self, *, now_s: float) -> None:
-        """Look who does work of which nothing can be looked at."""
+    async def _look_around(self, *, now_s: float) -> None:
+        """Look who does work of which nothing can be looked at, or sends nothing that could be work."""
         monotonic_s = self._clock.monotonic()
         if monotonic_s < self._look_at_s:
             return
         self._look_at_s = monotonic_s + LOOK_EVERY_S
         live = {peer.peer: peer.stages for peer in self._registry.live()}
+        for peer in self._complaints.accused(_sides(live), now_s=monotonic_s):
+            self._complaints.forget(peer)
+            if (standing := self.standing(peer)).out_until_s <= now_s:
+                await self._keep(None, now_s, *policy.struck(standing, now_s=now_s, why=NONSENSE))
         rounds = await self._database.run(receipts.handed_in, since_s=now_s - LATELY_S, until_s=now_s - LATE_S)
         silent = self._silence.look({peer: seen for peer, seen in rounds.items() if peer in live}, now_s=monotonic_s)
         evasive = {peer: (is_proven, SILENT) for peer, is_proven in silent.items()}
@@ -460,6 +471,17 @@ class AuditOffice:
     def _next_order(self) -> int:
         self._order += 1
         return self._order
+
+
+def _sides(live: Mapping[PeerId, Collection[StageId]]) -> dict[PeerId, tuple[list[PeerId], list[PeerId]]]:
+    """Return for everybody who has the stages before its own, and who those behind."""
+    return {
+        peer: (
+            [other for other, theirs in live.items() if theirs and stages and max(theirs) + 1 == min(stages)],
+            [other for other, theirs in live.items() if theirs and stages and min(theirs) == max(stages) + 1],
+        )
+        for peer, stages in live.items()
+    }
 
 
 def _new_seed() -> bytes:

@@ -9,7 +9,8 @@ tensors (the engine does).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Hashable, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -21,7 +22,7 @@ from peer.pipeline.gate import Gate
 from peer.pipeline.waves import Waves, nobody
 from peer.tasks import Body, Outcome, Pulse, TaskId
 from protocol.batches import TaskKind
-from protocol.errors import PeerFault, SwarmError, TransientError
+from protocol.errors import PeerFault, SwarmError, TransientError, WireError
 from protocol.hops import ENTRY_CONTEXT, PathEntry, path_digest
 from protocol.ids import Digest, PeerId, RoundId, RunId, StageId, Version, digest
 from protocol.signing import Signed, SigningKey, seal
@@ -70,8 +71,10 @@ class SpanRunner:
         gate: Gate,
         batches: BatchSource,
         on_pause: Callable[[], None] = lambda: None,
+        on_nonsense: Callable[[PeerId, TaskId], None] = lambda peer, task: None,
     ) -> None:
-        """`on_pause` is called when work fails because this machine needs a pause."""
+        """`on_pause` is called when work fails because this machine needs a pause, `on_nonsense` when a peer has sent
+        what are no numbers."""
         self._run = run
         self._key = key
         self._engine = engine
@@ -81,7 +84,7 @@ class SpanRunner:
         self._gate = gate
         self._batches = batches
         self._attendance = Attendance(gate)
-        self._on_pause = on_pause
+        self._on_pause, self._on_nonsense = on_pause, on_nonsense
         self._own_faults = 0
         self._last_fault: SwarmError | None = None
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -168,14 +171,15 @@ class SpanRunner:
                 answer = await self._send(task, onward, pulse, deadline_s, retries_left)
             returned = answer.gradient
             assert returned is not None, "the caller has seen that its size is right"
-            gradient = await self._waves.run(
-                returning,
-                (ticket, returned, onward.shape, answer.target_tokens),
-                self._backward_wave,
-                priority=Priority.BACKWARD,
-                age=task.number,
-                may_follow=nobody,  # what has yet to go forward comes back much later
-            )
+            with self._blaming(answer.path[0].signer, task):
+                gradient = await self._waves.run(
+                    returning,
+                    (ticket, returned, onward.shape, answer.target_tokens),
+                    self._backward_wave,
+                    priority=Priority.BACKWARD,
+                    age=task.number,
+                    may_follow=nobody,  # what has yet to go forward comes back much later
+                )
         except BaseException:
             self._discard(ticket)
             raise
@@ -198,14 +202,25 @@ class SpanRunner:
         self, entering: _Entering, item: Item, work: Callable[[list[Item]], Sequence[Result | SwarmError]]
     ) -> Result:
         """Take a task through the span's stages for the first time, in a wave with others."""
-        return await self._waves.run(
-            _inward(entering.task, entering.stage),
-            item,
-            work,
-            priority=Priority.FORWARD,
-            age=entering.task.number,
-            may_follow=entering.may_follow,
-        )
+        with self._blaming(entering.caller, entering.task):
+            return await self._waves.run(
+                _inward(entering.task, entering.stage),
+                item,
+                work,
+                priority=Priority.FORWARD,
+                age=entering.task.number,
+                may_follow=entering.may_follow,
+            )
+
+    @contextmanager
+    def _blaming(self, peer: PeerId, task: TaskId) -> Iterator[None]:
+        """Say who has sent us what the block cannot take for numbers."""
+        try:
+            yield
+        except WireError:
+            if peer != self._key.peer_id:
+                self._on_nonsense(peer, task)
+            raise
 
     def _forward_wave(self, wave: Sequence[_Entering]) -> list[tuple[Body, SpanTicket] | SwarmError]:
         results = self._engine.forward_wave(

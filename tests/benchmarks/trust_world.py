@@ -51,6 +51,7 @@ from peer.tasks import TaskId
 from protocol.audits import (
     AuditOrder,
     AuditReport,
+    NonsenseReport,
     Order,
     ShareOrder,
     ShareReport,
@@ -436,6 +437,7 @@ class World:
                 served = self._serve(task, callee, body)
             except Refused:
                 member.refused += 1
+                self._complain(callee, member, task)
                 break
             except Failed:
                 continue
@@ -444,6 +446,7 @@ class World:
                     back = member.span.backward(ticket, served.gradient, shape, target_tokens=TOKENS)
             except (PeerFault, WireError):
                 callee.refused += 1
+                self._complain(member, callee, task)
                 callee.tasks -= 1
                 callee.bad[task.round] -= callee.cheat is not None and callee.cheat.does(task)
                 continue
@@ -477,6 +480,12 @@ class World:
         for end in (caller, callee):
             for data in (body, served.gradient):
                 end.payloads.keep(digest(data), data)
+
+    def _complain(self, witness: Member, about: Member, task: Task) -> None:
+        """Tell the coordinator of nonsense, once for each peer and round; whoever sends it says nothing of others."""
+        report = NonsenseReport(peer=about.peer, round=task.round)
+        if witness.cheat is None and report not in witness.outbox:
+            witness.outbox.append(report)
 
     # -- averages -------------------------------------------------------------------------------------
 

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from coordinator.audit.office import MAX_PER_ROUND, QUIET_S, SPOILT, VOUCHED
+from coordinator.audit.office import MAX_PER_ROUND, NONSENSE, QUIET_S, SPOILT, VOUCHED
 from coordinator.audit.policy import State, state_of
 from coordinator.audit.sums import GATHER_S
 from coordinator.store import audits, bans, credits, history
-from protocol.audits import ContributionReport, ShareOrder, ShareReport, contribution_seed
+from protocol.audits import ContributionReport, NonsenseReport, ShareOrder, ShareReport, contribution_seed
 from protocol.control import BeatReply, ReceiptReport, Report
 from protocol.handover import hand_over
-from protocol.ids import StageId
+from protocol.ids import RoundId, StageId
 from protocol.receipts import Hop
 from protocol.rounds.lineage import next_lineage
 from protocol.rounds.messages import Contribution, Credit
@@ -312,6 +312,24 @@ async def test_who_hides_its_work_is_put_out_in_the_end(tmp_path: Path, how: str
         assert (State.SUSPECT in states) is (how != "honest")
         assert (states[-1] is State.QUARANTINED) is (how != "honest")
         assert all(crew.state_of(who) is not State.QUARANTINED for who in (FEEDER, SECOND, THIRD))
+
+
+async def test_whom_most_of_its_neighbours_refuse_is_put_out(tmp_path: Path) -> None:
+    """Three of three feeders, in two rounds each. Oracle: standings; the one whom only a liar accuses is left alone."""
+    feeders = [Volunteer(name) for name in ("f1", "f2", "f3")]
+    async with open_office(tmp_path, run=RUN) as office:
+        for who in (*feeders, WORKER, SECOND):
+            await office.join(who, wanted_stages=(StageId(int(who not in feeders)),))
+        for number, who in enumerate(feeders):
+            said: list[Report] = [NonsenseReport(peer=WORKER.peer, round=RoundId(each)) for each in range(2)]
+            if number == 0:
+                said += [NonsenseReport(peer=SECOND.peer, round=RoundId(each)) for each in range(2)]
+            await office.beat(who, state(0), reports=list(enumerate(said, start=1)))
+        for who in (WORKER, SECOND):
+            await office.beat(who, state(1))
+        await office.tick(1.0)
+        rows = await office.services.database.run(lambda db: bans.load_bans(db, now_s=office.services.clock.wall()))
+        assert [(row.peer, NONSENSE in row.reason) for row in rows] == [(WORKER.peer, True)]
 
 
 # -- averages ------------------------------------------------------------------------------------------------

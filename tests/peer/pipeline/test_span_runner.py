@@ -18,7 +18,7 @@ from peer.pipeline.span import MAX_OWN_FAULTS, SpanRunner
 from peer.pipeline.waves import Waves
 from peer.tasks import Body, Outcome, Pulse, RoundOver, TaskId
 from protocol.batches import Microbatch, TaskKind
-from protocol.errors import LocalFault, PeerFault, SwarmError
+from protocol.errors import LocalFault, PeerFault, SwarmError, WireError
 from protocol.ids import PeerId, RoundId, RunId, StageId
 from protocol.paths import read_path
 from protocol.signing import SigningKey
@@ -68,6 +68,7 @@ class Played:
     def __init__(self, compute: ComputeThread) -> None:
         self.engine = PlayedEngine()
         self.asked_for_pause: list[bool] = []
+        self.blamed: list[tuple[PeerId, RoundId]] = []
         self.runner = SpanRunner(
             run=RUN,
             key=SigningKey.generate(),
@@ -78,6 +79,7 @@ class Played:
             gate=Gate(run=RUN),
             batches=cast("BatchSource", PlayedTokens()),
             on_pause=lambda: self.asked_for_pause.append(True),
+            on_nonsense=lambda peer, task: self.blamed.append((peer, task.round)),
         )
         self.broken = asyncio.create_task(self.runner.wait_broken())
 
@@ -130,6 +132,15 @@ async def test_what_others_send_never_counts_as_our_fault(played: Played, kind: 
         with pytest.raises(kind):
             await played.work()
     assert not played.broken.done()
+
+
+@pytest.mark.parametrize(("kind", "blames"), [(WireError, True), (PeerFault, False), (LocalFault, False)])
+async def test_whoever_sends_what_are_no_numbers_is_named(played: Played, kind: type[SwarmError], blames: bool) -> None:
+    """Not who did nothing but ask. Oracle: the caller and the round."""
+    played.engine.errors = [kind("it went wrong")]
+    with pytest.raises(kind):
+        await played.work()
+    assert played.blamed == [(CALLER, RoundId(0))] * blames
 
 
 async def test_a_machine_that_needs_a_pause_is_not_broken(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
