@@ -51,7 +51,8 @@ def find_jump(losses: Sequence[tuple[RoundId, float]]) -> Jump | None:
     usual = statistics.median(loss for _, loss in good)
     if not all(math.isnan(loss) or loss > usual * (1 + RISE) for _, loss in bad):
         return None
-    return Jump(round=bad[0][0], last_good=good[-1][0], before=usual, after=bad[-1][1])
+    last_good = max(number for number, loss in good if loss <= usual * (1 + RISE))
+    return Jump(round=bad[0][0], last_good=last_good, before=usual, after=bad[-1][1])
 
 
 class Alarm:
@@ -64,6 +65,7 @@ class Alarm:
         self._journal, self._clock = journal, clock
         self._look_at_s = float("-inf")
         self._told: RoundId | None = None
+        """The last good evaluation before the jump that was told of."""
 
     async def tick(self) -> None:
         """Say so if the loss has jumped, and go back if that is wanted."""
@@ -75,9 +77,9 @@ class Alarm:
             jump = find_jump(await self._database.run(rounds.last_evaluations, limit=BAD + BEFORE))
             if jump is None:
                 self._journal.clear(NOTE)
-            elif self._told != jump.round:
+            elif self._told != jump.last_good:
                 await self._tell(jump)
-                self._told = jump.round
+                self._told = jump.last_good
         except StorageError as error:
             self._journal.note(DISK_NOTE, str(error))
 

@@ -139,9 +139,19 @@ class Collector:
         agreements = self._offers.agreements(round_id)
         await self._tell_dissent(round_id, agreements)
         stages = [await self._fetch_stage(round_id, agreements[stage]) for stage in sorted(agreements)]
-        if any(self._ledger.is_given_up(stage.lineage) for stage in stages):  # a torn swarm was settled meanwhile
-            raise UnreachableError("it is of the half of a torn swarm that does not go on.")
-        return await asyncio.to_thread(self._run.write_checkpoint, round_id, stages)
+        self._check_goes_on(stages)
+        checkpoint = await asyncio.to_thread(self._run.write_checkpoint, round_id, stages)
+        try:
+            self._check_goes_on(stages)  # that may have taken minutes
+        except UnreachableError:
+            await asyncio.to_thread(self._run.checkpoints.set_aside_after, RoundId(round_id - 1))
+            raise
+        return checkpoint
+
+    def _check_goes_on(self, stages: Iterable[StageFiles]) -> None:
+        """Raise `UnreachableError` for what was given up meanwhile: a torn swarm was settled, or the run goes back."""
+        if any(self._ledger.is_given_up(stage.lineage) for stage in stages):
+            raise UnreachableError("it is of a state that does not go on.")
 
     async def _fetch_stage(self, round_id: RoundId, agreement: Agreement) -> StageFiles:
         snapshot = agreement.snapshot

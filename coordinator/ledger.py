@@ -17,7 +17,7 @@ import structlog
 
 from coordinator.clock import Clock
 from coordinator.store import history, tree
-from coordinator.store.database import Connection, Database
+from coordinator.store.database import Database
 from coordinator.store.receipts import ReceiptRow
 from coordinator.store.rounds import ClosingRow
 from coordinator.store.successors import predecessors
@@ -34,7 +34,7 @@ from protocol.control import (
     WorkReport,
 )
 from protocol.errors import PeerFault
-from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, digest
+from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, Version, digest
 from protocol.manifest import Manifest
 from protocol.receipts import MAX_HOPS, RECEIPT_CONTEXT, Window
 from protocol.rounds.lineage import next_lineage, root_lineage
@@ -99,18 +99,16 @@ class Ledger:
         """Tell whether a state was given up although nobody stands anywhere else."""
         return lineage in self._gone
 
-    async def give_up_for_good(self, lineages: Collection[Lineage]) -> None:
-        """Settle that commits, and all that will ever follow them, are gone. Raises `StorageError`."""
+    async def go_back(self, at: Mapping[StageId, Version]) -> int:
+        """Give up for good what leads beyond these versions, whenever it is heard of. Raises `StorageError`.
 
-        def write(db: Connection) -> list[Lineage]:
-            marked = tree.give_up(db, lineages, at_s=self._clock.wall())
-            tree.mark_gone(db, marked)
-            return marked
-
-        marked = await self._database.run(write)
+        Returns how many commits that are.
+        """
+        marked = await self._database.run(tree.go_back, at, at_s=self._clock.wall())
         self._given_up.update(marked)
         self._gone.update(marked)
         await self._load_tips()
+        return len(marked)
 
     async def give_up(self, lineages: Collection[Lineage]) -> None:
         """Settle that commits, and all that will ever follow them, do not go on. Raises `StorageError`."""
@@ -282,6 +280,9 @@ class Ledger:
         _check_numbers(*numbers, commit.total_tokens, commit.tokens_dropped, commit.double_counted)
         if any(each.weight > each.tokens for each in commit.contributors):
             raise PeerFault(f"a commit of round {commit.round} counts somebody for more than it brought")
+        names = {each.peer for each in commit.contributors}
+        if len(names) < len(commit.contributors) or not any(each.weight for each in commit.contributors):
+            raise PeerFault(f"a commit of round {commit.round} counts somebody twice, or nobody")
         charter = self._charters.get(commit.stage)
         if charter is None or commit.generation > charter.generation:
             raise PeerFault(f"a commit of stage {commit.stage} follows a charter that we have not issued")

@@ -6,14 +6,14 @@ who asks for it (`coordinator rollback` writes the wish down, whether or not a c
 All stages go back together: they have learnt from each other. Members are told with their next beat that what they
 stand in does not go on (`reunion.py`). As nobody stands anywhere else they restore the checkpoint, and the stages are
 founded on that as after a death of everybody (`founding.py`). What members of the old lineage still commit until they
-have heard of it is given up as well, by its parent.
+have heard of it, and what they had committed before and not reported, is given up as well.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
@@ -23,10 +23,10 @@ from coordinator.checkpoints import versions
 from coordinator.journal import DISK_NOTE, Journal
 from coordinator.ledger import Ledger
 from coordinator.rundir import RunDir
-from coordinator.store import history, peers, tree
-from coordinator.store.database import Connection, Database
+from coordinator.store import history, peers
+from coordinator.store.database import Database
 from protocol.errors import StorageError
-from protocol.ids import Lineage, RoundId, StageId, Version
+from protocol.ids import RoundId
 
 log = structlog.get_logger()
 
@@ -76,20 +76,15 @@ class Rollback:
             await self._journal.event("run.not_rolled_back", detail=f"round {wish.round}: {error}")
             return
         at = versions(checkpoint)
-        gone = await self._database.run(_later_lineages, at)
-        await self._ledger.give_up_for_good(gone)
+        num_gone = await self._ledger.go_back(at)
         later = await asyncio.to_thread(self._run.checkpoints.set_aside_after, wish.round)
         await self._database.run(history.remove_checkpoints, list(later))
         self.on_checkpoint(checkpoint)
         self.on_rollback()
         self._journal.clear(NOTE)
-        log.warning("run.rolled_back", round=wish.round, commits=len(gone))
+        log.warning("run.rolled_back", round=wish.round, commits=num_gone)
         await self._journal.event(
             "run.rolled_back",
             detail=f"to the checkpoint of round {wish.round}, versions {', '.join(map(str, at.values()))}: "
-            f"{len(gone)} commits are given up. {wish.reason}".strip(),
+            f"{num_gone} commits are given up. {wish.reason}".strip(),
         )
-
-
-def _later_lineages(db: Connection, at: Mapping[StageId, Version]) -> list[Lineage]:
-    return [lineage for stage, version in at.items() for lineage in tree.later_than(db, stage, version)]

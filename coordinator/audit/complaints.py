@@ -3,8 +3,8 @@
 Owns: how many have to say so. Must not know: who has which stage (`office.py` says who could complain), what follows.
 
 One witness may lie, and of what was refused nothing is left to be looked at. But who sends nonsense sends it to whoever
-is there: a broken machine does not choose. So most of those of a neighbouring stage have to say it, in two rounds
-each. If many are accused the training itself has gone wrong, and nobody is to blame.
+is there: a broken machine does not choose. So most of those of a neighbouring stage have to say it, and again
+later. If many are accused the training itself has gone wrong, and nobody is to blame.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Mapping
 
-from protocol.ids import PeerId, RoundId
+from protocol.ids import PeerId
 
 REMEMBER_S = 900.0
-ROUNDS = 2
+APART_S = 20.0
+"""Between the first and the last time that a witness speaks: it is no single moment, and no single message."""
 LEAST_WITNESSES = 2
 MOST_ACCUSED = 0.25
 """Of all who are there."""
@@ -26,18 +27,16 @@ class Complaints:
     """What was said lately."""
 
     def __init__(self) -> None:
-        self._said: defaultdict[PeerId, OrderedDict[PeerId, dict[RoundId, float]]] = defaultdict(OrderedDict)
-        """By witness: whom it accuses, and of which rounds."""
+        self._said: defaultdict[PeerId, OrderedDict[PeerId, tuple[float, float]]] = defaultdict(OrderedDict)
+        """By witness: whom it accuses, when first and when last."""
 
-    def note(self, peer: PeerId, by: PeerId, round_id: RoundId, *, now_s: float) -> None:
+    def note(self, peer: PeerId, by: PeerId, *, now_s: float) -> None:
         """One says that another has sent nonsense."""
         if peer == by:
             return
         said = self._said[by]
-        rounds = said.setdefault(peer, {})
-        rounds[round_id] = now_s
-        while len(rounds) > ROUNDS:
-            del rounds[min(rounds, key=lambda each: rounds[each])]
+        first_s, last_s = said.pop(peer, (now_s, now_s))
+        said[peer] = (now_s if now_s - last_s > REMEMBER_S else first_s), now_s
         while len(said) > MAX_ACCUSED_BY_ONE:
             said.popitem(last=False)
 
@@ -45,8 +44,8 @@ class Complaints:
         """Return against whom most of a side speak; `sides` are those who could, for everybody who is there."""
         by: defaultdict[PeerId, set[PeerId]] = defaultdict(set)
         for witness, said in self._said.items():
-            for peer, rounds in said.items():
-                if sum(now_s - at_s <= REMEMBER_S for at_s in rounds.values()) >= ROUNDS:
+            for peer, (first_s, last_s) in said.items():
+                if last_s - first_s >= APART_S and now_s - last_s <= REMEMBER_S:
                     by[peer].add(witness)
         found = [
             peer

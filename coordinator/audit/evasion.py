@@ -28,7 +28,8 @@ class Evasion:
     def __init__(self, *, least: int) -> None:
         """`least` things have to be known of a peer."""
         self._least = least
-        self._since_s: dict[PeerId, float] = {}
+        self._seen_s: dict[PeerId, tuple[float, float]] = {}
+        """Since when somebody hides its work, and when that was last seen."""
 
     def look(self, seen: Mapping[PeerId, tuple[int, int]], *, now_s: float) -> dict[PeerId, bool]:
         """Return who hides most of what it does lately, by (things, hidden ones), and whether that is proven by now."""
@@ -37,10 +38,15 @@ class Evasion:
         for peer, share in shares.items():
             others = [each for other, each in shares.items() if other != peer]
             if share > HIDDEN and others and statistics.median(others) <= USUAL:
-                found[peer] = now_s - self._since_s.setdefault(peer, now_s) >= PATIENCE_S
-        self._since_s = {peer: at_s for peer, at_s in self._since_s.items() if peer in found or peer not in shares}
+                first_s, last_s = self._seen_s.get(peer, (now_s, now_s))
+                first_s = now_s if now_s - last_s > PATIENCE_S else first_s
+                self._seen_s[peer] = first_s, now_s
+                found[peer] = now_s - first_s >= PATIENCE_S
+        for peer, (_, last_s) in list(self._seen_s.items()):
+            if peer not in found and (peer in shares or now_s - last_s > PATIENCE_S):
+                del self._seen_s[peer]
         return found
 
     def forget(self, peer: PeerId) -> None:
         """It has been judged."""
-        self._since_s.pop(peer, None)
+        self._seen_s.pop(peer, None)

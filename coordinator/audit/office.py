@@ -55,6 +55,7 @@ from protocol.rounds.messages import Commit
 log = structlog.get_logger()
 
 MAX_ROUNDS = 32  # of which receipts are looked through for work to draw; what is older nobody holds any more
+MAX_AHEAD = 4  # rounds that receipts may be ahead of the commits that we know
 MAX_PER_ROUND = 20  # of one peer's microbatches in one round
 MAX_WAITING = 4  # audits that wait at one auditor
 RINGER_RATE = 1 / 8  # of audits: somebody else does the same once more, so that who answers at random is noticed
@@ -65,11 +66,11 @@ LATE_S, LATELY_S = 120.0, 900.0
 LEAST_ROUNDS, LEAST_HOPS = 8, 20
 SILENT = "it hands in no receipts for its work, so that nobody can look at it"
 NONSENSE = "most of its neighbours refuse what it sends, as it is no numbers"
+MUTE = "it does not say what it gives into averages"
 UNSTEADY = "it says of most of its work that nobody can do it again"
 QUIET_S = 60.0  # after the run went back: what peers say of work before that is in by then
 KEEP_S = 7 * 86400.0
 MAX_AGAIN = 8  # microbatches that are looked at again when somebody was struck
-VOUCHED = "it found work of another right that two others found wrong"
 SPOILT = "what it gave into an average, or made of what others gave, is not what it says"
 
 
@@ -87,6 +88,8 @@ class AuditOffice:
         self._tolerance = tolerance_of(*manifest.averaging.hop_codecs)
         self._court = Court(self._tolerance, next_order=self._next_order)
         self._quiet_until_s = float("-inf")
+        self._newest_round: RoundId | None = None
+        """Of the commits that we have heard of."""
         self._standings: dict[PeerId, Standing] = {}
         self._rounds: OrderedDict[RoundId, RoundHops] = OrderedDict()
         self._touched: set[RoundId] = set()
@@ -94,6 +97,7 @@ class AuditOffice:
         self._sums = Sums(is_mean=self._is_local)
         self._complaints = Complaints()
         self._silence, self._unsteady = Evasion(least=LEAST_ROUNDS), Evasion(least=LEAST_HOPS)
+        self._mute = Evasion(least=LEAST_ROUNDS)
         self._look_at_s = float("-inf")
         self._vouchers = Vouchers()
         self._shares = ShareCases(next_order=self._next_order)
@@ -152,13 +156,15 @@ class AuditOffice:
         self._touched.clear()
         self._drawn.clear()
         self._verdicts.clear()
+        self._sums, self._complaints, self._newest_round = Sums(is_mean=self._is_local), Complaints(), None
         self._quiet_until_s = self._clock.monotonic() + QUIET_S
 
     # -- what is heard ----------------------------------------------------------------------------------
 
     def hear_receipts(self, window: Window) -> None:
         """Take what a peer says of its hops, whose signature was checked."""
-        if self._clock.monotonic() < self._quiet_until_s:
+        is_far = self._newest_round is not None and window.round > self._newest_round + MAX_AHEAD
+        if self._clock.monotonic() < self._quiet_until_s or is_far:  # made up, it would take the place of what is real
             return
         if window.round not in self._rounds:
             self._rounds[window.round] = RoundHops(window.round, num_stages=self._num_stages)
@@ -173,6 +179,7 @@ class AuditOffice:
 
     def hear_commit(self, commit: Commit, lineage: Lineage) -> None:
         """Take who was summed by a commit, if contributions to it are on record."""
+        self._newest_round = commit.round if self._newest_round is None else max(self._newest_round, commit.round)
         if contribution_seed(lineage) is not None and commit.first_round == commit.round:
             self._sums.hear_commit(commit, lineage, now_s=self._clock.monotonic())
 
@@ -185,7 +192,7 @@ class AuditOffice:
             self._shares.hear(peer, report)
             return
         if isinstance(report, NonsenseReport):
-            self._complaints.note(report.peer, peer, report.round, now_s=self._clock.monotonic())
+            self._complaints.note(report.peer, peer, now_s=self._clock.monotonic())
             return
         verdict = self._court.hear(peer, report)
         if verdict is not None:
@@ -248,30 +255,31 @@ class AuditOffice:
         live = {peer.peer: peer.stages for peer in self._registry.live()}
         for peer in self._complaints.accused(_sides(live), now_s=monotonic_s):
             self._complaints.forget(peer)
-            if (standing := self.standing(peer)).out_until_s <= now_s:
-                await self._keep(None, now_s, *policy.struck(standing, now_s=now_s, why=NONSENSE))
+            await self._strike(peer, NONSENSE, now_s=now_s)
         rounds = await self._database.run(receipts.handed_in, since_s=now_s - LATELY_S, until_s=now_s - LATE_S)
-        silent = self._silence.look({peer: seen for peer, seen in rounds.items() if peer in live}, now_s=monotonic_s)
-        evasive = {peer: (is_proven, SILENT) for peer, is_proven in silent.items()}
+        silent = {peer: seen for peer, seen in rounds.items() if peer in live}
+        hidden = [
+            (SILENT, self._silence.look(silent, now_s=monotonic_s)),
+            (MUTE, self._mute.look(self._sums.silence(), now_s=monotonic_s)),
+        ]
         if not self._is_local:  # or else only the first step of a round can be recomputed
-            counts: dict[PeerId, tuple[int, int]] = {}
-            for hops in self._rounds.values():
-                for carry in hops.told(live):
-                    known, hidden = counts.get(carry.peer, (0, 0))
-                    counts[carry.peer] = known + 1, hidden + (not carry.is_repeatable)
-            found = self._unsteady.look(counts, now_s=monotonic_s)
-            evasive |= {peer: (is_proven, UNSTEADY) for peer, is_proven in found.items()}
-        for peer, (is_proven, why) in evasive.items():
-            standing = self.standing(peer)
-            if standing.out_until_s > now_s:
-                continue
-            if is_proven:
-                self._silence.forget(peer)
-                self._unsteady.forget(peer)
-                await self._keep(None, now_s, *policy.struck(standing, now_s=now_s, why=why), since_s=0.0)
-            else:
+            hidden.append((UNSTEADY, self._unsteady.look(self._unsteady_work(live), now_s=monotonic_s)))
+        for why, found in hidden:
+            for peer, is_proven in found.items():
                 log.warning("audit.evasive", peer=peer, why=why)
-                await self._keep(None, now_s, policy.suspected(standing, now_s=now_s))
+                if is_proven:
+                    await self._strike(peer, why, now_s=now_s)
+                else:
+                    await self._suspect(peer, now_s=now_s)
+
+    def _unsteady_work(self, live: Mapping[PeerId, Collection[StageId]]) -> dict[PeerId, tuple[int, int]]:
+        """Count of everybody's work what is known, and what nobody can do again by its own word."""
+        counts: dict[PeerId, tuple[int, int]] = {}
+        for hops in self._rounds.values():
+            for carry in hops.told(live):
+                known, unsteady = counts.get(carry.peer, (0, 0))
+                counts[carry.peer] = known + 1, unsteady + (not carry.is_repeatable)
+        return counts
 
     def _draw_sums(self, *, now_s: float) -> None:
         """Have contributions recomputed: now and then, and all of them if they do not add up to what came out."""
@@ -337,7 +345,7 @@ class AuditOffice:
         age_s = self._clock.monotonic() - (case.first or case).opened_s
         auditor, vouchers = self._who(case.auditor), set[PeerId]() if is_sum else self._vouchers.of(case.carry)
         if verdict.finding is Finding.CONFIRMED:
-            await self._strike_vouchers(vouchers, now_s=now_s)
+            await self._doubt_vouchers(vouchers, now_s=now_s)
         is_out = standing.out_until_s > now_s
         if is_out and not (verdict.finding is Finding.DIFFERS and vouchers):
             # it has had its sentence for what was found at the same time
@@ -369,15 +377,13 @@ class AuditOffice:
         else:
             await self._database.run(audits.add_audit, _row(verdict, now_s))
 
-    async def _strike_vouchers(self, vouchers: Collection[PeerId], *, now_s: float) -> None:
-        """Two others have found wrong what these found right: they did not compute it, or cover for it."""
+    async def _doubt_vouchers(self, vouchers: Collection[PeerId], *, now_s: float) -> None:
+        """Look closely at those who have found right what two others find wrong.
+
+        No more than that: they had the word of a neighbour for what was sent, and it may have told the others another.
+        """
         for peer in sorted(vouchers):
-            standing = self.standing(peer)
-            if standing.out_until_s > now_s:
-                continue
-            await self._keep(None, now_s, *policy.struck(standing, now_s=now_s, why=VOUCHED))
-            for accused in [each for each in self._standings.values() if peer in each.accusers]:
-                await self._keep(None, now_s, policy.withdrawn(accused, peer))
+            await self._suspect(peer, now_s=now_s)
 
     def _look_again(self, peer: PeerId) -> None:
         """Have others recompute what was found right of a peer that does wrong."""
@@ -391,21 +397,31 @@ class AuditOffice:
         log.warning("audit.shares", stage=record.stage, round=record.round, **found)
         for pair in blame.disputes:
             self._disputes.note(*map(self._who, pair), now_s=now_s)
-        concerned = {self._who(peer) for peer in (*blame.proven, *itertools.chain(*blame.disputes), *blame.evasive)}
-        proven = {self._who(peer) for peer in blame.proven}
-        for peer in sorted(concerned):
-            standing = self.standing(peer)
-            if standing.out_until_s > now_s:
-                continue
-            if peer in proven or self._disputes.is_liar(peer, num_members=len(record.members), now_s=now_s):
-                self._disputes.forget(peer)
-                after, sanction = policy.struck(standing, now_s=now_s, why=SPOILT)
-                await self._keep(None, now_s, after, sanction, since_s=self._added_up_s.get(peer, 0.0))
-            elif blame.evasive:
-                witness = PeerId(f"sum {record.lineage.hex()[:16]}")
-                await self._keep(None, now_s, *policy.doubted(standing, witness, now_s=now_s))
-            else:
-                await self._keep(None, now_s, policy.suspected(standing, now_s=now_s))
+        members = [self._who(peer) for peer in record.members]
+        pairs = [(self._who(one), self._who(other)) for one, other in blame.disputes]
+        liars = {self._who(peer) for peer in blame.proven}
+        liars |= {
+            peer for peer in itertools.chain(*pairs) if self._disputes.is_liar(peer, members=members, now_s=now_s)
+        }
+        for peer in sorted(liars):
+            self._disputes.forget(peer)
+            await self._strike(peer, SPOILT, now_s=now_s, since_s=self._added_up_s.get(peer))
+        # of what is left one lies in every pair; and who did not answer may only have lost what it was sent
+        left = {peer for pair in pairs if not liars & set(pair) for peer in pair}
+        for peer in sorted(left | {self._who(peer) for peer in blame.evasive}):
+            await self._suspect(peer, now_s=now_s)
+
+    async def _strike(self, peer: PeerId, why: str, *, now_s: float, since_s: float | None = None) -> None:
+        """Put a peer out for another reason than a case, if it is not out already."""
+        standing = self.standing(peer)
+        if standing.out_until_s <= now_s:
+            await self._keep(None, now_s, *policy.struck(standing, now_s=now_s, why=why), since_s=since_s)
+
+    async def _suspect(self, peer: PeerId, *, now_s: float) -> None:
+        """Have all of a peer's work looked at for a while."""
+        standing = self.standing(peer)
+        if standing.out_until_s <= now_s:
+            await self._keep(None, now_s, policy.suspected(standing, now_s=now_s))
 
     async def _keep(
         self,

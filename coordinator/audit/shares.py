@@ -13,7 +13,7 @@ not known which; but honest members contradict liars only, so whoever contradict
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from coordinator.audit.sums import Record
@@ -38,7 +38,7 @@ class Blame:
     disputes: tuple[tuple[PeerId, PeerId], ...] = ()
     """Who says different things of what one gave the other."""
     evasive: tuple[PeerId, ...] = ()
-    """Who alone does not answer, when nobody else can have done it."""
+    """Who alone does not answer, when everything fits that the others say."""
 
 
 @dataclass(slots=True)
@@ -59,12 +59,13 @@ class Disputes:
         """Two say different things."""
         self._last_s[one][other] = self._last_s[other][one] = now_s
 
-    def is_liar(self, peer: PeerId, *, num_members: int, now_s: float) -> bool:
-        """Tell whether a member of a stage contradicts more than half of the others: they cannot all be liars."""
-        found = self._last_s.get(peer, {})
-        for other in [other for other, at_s in found.items() if now_s - at_s > REMEMBER_S]:
-            del found[other]
-        return num_members >= LEAST_JUDGED and len(found) > (num_members - 1) // 2
+    def is_liar(self, peer: PeerId, *, members: Collection[PeerId], now_s: float) -> bool:
+        """Tell whether a member contradicts more than half of the others that are there: they cannot all be liars."""
+        known = self._last_s.get(peer, {})
+        for other in [other for other, at_s in known.items() if now_s - at_s > REMEMBER_S]:
+            del known[other]
+        found = known.keys() & set(members)
+        return len(members) >= LEAST_JUDGED and len(found) > (len(members) - 1) // 2
 
     def forget(self, peer: PeerId) -> None:
         """It has been judged: what others said of it and it of them is settled."""

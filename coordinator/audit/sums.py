@@ -8,7 +8,7 @@ depends on the sum, so nobody can give one thing into the average and sketch ano
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -20,6 +20,8 @@ from protocol.rounds.messages import Commit
 from protocol.sketch import distance, scaled, summed
 
 MAX_COMMITS = 256
+MAX_AHEAD = 4  # averages of which one may speak before anybody has reported the commit
+MAX_REMEMBERED = 64  # averages, of which it is remembered who said nothing
 GATHER_S = 3.0  # all members report with their next beat
 GIVE_UP_S = 20.0
 ROUNDING = 0.05
@@ -41,7 +43,7 @@ class Record:
     own: Mapping[PeerId, bytes]
     """What members say they have given, as sketches."""
     contributions: Mapping[PeerId, tuple[int, bytes]]
-    """Tokens by the commit, and the sketch; of one who does not say, what is missing from the sum."""
+    """Tokens by the commit, and the sketch, of everybody who has said."""
     apart: float
     rounding: float = ROUNDING
     """How far apart honest words may be, by the codec."""
@@ -54,6 +56,8 @@ class Record:
 @dataclass(slots=True)
 class _Gathering:
     since_s: float
+    opened_by: PeerId | None
+    """Who spoke of it first; None: it came with its commit."""
     commit: Commit | None = None
     said: dict[PeerId, ContributionReport] = field(default_factory=dict)
 
@@ -65,6 +69,7 @@ class Sums:
         self._is_mean = is_mean
         self._gathering: OrderedDict[Lineage, _Gathering] = OrderedDict()
         self._done: OrderedDict[Lineage, None] = OrderedDict()
+        self._taking_part: deque[dict[PeerId, bool]] = deque(maxlen=MAX_REMEMBERED)
 
     def hear_commit(self, commit: Commit, lineage: Lineage, *, now_s: float) -> None:
         """Take who was summed."""
@@ -73,8 +78,13 @@ class Sums:
 
     def hear(self, peer: PeerId, report: ContributionReport, *, now_s: float) -> None:
         """Take what a member says."""
-        if report.lineage not in self._done:
-            self._of(report.lineage, now_s).said.setdefault(peer, report)
+        if report.lineage in self._done:
+            return
+        if report.lineage not in self._gathering:  # a lineage may be made up, and each takes a place
+            of_its_own = [each for each in self._gathering.values() if each.commit is None and each.opened_by == peer]
+            if len(of_its_own) >= MAX_AHEAD:
+                return
+        self._of(report.lineage, now_s, opened_by=peer).said.setdefault(peer, report)
 
     def due(self, *, now_s: float) -> list[Record]:
         """Return commits of which everybody has spoken, or nobody will any more."""
@@ -88,14 +98,26 @@ class Sums:
             self._done[lineage] = None
             while len(self._done) > MAX_COMMITS:
                 self._done.popitem(last=False)
+            if commit is not None and gathering.said:  # somebody says something: it is on record
+                weighty = [each.peer for each in commit.contributors if each.weight]
+                self._taking_part.append({peer: peer not in gathering.said for peer in weighty})
             record = None if commit is None else _record(commit, lineage, gathering.said, is_mean=self._is_mean)
             if record is not None:
                 found.append(record)
         return found
 
-    def _of(self, lineage: Lineage, now_s: float) -> _Gathering:
+    def silence(self) -> dict[PeerId, tuple[int, int]]:
+        """Return in how many of the latest averages peers counted, and of how many they say nothing."""
+        found: dict[PeerId, tuple[int, int]] = {}
+        for each in self._taking_part:
+            for peer, is_silent in each.items():
+                count, silent = found.get(peer, (0, 0))
+                found[peer] = count + 1, silent + is_silent
+        return found
+
+    def _of(self, lineage: Lineage, now_s: float, *, opened_by: PeerId | None = None) -> _Gathering:
         if lineage not in self._gathering:
-            self._gathering[lineage] = _Gathering(now_s)
+            self._gathering[lineage] = _Gathering(now_s, opened_by)
             while len(self._gathering) > MAX_COMMITS:
                 self._gathering.popitem(last=False)
         return self._gathering[lineage]
@@ -111,18 +133,15 @@ def _record(
     scales = {each.peer: factor for each, factor in zip(commit.contributors, factors, strict=True)}
     reports = {peer: said[peer] for peer in members if peer in said}
     silent = members.keys() - reports.keys()
-    if seed is None or not reports or len(silent) > 1:
-        return None
+    if seed is None or not reports or silent or not all(scales[peer] for peer in members):
+        return None  # what one who does not say has given is not known: it is no word that could be held against it
     totals = [report.total for report in reports.values()]
     try:
         # whoever lies about the sum is alone with it: all others have the same bytes
         total = min(totals, key=lambda each: sorted(distance(other, each) for other in totals)[len(totals) // 2])
         sketches = {peer: report.own for peer, report in reports.items()}
         parts = summed(scaled(sketch, scales[peer]) for peer, sketch in sketches.items())
-        if silent:
-            (peer,) = silent
-            sketches[peer] = scaled(summed((total, scaled(parts, -1.0))), 1 / scales[peer])
-        apart = 0.0 if silent else distance(total, parts)
+        apart = distance(total, parts)
     except WireError:
         return None
     contributions = {peer: (each.tokens, sketches[peer]) for peer, each in members.items()}

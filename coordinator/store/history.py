@@ -179,9 +179,10 @@ def add_commit(db: sqlite3.Connection, row: CommitRow, *, received_s: float) -> 
             vouched,
         ),
     )
-    given_up_s = tree.given_up_s(db, row.parent)
+    gone_s = tree.gone_since_s(db, row.stage, row.generation, row.version)
+    given_up_s = tree.given_up_s(db, row.parent) if gone_s is None else gone_s
     given_up = [] if given_up_s is None else tree.give_up(db, [row.lineage], at_s=given_up_s)
-    if tree.is_gone(db, row.parent):
+    if gone_s is not None:
         tree.mark_gone(db, given_up)
     if vouched:
         _keep_if_tip(db, row)

@@ -79,6 +79,8 @@ def last_evaluations(db: sqlite3.Connection, *, limit: int) -> list[tuple[RoundI
     """Return the last rounds that were evaluated and go on, with their held-out loss in nats, the oldest first."""
     query = """
         SELECT round, heldout_loss_sum / heldout_tokens FROM rounds
-        WHERE heldout_tokens > 0 AND NOT superseded ORDER BY round DESC, digest LIMIT ?
+        WHERE heldout_tokens > 0 AND NOT superseded
+            AND NOT EXISTS (SELECT 1 FROM commits WHERE closing = rounds.digest AND gone)
+        ORDER BY round DESC, digest LIMIT ?
     """
     return [(RoundId(number), loss) for number, loss in reversed(db.execute(query, (limit,)).fetchall())]

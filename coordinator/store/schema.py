@@ -371,6 +371,12 @@ MIGRATIONS: tuple[str, ...] = (
     """
     ALTER TABLE commits ADD COLUMN gone INTEGER NOT NULL DEFAULT 0;
     CREATE INDEX commits_gone ON commits (gone) WHERE gone;
+    CREATE TABLE barriers (
+        stage INTEGER PRIMARY KEY,
+        generation INTEGER NOT NULL,    -- of this charter, or one before,
+        version INTEGER NOT NULL,       -- what leads beyond this is gone, whenever we hear of it
+        since_s REAL NOT NULL
+    );
     """,
 )
 

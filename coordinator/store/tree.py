@@ -112,10 +112,30 @@ def given_up(db: sqlite3.Connection) -> list[Lineage]:
     return [lineage for (lineage,) in db.execute("SELECT lineage FROM commits WHERE given_up_s IS NOT NULL")]
 
 
-def later_than(db: sqlite3.Connection, stage: StageId, version: Version) -> list[Lineage]:
-    """Return the lineages of a stage's commits that go on and lead beyond a version."""
-    query = "SELECT lineage FROM commits WHERE stage = ? AND version > ? AND given_up_s IS NULL"
-    return [lineage for (lineage,) in db.execute(query, (stage, version))]
+def go_back(db: sqlite3.Connection, at: Mapping[StageId, Version], *, at_s: float) -> list[Lineage]:
+    """Give up for good what leads beyond these versions under the charters that there are; return what is marked now.
+
+    Also what is heard of later: a coordinator that was away does not know yet how far its peers have come.
+    """
+    marked: list[Lineage] = []
+    for stage, version in at.items():
+        (generation,) = db.execute(
+            "SELECT coalesce(max(generation), 0) FROM charters WHERE stage = ?", (stage,)
+        ).fetchone()
+        db.execute("INSERT OR REPLACE INTO barriers VALUES (?, ?, ?, ?)", (stage, generation, version, at_s))
+        query = "SELECT lineage FROM commits WHERE stage = ? AND version > ? AND NOT gone"
+        lineages = [lineage for (lineage,) in db.execute(query, (stage, version)).fetchall()]
+        give_up(db, lineages, at_s=at_s)
+        mark_gone(db, lineages)
+        marked += lineages
+    return marked
+
+
+def gone_since_s(db: sqlite3.Connection, stage: StageId, generation: int, version: Version) -> float | None:
+    """Return since when a commit of this kind is gone; None if it is not."""
+    query = "SELECT since_s FROM barriers WHERE stage = ? AND generation >= ? AND version < ?"
+    row = db.execute(query, (stage, generation, version)).fetchone()
+    return None if row is None else float(row[0])
 
 
 def mark_gone(db: sqlite3.Connection, lineages: Iterable[Lineage]) -> None:
@@ -123,13 +143,8 @@ def mark_gone(db: sqlite3.Connection, lineages: Iterable[Lineage]) -> None:
     db.executemany("UPDATE commits SET gone = 1 WHERE lineage = ?", [(lineage,) for lineage in lineages])
 
 
-def is_gone(db: sqlite3.Connection, lineage: Lineage) -> bool:
-    """Tell whether a commit was noted by `mark_gone`."""
-    return db.execute("SELECT 1 FROM commits WHERE lineage = ? AND gone", (lineage,)).fetchone() is not None
-
-
 def gone(db: sqlite3.Connection) -> list[Lineage]:
-    """Return what was noted by `mark_gone`, and what follows that."""
+    """Return what was noted by `mark_gone`."""
     return [lineage for (lineage,) in db.execute("SELECT lineage FROM commits WHERE gone")]
 
 

@@ -99,5 +99,9 @@ class ButterflyRunner(GroupRunner):
     async def _keep(self, member: int, slot: int, data: Buffer) -> None:
         """Keep what was sent, as it came. Members may send before there is room."""
         await self._has_room.wait()
-        if self.taken is not None:
-            self.taken.put(member, slot, data)
+        try:
+            if self.taken is not None:
+                self.taken.put(member, slot, data)
+        except StorageError as error:
+            log.warning("reduce.not_kept", error=error.one_line())
+            self.taken = None

@@ -293,7 +293,7 @@ class StageDriver:
         async def tell() -> None:
             with self._pausing():
                 tokens = await freezing
-                norm = 0.0 if replaces or not tokens else await self._contribution_norm(closing.round)
+                norm = 0.0 if replaces else await self._contribution_norm(closing.round)
                 log.debug("round.frozen", stage=self.stage, round=closing.round, tokens=tokens, norm=norm)
                 self.post(events.Frozen(closing.round, tokens, self._engine.tokens_per_s(self.stage), norm))
 
@@ -309,9 +309,11 @@ class StageDriver:
         return norm if norm <= MAX_NORM else MAX_NORM  # no number either: whoever adds it up will say so
 
     async def _late_norm(self) -> float | None:
-        """Measure what was frozen before what came before it was applied; None if that is not so."""
-        round_id, self._late_round = self._late_round, None
-        return None if round_id is None else await self._contribution_norm(round_id)
+        """Measure what was frozen before what came before it was applied; None if that is not so.
+
+        Again with every step until the next round is frozen: the machine may not have waited for this one.
+        """
+        return None if self._late_round is None else await self._contribution_norm(self._late_round)
 
     async def _run_reduce(self, action: events.StartReduce) -> None:
         """Sum what was frozen with the group, or average it; stage the bytes; report how it went."""

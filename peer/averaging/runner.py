@@ -331,8 +331,8 @@ class GroupRunner(AllReduceRunner, ABC):  # type: ignore[misc]
             if len(packed) != 8 * self.group_size:
                 raise self._blame(maker, "does not say how much it was sent")
             seen.append([*struct.unpack(f"<{self.group_size}d", packed)])
-            if min(seen[-1]) < 0:
-                raise self._blame(maker, "says that it was sent less than nothing")
+            if not all(0 <= each < math.inf for each in seen[-1]):
+                raise self._blame(maker, "says that it was sent what cannot be")
         for member, norm in enumerate(self._group.norms):
             square = sum(each[member] for each in seen)
             if member != self._me and not square <= (NORM_SLACK * norm) ** 2:

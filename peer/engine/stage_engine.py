@@ -36,7 +36,7 @@ from peer.memory.units import OUTER, Inventory, Section
 from peer.model.loss import count_targets
 from peer.model.stage import Stage, build_stage
 from protocol.architecture import ModelConfig
-from protocol.errors import PeerFault, WireError
+from protocol.errors import PeerFault
 from protocol.ids import Version
 
 MAX_MAGNITUDE = 1e8  # of what others send: 1e4 is a lot in a trained model, and from here nothing overflows in fp32
@@ -248,16 +248,16 @@ class StageEngine(StageState):
             self._forget(tape)
 
     def check_inputs(self, inputs: Tensor) -> None:
-        """Raise `PeerFault` or `CorpusError` for what no stage before this one makes; `WireError` if it is nonsense."""
+        """Raise `PeerFault` or `CorpusError` for what no stage before this one makes."""
         if self.is_first:
             if inputs.dtype != torch.int64 or inputs.dim() != 2:
                 raise PeerFault(f"the first stage wants int64 tokens (B, T), not {inputs.dtype} {tuple(inputs.shape)}.")
             self._stage.check_tokens(inputs)
             return
         if not inputs.is_floating_point() or inputs.dim() != 3 or inputs.shape[2] != self._stage.width:
-            raise WireError(f"this stage wants hidden states (B, T, {self._stage.width}), not {tuple(inputs.shape)}.")
+            raise PeerFault(f"this stage wants hidden states (B, T, {self._stage.width}), not {tuple(inputs.shape)}.")
         if not largest(inputs) <= MAX_MAGNITUDE:
-            raise WireError("the hidden states from the stage before have numbers that no model makes.")
+            raise PeerFault("the hidden states from the stage before have numbers that no model makes.")
 
     def check_labels(self, shape: tuple[int, ...], labels: Tensor) -> None:
         """Raise `PeerFault` or `CorpusError` unless these can be the labels of a microbatch of `shape` (B, T)."""
@@ -266,10 +266,10 @@ class StageEngine(StageState):
         self._stage.check_tokens(labels, allow_ignored=True)
 
     def check_gradient(self, ticket: Ticket, grad_outputs: Tensor) -> None:
-        """Raise `WireError` for what cannot be the gradient of a forward pass that is waiting for it."""
+        """Raise `PeerFault` for what cannot be the gradient of a forward pass that is waiting for it."""
         expected = (*self._pending[ticket.number].inputs.shape[:2], self._stage.width)
         if grad_outputs.shape != expected or not largest(grad_outputs) <= MAX_MAGNITUDE:
-            raise WireError("the gradient from the next stage has the wrong shape, or numbers that no model makes.")
+            raise PeerFault("the gradient from the next stage has the wrong shape, or numbers that no model makes.")
 
     # --- inside: passes ------------------------------------------------------------------------------
 

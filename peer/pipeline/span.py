@@ -214,7 +214,10 @@ class SpanRunner:
 
     @contextmanager
     def _blaming(self, peer: PeerId, task: TaskId) -> Iterator[None]:
-        """Say who has sent us what the block cannot take for numbers."""
+        """Say who has sent us what the block cannot take for numbers: no honest machine can be made to send that.
+
+        Not if they are too large: somebody behind it may have seen to it that what it computes is.
+        """
         try:
             yield
         except WireError:

@@ -58,6 +58,6 @@ def clips_of(contributions: Sequence[Contribution], *, is_mean: bool) -> tuple[f
 
 
 def shares_of(weights: Sequence[int]) -> tuple[float, ...]:
-    """Return each weight's part of all of them."""
+    """Return each weight's part of all of them; nothing of nothing."""
     total = sum(weights)
-    return tuple(weight / total for weight in weights)
+    return tuple(weight / total if total else 0.0 for weight in weights)

@@ -43,6 +43,9 @@ def test_a_training_that_goes_well_raises_no_alarm(quiet: tuple[float, ...]) -> 
 def test_a_loss_that_rises_and_stays_there_is_a_jump() -> None:
     assert find_jump(losses(3.2, 3.1, 3.0, 4.0, 3.9)) == Jump(RoundId(30), RoundId(20), 3.1, 3.9)
     assert find_jump(losses(3.2, 3.1, 3.0, math.nan, math.inf)) is not None
+    later = find_jump(losses(3.2, 3.1, 3.0, 4.0, 3.9, 4.1))
+    assert later is not None
+    assert later.last_good == 20, "of a bad one nobody should go on from"
 
 
 async def train(office: Office, folder: Path, *values: float) -> None:

@@ -99,6 +99,26 @@ async def test_what_is_gone_stays_gone_over_a_restart(tmp_path: Path) -> None:
         assert [(each.stage, each.members) for each in reply.given_up] == [(stage, ()) for stage in STAGES]
 
 
+async def test_what_was_not_reported_when_the_run_went_back_is_gone_as_well(tmp_path: Path) -> None:
+    """The coordinator was away, and the wish is carried out before any peer has spoken. Oracle: replies to beats."""
+    async with open_office(tmp_path) as office:
+        half = await trained(office, tmp_path)
+        await wish(office, 4)
+        unreported = [await half.make_round() for _ in range(2)]
+    async with open_office(tmp_path) as office:
+        half.office = office
+        for volunteer in (A, B):
+            await office.join(volunteer, wanted_stages=tuple(map(StageId, STAGES)))
+        for reports in unreported:
+            await half.report(reports)
+        reply = await half.beat()
+        assert [(each.stage, each.members) for each in reply.given_up] == [(stage, ()) for stage in STAGES]
+        with_gone = await office.services.database.run(
+            lambda db: db.execute("SELECT count(*) FROM commits WHERE gone").fetchone()
+        )
+        assert with_gone == (2 * (2 + 2),)
+
+
 async def test_a_checkpoint_that_is_damaged_meanwhile_changes_nothing(tmp_path: Path) -> None:
     async with open_office(tmp_path) as office:
         half = await trained(office, tmp_path)

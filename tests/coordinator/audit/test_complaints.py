@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from coordinator.audit.complaints import MAX_ACCUSED_BY_ONE, REMEMBER_S, Complaints
-from protocol.ids import PeerId, RoundId
+from coordinator.audit.complaints import APART_S, MAX_ACCUSED_BY_ONE, REMEMBER_S, Complaints
+from protocol.ids import PeerId
 
 FEEDERS = [PeerId(name) for name in ("anne", "adam", "ada", "alf")]
 WORKERS = [PeerId(name) for name in ("bert", "bea", "bob", "bill")]
@@ -11,20 +11,23 @@ SIDES = {**{peer: ([], WORKERS) for peer in FEEDERS}, **{peer: (FEEDERS, []) for
 BERT = WORKERS[0]
 
 
-def complain(made: Complaints, about: PeerId, *witnesses: PeerId, rounds: int = 2, now_s: float = 0.0) -> None:
+def complain(made: Complaints, about: PeerId, *witnesses: PeerId, times: int = 2) -> None:
+    """The last time is now, at 0."""
     for witness in witnesses:
-        for round_id in range(rounds):
-            made.note(about, witness, RoundId(round_id), now_s=now_s)
+        for number in reversed(range(times)):
+            made.note(about, witness, now_s=-number * APART_S)
 
 
-def test_most_of_a_side_in_two_rounds_each() -> None:
+def test_most_of_a_side_and_not_in_one_moment() -> None:
     made = Complaints()
     complain(made, BERT, *FEEDERS[:2])
     assert made.accused(SIDES, now_s=0.0) == [], "half of them may be liars"
-    complain(made, BERT, FEEDERS[2], rounds=1)
+    complain(made, BERT, FEEDERS[2], times=1)
     assert made.accused(SIDES, now_s=0.0) == [], "once may be a broken line"
-    complain(made, BERT, FEEDERS[2])
-    assert made.accused(SIDES, now_s=0.0) == [BERT]
+    made.note(BERT, FEEDERS[2], now_s=0.0)
+    assert made.accused(SIDES, now_s=0.0) == [], "nor is one message that says it twice"
+    made.note(BERT, FEEDERS[2], now_s=APART_S)
+    assert made.accused(SIDES, now_s=APART_S) == [BERT]
     made.forget(BERT)
     assert made.accused(SIDES, now_s=0.0) == []
 

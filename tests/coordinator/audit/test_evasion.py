@@ -37,3 +37,4 @@ def test_who_shows_its_work_again_starts_anew() -> None:
     assert evasion.look(bad, now_s=PATIENCE_S) == {A: False}
     assert evasion.look({A: (3, 3), B: (20, 0)}, now_s=PATIENCE_S + 10.0) == {}
     assert evasion.look(bad, now_s=2 * PATIENCE_S) == {A: True}
+    assert evasion.look(bad, now_s=4 * PATIENCE_S) == {A: False}, "it was not seen for long"

@@ -156,25 +156,26 @@ def test_who_contradicts_more_than_could_all_be_liars_is_one() -> None:
     """Of four, one may lie; of five, two; of two, nobody knows."""
     disputes = Disputes()
     disputes.note(A, B, now_s=0.0)
-    assert not any(disputes.is_liar(peer, num_members=4, now_s=0.0) for peer in (A, B))
+    assert not any(disputes.is_liar(peer, members=MEMBERS, now_s=0.0) for peer in (A, B))
     disputes.note(A, B, now_s=1.0)
-    assert not disputes.is_liar(A, num_members=4, now_s=1.0), "the same pair again is the same dispute"
+    assert not disputes.is_liar(A, members=MEMBERS, now_s=1.0), "the same pair again is the same dispute"
     disputes.note(A, C, now_s=2.0)
-    assert disputes.is_liar(A, num_members=4, now_s=2.0)
-    assert not disputes.is_liar(A, num_members=5, now_s=2.0)
-    assert not any(disputes.is_liar(peer, num_members=4, now_s=2.0) for peer in (B, C))
-    assert not disputes.is_liar(A, num_members=2, now_s=2.0)
+    assert disputes.is_liar(A, members=MEMBERS, now_s=2.0)
+    assert not disputes.is_liar(A, members=(*MEMBERS, PeerId("e")), now_s=2.0)
+    assert not any(disputes.is_liar(peer, members=MEMBERS, now_s=2.0) for peer in (B, C))
+    assert not disputes.is_liar(A, members=(A, B), now_s=2.0)
+    assert not disputes.is_liar(A, members=(A, C, D), now_s=2.0), "one of them is gone, and comes back under other keys"
 
 
 def test_disputes_are_forgotten_and_settled() -> None:
     disputes = Disputes()
     disputes.note(A, B, now_s=0.0)
     disputes.note(A, C, now_s=REMEMBER_S)
-    assert disputes.is_liar(A, num_members=4, now_s=REMEMBER_S)
-    assert not disputes.is_liar(A, num_members=4, now_s=REMEMBER_S + 1.0)
+    assert disputes.is_liar(A, members=MEMBERS, now_s=REMEMBER_S)
+    assert not disputes.is_liar(A, members=MEMBERS, now_s=REMEMBER_S + 1.0)
     disputes.note(B, C, now_s=REMEMBER_S)
     disputes.forget(A)
-    assert not disputes.is_liar(C, num_members=4, now_s=REMEMBER_S)
+    assert not disputes.is_liar(C, members=MEMBERS, now_s=REMEMBER_S)
 
 
 # -- asking ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import struct
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
@@ -134,7 +135,9 @@ async def test_who_sends_more_than_it_said_is_named(swarm: list[Member], name: s
 ACCEPTED_SUMS = {
     "nothing": (b"", "does not say how much"),
     "of too few": (struct.pack("<2d", 1.0, 1.0), "does not say how much"),
-    "less than nothing": (struct.pack("<3d", 1.0, -1e9, 1.0), "less than nothing"),
+    "less than nothing": (struct.pack("<3d", 1.0, -1e9, 1.0), "what cannot be"),
+    "no number": (struct.pack("<3d", math.nan, 1.0, 1.0), "what cannot be"),
+    "endless": (struct.pack("<3d", 1.0, 1.0, math.inf), "what cannot be"),
 }
 
 
