@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -341,17 +342,18 @@ GIVERS = (WORKER, SECOND, THIRD)
 class Average:
     """A commit of three on record, each of which adds up a third; one makes something else of its share."""
 
-    def __init__(self, *, poisoned: bool) -> None:
+    def __init__(self, *, poisoned: bool = False, which: int = 0) -> None:
         under = sign_closing(FEEDER, closing(RUN, 0))
         made = (
             commit(RUN, 1, under, members=GIVERS, parent=NO_LINEAGE, norm=float(number), **self._group())
             for number in range(64)
         )
-        self.commit, self.lineage, self.seed = next(
+        recorded = (
             (each, lineage, seed)
             for each in made
             if (seed := contribution_seed(lineage := next_lineage(each.parent, each.to_bytes()))) is not None
         )
+        self.commit, self.lineage, self.seed = next(islice(recorded, which, None))
         self.poison = tensor("poison") if poisoned else 0 * tensor("poison")
 
     @staticmethod
@@ -455,3 +457,24 @@ async def test_when_the_run_goes_back_nobody_is_judged_by_other_weights(tmp_path
         await crew.work(2)
         await office.tick(1.0)
         assert any([(await crew.beat(who)).audits for who in (SECOND, THIRD)])
+
+
+async def test_who_never_says_what_it_gives_is_put_out_in_the_end(tmp_path: Path) -> None:
+    """Of an average of which one says nothing nothing is known. Oracle: standings; minutes pass, as a peer may lag."""
+    async with open_office(tmp_path, run=RUN) as office:
+        crew, states = Crew(office), []
+        await crew.enter()
+        for number in range(20):
+            average = Average(which=number)
+            office.services.audits.hear_commit(average.commit, average.lineage)
+            for who in (WORKER, THIRD):
+                await crew.beat(who, average.contribution(who))
+            for _ in range(4):
+                await office.tick(9.0)
+                for who in EVERYBODY:
+                    if office.services.bans.refusal(who.peer) is None:
+                        await crew.beat(who)
+            states.append(crew.state_of(SECOND))
+        assert State.SUSPECT in states
+        assert states[-1] is State.QUARANTINED
+        assert all(crew.state_of(who) is State.NEW for who in (WORKER, THIRD))
