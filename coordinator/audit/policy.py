@@ -122,12 +122,6 @@ def doubted(standing: Standing, accuser: PeerId, *, now_s: float) -> tuple[Stand
     return replace(standing, valid=0, audited=standing.audited + 1, doubted_s=now_s, accusers=accusers), None
 
 
-def withdrawn(standing: Standing, accuser: PeerId) -> Standing:
-    """A witness against it was found to lie: its word does not count."""
-    accusers = standing.accusers - {accuser}
-    return replace(standing, accusers=accusers, doubted_s=standing.doubted_s if accusers else float("-inf"))
-
-
 def suspected(standing: Standing, *, now_s: float) -> Standing:
     """It or another one lies, and nobody knows which: both are looked at closely."""
     return replace(standing, valid=0, doubted_s=now_s)

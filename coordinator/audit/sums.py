@@ -98,8 +98,8 @@ class Sums:
             self._done[lineage] = None
             while len(self._done) > MAX_COMMITS:
                 self._done.popitem(last=False)
-            if commit is not None and gathering.said:  # somebody says something: it is on record
-                weighty = [each.peer for each in commit.contributors if each.weight]
+            weighty = {each.peer for each in commit.contributors if each.weight} if commit is not None else set()
+            if 2 * len(weighty & gathering.said.keys()) > len(weighty):  # or else somebody may have made it up
                 self._taking_part.append({peer: peer not in gathering.said for peer in weighty})
             record = None if commit is None else _record(commit, lineage, gathering.said, is_mean=self._is_mean)
             if record is not None:

@@ -392,16 +392,21 @@ class Average:
         return made.packed()
 
 
+async def said_of(average: Average, crew: Crew) -> None:
+    """Enter, and let all three say what they gave."""
+    await crew.enter()
+    crew.office.services.audits.hear_commit(average.commit, average.lineage)
+    for who in GIVERS:
+        await crew.beat(who, average.contribution(who))
+    await crew.office.tick(GATHER_S + 1.0)
+
+
 @pytest.mark.parametrize("poisoned", [False, True])
 async def test_who_makes_something_else_of_an_average_is_put_out(tmp_path: Path, poisoned: bool) -> None:
     """If it adds up nobody is even asked. Oracle: standings, the ban, and that it is told why."""
     async with open_office(tmp_path, run=RUN) as office:
         crew, average = Crew(office), Average(poisoned=poisoned)
-        await crew.enter()
-        office.services.audits.hear_commit(average.commit, average.lineage)
-        for who in GIVERS:
-            await crew.beat(who, average.contribution(who))
-        await office.tick(GATHER_S + 1.0)
+        await said_of(average, crew)
         for who in GIVERS:
             reply = await crew.beat(who)
             assert len(reply.shares) == poisoned
@@ -420,11 +425,7 @@ async def test_of_two_that_contradict_each_other_both_are_looked_at_closely(tmp_
     """The worker says that another has sent the poison. Oracle: nobody is put out; two are suspects, one is not."""
     async with open_office(tmp_path, run=RUN) as office:
         crew, average = Crew(office), Average(poisoned=True)
-        await crew.enter()
-        office.services.audits.hear_commit(average.commit, average.lineage)
-        for who in GIVERS:
-            await crew.beat(who, average.contribution(who))
-        await office.tick(GATHER_S + 1.0)
+        await said_of(average, crew)
         for who in GIVERS:
             (order,) = (await crew.beat(who)).shares
             report = average.shares(who, order)

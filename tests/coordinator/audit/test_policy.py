@@ -25,7 +25,6 @@ from coordinator.audit.policy import (
     standing_from,
     state_of,
     struck,
-    withdrawn,
 )
 from protocol.ids import PeerId
 
@@ -125,16 +124,6 @@ def test_a_new_key_is_where_the_old_one_was_and_sheds_nothing() -> None:
     assert kept_until(inherited(Standing(peer=Q), summed), is_sum=True) == 5.0
     assert kept_until(inherited(own, summed), is_sum=True) == -math.inf, "the earlier, so that more is taken back"
     assert inherited(proven(500), old).valid == 0
-
-
-def test_the_word_of_a_liar_is_withdrawn() -> None:
-    """Oracle: as if it had never been said, but for the trust that has to be earned again."""
-    standing, _ = doubted(proven(50), Q, now_s=0.0)
-    assert state_of(withdrawn(standing, R), now_s=1.0) is State.SUSPECT
-    again = withdrawn(standing, Q)
-    assert state_of(again, now_s=1.0) is State.PROBATION
-    again, sanction = doubted(again, R, now_s=2.0)
-    assert sanction is None, "it would have been the second witness"
 
 
 def test_what_one_auditor_vouches_for_is_not_kept_for_that() -> None:

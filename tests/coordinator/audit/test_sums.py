@@ -99,6 +99,15 @@ def test_what_a_silent_member_gave_is_not_held_against_it() -> None:
     assert sums.silence() == {A.peer: (1, 0), B.peer: (1, 1), C.peer: (1, 0)}
 
 
+def test_what_only_one_speaks_of_makes_nobody_else_silent() -> None:
+    """A member can sign a commit that nobody else has seen, and name whom it likes."""
+    sums = Sums()
+    sums.hear_commit(committed(), LINEAGE, now_s=0.0)
+    say(sums, A, shards(given(A)))
+    assert sums.due(now_s=GIVE_UP_S) == []
+    assert sums.silence() == {}
+
+
 def test_lineages_that_are_made_up_take_no_place_from_real_ones() -> None:
     sums = Sums()
     for number in range(2 * MAX_COMMITS):
