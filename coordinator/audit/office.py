@@ -104,6 +104,7 @@ class AuditOffice:
         self._disputes = Disputes()
         self._added_up_s: dict[PeerId, float] = {}
         """Until when what everybody gave into averages is what it says. Unix seconds; of this process only."""
+        self._began_s = clock.wall()
         self._drawn: defaultdict[tuple[RoundId, PeerId], int] = defaultdict(int)
         self._verdicts: list[Verdict] = []
         self._pruned_s = float("-inf")
@@ -405,7 +406,7 @@ class AuditOffice:
         }
         for peer in sorted(liars):
             self._disputes.forget(peer)
-            await self._strike(peer, SPOILT, now_s=now_s, since_s=self._added_up_s.get(peer))
+            await self._strike(peer, SPOILT, now_s=now_s, since_s=self._added_up_s.get(peer, self._began_s))
         # of what is left one lies in every pair; and who did not answer may only have lost what it was sent
         left = {peer for pair in pairs if not liars & set(pair) for peer in pair}
         for peer in sorted(left | {self._who(peer) for peer in blame.evasive}):
