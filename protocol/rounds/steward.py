@@ -305,8 +305,8 @@ class Steward:
         alone = slot.company_s <= max(now_s - timers.patience_s, since_s + timers.silence_s)
         if alone:
             return now_s - since_s >= timers.isolation_s
-        # while our line was down their silence meant nothing: now that it is back they may answer at any moment
-        return now_s - max(since_s, slot.company_since_s) >= timers.patience_s
+        # while our line was down their silence meant nothing: if it has just come back they may answer at any moment
+        return now_s - since_s >= timers.patience_s and now_s - slot.company_since_s >= timers.ping_timeout_s
 
     # -- begin, propose, fail ----------------------------------------------------------------------
 
