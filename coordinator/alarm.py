@@ -84,9 +84,9 @@ class Alarm:
             self._journal.note(DISK_NOTE, str(error))
 
     async def _tell(self, jump: Jump) -> None:
-        sound = [number for number in self._run.checkpoints.rounds() if number <= jump.last_good]
+        before = [number for number in self._run.checkpoints.rounds() if number <= jump.last_good]
         text = f"held-out loss went from {jump.before:.3f} to {jump.after:.3f} at round {jump.round}"
-        target = max(sound, default=None)
+        target = max(before, default=None)
         advice = "there is no checkpoint before that" if target is None else f"coordinator rollback DIR --to {target}"
         self._journal.note(NOTE, f"{text}: {advice}")
         await self._journal.event("loss.jumped", detail=text)

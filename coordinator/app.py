@@ -248,7 +248,7 @@ async def _serve(
         Passes(calls, streams, door, me=node.peer_id).serve()
         collector = _make_collector(services, blobs, calls)
         await _answer_calls(services, calls)
-        services.rollback.on_checkpoint = collector.go_back
+        services.rollback.on_checkpoint = collector.take
         await collector.load()  # hashes gigabytes; until then there is no checkpoint to hand out, not even "none"
         shelf = Shelf(
             services.run,

@@ -77,7 +77,7 @@ class Collector:
         await asyncio.to_thread(shutil.rmtree, self._run.path / INCOMING, ignore_errors=True)
         newest = await asyncio.to_thread(self._run.newest_checkpoint)
         if newest is not None:
-            self._take(newest)
+            self.take(newest)
         on_disk = await asyncio.to_thread(self._run.checkpoints.rounds)
         if on_disk and (newest is None or newest.round != on_disk[0]):
             sound = "none is sound" if newest is None else f"the newest sound one is of round {newest.round}"
@@ -108,7 +108,7 @@ class Collector:
         finally:
             await asyncio.to_thread(shutil.rmtree, self._run.path / INCOMING, ignore_errors=True)
         self._journal.clear(NOTE)
-        self._take(checkpoint)
+        self.take(checkpoint)
         await self._write_down(checkpoint, seconds=self._clock.monotonic() - started_s)
         return True
 
@@ -192,11 +192,8 @@ class Collector:
                     "checkpoint.dissent", peer, f"stage {stage}, round {round_id}: offers other files, {against}"
                 )
 
-    def go_back(self, checkpoint: Checkpoint) -> None:
-        """Take an older checkpoint for the newest: the run goes on from that."""
-        self._take(checkpoint)
-
-    def _take(self, checkpoint: Checkpoint) -> None:
+    def take(self, checkpoint: Checkpoint) -> None:
+        """Take a checkpoint for the newest: it was just made, or the run goes back to it."""
         self.newest = checkpoint
         self._on_checkpoint(checkpoint)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,10 @@ def pattern(seed: bytes, length: int) -> tuple[npt.NDArray[np.int64], Values]:
     """Return for each of `length` values where it is added, below `WIDTH`, and with which sign."""
     raw = np.random.Philox(key=int.from_bytes(digest(seed)[:16], "big")).random_raw(length)
     return (raw % WIDTH).astype(np.int64), np.where(raw >> np.uint64(63), np.float32(1), np.float32(-1))
+
+
+_kept_pattern = lru_cache(maxsize=1)(pattern)
+"""Many sketches of one seed are made at a time, one for each member of an average."""
 
 
 def sketch(values: Values, seed: bytes, *, pieces: int = MAX_PIECES) -> bytes:
@@ -55,7 +60,7 @@ class ShardSketch:
     """
 
     def __init__(self, seed: bytes) -> None:
-        self._seed, (self._buckets, self._signs) = seed, pattern(seed, SEGMENT)
+        self._seed, (self._buckets, self._signs) = seed, _kept_pattern(seed, SEGMENT)
         self._sums = np.zeros((MAX_PIECES, WIDTH))
 
     def add(self, shard: int, values: Values, *, start: int = 0) -> None:

@@ -271,7 +271,7 @@ class AuditOffice:
                 if is_proven:
                     await self._strike(peer, why, now_s=now_s)
                 else:
-                    await self._suspect(peer, now_s=now_s)
+                    await self._suspect([peer], now_s=now_s)
 
     def _unsteady_work(self, live: Mapping[PeerId, Collection[StageId]]) -> dict[PeerId, tuple[int, int]]:
         """Count of everybody's work what is known, and what nobody can do again by its own word."""
@@ -289,7 +289,7 @@ class AuditOffice:
             hops = self._rounds.get(record.round)
             works = [] if hops is None else [carry for carry in hops.all(hosts) if record.stage in carry.stages]
             if record.adds_up:  # its auditors only know what it says that it gave
-                self._added_up_s |= dict.fromkeys(map(self._who, record.own), now_s - GIVE_UP_S)
+                self._added_up_s |= dict.fromkeys(map(self._who, record.contributions), now_s - GIVE_UP_S)
             else:
                 log.warning("audit.sum", stage=record.stage, round=record.round, apart=record.apart)
                 if len(record.members) <= MAX_SHARES:
@@ -346,7 +346,8 @@ class AuditOffice:
         age_s = self._clock.monotonic() - (case.first or case).opened_s
         auditor, vouchers = self._who(case.auditor), set[PeerId]() if is_sum else self._vouchers.of(case.carry)
         if verdict.finding is Finding.CONFIRMED:
-            await self._doubt_vouchers(vouchers, now_s=now_s)
+            # no more than that: a neighbour told them what was sent, and may have told the others something else
+            await self._suspect(vouchers, now_s=now_s)
         is_out = standing.out_until_s > now_s
         if is_out and not (verdict.finding is Finding.DIFFERS and vouchers):
             # it has had its sentence for what was found at the same time
@@ -370,21 +371,13 @@ class AuditOffice:
         elif verdict.finding is Finding.CLEARED:
             await self._keep(verdict, now_s, policy.passed(standing, auditor, now_s=now_s - age_s, is_sum=is_sum))
             for liar in verdict.liars:
-                after, sanction = policy.doubted(self.standing(liar), self._who(case.auditor), now_s=now_s)
+                after, sanction = policy.doubted(self.standing(liar), auditor, now_s=now_s)
                 await self._keep(None, now_s, after, sanction)
         elif case.first is not None:  # the second opinion has come to nothing: the first one stands alone
             after, sanction = policy.doubted(standing, self._who(case.first.auditor), now_s=now_s)
             await self._keep(verdict, now_s, after, sanction)
         else:
             await self._database.run(audits.add_audit, _row(verdict, now_s))
-
-    async def _doubt_vouchers(self, vouchers: Collection[PeerId], *, now_s: float) -> None:
-        """Look closely at those who have found right what two others find wrong.
-
-        No more than that: they had the word of a neighbour for what was sent, and it may have told the others another.
-        """
-        for peer in sorted(vouchers):
-            await self._suspect(peer, now_s=now_s)
 
     def _look_again(self, peer: PeerId) -> None:
         """Have others recompute what was found right of a peer that does wrong."""
@@ -409,8 +402,7 @@ class AuditOffice:
             await self._strike(peer, SPOILT, now_s=now_s, since_s=self._added_up_s.get(peer, self._began_s))
         # of what is left one lies in every pair; and who did not answer may only have lost what it was sent
         left = {peer for pair in pairs if not liars & set(pair) for peer in pair}
-        for peer in sorted(left | {self._who(peer) for peer in blame.evasive}):
-            await self._suspect(peer, now_s=now_s)
+        await self._suspect(left | {self._who(peer) for peer in blame.evasive}, now_s=now_s)
 
     async def _strike(self, peer: PeerId, why: str, *, now_s: float, since_s: float | None = None) -> None:
         """Put a peer out for another reason than a case, if it is not out already."""
@@ -418,11 +410,11 @@ class AuditOffice:
         if standing.out_until_s <= now_s:
             await self._keep(None, now_s, *policy.struck(standing, now_s=now_s, why=why), since_s=since_s)
 
-    async def _suspect(self, peer: PeerId, *, now_s: float) -> None:
-        """Have all of a peer's work looked at for a while."""
-        standing = self.standing(peer)
-        if standing.out_until_s <= now_s:
-            await self._keep(None, now_s, policy.suspected(standing, now_s=now_s))
+    async def _suspect(self, peers: Collection[PeerId], *, now_s: float) -> None:
+        """Have all of some peers' work looked at for a while."""
+        for standing in map(self.standing, sorted(peers)):
+            if standing.out_until_s <= now_s:
+                await self._keep(None, now_s, policy.suspected(standing, now_s=now_s))
 
     async def _keep(
         self,

@@ -84,7 +84,7 @@ class ShareCases:
         """Ask all who have said what they gave."""
         orders = {
             peer: ShareOrder(order=self._next_order(), stage=record.stage, lineage=record.lineage)
-            for peer in record.own
+            for peer in record.contributions
         }
         self._cases.append(_Case(record, now_s, orders))
 
@@ -119,7 +119,9 @@ def blame_of(record: Record, reports: Mapping[PeerId, ShareReport]) -> Blame:
         if len(report.given) == len(report.totals) == size and len(report.taken) in (0, size)
     }
     proven = {
-        peer for peer, report in full.items() if not _agree(folded(record.own[peer]), summed(report.given), rounding)
+        peer
+        for peer, report in full.items()
+        if not _agree(folded(record.contributions[peer][1]), summed(report.given), rounding)
     }
     totals = [_most_common([report.totals[share] for report in full.values()], rounding) for share in range(size)]
     disputes = []
@@ -133,7 +135,7 @@ def blame_of(record: Record, reports: Mapping[PeerId, ShareReport]) -> Blame:
         for number, giver in enumerate(members):
             if giver in full and giver != maker and not _agree(full[giver].given[share], taken[number], rounding):
                 disputes.append((giver, maker))
-    silent = [peer for peer in record.own if peer not in full or not full[peer].taken]
+    silent = [peer for peer in record.contributions if peer not in full or not full[peer].taken]
     is_clear = not proven and not disputes and len(silent) == 1
     return Blame(
         record=record,

@@ -40,10 +40,8 @@ class Record:
     members: tuple[PeerId, ...]
     """In the order in which they were summed, with the factor of each."""
     factors: tuple[float, ...]
-    own: Mapping[PeerId, bytes]
-    """What members say they have given, as sketches."""
     contributions: Mapping[PeerId, tuple[int, bytes]]
-    """Tokens by the commit, and the sketch, of everybody who has said."""
+    """Tokens by the commit, and the sketch that it says, of everybody who counts."""
     apart: float
     rounding: float = ROUNDING
     """How far apart honest words may be, by the codec."""
@@ -98,10 +96,12 @@ class Sums:
             self._done[lineage] = None
             while len(self._done) > MAX_COMMITS:
                 self._done.popitem(last=False)
-            weighty = {each.peer for each in commit.contributors if each.weight} if commit is not None else set()
+            if commit is None:
+                continue
+            weighty = {each.peer for each in commit.contributors if each.weight}
             if 2 * len(weighty & gathering.said.keys()) > len(weighty):  # or else somebody may have made it up
                 self._taking_part.append({peer: peer not in gathering.said for peer in weighty})
-            record = None if commit is None else _record(commit, lineage, gathering.said, is_mean=self._is_mean)
+            record = _record(commit, lineage, gathering.said, is_mean=self._is_mean)
             if record is not None:
                 found.append(record)
         return found
@@ -131,20 +131,16 @@ def _record(
     members = {each.peer: each for each in commit.contributors if each.weight}
     factors = factors_of(commit.contributors, is_mean=is_mean) or (1.0,) * len(commit.contributors)
     scales = {each.peer: factor for each, factor in zip(commit.contributors, factors, strict=True)}
-    reports = {peer: said[peer] for peer in members if peer in said}
-    silent = members.keys() - reports.keys()
-    if seed is None or not reports or silent or not all(scales[peer] for peer in members):
-        return None  # what one who does not say has given is not known: it is no word that could be held against it
-    totals = [report.total for report in reports.values()]
+    # what one who does not say has given is not known: it is no word that could be held against it
+    if seed is None or not members or not members.keys() <= said.keys() or not all(scales[peer] for peer in members):
+        return None
+    totals = [said[peer].total for peer in members]
     try:
         # whoever lies about the sum is alone with it: all others have the same bytes
         total = min(totals, key=lambda each: sorted(distance(other, each) for other in totals)[len(totals) // 2])
-        sketches = {peer: report.own for peer, report in reports.items()}
-        parts = summed(scaled(sketch, scales[peer]) for peer, sketch in sketches.items())
-        apart = distance(total, parts)
+        apart = distance(total, summed(scaled(said[peer].own, scales[peer]) for peer in members))
     except WireError:
         return None
-    contributions = {peer: (each.tokens, sketches[peer]) for peer, each in members.items()}
     return Record(
         stage=commit.stage,
         round=commit.round,
@@ -152,8 +148,7 @@ def _record(
         seed=seed,
         members=tuple(each.peer for each in commit.contributors),
         factors=factors,
-        own={peer: report.own for peer, report in reports.items()},
-        contributions=contributions,
+        contributions={peer: (each.tokens, said[peer].own) for peer, each in members.items()},
         apart=apart,
         rounding=COARSE_ROUNDING.get(commit.codec, ROUNDING),
     )

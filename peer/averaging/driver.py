@@ -132,7 +132,7 @@ class StageDriver:
         """Brings the engine to another state, from others: the newest replay or resync."""
         self._engine_lock = asyncio.Lock()
         self._late_round: RoundId | None = None
-        """Whose contribution was frozen before what came before it was applied, and is not measured yet."""
+        """Whose contribution was frozen before what came before it was applied: it is measured with that."""
         self._is_whole = manifest.averaging.fragments == 1
         self._left = asyncio.Event()
         self.state_digest: Digest | None = None

@@ -53,8 +53,9 @@ def clips_of(contributions: Sequence[Contribution], *, is_mean: bool) -> tuple[f
     def size(each: Contribution) -> float:
         return each.norm if is_mean else each.norm / max(each.tokens, math.sqrt(each.tokens * usual_tokens))
 
-    limit = CLIP * statistics.median(size(each) for each in counted)
-    return tuple(limit / size(each) if each.weight and size(each) > limit > 0 else 1.0 for each in contributions)
+    sizes = [size(each) if each.weight else 0.0 for each in contributions]
+    limit = CLIP * statistics.median(size for size, each in zip(sizes, contributions, strict=True) if each.weight)
+    return tuple(limit / size if size > limit > 0 else 1.0 for size in sizes)
 
 
 def shares_of(weights: Sequence[int]) -> tuple[float, ...]:

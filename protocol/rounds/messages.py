@@ -310,7 +310,7 @@ class Pong(BallotMessage):
     vote: Vote | None
     leaving: bool
     norm: Norm = 0.0
-    """Of what we bring; 0 if there are too few of us to compare it with."""
+    """Of what we bring (L2)."""
     bytes_per_s: Rate | None = None
     """What I could send while the last average was made here."""
     tokens_per_s: Rate | None = None

@@ -59,7 +59,7 @@ class Average:
         )
 
     def record(self) -> Record:
-        own = {peer: summed(sketched(given(peer, share), share) for share in range(4)) for peer in MEMBERS}
+        own = {peer: (64, summed(sketched(given(peer, share), share) for share in range(4))) for peer in MEMBERS}
         return Record(
             stage=StageId(1),
             round=RoundId(3),
@@ -67,8 +67,7 @@ class Average:
             seed=SEED,
             members=MEMBERS,
             factors=FACTORS,
-            own=own,
-            contributions={},
+            contributions=own,
             apart=1.0,
         )
 
