@@ -120,6 +120,7 @@ def init(
 @click.option("--stages-per-peer", type=int, default=None, help="Stages that a joiner is given. [default: 1]")
 @click.option("--lost-after", "lost_after_s", type=float, default=None, help="Seconds of silence. [default: 10]")
 @click.option("--auto-rollback", is_flag=True, default=None, help="Go back by itself when the held-out loss jumps.")
+@click.option("--watcher", "watchers", multiple=True, metavar="PEER", help="Your own `peer watch`; repeatable.")
 @click.option("--until-finished", is_flag=True, help="Exit when the run is over.")
 @_logging
 @with_debug
@@ -133,6 +134,7 @@ def run(
     stages_per_peer: int | None,
     lost_after_s: float | None,
     auto_rollback: bool | None,
+    watchers: tuple[str, ...],
     until_finished: bool,
     log_file: Path | None,
     log_level: str,
@@ -155,6 +157,7 @@ def run(
             stages_per_peer=stages_per_peer,
             lost_after_s=lost_after_s,
             auto_rollback=auto_rollback,
+            watchers=watchers,
         )
         set_up_logging(level=log_level, file=log_file)
         from coordinator.access import kept_access

@@ -62,6 +62,8 @@ class LivePeer:
     seen_wall_s: float
     stages: tuple[StageId, ...]
     wanted: tuple[StageId, ...] = ()
+    follows: tuple[StageId, ...] = ()
+    """Stages that it only watches: it hosts none then, and is no part of the swarm's work."""
     addresses: tuple[str, ...] = ()
     presence: peers.Presence = "live"
     state: PeerState = PeerState.STARTING
@@ -149,6 +151,7 @@ class Registry:
                 seen_wall_s=row.seen_s,
                 stages=row.stages,
                 wanted=row.wanted,
+                follows=() if row.stages else self._followed(row.peer, row.wanted),
                 addresses=row.addresses,
                 presence=row.presence,
                 state=PeerState(row.state),
@@ -163,8 +166,17 @@ class Registry:
         return tuple(self._peers.values())
 
     def live(self) -> Sequence[LivePeer]:
-        """Return the peers that are here, as far as we know."""
-        return tuple(peer for peer in self._peers.values() if peer.presence == "live")
+        """Return the peers that are here and take part, as far as we know."""
+        return tuple(peer for peer in self._peers.values() if peer.presence == "live" and not peer.follows)
+
+    @property
+    def watchers(self) -> Collection[PeerId]:
+        """Who may watch: the organiser's own."""
+        return self._settings.watchers
+
+    def watching(self) -> Sequence[LivePeer]:
+        """Return the organiser's watchers that are here."""
+        return tuple(peer for peer in self._peers.values() if peer.presence == "live" and peer.follows)
 
     def suspects(self) -> frozenset[PeerId]:
         """Return whom live peers fail to reach."""
@@ -202,7 +214,10 @@ class Registry:
         """
         self._check_request(request)
         self._refuse_banned(caller)
-        before = await self._access.admit(caller, request.token, request.handovers)
+        follows = self._followed(caller, request.wanted_stages) if request.watches else ()
+        if request.watches and not follows:
+            raise self._no_watcher(caller)
+        before = () if follows else await self._access.admit(caller, request.token, request.handovers)
         await self._refuse_clones(caller, request.process)
         if before:
             await self.succeeded(caller, before)
@@ -218,8 +233,9 @@ class Registry:
             joined_s=min(joined_s, default=wall_s),
             seen_s=self._clock.monotonic(),
             seen_wall_s=wall_s,
-            stages=self._place(caller, request),
+            stages=() if follows else self._place(caller, request),
             wanted=tuple(request.wanted_stages),
+            follows=follows,
             addresses=request.addresses,
             acknowledged=known.acknowledged if known else 0,
         )
@@ -238,11 +254,12 @@ class Registry:
             self._journal.note(DISK_NOTE, str(error))
             raise
         if kind := _entrance(known, request.session):
-            await self._journal.event(kind, caller, f"{request.name}: stages {_listed(newcomer.stages)}")
+            what = f"watches stages {_listed(follows)}" if follows else f"stages {_listed(newcomer.stages)}"
+            await self._journal.event(kind, caller, f"{request.name}: {what}")
         return Welcome(
             manifest=self._signed_manifest,
             admission=admission,
-            stages=newcomer.stages,
+            stages=newcomer.stages or follows,
             charters=self.charters(),
             clock_s=self._clock.wall(),
         )
@@ -265,7 +282,7 @@ class Registry:
         orders = self.orders(caller)
         return BeatReply(
             acknowledged=peer.acknowledged,
-            stages=peer.stages,
+            stages=peer.stages or peer.follows,
             charters=self.charters(),
             members=self._hints(caller),
             given_up=self.astray(peer),
@@ -308,7 +325,7 @@ class Registry:
     async def sweep(self) -> None:
         """Mark the silent as lost, and write the picture down. Once per tick."""
         now_s = self._clock.monotonic()
-        for peer in self.live():
+        for peer in (*self.live(), *self.watching()):
             silent_s = now_s - peer.seen_s
             if silent_s > self._settings.lost_after_s:
                 self._go(peer, "lost", PeerState.STALLED, f"silent for {silent_s:.0f} s")
@@ -380,6 +397,19 @@ class Registry:
             span=self._settings.stages_per_peer,
             kept=[snapshot.stage for snapshot in request.kept],
         )
+
+    def _followed(self, peer: PeerId, wanted: Collection[StageId]) -> tuple[StageId, ...]:
+        """Return what one of the organiser's watchers follows: what it asks for, or everything."""
+        if peer not in self._settings.watchers:
+            return ()
+        stages = (StageId(stage) for stage in range(self._manifest.model.num_stages))
+        return tuple(stage for stage in stages if stage in wanted or not wanted)
+
+    def _no_watcher(self, peer: PeerId) -> RefusedError:
+        if peer in self._settings.watchers:
+            return RefusedError(f"this run has {self._manifest.model.num_stages} stages, and none that it asks for.")
+        hint = f"Its organiser has to name it: coordinator run DIR --watcher {peer}"
+        return RefusedError(f"{peer} is no watcher of this run.", hint=hint)
 
     def _forget(self, newcomer: LivePeer, before: LivePeer | None) -> None:
         """Take a registration back that could not be written down."""
@@ -497,7 +527,7 @@ def _sighting(peer: LivePeer) -> peers.Sighting:
         stages=peer.stages,
         addresses=peer.addresses,
         seen_s=peer.seen_wall_s,
-        replicas=peer.replicas if peer.presence == "live" else (),
+        replicas=peer.replicas if peer.presence == "live" and not peer.follows else (),
     )
 
 

@@ -8,15 +8,30 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from protocol.errors import ConfigError
+from protocol.errors import ConfigError, SwarmError
+from protocol.ids import PeerId
+from protocol.signing import public_key_of
 
-FLAGS = {"host_maddrs": "--host-maddr", "announce_maddrs": "--announce", "lost_after_s": "--lost-after"}
+FLAGS = {
+    "host_maddrs": "--host-maddr",
+    "announce_maddrs": "--announce",
+    "lost_after_s": "--lost-after",
+    "watchers": "--watcher",
+}
 
 Access = Literal["open", "invite"]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+def _peer_id(text: str) -> PeerId:
+    try:
+        public_key_of(PeerId(text))
+    except SwarmError:
+        raise ValueError(f"{text[:64]!r} is no peer id; make one: peer identity create") from None
+    return PeerId(text)
 
 
 class CoordinatorSettings(BaseSettings):
@@ -46,6 +61,8 @@ class CoordinatorSettings(BaseSettings):
     """How long what a peer has earned can be taken back before it is its own."""
     auto_rollback: bool = False
     """Go back to the last checkpoint before a jump of the held-out loss without being asked."""
+    watchers: tuple[Annotated[PeerId, AfterValidator(_peer_id)], ...] = ()
+    """Keys of the organiser's own, whose word about others' work is the coordinator's (`peer watch`)."""
     tick_s: Annotated[float, Field(gt=0, le=60)] = 0.5
 
 

@@ -33,7 +33,7 @@ case ${HANDCAR_ROLE:-} in
         ;;
     coordinator)
         case ${1:-} in
-            "" | --host-maddr* | --announce* | --http* | --access* | --start-peers* | --stages-per-peer* | --lost-after* | --auto-rollback* | \
+            "" | --host-maddr* | --announce* | --http* | --access* | --start-peers* | --stages-per-peer* | --lost-after* | --auto-rollback* | --watcher* | \
                 --until-finished | --log-* | --debug)
                 given --host-maddr "$@" || set -- --host-maddr /ip4/0.0.0.0/tcp/4001 "$@"
                 exec coordinator run "$run_dir" "$@"

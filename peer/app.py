@@ -1,4 +1,4 @@
-"""`peer join`: connect, register, and live one session after the other until told to stop.
+"""`peer join` and `peer watch`: connect, register, and live one session after the other until told to stop.
 
 Owns: the process's life - signals, the single compute thread, the data folder's lock, the beat, the live
 line. Must not know: how a session works. This is the composition root of a peer.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import structlog
@@ -31,6 +32,7 @@ from peer.session import Ending, Session
 from peer.settings import LOCK, PeerSettings
 from peer.span_parts import SpanParts
 from peer.ui.live import Line, show_live
+from peer.watcher import Watcher
 from protocol.control import BeatReply, Capability, PeerState
 from protocol.errors import ClockError, PeerFault, TransientError
 from protocol.ids import RunId, StageId
@@ -42,6 +44,9 @@ from protocol.records import ReplicaRecord
 log = structlog.get_logger()
 
 RETRY_S = 2.0
+
+_Life = Callable[..., Coroutine[Any, Any, None]]
+"""What a process does between its registration and its goodbye."""
 OTHER_FOLDER = "Choose another folder with --data-dir, or stop the peer that runs there."
 
 
@@ -50,18 +55,31 @@ async def join_run(invite: Invite, settings: PeerSettings) -> None:
 
     Raises an error of the tree if this machine cannot take part or is not wanted.
     """
+    await _enter(invite, settings, _live)
+
+
+async def watch_run(invite: Invite, settings: PeerSettings) -> None:
+    """Recompute what others did in a run, for its organiser, until it is over or somebody stops it. Raises likewise."""
+    await _enter(invite, settings, _watch, watches=True)
+
+
+async def _enter(invite: Invite, settings: PeerSettings, live: _Life, *, watches: bool = False) -> None:
+    """Connect, register, live, and say goodbye."""
     with folder_lock(settings.data_dir / LOCK, owner="peer", otherwise=OTHER_FOLDER):
         async with interruptible() as stop, AsyncExitStack() as connection:
             link = await until_stopped(stop, connection.enter_async_context(connected(invite, settings)))
             if link is None:
                 return
             handovers = load_handovers(settings.data_dir, link.peer_id)
-            registration = Registration(link, invite, settings, capability=_capability(settings), handovers=handovers)
-            kept = kept_snapshots(_run_folder(settings, invite.run))
+            capability = _capability(settings)
+            registration = Registration(
+                link, invite, settings, capability=capability, handovers=handovers, watches=watches
+            )
+            kept = () if watches else kept_snapshots(_run_folder(settings, invite.run))
             entered = await until_stopped(stop, registration.enter(kept=kept))
             try:
                 if entered is not None:
-                    await unwrapped(_live(link, settings, registration, stop=stop))
+                    await unwrapped(live(link, settings, registration, stop=stop))
             finally:  # also if we were stopped while it was letting us in
                 await say_goodbye(link, reason="stopped")
 
@@ -95,6 +113,41 @@ async def _live(link: Link, settings: PeerSettings, registration: Registration, 
                     break
             for task in beside:
                 task.cancel()
+        await hand_in(link, reports=reports)
+    finally:
+        await compute.stop()
+
+
+async def _watch(link: Link, settings: PeerSettings, registration: Registration, *, stop: asyncio.Event) -> None:
+    """Follow the stages that the coordinator names until the run is over or we are stopped."""
+    manifest, stages = registration.manifest, registration.welcome.stages
+    folder = _run_folder(settings, manifest.run_id)
+    reports = await asyncio.to_thread(ReportQueue, ReportSpool(folder / "reports"))
+    compute = ComputeThread()
+    try:
+        engine = await compute.run(lambda: build_span(manifest, stages, settings), priority=Priority.CONTROL)
+        watcher = Watcher(
+            link=link,
+            manifest=manifest,
+            engine=engine,
+            compute=compute,
+            reports=reports,
+            session=registration.session,
+            folder=folder,
+            audit_bytes=settings.audit_bytes,
+        )
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                beat = keep_beating(
+                    link, registration, condition=watcher.condition, reports=reports, on_reply=watcher.on_reply
+                )
+                line = show_live(lambda: _watching_line(watcher, settings, manifest.batch.num_rounds))
+                beside = [tasks.create_task(work) for work in (beat, line, link.node.wait_failed())]
+                await until_stopped(stop, watcher.run())
+                for task in beside:
+                    task.cancel()
+        finally:
+            await watcher.close()
         await hand_in(link, reports=reports)
     finally:
         await compute.stop()
@@ -235,6 +288,24 @@ def _line(tenure: Session, settings: PeerSettings, num_rounds: int) -> Line:
         accepted_s=tally.accepted_s,
         replicas=max((stage.members for stage in condition.stages), default=0),
         drive_bytes=tenure.drive_bytes,
+    )
+
+
+def _watching_line(watcher: Watcher, settings: PeerSettings, num_rounds: int) -> Line:
+    condition = watcher.condition()
+    return Line(
+        name=settings.name,
+        state=condition.state,
+        reason=condition.reason,
+        stages=watcher.stages,
+        round=watcher.round,
+        num_rounds=num_rounds,
+        loss=None,
+        target_tokens=0,
+        tokens_per_s=None,
+        accepted_s=None,
+        replicas=0,
+        recomputed=watcher.recomputed,
     )
 
 

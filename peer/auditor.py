@@ -86,6 +86,8 @@ class Auditor:
         self._stages, self._num_stages, self._max_body_bytes = stages, num_stages, max_body_bytes
         self._waiting: asyncio.Queue[Order] = asyncio.Queue(MAX_WAITING)
         self._known: OrderedDict[int, None] = OrderedDict()
+        self.num_done = 0
+        """Orders that were carried out."""
 
     def take(self, orders: Iterable[Order]) -> None:
         """Take orders that are not known yet, as many as may wait; the others come again."""
@@ -101,6 +103,7 @@ class Auditor:
         """Carry out orders until cancelled."""
         while True:
             self._reports.add(await self.carry_out(await self._waiting.get()))
+            self.num_done += 1
 
     async def carry_out(self, order: Order) -> AuditReport | SketchReport | ShareReport:
         """Do what is ordered, and return what we say to it."""
@@ -116,9 +119,13 @@ class Auditor:
             return b""
         return await self._sketch_bytes(data, order.seed, is_gradient=order.is_gradient)
 
-    async def _sketch_bytes(self, data: bytes | bytearray, seed: bytes, *, is_gradient: bool) -> bytes:
+    async def _sketch_bytes(
+        self, data: bytes | bytearray, seed: bytes, *, is_gradient: bool, prefix: int | None = None
+    ) -> bytes:
         try:
-            return await asyncio.to_thread(self._recomputer.sketch_bytes, data, seed, is_gradient=is_gradient)
+            return await asyncio.to_thread(
+                self._recomputer.sketch_bytes, data, seed, is_gradient=is_gradient, prefix=prefix
+            )
         except SwarmError as error:  # it went over our hop, and is nothing: an empty sketch says so
             log.warning("audit.unreadable", error=error.one_line())
             return b""
@@ -151,13 +158,16 @@ class Auditor:
         return tuple((StageId(stage), version) for stage, version in zip(stages, versions, strict=True))
 
     async def _recompute(self, order: AuditOrder, places: tuple[tuple[StageId, Version], ...]) -> AuditReport:
-        source, target = await self._sources(order, order)
+        source, target = await self._sources(order, order, with_target=order.prefix is None)
         seen = [
-            b"" if named is None else await self._sketch_bytes(await self._fetch(named), order.seed, is_gradient=back)
+            b""
+            if named is None
+            else await self._sketch_bytes(await self._fetch(named), order.seed, is_gradient=back, prefix=order.prefix)
             for named, back in ((order.outputs, False), (order.returned, True))
         ]
         found = await self._compute.run(
-            lambda: self._recomputer.recompute(places, source, target, order.seed), priority=Priority.AUDIT
+            lambda: self._recomputer.recompute(places, source, target, order.seed, prefix=order.prefix),
+            priority=Priority.AUDIT,
         )
         if found is None:
             return AuditReport(order=order.order, outcome=AuditOutcome.STALE)
@@ -180,13 +190,17 @@ class Auditor:
         found = await self._compute.run(lambda: total.sketch(order.seed), priority=Priority.AUDIT)
         return AuditReport(order=order.order, outcome=AuditOutcome.DONE, outputs=found)
 
-    async def _sources(self, order: AuditOrder | SumOrder, work: AuditOrder | Work) -> tuple[Source, Source]:
-        """Bring what a microbatch enters and leaves the stages with."""
+    async def _sources(
+        self, order: AuditOrder | SumOrder, work: AuditOrder | Work, *, with_target: bool = True
+    ) -> tuple[Source, Source]:
+        """Bring what a microbatch enters and leaves the stages with; the latter is empty if nothing goes back."""
         task = TaskId(TaskKind.TRAIN, order.round, work.number)
         is_last = order.first_stage + order.num_stages == self._num_stages
         if (work.inputs is None) != (order.first_stage == 0) or (work.gradient is None) != is_last:
             raise PeerFault("an audit of stages that need other inputs")
         source = await self._source(work.inputs, lambda: self._batches.inputs(task))
+        if not with_target:
+            return source, b""
         target = await self._source(work.gradient, lambda: self._batches.labels(task))
         return source, target
 

@@ -107,6 +107,60 @@ def join(
 
 
 @peer.command()
+@click.argument("invite")
+@click.option("--name", default=None, help="Shown to others. [default: peer-XXXX]")
+@DATA_DIR
+@click.option("--device", default="cpu", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
+@click.option("--threads", type=click.IntRange(1, 1024), default=None, help="CPU threads. [default: all but one]")
+@click.option("--stage", "stages", type=click.IntRange(min=0), multiple=True, help="Follow this one. [default: all]")
+@click.option("--device-memory", metavar="SIZE", default=None, help="Such as 6GiB. [default: most of what is free]")
+@click.option("--host-memory", metavar="SIZE", default=None, help="For what the device cannot hold. [same default]")
+@click.option("--audit-memory", metavar="SIZE", default="1GiB", show_default=True, help="For weights that have passed.")
+@click.option("--download-mbps", metavar="X", type=MBPS, default=None, help="Megabits per second. [default: no cap]")
+@click.option("--log-file", type=click.Path(path_type=Path, dir_okay=False), default=None, help="JSON lines go here.")
+@click.option("--log-level", type=LEVELS, default="warning", show_default=True)
+@with_debug
+def watch(
+    invite: str,
+    name: str | None,
+    data_dir: Path | None,
+    device: str,
+    threads: int | None,
+    stages: tuple[int, ...],
+    device_memory: str | None,
+    host_memory: str | None,
+    audit_memory: str,
+    download_mbps: float | None,
+    log_file: Path | None,
+    log_level: str,
+    debug: bool,
+) -> None:
+    """Recompute what others did in the run that INVITE names, for its organiser, until Ctrl-C.
+
+    For stages with fewer than three replicas, which cannot look at each other. It hosts nothing. The coordinator must
+    know its key: coordinator run DIR --watcher "$(peer identity create --data-dir DATA)"
+
+    Example: peer watch handcar1:3vQB7B6MrGQZaxCuFg4oh --data-dir ./watcher
+    """
+
+    def command() -> None:
+        limits = _limits(device_memory, host_memory, None, None, None)
+        check_limits(limits)
+        settings = replace(
+            _settings(name, data_dir, device, threads, stages, limits, (), ()),
+            download_mbps=download_mbps,
+            audit_bytes=parse_size(audit_memory, what="--audit-memory"),
+        )
+        parsed = Invite.from_text(invite)
+        set_up_logging(level=log_level, file=log_file)
+        from peer.app import watch_run  # imports torch and hivemind
+
+        run_loop(watch_run(parsed, settings))
+
+    sys.exit(run_command(command, program="peer watch", debug=debug))
+
+
+@peer.command()
 @click.argument("model_dir", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--prompt", default="def ", show_default=True)
 @click.option("--tokens", type=click.IntRange(1, 4096), default=96, show_default=True)
@@ -155,6 +209,29 @@ def identity_group() -> None:
 
     Example: peer identity show
     """
+
+
+@identity_group.command()
+@DATA_DIR
+@with_json
+@with_debug
+def create(data_dir: Path | None, as_json: bool, debug: bool) -> None:
+    """Make this machine's key, if it has none yet, and print its peer id. Joining a run does so, too.
+
+    Example: peer identity create
+    """
+
+    def command() -> None:
+        from peer.identity import make_identity
+
+        folder = data_dir or default_data_dir()
+        me = make_identity(folder).peer_id
+        if as_json:
+            print_document("peer.identity/1", {"peer": me, "before": [], "file": str(folder / IDENTITY_FILE)})
+        else:
+            click.echo(me)
+
+    sys.exit(run_command(command, program="peer identity create", debug=debug))
 
 
 @identity_group.command()

@@ -81,12 +81,15 @@ class Registration:
         *,
         capability: Capability,
         handovers: tuple[Signed, ...] = (),
+        watches: bool = False,
     ) -> None:
+        """`watches`: it is a watcher's (`peer/watcher.py`)."""
         self._link = link
         self._invite = invite
         self._settings = settings
         self._capability = capability
         self._handovers = handovers
+        self._watches = watches
         self._session = 0
         self._welcome: Welcome | None = None
         self._renew_at_s = float("inf")
@@ -142,6 +145,7 @@ class Registration:
             hosting=hosting,
             kept=kept,
             process=self._link.process,
+            watches=self._watches,
             handovers=self._handovers,
         )
         welcome = await _ask_patiently(self._link, request)

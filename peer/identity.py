@@ -40,7 +40,16 @@ def load_identity(data_dir: Path) -> SigningKey:
     try:
         return identity.load(data_dir / IDENTITY_FILE)
     except FileNotFoundError:
-        raise ConfigError(f"{data_dir} has no identity yet.", hint="It gets one when it first joins a run.") from None
+        raise ConfigError(f"{data_dir} has no identity yet.", hint="Make one: peer identity create") from None
+
+
+def make_identity(data_dir: Path) -> SigningKey:
+    """Return the folder's key; a new one if it has none yet."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make {data_dir}: {error.strerror}.") from error
+    return identity.load_or_create(data_dir / IDENTITY_FILE)
 
 
 def load_handovers(data_dir: Path, me: PeerId) -> tuple[Signed, ...]:

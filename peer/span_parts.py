@@ -23,15 +23,13 @@ from peer.averaging.own_disk import OwnDisk
 from peer.averaging.restore import Restorer
 from peer.averaging.rules import done_task, machine_settings, round_timers
 from peer.averaging.sync import StageSync
-from peer.codecs import codec
 from peer.contributions import Contributions
 from peer.data.fetch import SwarmChunks, serve_tokens
-from peer.data.source import BatchSource
+from peer.data.source import BatchSource, open_files
 from peer.data.tokens import TokenFile
-from peer.engine.recompute import Recomputer
+from peer.engine.build import build_recomputer
 from peer.engine.schedule import learning_rate
 from peer.engine.span import SpanEngine
-from peer.engine.weights import PastWeights
 from peer.link import Link
 from peer.memory.executor import Pause
 from peer.payloads import Payloads
@@ -141,15 +139,7 @@ class SpanParts:
         self._payloads = Payloads(max_bytes=settings.audit_bytes // 2)
         self._reports = reports
         self._nonsense: deque[tuple[PeerId, RoundId]] = deque(maxlen=MAX_NONSENSE)
-        recomputer = Recomputer(
-            manifest.model.config,
-            num_stages=self.num_stages,
-            engines=engine.engines,
-            past=PastWeights(max_bytes=settings.audit_bytes // 2),
-            codec=codec(forward_codec),
-            gradient_codec=codec(gradient_codec),
-            microbatch=(manifest.batch.sequences_per_microbatch, manifest.batch.sequence_length),
-        )
+        recomputer = build_recomputer(manifest, engine, max_bytes=settings.audit_bytes // 2)
         loop = asyncio.get_running_loop()
         self._contributions = Contributions(
             me=link.peer_id,
@@ -237,15 +227,7 @@ class SpanParts:
             return
         data = self._manifest.data
         chunks = SwarmChunks(self._link.blobs, (data.train, data.heldout), sources=self._token_sources)
-        for kind, spec in ((TaskKind.TRAIN, data.train), (TaskKind.EVAL, data.heldout)):
-            if kind in self._token_files:
-                continue  # an earlier attempt came this far
-            self._token_files[kind] = await TokenFile.open(
-                spec,
-                self._folder / "tokens",
-                sequence_length=self._manifest.batch.sequence_length,
-                source=chunks,
-            )
+        await open_files(self._token_files, self._manifest, folder=self._folder / "tokens", source=chunks)
 
     async def serve(self) -> None:
         """Answer hops, reduces, round messages and requests for history."""

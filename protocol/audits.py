@@ -27,6 +27,7 @@ SEED_BYTES = 32
 MAX_WORKS = 256  # of one peer in one round, in one order
 RECORDED_EVERY = 2  # commits
 MAX_SHARES = 32  # members of an average that is looked into share by share
+MAX_PREFIX = 1 << 20
 
 _Number = Annotated[int, Field(ge=0, lt=1 << 53)]
 _Seed = Annotated[bytes, Field(min_length=SEED_BYTES, max_length=SEED_BYTES)]
@@ -61,6 +62,8 @@ class AuditOrder(Message):
     """The activations that went out; given to a second witness only, who checks the bytes as well."""
     returned: Payload | None = None
     """The gradient that went back; likewise."""
+    prefix: Annotated[int, Field(ge=1, le=MAX_PREFIX)] | None = None
+    """Look at so many tokens of every sequence, and forward only: they depend on nothing that comes after them."""
 
 
 class SketchOrder(Message):
@@ -91,7 +94,7 @@ class AuditReport(Message):
     outcome: Annotated[AuditOutcome, Field(strict=False)]
     missing: Annotated[PeerId, Field(max_length=MAX_PEER_ID_CHARS)] | None = None
     outputs: _Sketch = b""
-    """Of the activations as they would have gone out: encoded and decoded."""
+    """Of the activations as they would have gone out: encoded and decoded. Of a prefix, if the order wants that."""
     returned: _Sketch = b""
     """Of the gradient as it would have gone back."""
     seen_outputs: _Sketch = b""

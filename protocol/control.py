@@ -51,6 +51,7 @@ class PeerState(StrEnum):
     EXCHANGING = "exchanging"
     WAITING = "waiting"
     PAUSED = "paused"
+    WATCHING = "watching"
     DRAINING = "draining"
     STALLED = "stalled"
     REFUSED = "refused"
@@ -108,6 +109,8 @@ class Register(Message):
     kept: Annotated[tuple[Snapshot, ...], Field(max_length=256)] = ()
     """What this peer still has on disk from before."""
     process: Process = 0
+    watches: bool = False
+    """Host nothing, and recompute what others did: for who has the organiser's word (`coordinator run --watcher`)."""
     handovers: Annotated[tuple[Signed, ...], Field(max_length=MAX_HANDOVERS)] = ()
     """From keys that this peer went by before, the oldest first (`protocol/handover.py`)."""
 

@@ -6,6 +6,8 @@ First the auditor recomputes and sketches what comes out; the neighbours sketch 
 what the others say. If the sketches differ, a second auditor gets the bytes themselves, whose digests the receipts
 have, and recomputes again: its word does not depend on what the neighbours or the first auditor say. If it finds the
 same, that is two witnesses. If not, it knows which of the others told something else.
+
+A watcher, which is the organiser's own, gets the bytes at once, and often the first tokens only.
 """
 
 from __future__ import annotations
@@ -92,6 +94,10 @@ class Case:
     """The case of which this is the second opinion."""
     contribution: Contributed | None = None
     """What is looked at if it is not one microbatch but a sum of them."""
+    has_bytes: bool = False
+    """The auditor sees what was sent itself: as a second witness, or as a watcher."""
+    prefix: int | None = None
+    """Of so many tokens only, and forward only."""
     orders: dict[int, tuple[PeerId, Order]] = field(default_factory=dict)
     report: AuditReport | None = None
     sketches: dict[int, bytes] = field(default_factory=dict)
@@ -132,22 +138,33 @@ class Court:
         now_s: float,
         contribution: Contributed | None = None,
         first: Case | None = None,
+        is_watcher: bool = False,
+        prefix: int | None = None,
     ) -> Case:
         """Begin an audit of a microbatch, or of the contribution that it is a part of; its orders wait to be asked for.
 
-        Of a contribution both witnesses get the same bytes, and the sketch is its sender's.
+        Of a contribution both witnesses get the same bytes, and the sketch is its sender's. A second witness looks at
+        the `prefix` that the first one has looked at.
         """
-        case = Case(carry=carry, auditor=auditor, seed=seed, opened_s=now_s, first=first, contribution=contribution)
+        case = Case(
+            carry=carry,
+            auditor=auditor,
+            seed=seed,
+            opened_s=now_s,
+            first=first,
+            contribution=contribution,
+            has_bytes=is_watcher or first is not None,
+            prefix=prefix if first is None else first.prefix,
+        )
         if contribution is not None:
             self._ask(case, auditor, self._sum_order(carry, seed, contribution))
             return case
-        is_second = first is not None
-        self._ask(case, auditor, self._audit_order(carry, seed, with_results=is_second))
+        self._ask(case, auditor, self._audit_order(case))
         for holder, digest, is_gradient in (
             (carry.downstream, carry.outputs, False),
             (carry.upstream, carry.returned, True),
         ):
-            if holder is not None and not is_second:
+            if holder is not None and not case.has_bytes:
                 number = self._next_order()
                 self._ask(case, holder, SketchOrder(order=number, digest=digest, is_gradient=is_gradient, seed=seed))
         return case
@@ -156,9 +173,10 @@ class Court:
         """Return the open cases of a piece of work."""
         return list({id(case): case for case in self._cases.values() if case.carry.key == carry.key}.values())
 
-    def load(self, peer: PeerId) -> int:
-        """Return how many audits wait for a peer."""
-        return sum(not isinstance(order, SketchOrder) for order in self.orders_for(peer))
+    def load(self, peer: PeerId, *, is_sum: bool) -> int:
+        """Return how many audits wait for a peer: of contributions, or of microbatches."""
+        kind = SumOrder if is_sum else AuditOrder
+        return sum(isinstance(order, kind) for order in self.orders_for(peer))
 
     def orders_for(self, peer: PeerId) -> list[Order]:
         """Return what a peer is asked, oldest first."""
@@ -192,7 +210,8 @@ class Court:
 
     # -- orders -----------------------------------------------------------------------------------------
 
-    def _audit_order(self, carry: Carry, seed: bytes, *, with_results: bool) -> AuditOrder:
+    def _audit_order(self, case: Case) -> AuditOrder:
+        carry, is_whole = case.carry, case.prefix is None
         return AuditOrder(
             order=self._next_order(),
             round=carry.round,
@@ -200,11 +219,12 @@ class Court:
             first_stage=carry.first_stage,
             num_stages=carry.num_stages,
             version=carry.version,
-            seed=seed,
+            seed=case.seed,
             inputs=_payload(carry.upstream, carry.given),
             gradient=_payload(carry.downstream, carry.gradient),
-            outputs=_payload(carry.downstream, carry.outputs) if with_results else None,
-            returned=_payload(carry.upstream, carry.returned) if with_results else None,
+            outputs=_payload(carry.downstream, carry.outputs) if case.has_bytes else None,
+            returned=_payload(carry.upstream, carry.returned) if case.has_bytes and is_whole else None,
+            prefix=case.prefix,
         )
 
     def _sum_order(self, carry: Carry, seed: bytes, contribution: Contributed) -> SumOrder:
@@ -289,9 +309,9 @@ def _is_complete(case: Case, report: AuditReport) -> bool:
     """Tell whether an auditor has sketched what there is, and nothing else."""
     if case.contribution is not None:
         return len(report.outputs) == len(case.contribution.sketch)
-    has_outputs, has_returned = case.carry.downstream is not None, case.carry.upstream is not None
-    is_second = case.first is not None
-    wanted = (has_outputs, has_returned, has_outputs and is_second, has_returned and is_second)
+    has_outputs = case.carry.downstream is not None
+    has_returned = case.carry.upstream is not None and case.prefix is None
+    wanted = (has_outputs, has_returned, has_outputs and case.has_bytes, has_returned and case.has_bytes)
     given = (report.outputs, report.returned, report.seen_outputs, report.seen_returned)
     return all(bool(sketch) == is_wanted for sketch, is_wanted in zip(given, wanted, strict=True))
 
@@ -305,10 +325,10 @@ def _found(case: Case, report: AuditReport) -> _Pair:
 
 
 def _sent(case: Case, report: AuditReport) -> _Pair:
-    """Return what the audited has sent: as it says, as a second witness has seen it, or as its neighbours say."""
+    """Return what the audited has sent: as it says, as the auditor has seen it, or as its neighbours say."""
     if case.contribution is not None:
         return case.contribution.sketch, b""
-    return _told(case) if case.first is None else (report.seen_outputs, report.seen_returned)
+    return (report.seen_outputs, report.seen_returned) if case.has_bytes else _told(case)
 
 
 def _told(case: Case) -> _Pair:
@@ -325,7 +345,7 @@ def _told(case: Case) -> _Pair:
 
 def _false_neighbours(first: Case, report: AuditReport) -> tuple[PeerId, ...]:
     """Return which neighbours have sketched something else than the bytes that they were given."""
-    if first.contribution is not None:
+    if first.contribution is not None or first.has_bytes:  # none of them was asked
         return ()
     holders = (first.carry.downstream, first.carry.upstream)
     said = zip(holders, _told(first), (report.seen_outputs, report.seen_returned), strict=True)

@@ -14,8 +14,9 @@ import hmac
 import itertools
 import random
 import secrets
-from collections import OrderedDict, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 
 import structlog
 
@@ -57,7 +58,7 @@ log = structlog.get_logger()
 MAX_ROUNDS = 32  # of which receipts are looked through for work to draw; what is older nobody holds any more
 MAX_AHEAD = 4  # rounds that receipts may be ahead of the commits that we know
 MAX_PER_ROUND = 20  # of one peer's microbatches in one round
-MAX_WAITING = 4  # audits that wait at one auditor
+MAX_WAITING, MAX_SUMS_WAITING = 4, 2  # audits of microbatches and of contributions that wait at one auditor
 RINGER_RATE = 1 / 8  # of audits: somebody else does the same once more, so that who answers at random is noticed
 PRUNE_EVERY_S = 600.0
 LOOK_EVERY_S = 30.0
@@ -71,6 +72,10 @@ UNSTEADY = "it says of most of its work that nobody can do it again"
 QUIET_S = 60.0  # after the run went back: what peers say of work before that is in by then
 KEEP_S = 7 * 86400.0
 MAX_AGAIN = 8  # microbatches that are looked at again when somebody was struck
+PREFIX, WHOLE_RATE = 32, 1 / 4
+"""Tokens of every sequence that a watcher looks at, on a CPU as it may be; and how often it does all of them."""
+BOOKED_S = 10.0  # before it is looked at, work may have been booked for so long
+SOUND_AFTER = 4  # audits of a watcher that found nothing since it accused somebody
 SPOILT = "what it gave into an average, or made of what others gave, is not what it says"
 
 
@@ -102,6 +107,12 @@ class AuditOffice:
         self._vouchers = Vouchers()
         self._shares = ShareCases(next_order=self._next_order)
         self._disputes = Disputes()
+        self._may_overlap = manifest.averaging.overlap
+        self._own = registry.watchers
+        self._own_valid = Counter[PeerId]()
+        """How often each watcher has found nothing wrong, in this process."""
+        self._accused: dict[tuple[PeerId, PeerId], int] = {}
+        """How often it had when it first found somebody wrong."""
         self._added_up_s: dict[PeerId, float] = {}
         """Until when what everybody gave into averages is what it says. Unix seconds; of this process only."""
         self._began_s = clock.wall()
@@ -317,14 +328,29 @@ class AuditOffice:
         first: Case | None = None,
     ) -> bool:
         """Have somebody recompute it, or the contribution that it is a part of, if there is anybody who can."""
-        auditor = self._auditor(carry, without=without, first=first)
+        has_time = partial(self._has_time, is_sum=contribution is not None, is_urgent=first is not None)
+        auditor = self._auditor(carry, without, has_time) or self._watcher(carry, without, has_time, first)
         if auditor is None:
             return False
-        now_s = self._clock.monotonic()
-        self._court.open(carry, auditor, seed, now_s=now_s, contribution=contribution, first=first)
+        is_watcher = auditor in self._own
+        is_part = is_watcher and carry.downstream is not None and self._chance.random() >= WHOLE_RATE
+        self._court.open(
+            carry,
+            auditor,
+            seed,
+            now_s=self._clock.monotonic(),
+            contribution=contribution,
+            first=first,
+            is_watcher=is_watcher,
+            prefix=PREFIX if is_part and contribution is None else None,
+        )
         return True
 
-    def _auditor(self, carry: Carry, *, without: Collection[PeerId], first: Case | None) -> PeerId | None:
+    def _has_time(self, peer: PeerId, *, is_sum: bool, is_urgent: bool) -> bool:
+        """Tell whether a peer may be given another audit. Of one kind it has a few, so that both are done."""
+        return is_urgent or self._court.load(peer, is_sum=is_sum) < (MAX_SUMS_WAITING if is_sum else MAX_WAITING)
+
+    def _auditor(self, carry: Carry, without: Collection[PeerId], has_time: Callable[[PeerId], bool]) -> PeerId | None:
         """Choose who recomputes somebody's work: one who can, has time, and is trusted if there is one."""
         concerned = {self._who(key) for key in (carry.peer, *carry.neighbours, *without)}
         free = [
@@ -332,11 +358,44 @@ class AuditOffice:
             for peer in self._registry.live()
             if peer.peer not in concerned
             and set(carry.stages) <= {replica.stage for replica in peer.replicas if replica.ready}
-            and (first is not None or self._court.load(peer.peer) < MAX_WAITING)  # a second opinion is urgent
+            and has_time(peer.peer)
         ]
         now_s = self._clock.wall()
         trusted = [peer for peer in free if policy.state_of(self.standing(peer), now_s=now_s) is State.TRUSTED]
         return self._chance.choice(trusted or free) if free else None
+
+    def _watcher(
+        self,
+        carry: Carry,
+        without: Collection[PeerId],
+        has_time: Callable[[PeerId], bool],
+        first: Case | None,
+    ) -> PeerId | None:
+        """Choose one of the organiser's watchers, for stages of which too few others have a replica.
+
+        As a second opinion the same one may be asked again: it recomputes from bytes that the audited has signed for.
+        """
+        if self._may_overlap and carry.version is None:  # it does not know when who took which version
+            return None
+        able = [
+            peer.peer
+            for peer in self._registry.watching()
+            if peer.peer not in carry.neighbours
+            and set(carry.stages) <= {replica.stage for replica in peer.replicas if replica.ready}
+            and has_time(peer.peer)
+        ]
+        others = [peer for peer in able if peer not in without]
+        free = others or (able if first is not None else [])
+        return self._chance.choice(free) if free else None
+
+    def _is_own_word(self, case: Case) -> bool:
+        """Tell whether both witnesses of a case are one watcher."""
+        return case.first is not None and case.auditor in self._own and case.first.auditor == case.auditor
+
+    def _is_sound(self, watcher: PeerId, accused: PeerId) -> bool:
+        """Tell whether a watcher has found enough right since it first accused a peer: else it may itself be broken."""
+        valid = self._own_valid[watcher]
+        return valid - self._accused.setdefault((watcher, accused), valid) >= SOUND_AFTER
 
     async def _act(self, verdict: Verdict, *, now_s: float) -> None:
         case, peer = verdict.case, verdict.case.carry.peer
@@ -345,9 +404,11 @@ class AuditOffice:
         # what is found right says nothing of what was booked since it was drawn: that may be of the same round
         age_s = self._clock.monotonic() - (case.first or case).opened_s
         auditor, vouchers = self._who(case.auditor), set[PeerId]() if is_sum else self._vouchers.of(case.carry)
+        if auditor in self._own:
+            self._own_valid[auditor] += verdict.finding is Finding.VALID
         if verdict.finding is Finding.CONFIRMED:
             # no more than that: a neighbour told them what was sent, and may have told the others something else
-            await self._suspect(vouchers, now_s=now_s)
+            await self._suspect(vouchers - set(self._own), now_s=now_s)
         is_out = standing.out_until_s > now_s
         if is_out and not (verdict.finding is Finding.DIFFERS and vouchers):
             # it has had its sentence for what was found at the same time
@@ -365,12 +426,16 @@ class AuditOffice:
             if has_second or is_out:  # it will settle that
                 after, sanction = standing, None
             await self._keep(verdict, now_s, after, sanction)
+        elif verdict.finding is Finding.CONFIRMED and self._is_own_word(case) and not self._is_sound(auditor, peer):
+            await self._keep(verdict, now_s, policy.suspected(standing, now_s=now_s))
         elif verdict.finding is Finding.CONFIRMED:
-            await self._keep(verdict, now_s, *policy.struck(standing, now_s=now_s))
+            kept_s = policy.kept_until(standing, is_sum=is_sum, own=self._own)
+            wrong_s = now_s - age_s - BOOKED_S  # what was found right since then, while a second one looked, is no use
+            await self._keep(verdict, now_s, *policy.struck(standing, now_s=now_s), since_s=min(kept_s, wrong_s))
             self._look_again(peer)
         elif verdict.finding is Finding.CLEARED:
             await self._keep(verdict, now_s, policy.passed(standing, auditor, now_s=now_s - age_s, is_sum=is_sum))
-            for liar in verdict.liars:
+            for liar in set(verdict.liars) - set(self._own):
                 after, sanction = policy.doubted(self.standing(liar), auditor, now_s=now_s)
                 await self._keep(None, now_s, after, sanction)
         elif case.first is not None:  # the second opinion has come to nothing: the first one stands alone
@@ -431,7 +496,7 @@ class AuditOffice:
         """
         if since_s is None:
             is_sum = verdict is not None and verdict.case.contribution is not None
-            since_s = policy.kept_until(self.standing(standing.peer), is_sum=is_sum)
+            since_s = policy.kept_until(self.standing(standing.peer), is_sum=is_sum, own=self._own)
         gone_s = max(0.0, since_s)
 
         def write(db: Connection) -> None:

@@ -9,7 +9,7 @@ the rate of them, however rarely it cheats.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any
@@ -99,18 +99,28 @@ def rate(standing: Standing, *, now_s: float) -> float:
 
 
 def passed(standing: Standing, auditor: PeerId, *, now_s: float, is_sum: bool = False) -> Standing:
-    """An audit has found nothing, of a microbatch or of a contribution that was given before `now_s`."""
+    """An audit has found nothing, of a microbatch or of a contribution that was given before `now_s`.
+
+    Its auditor vouches for what was done until then only once there were enough in a row: one of many microbatches that
+    is right says little of the others, and of a newcomer's not all can be looked at.
+    """
+    found = replace(standing, valid=standing.valid + 1, audited=standing.audited + 1)
+    if found.valid < TRUSTED_AFTER:
+        return found
     known = {**(standing.vouched_sum_s if is_sum else standing.vouched_s)}
     known[auditor] = max(now_s, known.get(auditor, now_s))
     latest = dict(sorted(known.items(), key=lambda pair: -pair[1])[:MAX_VOUCHERS])
-    found = replace(standing, valid=standing.valid + 1, audited=standing.audited + 1)
     return replace(found, vouched_sum_s=latest) if is_sum else replace(found, vouched_s=latest)
 
 
-def kept_until(standing: Standing, *, is_sum: bool = False) -> float:
-    """Return until when its credits stay if it is struck now: for that two auditors have to vouch, as one may lie."""
-    times_s = sorted((standing.vouched_sum_s if is_sum else standing.vouched_s).values())
-    return times_s[-2] if len(times_s) > 1 else float("-inf")
+def kept_until(standing: Standing, *, is_sum: bool = False, own: Collection[PeerId] = ()) -> float:
+    """Return until when its credits stay if it is struck now.
+
+    For that two auditors have to vouch, as one may lie; or one of the organiser's `own`.
+    """
+    vouched_s = standing.vouched_sum_s if is_sum else standing.vouched_s
+    sure_s = [at_s for peer, at_s in vouched_s.items() if peer in own]
+    return max([*sorted(vouched_s.values())[-2:-1], *sure_s], default=float("-inf"))
 
 
 def doubted(standing: Standing, accuser: PeerId, *, now_s: float) -> tuple[Standing, Sanction | None]:

@@ -191,6 +191,10 @@ class StageSync:
         standing, changes = self._held
         return standing if (self._engine.changes, self._engine.version) == (changes, standing.version) else None
 
+    def forget_own(self) -> None:
+        """Take it for unknown where the engine stands: what is followed next begins with a snapshot."""
+        self._held = None
+
     def hold(self, standing: Standing) -> None:
         """Take note of where the engine stands now, until something else changes it."""
         self._held = standing, self._engine.changes

@@ -17,9 +17,11 @@ from peer.engine.optimizer import OptimizerSpec
 from peer.engine.outer import OuterSpec
 from peer.engine.passes import Parking
 from peer.engine.provision import Provision, choose
+from peer.engine.recompute import Recomputer
 from peer.engine.schedule import clip_threshold, learning_rate
 from peer.engine.span import SpanEngine
 from peer.engine.stage_engine import StageEngine
+from peer.engine.weights import PastWeights
 from peer.memory.arena import Arena
 from peer.memory.backend import backend_for
 from peer.memory.disk.durable_files import allocated_bytes
@@ -108,6 +110,20 @@ def build_span(
                 engines[stage].initialise(manifest.model.init_seed)
         undo.pop_all()
     return span
+
+
+def build_recomputer(manifest: Manifest, engine: SpanEngine, *, max_bytes: int) -> Recomputer:
+    """Return what recomputes others' microbatches at these stages, with up to `max_bytes` of past weights."""
+    forward_codec, gradient_codec = manifest.averaging.hop_codecs
+    return Recomputer(
+        manifest.model.config,
+        num_stages=manifest.model.num_stages,
+        engines=engine.engines,
+        past=PastWeights(max_bytes=max_bytes),
+        codec=codec(forward_codec),
+        gradient_codec=codec(gradient_codec),
+        microbatch=(manifest.batch.sequences_per_microbatch, manifest.batch.sequence_length),
+    )
 
 
 def _store_folder(nvme: Path | None, chosen: Provision, limit_bytes: int | None) -> tuple[Path | None, int | None]:

@@ -74,8 +74,13 @@ class Recomputer:
         source: Source,
         target: Source,
         seed: bytes,
+        *,
+        prefix: int | None = None,
     ) -> Recomputed | None:
         """Take a microbatch through stages of these versions and back; None if their weights are not here any more.
+
+        With a `prefix`, only so many tokens of every sequence, and forward only: attention is causal, so they come out
+        as they would with all others behind them. `target` is not looked at then.
 
         `source` are tokens (B, T) or encoded activations, `target` labels (B, T) at the last stage, else the encoded
         gradient by the outputs. Raises `WireError` or `PeerFault` for bytes that are none, `LocalFault` if this machine
@@ -84,6 +89,9 @@ class Recomputer:
         weights = self._weights(places)
         if weights is None:
             return None
+        if prefix is not None:
+            hidden = self._up(places, weights, self._decode(source, self._codec)[:, :prefix])[-1].outputs[0]
+            return Recomputed(outputs=self.sketch_of(self._through(hidden, self._codec), seed), returned=b"")
         hidden, gradient = self.there_and_back(places, weights, source, target)
         is_first, is_last = places[0][0] == 0, places[-1][0] == self._num_stages - 1
         return Recomputed(
@@ -101,11 +109,8 @@ class Recomputer:
     ) -> tuple[Tensor, Tensor]:
         """Return outputs and the gradient by the inputs; `on_gradient` hears of that by each block's weights."""
         replays = [self._replay(stage) for stage, _ in places]
-        climbs: list[Climb] = []
-        hidden = self._decode(source, self._codec)
-        for replay, flat in zip(replays, weights, strict=True):
-            climbs.append(replay.up(flat, [hidden]))
-            hidden = climbs[-1].outputs[0]
+        climbs = self._up(places, weights, self._decode(source, self._codec))
+        hidden = climbs[-1].outputs[0]
         if places[-1][0] == self._num_stages - 1:
             labels = self._decode(target, self._codec)
             ((_, gradient),) = replays[-1].losses(climbs[-1], [labels], partial(on_gradient, places[-1][0]))
@@ -115,14 +120,27 @@ class Recomputer:
             (gradient,) = replay.down(climb, [gradient], partial(on_gradient, stage))
         return hidden, gradient
 
+    def _up(
+        self, places: Sequence[tuple[StageId, Version]], weights: Sequence[Sequence[Tensor]], hidden: Tensor
+    ) -> list[Climb]:
+        """Take a microbatch from its inputs to the end of the last place."""
+        climbs: list[Climb] = []
+        for (stage, _), flat in zip(places, weights, strict=True):
+            climbs.append(self._replay(stage).up(flat, [hidden]))
+            hidden = climbs[-1].outputs[0]
+        return climbs
+
     def sum_of(self, places: Sequence[tuple[StageId, Version]], stage: StageId) -> GradientSum | None:
         """Begin to recompute what microbatches add up to at one of these stages; None if weights are not here."""
         weights = self._weights(places)
         return None if weights is None else GradientSum(self, places, weights, stage)
 
-    def sketch_bytes(self, data: bytes | bytearray, seed: bytes, *, is_gradient: bool) -> bytes:
-        """Sketch what crossed a hop. May be called from any thread."""
-        return self.sketch_of(self._decode(data, self._gradient_codec if is_gradient else self._codec), seed)
+    def sketch_bytes(
+        self, data: bytes | bytearray, seed: bytes, *, is_gradient: bool, prefix: int | None = None
+    ) -> bytes:
+        """Sketch what crossed a hop, or a prefix of its sequences. May be called from any thread."""
+        values = self._decode(data, self._gradient_codec if is_gradient else self._codec)
+        return self.sketch_of(values[:, :prefix], seed)
 
     def shards_of(self, stage: StageId) -> list[tuple[int, int, int]]:
         """List a stage's shards: block, start and stop within it."""

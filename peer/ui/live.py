@@ -39,6 +39,8 @@ class Line:
     replicas: int
     drive_bytes: int | None = None
     """Written to the NVMe drive today; None if none is used."""
+    recomputed: int | None = None
+    """How much of others' work a watcher has looked at; None: it is none."""
 
 
 def render(line: Line, *, now_s: float) -> str:
@@ -46,6 +48,8 @@ def render(line: Line, *, now_s: float) -> str:
     stages = ",".join(str(stage) for stage in line.stages) or "-"
     state = f"{line.state}({line.reason})" if line.reason else str(line.state)
     round_text = "-" if line.round is None else f"{line.round}/{line.num_rounds}"
+    if line.recomputed is not None:
+        return f"{line.name}  stage {stages}  {state}  round {round_text}  {line.recomputed:,} recomputed"
     loss = "-" if line.loss is None else f"{line.loss:.3f}"
     rate = "-" if line.tokens_per_s is None else f"{line.tokens_per_s:,.0f} tok/s"
     accepted = "nothing accepted yet" if line.accepted_s is None else f"accepted {now_s - line.accepted_s:.0f} s ago"

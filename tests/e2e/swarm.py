@@ -20,6 +20,8 @@ from coordinator.monitor.local import status_of_directory
 from coordinator.rundir import RunDir
 from coordinator.store import tallies
 from coordinator.store.database import DATABASE_FILE, open_readonly
+from peer.identity import make_identity
+from protocol.ids import PeerId
 from protocol.invite import PREFIX
 from tests.e2e.processes import POLL_S, Command, run_to_end
 
@@ -109,6 +111,17 @@ class Swarm:
         peer = self._start(*program, "join", self.invite, "--name", name, *place, *flags)
         self.peers[name] = peer
         return peer
+
+    def start_watcher(self, name: str, *flags: str) -> Command:
+        """Start `peer watch` with a key that the coordinator was told of (`watcher_key`)."""
+        folder = str(self.folder / f"{name}.data")
+        arguments = ("watch", self.invite, "--name", name, "--data-dir", folder, "--threads", "1", *flags)
+        self.peers[name] = watcher = self._start("peer", name, *arguments)
+        return watcher
+
+    def watcher_key(self, name: str) -> PeerId:
+        """Make a watcher's key, and return its peer id."""
+        return make_identity(self.folder / f"{name}.data").peer_id
 
     def start_peers(self, names: Sequence[str]) -> None:
         """Start several peers."""

@@ -62,6 +62,7 @@ class Case:
         }
         self.reports: list[AuditReport | SketchReport] = []
         self.recomputed: list[tuple[Any, Any, Any]] = []
+        self.prefixes: list[int | None] = []
         self.answer: Any = SimpleNamespace(outputs=b"o", returned=b"r")
         self.payloads = Payloads(max_bytes=1000)
         self.gate = Gate(run=RunId("r"))
@@ -101,15 +102,16 @@ class Case:
     async def _run(self, work: Callable[[], Any], *, priority: object) -> Any:
         return work()
 
-    def _recompute(self, places: Any, source: Any, target: Any, seed: bytes) -> Any:
+    def _recompute(self, places: Any, source: Any, target: Any, seed: bytes, *, prefix: int | None) -> Any:
         assert seed == SEED
+        self.prefixes.append(prefix)
         self.recomputed.append((places, source, target))
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
 
-    def _sketch(self, data: bytes, seed: bytes, *, is_gradient: bool) -> bytes:
-        return bytes([is_gradient]) + data
+    def _sketch(self, data: bytes, seed: bytes, *, is_gradient: bool, prefix: int | None) -> bytes:
+        return bytes([is_gradient]) + data[:prefix]
 
 
 @asynccontextmanager
@@ -128,6 +130,18 @@ async def test_inputs_come_from_the_neighbours_and_only_a_second_witness_sees_th
         (report,) = await case.said(order(outputs=payload(DOWN, b"y"), returned=payload(UP, b"dx")))
         assert isinstance(report, AuditReport)
         assert (report.seen_outputs, report.seen_returned) == (b"\0y", b"\1dx")
+
+
+async def test_of_a_prefix_nothing_is_fetched_but_what_goes_in_and_out_forward() -> None:
+    """Oracle: nobody has the gradient, and it is not missed."""
+    async with opened() as case:
+        del case.held[DOWN][payload_name(shortened(digest(G)))]
+        case.held[DOWN][payload_name(shortened(digest(b"yz")))] = b"yz"
+        case.answer = SimpleNamespace(outputs=b"o", returned=b"")
+        (report,) = await case.said(order(outputs=payload(DOWN, b"yz"), prefix=1))
+        assert report == AuditReport(order=1, outcome=AuditOutcome.DONE, outputs=b"o", seen_outputs=b"\0y")
+        assert case.prefixes == [1]
+        assert case.auditor.num_done == 1
 
 
 async def test_an_order_that_comes_with_every_beat_is_carried_out_once() -> None:

@@ -125,6 +125,14 @@ def test_commands_show_and_rotate(tmp_path: Path) -> None:
     )
 
 
+def test_a_key_is_made_once(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "one"
+    made = call("create", "--data-dir", folder).stdout
+    assert made == call("create", "--data-dir", folder).stdout == call("show", "--data-dir", folder).stdout
+    assert json.loads(call("create", "--data-dir", folder, "--json").stdout)["data"]["peer"] == made.strip()
+    assert (folder / IDENTITY_FILE).stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.parametrize("command", ["show", "rotate"])
 def test_what_cannot_be_is_one_line(tmp_path: Path, command: str) -> None:
     result = call(command, "--data-dir", tmp_path / "nothing")

@@ -76,7 +76,7 @@ class Person:
             order=order.order,
             outcome=AuditOutcome.DONE,
             outputs=b"" if order.gradient is None else self._sketch(self._found("y"), order.seed),
-            returned=b"" if order.inputs is None else self._sketch(self._found("dx"), order.seed),
+            returned=b"" if order.inputs is None or order.prefix else self._sketch(self._found("dx"), order.seed),
             seen_outputs=seen["y"],
             seen_returned=seen["dx"],
         )

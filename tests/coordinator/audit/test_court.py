@@ -98,6 +98,28 @@ def test_the_second_witness_is_given_the_bytes_and_the_first_is_not() -> None:
     assert (order.outputs.holder, order.returned.holder) == (D, U)
 
 
+@pytest.mark.parametrize("prefix", [None, 32])
+def test_a_watcher_sees_the_bytes_at_once_and_asks_no_neighbour(prefix: int | None) -> None:
+    """Oracle: neighbours that lie are not heard, and of a prefix nobody looks at what goes back."""
+    for sent, finding in (({}, Finding.VALID), ({"y": "nonsense"}, Finding.DIFFERS)):
+        crowd = people(sent=sent, liar=D)
+        own = court()
+        first = own.open(carry(P, U, D), Q, SEED, now_s=0.0, is_watcher=True, prefix=prefix)
+        (order,) = own.orders_for(Q)
+        assert isinstance(order, AuditOrder)
+        assert order.prefix == prefix
+        assert order.outputs is not None
+        assert (order.returned is None) is (prefix is not None)
+        assert not any(own.orders_for(who) for who in (U, D))
+        assert hold(own, crowd, first).finding is finding
+        if sent:
+            second = own.open(carry(P, U, D), Q, SEED, now_s=1.0, first=first, is_watcher=True)
+            (again,) = own.orders_for(Q)
+            assert isinstance(again, AuditOrder)
+            assert again.prefix == prefix, "of all of it, what is wrong in a part may be little"
+            assert hold(own, crowd, second).finding is Finding.CONFIRMED
+
+
 def test_weights_that_are_gone_find_nothing() -> None:
     crowd = people()
     crowd[Q].outcome = AuditOutcome.STALE

@@ -120,7 +120,7 @@ def test_a_new_key_is_where_the_old_one_was_and_sheds_nothing() -> None:
     own = passed(Standing(peer=Q), R, now_s=1.0)
     assert inherited(own, old).strikes == old.strikes, "also if it came as a newcomer first"
     assert inherited(own, proven(500)).valid == 1
-    summed = passed(passed(Standing(peer=P), Q, now_s=5.0, is_sum=True), R, now_s=6.0, is_sum=True)
+    summed = passed(passed(proven(20), Q, now_s=5.0, is_sum=True), R, now_s=6.0, is_sum=True)
     assert kept_until(inherited(Standing(peer=Q), summed), is_sum=True) == 5.0
     assert kept_until(inherited(own, summed), is_sum=True) == -math.inf, "the earlier, so that more is taken back"
     assert inherited(proven(500), old).valid == 0
@@ -128,10 +128,11 @@ def test_a_new_key_is_where_the_old_one_was_and_sheds_nothing() -> None:
 
 def test_what_one_auditor_vouches_for_is_not_kept_for_that() -> None:
     """It may be a friend. Oracle: the second latest of different ones."""
-    standing = Standing(peer=P)
+    standing = proven(20)
     for now_s in (1.0, 2.0, 3.0):
         standing = passed(standing, Q, now_s=now_s)
     assert kept_until(standing) == -math.inf
+    assert kept_until(standing, own=[Q]) == 3.0, "but the organiser's own is no friend of anybody"
     standing = passed(standing, R, now_s=2.5)
     assert kept_until(standing) == 2.5
     standing = passed(standing, R, now_s=1.0)
@@ -140,6 +141,7 @@ def test_what_one_auditor_vouches_for_is_not_kept_for_that() -> None:
         standing = passed(standing, PeerId(f"auditor {number}"), now_s=float(number))
     assert kept_until(standing) == 18.0
     assert kept_until(standing, is_sum=True) == -math.inf
+    assert kept_until(passed(passed(proven(17), R, now_s=1.0), Q, now_s=2.0)) == -math.inf, "two of a few say little"
     assert standing_from(P, json.loads(json.dumps(fields_of(standing)))) == standing
 
 
