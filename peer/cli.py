@@ -88,14 +88,14 @@ def join(
     """
 
     def command() -> None:
-        limits = _limits(device_memory, host_memory, nvme, nvme_limit, nvme_writes_per_day)
+        limits = _limits(device_memory, host_memory, nvme, nvme_limit, nvme_writes_per_day, audit_memory)
         check_limits(limits)
         settings = _settings(name, data_dir, device, threads, stages, limits, listen, announce)
         settings = replace(
             settings,
             upload_mbps=upload_mbps,
             download_mbps=download_mbps,
-            audit_bytes=parse_size(audit_memory, what="--audit-memory"),
+            audit_bytes=limits.aside_bytes,
         )
         parsed = Invite.from_text(invite)
         set_up_logging(level=log_level, file=log_file)
@@ -144,12 +144,12 @@ def watch(
     """
 
     def command() -> None:
-        limits = _limits(device_memory, host_memory, None, None, None)
+        limits = _limits(device_memory, host_memory, None, None, None, audit_memory)
         check_limits(limits)
         settings = replace(
             _settings(name, data_dir, device, threads, stages, limits, (), ()),
             download_mbps=download_mbps,
-            audit_bytes=parse_size(audit_memory, what="--audit-memory"),
+            audit_bytes=limits.aside_bytes,
         )
         parsed = Invite.from_text(invite)
         set_up_logging(level=log_level, file=log_file)
@@ -308,6 +308,7 @@ def bench() -> None:
 @click.option("--nvme", metavar="DIR", type=FOLDER, default=None, help="Folder on an NVMe drive. [default: none]")
 @click.option("--nvme-limit", metavar="SIZE", default=None, help="Of the files there. [default: free space]")
 @click.option("--nvme-writes-per-day", metavar="SIZE", default=None, help="Spares the drive. [default: no cap]")
+@click.option("--audit-memory", metavar="SIZE", default="1GiB", show_default=True, help="As for peer join.")
 @click.option("--machine", metavar="NAME", default=None, help="Calculate for another, as 12gb-pcie3x16-good.")
 @click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--threads", type=click.IntRange(1, 1024), default=None, metavar="N", help="CPU threads.")
@@ -369,6 +370,7 @@ def _limits(
     nvme: Path | None,
     nvme_limit: str | None,
     nvme_writes_per_day: str | None,
+    audit_memory: str,
 ) -> Limits:
     def size(option: str, text: str | None) -> int | None:
         return None if text is None else parse_size(text, what=option)
@@ -379,6 +381,7 @@ def _limits(
         nvme=nvme,
         nvme_bytes=size("--nvme-limit", nvme_limit),
         nvme_writes_per_day_bytes=size("--nvme-writes-per-day", nvme_writes_per_day),
+        aside_bytes=parse_size(audit_memory, what="--audit-memory"),
     )
 
 
@@ -391,6 +394,7 @@ def _question(
     nvme: Path | None,
     nvme_limit: str | None,
     nvme_writes_per_day: str | None,
+    audit_memory: str,
     mode: str,
     sequence_length: int | None,
     threads: int | None,
@@ -405,7 +409,7 @@ def _question(
         mode=Mode(mode),
         sequence_length=sequence_length,
         threads=threads or PeerSettings().threads,
-        limits=_limits(device_memory, host_memory, nvme, nvme_limit, nvme_writes_per_day),
+        limits=_limits(device_memory, host_memory, nvme, nvme_limit, nvme_writes_per_day, audit_memory),
         **others,
     )
 

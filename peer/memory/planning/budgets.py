@@ -52,6 +52,8 @@ class Limits:
     nvme: Path | None = None
     nvme_bytes: int | None = None
     nvme_writes_per_day_bytes: int | None = None
+    aside_bytes: int = 0
+    """Host memory that is for something else (audits): what is not said above is less by that."""
 
 
 def default_budgets(
@@ -60,13 +62,17 @@ def default_budgets(
     free_device_bytes: int | None,
     device_bytes: int | None = None,
     host_bytes: int | None = None,
+    aside_bytes: int = 0,
 ) -> Budgets:
     """Fill in what the user did not say (None): most of what is free. No NVMe: that is the user's to offer.
+
+    `aside_bytes` of it stay aside, but no more than a quarter: a small machine should train rather than look at others.
 
     Without a card (`free_device_bytes` None) the device is a part of the host's memory: all of it, unless the user
     says otherwise.
     """
     usable_bytes = max(0, int((free_host_bytes - RESERVE_BYTES) * (1 - RESERVE_SHARE)))
+    usable_bytes -= min(aside_bytes, usable_bytes // 4)
     if device_bytes is None and free_device_bytes is not None:
         device_bytes = int(free_device_bytes * (1 - RESERVE_SHARE))  # an allocator's gaps
     elif device_bytes is None:
@@ -101,6 +107,7 @@ def budgets_here(limits: Limits, *, free_device_bytes: int | None, store: Path |
         free_device_bytes=free_device_bytes,
         device_bytes=limits.device_bytes,
         host_bytes=limits.host_bytes,
+        aside_bytes=limits.aside_bytes,
     )
     if limits.nvme is None:
         return budgets

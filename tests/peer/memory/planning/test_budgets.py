@@ -52,6 +52,17 @@ def test_a_budget_is_of_a_tier() -> None:
 # -- what the volunteer allows -------------------------------------------------------------------------
 
 
+def test_what_audits_may_take_is_left_free_but_no_more_than_a_quarter() -> None:
+    """Oracle: the same machine with so much less, and one that is so small that it would have nothing left."""
+    kept = default_budgets(free_host_bytes=32 * GIB, free_device_bytes=None, aside_bytes=2 * GIB)
+    assert kept.device_bytes == default_budgets(free_host_bytes=32 * GIB, free_device_bytes=None).device_bytes - 2 * GIB
+    card = default_budgets(free_host_bytes=32 * GIB, free_device_bytes=10 * GIB, aside_bytes=2 * GIB)
+    assert card.host_bytes == kept.device_bytes
+    small = default_budgets(free_host_bytes=2 * GIB, free_device_bytes=None, aside_bytes=2 * GIB)
+    whole = default_budgets(free_host_bytes=2 * GIB, free_device_bytes=None)
+    assert small.device_bytes == pytest.approx(0.75 * whole.device_bytes, rel=1e-6)
+
+
 @pytest.mark.parametrize("limits", [Limits(nvme_bytes=GIB), Limits(nvme_writes_per_day_bytes=GIB)])
 def test_a_limit_without_its_folder_is_refused(limits: Limits) -> None:
     with pytest.raises(ConfigError, match="needs a folder") as error:
