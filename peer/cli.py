@@ -18,7 +18,7 @@ from peer.memory.planning.budgets import Limits, check_limits
 from peer.settings import IDENTITY_FILE, PeerSettings, default_data_dir, default_name
 from protocol.console import print_document, run_command, set_up_logging, with_debug, with_json
 from protocol.control import NAME_PATTERN
-from protocol.errors import ConfigError
+from protocol.errors import ConfigError, LocalFault
 from protocol.invite import Invite
 from protocol.process import run_loop
 from protocol.sizes import parse_size
@@ -330,6 +330,45 @@ def bench_plan(as_json: bool, debug: bool, **options: Any) -> None:
         click.echo(to_json(found) if as_json else describe(found))
 
     sys.exit(run_command(command, program="peer bench plan", debug=debug))
+
+
+@bench.command(name="burn-in")
+@click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")
+@click.option("--minutes", type=click.FloatRange(min=0.0, max=24 * 60), default=10.0, show_default=True)
+@click.option("--memory", metavar="SIZE", default=None, help="To write and read back. [default: half of what is free]")
+@with_json
+@with_debug
+def bench_burn_in(device: str, minutes: float, memory: str | None, as_json: bool, debug: bool) -> None:
+    """Keep this machine busy, and see whether it computes what it should.
+
+    For who was told that its results are wrong: with heat, overclocking or bad memory, they are now and then. Ends with
+    exit code 5 if something was wrong.
+
+    Example: peer bench burn-in --device cuda --minutes 30
+    """
+
+    def command() -> None:
+        from peer.engine.build import choose_device
+        from peer.engine.burn_in import burn_in
+        from peer.ui.burn_in import describe, to_json, told
+
+        found = burn_in(
+            choose_device(device),
+            seconds=60 * minutes,
+            memory_bytes=None if memory is None else parse_size(memory, what="--memory"),
+            on_progress=told(),
+        )
+        if as_json:
+            print_document("peer.burn-in/1", to_json(found))
+        else:
+            click.echo(describe(found))
+        if not found.is_sound:
+            raise LocalFault(
+                f"{found.device} does not compute what it should.",
+                hint="Let it cool down, take back overclocking, and try again; else it should not train.",
+            )
+
+    sys.exit(run_command(command, program="peer bench burn-in", debug=debug))
 
 
 def main() -> None:

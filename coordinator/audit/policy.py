@@ -150,7 +150,8 @@ def struck(
         sanction = Sanction(
             State.HARDWARE_FAULT,
             HOURS[0],
-            "its results were wrong once, after many that were right; check its temperature, memory and overclocking",
+            "its results were wrong once, after many that were right; check its temperature, memory and overclocking "
+            "(peer bench burn-in)",
         )
         fresh = replace(fresh, faults=(*standing.faults, now_s))
     else:
