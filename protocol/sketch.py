@@ -10,7 +10,7 @@ null space, and without the seed nobody finds that: so a seed is given out only 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -119,6 +119,26 @@ def distance(ours: bytes, theirs: bytes) -> float:
     scale = np.maximum(norms, QUIET * float(np.sqrt(np.mean(norms**2))))
     apart = np.linalg.norm(mine - other, axis=1)
     return float(np.max(np.divide(apart, scale, out=np.where(apart > 0, np.inf, 0.0), where=scale > 0)))
+
+
+def directions(sketches: Sequence[bytes]) -> list[float]:
+    """Estimate the cosine of each of some tensors and the sum of all others, every one with a norm of 1.
+
+    Honest contributions to one average point the same way, more or less. -1 for what is 0. Raises `WireError` if the
+    sketches do not fit each other.
+    """
+    if len({len(each) for each in sketches}) != 1:
+        raise WireError("sketches of different lengths")
+    rows = np.stack([_rows(each).ravel() for each in sketches])
+    if not np.isfinite(rows).all():
+        raise WireError("a sketch with numbers that are none")
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    units = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+    others = units.sum(axis=0) - units
+    lengths = np.linalg.norm(others, axis=1)
+    along = np.einsum("ij,ij->i", units, others)
+    found = np.divide(along, lengths, out=np.zeros_like(along), where=lengths > 0)
+    return [float(each) for each in np.where(norms[:, 0] > 0, found, -1.0)]
 
 
 def _rows(packed: bytes) -> npt.NDArray[np.float64]:

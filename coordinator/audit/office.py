@@ -64,10 +64,11 @@ PRUNE_EVERY_S = 600.0
 LOOK_EVERY_S = 30.0
 LATE_S, LATELY_S = 120.0, 900.0
 """What a peer has to say of a round is in by then; what is older counts no more."""
-LEAST_ROUNDS, LEAST_HOPS = 8, 20
+LEAST_ROUNDS, LEAST_AVERAGES, LEAST_HOPS = 8, 5, 20
 SILENT = "it hands in no receipts for its work, so that nobody can look at it"
 NONSENSE = "most of its neighbours refuse what it sends, as it is no numbers"
 MUTE = "it does not say what it gives into averages"
+CONTRARY = "what it gives into averages goes against what all others give, again and again"
 UNSTEADY = "it says of most of its work that nobody can do it again"
 QUIET_S = 60.0  # after the run went back: what peers say of work before that is in by then
 KEEP_S = 7 * 86400.0
@@ -102,7 +103,7 @@ class AuditOffice:
         self._sums = Sums(is_mean=self._is_local)
         self._complaints = Complaints()
         self._silence, self._unsteady = Evasion(least=LEAST_ROUNDS), Evasion(least=LEAST_HOPS)
-        self._mute = Evasion(least=LEAST_ROUNDS)
+        self._mute, self._contrary = Evasion(least=LEAST_ROUNDS), Evasion(least=LEAST_AVERAGES)
         self._look_at_s = float("-inf")
         self._vouchers = Vouchers()
         self._shares = ShareCases(next_order=self._next_order)
@@ -273,14 +274,16 @@ class AuditOffice:
         hidden = [
             (SILENT, self._silence.look(silent, now_s=monotonic_s)),
             (MUTE, self._mute.look(self._sums.silence(), now_s=monotonic_s)),
+            (CONTRARY, self._contrary.look(self._sums.against(), now_s=monotonic_s)),
         ]
         if not self._is_local:  # or else only the first step of a round can be recomputed
             hidden.append((UNSTEADY, self._unsteady.look(self._unsteady_work(live), now_s=monotonic_s)))
         for why, found in hidden:
             for peer, is_proven in found.items():
                 log.warning("audit.evasive", peer=peer, why=why)
-                if is_proven:
-                    await self._strike(peer, why, now_s=now_s)
+                if is_proven:  # its microbatches may all be right: that says nothing of what it did with them
+                    since_s = policy.kept_until(self.standing(peer), is_sum=why in (MUTE, CONTRARY), own=self._own)
+                    await self._strike(peer, why, now_s=now_s, since_s=since_s)
                 else:
                     await self._suspect([peer], now_s=now_s)
 

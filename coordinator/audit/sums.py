@@ -9,7 +9,7 @@ depends on the sum, so nobody can give one thing into the average and sketch ano
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from protocol.audits import ContributionReport, contribution_seed
@@ -17,13 +17,17 @@ from protocol.errors import WireError
 from protocol.ids import Lineage, PeerId, RoundId, StageId
 from protocol.rounds.factors import factors_of
 from protocol.rounds.messages import Commit
-from protocol.sketch import distance, scaled, summed
+from protocol.sketch import directions, distance, scaled, summed
 
 MAX_COMMITS = 256
 MAX_AHEAD = 4  # averages of which one may speak before anybody has reported the commit
 MAX_REMEMBERED = 64  # averages, of which it is remembered who said nothing
 GATHER_S = 3.0  # all members report with their next beat
 GIVE_UP_S = 20.0
+LEAST_MEMBERS = 3  # of two that point apart nobody knows which is wrong
+AGAINST = -0.2
+"""Whose drift has such a cosine with all others', or a lower one, goes another way. In the attack table's model honest ones
+have -0.05 to 0.84, and those whose sign is turned -0.90 to -0.34 (docs/decisions/0025)."""
 ROUNDING = 0.05
 COARSE_ROUNDING = {"int4": 0.25}
 """How far a sum may be from its parts: the codec rounds every one of them, and the sum."""
@@ -68,6 +72,7 @@ class Sums:
         self._gathering: OrderedDict[Lineage, _Gathering] = OrderedDict()
         self._done: OrderedDict[Lineage, None] = OrderedDict()
         self._taking_part: deque[dict[PeerId, bool]] = deque(maxlen=MAX_REMEMBERED)
+        self._against: deque[dict[PeerId, bool]] = deque(maxlen=MAX_REMEMBERED)
 
     def hear_commit(self, commit: Commit, lineage: Lineage, *, now_s: float) -> None:
         """Take who was summed."""
@@ -104,16 +109,20 @@ class Sums:
             record = _record(commit, lineage, gathering.said, is_mean=self._is_mean)
             if record is not None:
                 found.append(record)
+                if self._is_mean and len(record.contributions) >= LEAST_MEMBERS:
+                    self._against.append(_goes_against(record))
         return found
 
     def silence(self) -> dict[PeerId, tuple[int, int]]:
         """Return in how many of the latest averages peers counted, and of how many they say nothing."""
-        found: dict[PeerId, tuple[int, int]] = {}
-        for each in self._taking_part:
-            for peer, is_silent in each.items():
-                count, silent = found.get(peer, (0, 0))
-                found[peer] = count + 1, silent + is_silent
-        return found
+        return _counted(self._taking_part)
+
+    def against(self) -> dict[PeerId, tuple[int, int]]:
+        """Return how many of the latest mean drifts peers have given to, and how often against all others.
+
+        Sums of gradients are no such thing: their noise is larger than what they have in common.
+        """
+        return _counted(self._against)
 
     def _of(self, lineage: Lineage, now_s: float, *, opened_by: PeerId | None = None) -> _Gathering:
         if lineage not in self._gathering:
@@ -121,6 +130,20 @@ class Sums:
             while len(self._gathering) > MAX_COMMITS:
                 self._gathering.popitem(last=False)
         return self._gathering[lineage]
+
+
+def _counted(seen: Iterable[Mapping[PeerId, bool]]) -> dict[PeerId, tuple[int, int]]:
+    found: dict[PeerId, tuple[int, int]] = {}
+    for each in seen:
+        for peer, is_noted in each.items():
+            count, noted = found.get(peer, (0, 0))
+            found[peer] = count + 1, noted + is_noted
+    return found
+
+
+def _goes_against(record: Record) -> dict[PeerId, bool]:
+    sketches = {peer: sketch for peer, (_, sketch) in record.contributions.items()}
+    return {peer: cosine <= AGAINST for peer, cosine in zip(sketches, directions(list(sketches.values())), strict=True)}
 
 
 def _record(

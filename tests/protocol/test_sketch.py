@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.errors import WireError
-from protocol.sketch import MAX_PIECES, WIDTH, Values, distance, pattern, sketch
+from protocol.sketch import MAX_PIECES, WIDTH, Values, directions, distance, pattern, sketch
 
 SEED = b"s" * 32
 
@@ -53,6 +53,22 @@ def test_who_does_not_know_the_seed_cannot_hide_in_its_null_space() -> None:
     one_piece = {"pieces": 1}
     assert distance(sketch(x, SEED, **one_piece), sketch(hidden, SEED, **one_piece)) < 1e-4
     assert distance(sketch(x, b"t" * 32, **one_piece), sketch(hidden, b"t" * 32, **one_piece)) > 0.5
+
+
+def test_directions_are_about_the_exact_ones_whatever_the_scale() -> None:
+    """Oracle: cosines in fp64, of tensors that share a direction but for one, which has it the other way round."""
+    common, factors = values(0), (1.0, 1e-3, -10.0, 1.0)
+    given = [np.float32(factor) * (common + values(number)) for number, factor in enumerate(factors, start=1)]
+    units = [each / np.linalg.norm(each) for each in given]
+    exact = [float(unit @ (sum(units) - unit) / np.linalg.norm(sum(units) - unit)) for unit in units]
+    found = directions([sketch(each, SEED) for each in given])
+    assert found == pytest.approx(exact, abs=0.1)
+    assert [each < 0 for each in found] == [False, False, True, False]
+    assert directions([sketch(0 * common, SEED), sketch(common, SEED)]) == [-1.0, 0.0]
+    with pytest.raises(WireError):
+        directions([sketch(common, SEED), sketch(common * np.float32("nan"), SEED)])
+    with pytest.raises(WireError):
+        directions([sketch(common, SEED), sketch(common, SEED, pieces=1)])
 
 
 @given(st.integers(1, 5000), st.integers(0, 3))

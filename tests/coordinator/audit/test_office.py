@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.audit.office import MAX_PER_ROUND, NONSENSE, QUIET_S, SPOILT
+from coordinator.audit.office import CONTRARY, MAX_PER_ROUND, NONSENSE, QUIET_S, SPOILT
 from coordinator.audit.policy import State, state_of
 from coordinator.audit.sums import GATHER_S
 from coordinator.store import audits, bans, credits, history
@@ -23,10 +23,11 @@ from protocol.audits import ContributionReport, NonsenseReport, ShareOrder, Shar
 from protocol.control import BeatReply, ReceiptReport, Report
 from protocol.handover import hand_over
 from protocol.ids import RoundId, StageId
+from protocol.manifest import AveragingMode, AveragingSpec
 from protocol.receipts import Hop
 from protocol.rounds.lineage import next_lineage
 from protocol.rounds.messages import Contribution, Credit
-from protocol.sketch import ShardSketch, Values, folded, summed
+from protocol.sketch import ShardSketch, Values, folded, scaled, summed
 from tests.coordinator.audit.people import Person, named, tensor
 from tests.coordinator.office import (
     NO_LINEAGE,
@@ -479,3 +480,45 @@ async def test_who_never_says_what_it_gives_is_put_out_in_the_end(tmp_path: Path
         assert State.SUSPECT in states
         assert states[-1] is State.QUARANTINED
         assert all(crew.state_of(who) is State.NEW for who in (WORKER, THIRD))
+
+
+class Drift(Average):
+    """A mean of three drifts that have much in common, but for the worker's if it is turned."""
+
+    def __init__(self, *, which: int, is_turned: bool) -> None:
+        super().__init__(which=which)
+        self._sign = -1 if is_turned else 1
+
+    def given(self, who: Volunteer, share: int) -> bytes:
+        values = tensor(f"common to {share}") + tensor(f"{who.name} to {share} in {self.seed!r}")
+        return self._sketch(values * self._sign if who is WORKER else values, share)
+
+    def total(self, share: int) -> bytes:
+        return scaled(summed(self.given(who, share) for who in GIVERS), 1 / 3)
+
+
+@pytest.mark.parametrize("is_turned", [False, True])
+async def test_whose_drift_goes_against_all_others_is_put_out_in_the_end(tmp_path: Path, is_turned: bool) -> None:
+    """It says truly what it gives, so all of it adds up. Oracle: standings, the reason, and what it has earned."""
+    run = manifest(
+        batch=batch_spec(num_rounds=50, eval_every=1000),
+        averaging=AveragingSpec(mode=AveragingMode.DILOCO, codec="fp32", activation_codec="fp32"),
+    )
+    async with open_office(tmp_path, run=run) as office:
+        crew = Crew(office)
+        await crew.enter()
+        for number in range(16):
+            average = Drift(which=number, is_turned=is_turned)
+            office.services.audits.hear_commit(average.commit, average.lineage)
+            for who in GIVERS:
+                if office.services.bans.refusal(who.peer) is None:
+                    await crew.beat(who, average.contribution(who))
+            for _ in range(4):
+                await office.tick(9.0)
+                for who in EVERYBODY:
+                    if office.services.bans.refusal(who.peer) is None:
+                        await crew.beat(who)
+        rows = await office.services.database.run(lambda db: bans.load_bans(db, now_s=office.services.clock.wall()))
+        assert [row.peer for row in rows] == [WORKER.peer] * is_turned
+        assert all(CONTRARY in row.reason for row in rows)
+        assert all(crew.state_of(who) is State.NEW for who in (SECOND, THIRD))

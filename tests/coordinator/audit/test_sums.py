@@ -62,6 +62,24 @@ def say(sums: Sums, who: Volunteer, own: bytes, total: bytes | None = None) -> N
     sums.hear(who.peer, report, now_s=0.0)
 
 
+def drifting(*, is_mean: bool = True, members: int = 3, turned: str = "") -> dict[PeerId, tuple[int, int]]:
+    """Let members speak of a commit to which they gave much of the same; return who goes against the others."""
+    sums, common = Sums(is_mean=is_mean), tensor("common")
+    made = committed()
+    sums.hear_commit(made.model_copy(update={"contributors": made.contributors[:members]}), LINEAGE, now_s=0.0)
+    for who in MEMBERS[:members]:
+        say(sums, who, shards((common + given(who)) * (-3 if who.name == turned else 1)))
+    sums.due(now_s=GATHER_S)
+    return sums.against()
+
+
+def test_whose_drift_goes_against_all_others_is_noticed() -> None:
+    """Not of two, of which nobody knows which is right, and not of sums of gradients, which are mostly noise."""
+    assert drifting() == {who.peer: (1, 0) for who in MEMBERS}
+    assert drifting(turned="b") == {A.peer: (1, 0), B.peer: (1, 1), C.peer: (1, 0)}
+    assert drifting(turned="b", members=2) == drifting(turned="b", is_mean=False) == {}
+
+
 def gathered(*, silent: PeerId | None = None, **lies: bytes) -> list[Record]:
     sums = Sums()
     sums.hear_commit(committed(), LINEAGE, now_s=0.0)
