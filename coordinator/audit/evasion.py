@@ -48,5 +48,5 @@ class Evasion:
         return found
 
     def forget(self, peer: PeerId) -> None:
-        """It has been judged."""
+        """It has been judged, and that was taken back."""
         self._seen_s.pop(peer, None)

@@ -535,6 +535,9 @@ class AuditOffice:
 
         for standing in await self._database.run(write):
             self._standings[standing.peer] = policy.pardoned(standing)
+            self._sums.forget(standing.peer)
+            for evasion in (self._silence, self._mute, self._contrary, self._unsteady):
+                evasion.forget(standing.peer)
             await self._journal.event("peer.pardoned", standing.peer, "back on probation: all of its work is looked at")
 
     def _auditors_of(self, carry: Carry) -> tuple[PeerId, ...]:

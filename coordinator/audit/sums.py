@@ -26,8 +26,8 @@ GATHER_S = 3.0  # all members report with their next beat
 GIVE_UP_S = 20.0
 LEAST_MEMBERS = 3  # of two that point apart nobody knows which is wrong
 AGAINST = -0.2
-"""Whose drift has such a cosine with all others', or a lower one, goes another way. In the attack table's model honest ones
-have -0.05 to 0.84, and those whose sign is turned -0.90 to -0.34 (docs/decisions/0025)."""
+"""Whose drift has such a cosine with all others', or a lower one, goes another way. In the attack table's model honest
+ones have -0.05 to 0.84, and those whose sign is turned -0.90 to -0.34 (docs/decisions/0025)."""
 ROUNDING = 0.05
 COARSE_ROUNDING = {"int4": 0.25}
 """How far a sum may be from its parts: the codec rounds every one of them, and the sum."""
@@ -123,6 +123,11 @@ class Sums:
         Sums of gradients are no such thing: their noise is larger than what they have in common.
         """
         return _counted(self._against)
+
+    def forget(self, peer: PeerId) -> None:
+        """What it said or did not say of earlier averages is no more held against it."""
+        for each in (*self._taking_part, *self._against):
+            each.pop(peer, None)
 
     def _of(self, lineage: Lineage, now_s: float, *, opened_by: PeerId | None = None) -> _Gathering:
         if lineage not in self._gathering:

@@ -522,3 +522,14 @@ async def test_whose_drift_goes_against_all_others_is_put_out_in_the_end(tmp_pat
         assert [row.peer for row in rows] == [WORKER.peer] * is_turned
         assert all(CONTRARY in row.reason for row in rows)
         assert all(crew.state_of(who) is State.NEW for who in (SECOND, THIRD))
+        if not is_turned:
+            return
+        # an appeal is granted: what it was put out for is not held against it at the next look
+        await office.services.database.run(bans.remove_ban, WORKER.peer)
+        await office.tick(1.0)
+        await office.join(WORKER, wanted_stages=(StageId(1),), session=2)
+        for _ in range(8):
+            await office.tick(9.0)
+            for who in EVERYBODY:
+                await crew.beat(who)
+        assert crew.state_of(WORKER) is State.PROBATION
