@@ -3,7 +3,7 @@
 `python -m tests.benchmarks.trust`. `decode_ms`: CPU time for 64 KiB of honest bytes, the slowest decoder;
 `decode_ms_hostile`: of bytes that are made to be expensive.
 The rows of floods are in `trust_floods.py`; `attack_*` and `clean_*`: see `trust_attacks.py`; `--calibrate`:
-`trust_calibrate.py`.
+`trust_calibrate.py`; what honest peers pay: `trust_price.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from protocol.ids import PeerId, RunId, StageId
 from protocol.tensors import format_header
 from protocol.transport.hardening import MAX_SUBKEYS
 from protocol.wire import pack_tagged
-from tests.benchmarks import trust_attacks, trust_calibrate
+from tests.benchmarks import trust_attacks, trust_calibrate, trust_price
 from tests.benchmarks.harness import Options, Row, figure, run
 from tests.benchmarks.trust_floods import FLOODS, flood_rows
 from tests.benchmarks.trust_floods import ROWS as FLOOD_ROWS
@@ -42,6 +42,8 @@ def measure(options: Options) -> Iterator[Row]:
         yield _slowest_on_hostile(repeats=options.repeats_or(quick=3, full=15))
     if options.wants(*FLOOD_ROWS):
         yield from flood_rows(seconds=4.0 if options.quick else 10.0, floods=FLOODS)
+    if options.wants(*trust_price.ROWS):
+        yield from trust_price.rows(options)
     yield from trust_attacks.rows(options)
 
 

@@ -6,6 +6,7 @@
     python -m tests.e2e.odd_peer flips:0.5 join INVITE ...     half of what it sends on or back has the opposite sign
     python -m tests.e2e.odd_peer spoils:1.0 join INVITE ...   its sums for averages are turned, times this
     python -m tests.e2e.odd_peer hides:1.0 join INVITE ...    so are they, and it sketches what it should have given
+    python -m tests.e2e.odd_peer bare: join INVITE ...        it keeps and says nothing that is only for audits
     python -m tests.e2e.odd_peer twists:1.0 join INVITE ...   what it adds up for others is turned, times this
 
 Everything else is the real command.
@@ -23,8 +24,11 @@ import peer.app
 from peer import cli
 from peer.averaging.merge import OrderedMerger
 from peer.averaging.reduce import Shards
+from peer.contributions import Contributions
 from peer.engine.span import SpanEngine
 from peer.engine.stage_state import StageState
+from peer.payloads import Payloads
+from peer.receipts import ReceiptBook
 from protocol import wire
 
 
@@ -44,6 +48,8 @@ def main() -> None:
         _spoil(float(value))
     elif oddity == "hides":
         _hide(float(value))
+    elif oddity == "bare":
+        _bare()
     elif oddity == "twists":
         _twist(float(value))
     else:
@@ -106,6 +112,12 @@ def _twist(size: float) -> None:
         return self._codec.encode(self._codec.decode(total, length).mul(-size))
 
     OrderedMerger.accumulate_part = accumulate_part  # type: ignore[method-assign]
+
+
+def _bare() -> None:
+    Payloads.keep = lambda self, digest, data: None  # type: ignore[method-assign]
+    Contributions.before_step = lambda self, stage, commit, update: None  # type: ignore[method-assign]
+    ReceiptBook.close = lambda self, round_id: ()  # type: ignore[method-assign, assignment, return-value]
 
 
 def _delayed(method: Any, seconds: float) -> Any:

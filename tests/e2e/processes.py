@@ -28,13 +28,14 @@ from typing import Any, Literal
 
 import psutil
 
-Program = Literal["peer", "coordinator", "swarm", "odd-peer"]
+Program = Literal["peer", "coordinator", "swarm", "odd-peer", "odd-coordinator"]
 
 ENTRY_POINTS: dict[Program, str] = {
     "peer": "peer.cli",
     "coordinator": "coordinator.cli",
     "swarm": "coordinator.monitor.cli",
     "odd-peer": "tests.e2e.odd_peer",
+    "odd-coordinator": "tests.e2e.odd_coordinator",
 }
 PRELOADED = ["peer.app", "coordinator.app", "coordinator.init", "coordinator.export", "bitsandbytes"]
 IS_COLD = os.environ.get("HANDCAR_E2E_COLD") == "1"

@@ -92,10 +92,14 @@ class Swarm:
 
     # -- processes --------------------------------------------------------------------------------------
 
-    def start_coordinator(self, *flags: str, again: bool = False) -> Command:
-        """Start the coordinator and wait for its invite; `again` lets it listen where it did before."""
+    def start_coordinator(self, *flags: str, again: bool = False, oddity: str = "") -> Command:
+        """Start the coordinator and wait for its invite; `again` lets it listen where it did before.
+
+        `oddity` is what is to be wrong with it (`odd_coordinator.py`).
+        """
         where = () if again else ("--host-maddr", self._listen_at("coordinator"))
-        coordinator = self._start("coordinator", "coordinator", "run", str(self.directory), *where, *flags)
+        program = ("odd-coordinator", "coordinator", oddity) if oddity else ("coordinator", "coordinator")
+        coordinator = self._start(*program, "run", str(self.directory), *where, *flags)
         self.coordinator = coordinator
         self.wait("the invite", lambda: coordinator.stdout().startswith(PREFIX))
         self.invite = coordinator.stdout().split("\n")[0]
