@@ -23,7 +23,7 @@ import structlog
 from coordinator.audit import policy
 from coordinator.audit.complaints import Complaints
 from coordinator.audit.court import Case, Contributed, Court, Finding, Verdict
-from coordinator.audit.evasion import Evasion
+from coordinator.audit.lookout import Lookout
 from coordinator.audit.policy import Sanction, Standing, State
 from coordinator.audit.shares import Blame, Disputes, ShareCases
 from coordinator.audit.sums import GIVE_UP_S, Sums
@@ -64,12 +64,6 @@ PRUNE_EVERY_S = 600.0
 LOOK_EVERY_S = 30.0
 LATE_S, LATELY_S = 120.0, 900.0
 """What a peer has to say of a round is in by then; what is older counts no more."""
-LEAST_ROUNDS, LEAST_AVERAGES, LEAST_HOPS = 8, 5, 20
-SILENT = "it hands in no receipts for its work, so that nobody can look at it"
-NONSENSE = "most of its neighbours refuse what it sends, as it is no numbers"
-MUTE = "it does not say what it gives into averages"
-CONTRARY = "what it gives into averages goes against what all others give, again and again"
-UNSTEADY = "it says of most of its work that nobody can do it again"
 QUIET_S = 60.0  # after the run went back: what peers say of work before that is in by then
 KEEP_S = 7 * 86400.0
 MAX_AGAIN = 8  # microbatches that are looked at again when somebody was struck
@@ -101,9 +95,7 @@ class AuditOffice:
         self._touched: set[RoundId] = set()
         self._is_local = manifest.averaging.mode is AveragingMode.DILOCO
         self._sums = Sums(is_mean=self._is_local)
-        self._complaints = Complaints()
-        self._silence, self._unsteady = Evasion(least=LEAST_ROUNDS), Evasion(least=LEAST_HOPS)
-        self._mute, self._contrary = Evasion(least=LEAST_ROUNDS), Evasion(least=LEAST_AVERAGES)
+        self._lookout = Lookout()
         self._look_at_s = float("-inf")
         self._vouchers = Vouchers()
         self._shares = ShareCases(next_order=self._next_order)
@@ -169,7 +161,8 @@ class AuditOffice:
         self._touched.clear()
         self._drawn.clear()
         self._verdicts.clear()
-        self._sums, self._complaints, self._newest_round = Sums(is_mean=self._is_local), Complaints(), None
+        self._sums, self._newest_round = Sums(is_mean=self._is_local), None
+        self._lookout.complaints = Complaints()
         self._quiet_until_s = self._clock.monotonic() + QUIET_S
 
     # -- what is heard ----------------------------------------------------------------------------------
@@ -205,7 +198,7 @@ class AuditOffice:
             self._shares.hear(peer, report)
             return
         if isinstance(report, NonsenseReport):
-            self._complaints.note(report.peer, peer, now_s=self._clock.monotonic())
+            self._lookout.complaints.note(report.peer, peer, now_s=self._clock.monotonic())
             return
         verdict = self._court.hear(peer, report)
         if verdict is not None:
@@ -266,26 +259,16 @@ class AuditOffice:
             return
         self._look_at_s = monotonic_s + LOOK_EVERY_S
         live = {peer.peer: peer.stages for peer in self._registry.live()}
-        for peer in self._complaints.accused(_sides(live), now_s=monotonic_s):
-            self._complaints.forget(peer)
-            await self._strike(peer, NONSENSE, now_s=now_s)
-        rounds = await self._database.run(receipts.handed_in, since_s=now_s - LATELY_S, until_s=now_s - LATE_S)
-        silent = {peer: seen for peer, seen in rounds.items() if peer in live}
-        hidden = [
-            (SILENT, self._silence.look(silent, now_s=monotonic_s)),
-            (MUTE, self._mute.look(self._sums.silence(), now_s=monotonic_s)),
-            (CONTRARY, self._contrary.look(self._sums.against(), now_s=monotonic_s)),
-        ]
-        if not self._is_local:  # or else only the first step of a round can be recomputed
-            hidden.append((UNSTEADY, self._unsteady.look(self._unsteady_work(live), now_s=monotonic_s)))
-        for why, found in hidden:
-            for peer, is_proven in found.items():
-                log.warning("audit.evasive", peer=peer, why=why)
-                if is_proven:  # its microbatches may all be right: that says nothing of what it did with them
-                    since_s = policy.kept_until(self.standing(peer), is_sum=why in (MUTE, CONTRARY), own=self._own)
-                    await self._strike(peer, why, now_s=now_s, since_s=since_s)
-                else:
-                    await self._suspect([peer], now_s=now_s)
+        handed_in = await self._database.run(receipts.handed_in, since_s=now_s - LATELY_S, until_s=now_s - LATE_S)
+        # of local steps only those before the first one can be done again
+        unsteady = {} if self._is_local else self._unsteady_work(live)
+        for each in self._lookout.look(live, handed_in, unsteady, self._sums, now_s=monotonic_s):
+            log.warning("audit.sighted", peer=each.peer, why=each.why)
+            if each.is_proven:
+                since_s = policy.kept_until(self.standing(each.peer), is_sum=each.is_of_averages, own=self._own)
+                await self._strike(each.peer, each.why, now_s=now_s, since_s=since_s)
+            else:
+                await self._suspect([each.peer], now_s=now_s)
 
     def _unsteady_work(self, live: Mapping[PeerId, Collection[StageId]]) -> dict[PeerId, tuple[int, int]]:
         """Count of everybody's work what is known, and what nobody can do again by its own word."""
@@ -536,8 +519,7 @@ class AuditOffice:
         for standing in await self._database.run(write):
             self._standings[standing.peer] = policy.pardoned(standing)
             self._sums.forget(standing.peer)
-            for evasion in (self._silence, self._mute, self._contrary, self._unsteady):
-                evasion.forget(standing.peer)
+            self._lookout.forget(standing.peer)
             await self._journal.event("peer.pardoned", standing.peer, "back on probation: all of its work is looked at")
 
     def _auditors_of(self, carry: Carry) -> tuple[PeerId, ...]:
@@ -551,17 +533,6 @@ class AuditOffice:
     def _next_order(self) -> int:
         self._order += 1
         return self._order
-
-
-def _sides(live: Mapping[PeerId, Collection[StageId]]) -> dict[PeerId, tuple[list[PeerId], list[PeerId]]]:
-    """Return for everybody who has the stages before its own, and who those behind."""
-    return {
-        peer: (
-            [other for other, theirs in live.items() if theirs and stages and max(theirs) + 1 == min(stages)],
-            [other for other, theirs in live.items() if theirs and stages and min(theirs) == max(stages) + 1],
-        )
-        for peer, stages in live.items()
-    }
 
 
 def _new_seed() -> bytes:

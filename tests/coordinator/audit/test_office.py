@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from coordinator.audit.office import CONTRARY, MAX_PER_ROUND, NONSENSE, QUIET_S, SPOILT
+from coordinator.audit.lookout import CONTRARY, NONSENSE
+from coordinator.audit.office import MAX_PER_ROUND, QUIET_S, SPOILT
 from coordinator.audit.policy import State, state_of
 from coordinator.audit.sums import GATHER_S
 from coordinator.store import audits, bans, credits, history

@@ -1,0 +1,97 @@
+"""Who cannot be audited and should not go on like that: what is kept out of sight, and what goes against everybody. Pure.
+
+Owns: what is counted of everybody for that, and the words for it. Must not know: what follows (`office.py`), the
+database.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from coordinator.audit.complaints import Complaints
+from coordinator.audit.evasion import Evasion
+from coordinator.audit.sums import Sums
+from protocol.ids import PeerId, StageId
+
+LEAST_ROUNDS, LEAST_AVERAGES, LEAST_HOPS = 8, 5, 20
+NONSENSE = "most of its neighbours refuse what it sends, as it is no numbers"
+SILENT = "it hands in no receipts for its work, so that nobody can look at it"
+MUTE = "it does not say what it gives into averages"
+CONTRARY = "what it gives into averages goes against what all others give, again and again"
+UNSTEADY = "it says of most of its work that nobody can do it again"
+
+Counts = Mapping[PeerId, tuple[int, int]]
+"""Of everybody how much there was, and how much of that is what is looked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sighting:
+    """Something that is held against a peer."""
+
+    peer: PeerId
+    why: str
+    is_proven: bool
+    """It has gone on for long enough."""
+
+    @property
+    def is_of_averages(self) -> bool:
+        """Its microbatches may all be right: that says nothing of what it did with them."""
+        return self.why in (MUTE, CONTRARY)
+
+
+class Lookout:
+    """Watches what everybody shows of its work."""
+
+    def __init__(self) -> None:
+        self.complaints = Complaints()
+        self._evasions = {
+            SILENT: Evasion(least=LEAST_ROUNDS),
+            MUTE: Evasion(least=LEAST_ROUNDS),
+            CONTRARY: Evasion(least=LEAST_AVERAGES),
+            UNSTEADY: Evasion(least=LEAST_HOPS),
+        }
+
+    def look(
+        self,
+        live: Mapping[PeerId, Collection[StageId]],
+        handed_in: Counts,
+        unsteady: Counts,
+        sums: Sums,
+        *,
+        now_s: float,
+    ) -> list[Sighting]:
+        """Return what is held against whom; `live` says who is there, and with which stages.
+
+        `handed_in` are rounds with and without receipts, `unsteady` microbatches that can be done again or not.
+        """
+        found = []
+        for peer in self.complaints.accused(_sides(live), now_s=now_s):
+            self.complaints.forget(peer)
+            found.append(Sighting(peer=peer, why=NONSENSE, is_proven=True))
+        seen = {
+            SILENT: {peer: counts for peer, counts in handed_in.items() if peer in live},
+            MUTE: sums.silence(),
+            CONTRARY: sums.against(),
+            UNSTEADY: unsteady,
+        }
+        for why, evasion in self._evasions.items():
+            for peer, is_proven in evasion.look(seen[why], now_s=now_s).items():
+                found.append(Sighting(peer=peer, why=why, is_proven=is_proven))
+        return found
+
+    def forget(self, peer: PeerId) -> None:
+        """What was held against a peer was taken back."""
+        for evasion in self._evasions.values():
+            evasion.forget(peer)
+
+
+def _sides(live: Mapping[PeerId, Collection[StageId]]) -> dict[PeerId, tuple[list[PeerId], list[PeerId]]]:
+    """Return for everybody who has the stages before its own, and who those behind."""
+    return {
+        peer: (
+            [other for other, theirs in live.items() if theirs and stages and max(theirs) + 1 == min(stages)],
+            [other for other, theirs in live.items() if theirs and stages and min(theirs) == max(stages) + 1],
+        )
+        for peer, stages in live.items()
+    }
