@@ -142,6 +142,7 @@ class Registry:
         """Take over what the database knows. Call once, before serving."""
         now_s = self._clock.monotonic()
         for row in await self._database.run(peers.load_peers):
+            follows = () if row.stages else self._followed(row.peer, row.wanted)
             self._peers[row.peer] = LivePeer(
                 peer=row.peer,
                 session=row.session,
@@ -151,9 +152,9 @@ class Registry:
                 seen_wall_s=row.seen_s,
                 stages=row.stages,
                 wanted=row.wanted,
-                follows=() if row.stages else self._followed(row.peer, row.wanted),
+                follows=follows,
                 addresses=row.addresses,
-                presence=row.presence,
+                presence=row.presence if row.stages or follows else "left",  # a watcher that is named no more
                 state=PeerState(row.state),
                 reason=row.reason,
                 acknowledged=await self._database.run(history.acknowledged, row.peer),
@@ -170,9 +171,9 @@ class Registry:
         return tuple(peer for peer in self._peers.values() if peer.presence == "live" and not peer.follows)
 
     @property
-    def watchers(self) -> Collection[PeerId]:
-        """Who may watch: the organiser's own."""
-        return self._settings.watchers
+    def watchers(self) -> frozenset[PeerId]:
+        """Return who has registered as one of the organiser's watchers. The same key as a replica is none."""
+        return frozenset(peer.peer for peer in self._peers.values() if peer.follows)
 
     def watching(self) -> Sequence[LivePeer]:
         """Return the organiser's watchers that are here."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -79,18 +79,25 @@ class Auditor:
         stages: tuple[StageId, ...],
         num_stages: int,
         max_body_bytes: int,
+        renew: Callable[[Sequence[StageId]], Awaitable[None]] | None = None,
     ) -> None:
+        """`renew` gets the weights of stages anew, for orders that want that."""
         self._link, self._compute, self._recomputer = link, compute, recomputer
         self._contributions = contributions
         self._payloads, self._batches, self._gate, self._reports = payloads, batches, gate, reports
         self._stages, self._num_stages, self._max_body_bytes = stages, num_stages, max_body_bytes
         self._waiting: asyncio.Queue[Order] = asyncio.Queue(MAX_WAITING)
         self._known: OrderedDict[int, None] = OrderedDict()
-        self.num_done = 0
-        """Orders that were carried out."""
+        self._wanted: set[int] = set()
+        """Orders of the latest beat: what is not asked for any more need not be done."""
+        self._renew = renew
+        self.num_recomputed = 0
+        """Microbatches and contributions."""
 
     def take(self, orders: Iterable[Order]) -> None:
         """Take orders that are not known yet, as many as may wait; the others come again."""
+        orders = list(orders)
+        self._wanted = {order.order for order in orders}
         for order in orders:
             if order.order in self._known or self._waiting.full():
                 continue
@@ -102,8 +109,11 @@ class Auditor:
     async def run(self) -> None:
         """Carry out orders until cancelled."""
         while True:
-            self._reports.add(await self.carry_out(await self._waiting.get()))
-            self.num_done += 1
+            order = await self._waiting.get()
+            if order.order in self._wanted:
+                report = await self.carry_out(order)
+                self._reports.add(report)
+                self.num_recomputed += isinstance(report, AuditReport) and report.outcome is AuditOutcome.DONE
 
     async def carry_out(self, order: Order) -> AuditReport | SketchReport | ShareReport:
         """Do what is ordered, and return what we say to it."""
@@ -131,6 +141,8 @@ class Auditor:
             return b""
 
     async def _recomputed(self, order: AuditOrder | SumOrder) -> AuditReport:
+        if order.is_fresh and self._renew is not None:
+            await self._renew(_stages_of(order))
         places = self._places(order)
         if places is None:
             return AuditReport(order=order.order, outcome=AuditOutcome.STALE)
@@ -146,8 +158,8 @@ class Auditor:
 
     def _places(self, order: AuditOrder | SumOrder) -> tuple[tuple[StageId, Version], ...] | None:
         """Return the stages and versions that an order means, or None if they are not ours to know."""
-        stages = range(order.first_stage, order.first_stage + order.num_stages)
-        began = [self._gate.version_at(StageId(stage), order.round) for stage in stages]
+        stages = _stages_of(order)
+        began = [self._gate.version_at(stage, order.round) for stage in stages]
         if not set(stages) <= set(self._stages) or None in began:
             return None
         versions = [Version(each) for each in began if each is not None]
@@ -155,7 +167,7 @@ class Auditor:
             if len(versions) > 1:  # a new version came in the middle of the round, and for each stage at another moment
                 return None
             versions = [order.version]
-        return tuple((StageId(stage), version) for stage, version in zip(stages, versions, strict=True))
+        return tuple(zip(stages, versions, strict=True))
 
     async def _recompute(self, order: AuditOrder, places: tuple[tuple[StageId, Version], ...]) -> AuditReport:
         source, target = await self._sources(order, order, with_target=order.prefix is None)
@@ -223,3 +235,7 @@ class Auditor:
         if data is None or shortened(digest(memoryview(data))) != named.digest:
             raise _Withheld(named.holder)
         return data
+
+
+def _stages_of(order: AuditOrder | SumOrder) -> tuple[StageId, ...]:
+    return tuple(StageId(order.first_stage + index) for index in range(order.num_stages))

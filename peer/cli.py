@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peer.memory.planning.budgets import Limits, check_limits
+from peer.memory.planning.budgets import Limits, check_limits, default_audit_bytes
 from peer.settings import IDENTITY_FILE, PeerSettings, default_data_dir, default_name
 from protocol.console import print_document, run_command, set_up_logging, with_debug, with_json
 from protocol.control import NAME_PATTERN
@@ -48,7 +48,7 @@ def peer() -> None:
 @click.option("--stage", "stages", type=click.IntRange(min=0), multiple=True, help="Ask for this stage; repeatable.")
 @click.option("--device-memory", metavar="SIZE", default=None, help="Such as 6GiB. [default: most of what is free]")
 @click.option("--host-memory", metavar="SIZE", default=None, help="For what the device cannot hold. [same default]")
-@click.option("--audit-memory", metavar="SIZE", default="1GiB", show_default=True, help="To recompute others' work.")
+@click.option("--audit-memory", metavar="SIZE", default=None, help="To recompute others' work. [default: up to 1GiB]")
 @click.option("--nvme", metavar="DIR", type=FOLDER, default=None, help="For what memory cannot hold. [default: none]")
 @click.option("--nvme-limit", metavar="SIZE", default=None, help="Of the files there. [default: free space]")
 @click.option("--nvme-writes-per-day", metavar="SIZE", default=None, help="Spares the drive. [default: no cap]")
@@ -68,7 +68,7 @@ def join(
     stages: tuple[int, ...],
     device_memory: str | None,
     host_memory: str | None,
-    audit_memory: str,
+    audit_memory: str | None,
     nvme: Path | None,
     nvme_limit: str | None,
     nvme_writes_per_day: str | None,
@@ -95,7 +95,7 @@ def join(
             settings,
             upload_mbps=upload_mbps,
             download_mbps=download_mbps,
-            audit_bytes=limits.aside_bytes,
+            audit_bytes=limits.audit_bytes,
         )
         parsed = Invite.from_text(invite)
         set_up_logging(level=log_level, file=log_file)
@@ -115,7 +115,7 @@ def join(
 @click.option("--stage", "stages", type=click.IntRange(min=0), multiple=True, help="Follow this one. [default: all]")
 @click.option("--device-memory", metavar="SIZE", default=None, help="Such as 6GiB. [default: most of what is free]")
 @click.option("--host-memory", metavar="SIZE", default=None, help="For what the device cannot hold. [same default]")
-@click.option("--audit-memory", metavar="SIZE", default="1GiB", show_default=True, help="For weights that have passed.")
+@click.option("--audit-memory", metavar="SIZE", default=None, help="For past weights. [default: up to 1GiB]")
 @click.option("--download-mbps", metavar="X", type=MBPS, default=None, help="Megabits per second. [default: no cap]")
 @click.option("--log-file", type=click.Path(path_type=Path, dir_okay=False), default=None, help="JSON lines go here.")
 @click.option("--log-level", type=LEVELS, default="warning", show_default=True)
@@ -129,7 +129,7 @@ def watch(
     stages: tuple[int, ...],
     device_memory: str | None,
     host_memory: str | None,
-    audit_memory: str,
+    audit_memory: str | None,
     download_mbps: float | None,
     log_file: Path | None,
     log_level: str,
@@ -149,7 +149,7 @@ def watch(
         settings = replace(
             _settings(name, data_dir, device, threads, stages, limits, (), ()),
             download_mbps=download_mbps,
-            audit_bytes=limits.aside_bytes,
+            audit_bytes=limits.audit_bytes,
         )
         parsed = Invite.from_text(invite)
         set_up_logging(level=log_level, file=log_file)
@@ -308,7 +308,7 @@ def bench() -> None:
 @click.option("--nvme", metavar="DIR", type=FOLDER, default=None, help="Folder on an NVMe drive. [default: none]")
 @click.option("--nvme-limit", metavar="SIZE", default=None, help="Of the files there. [default: free space]")
 @click.option("--nvme-writes-per-day", metavar="SIZE", default=None, help="Spares the drive. [default: no cap]")
-@click.option("--audit-memory", metavar="SIZE", default="1GiB", show_default=True, help="As for peer join.")
+@click.option("--audit-memory", metavar="SIZE", default=None, help="As for peer join.")
 @click.option("--machine", metavar="NAME", default=None, help="Calculate for another, as 12gb-pcie3x16-good.")
 @click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--threads", type=click.IntRange(1, 1024), default=None, metavar="N", help="CPU threads.")
@@ -335,7 +335,12 @@ def bench_plan(as_json: bool, debug: bool, **options: Any) -> None:
 @bench.command(name="burn-in")
 @click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--minutes", type=click.FloatRange(min=0.0, max=24 * 60), default=10.0, show_default=True)
-@click.option("--memory", metavar="SIZE", default=None, help="To write and read back. [default: half of what is free]")
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    default=None,
+    help="To write and read back. [default: half the card's, 2GiB of a host's]",
+)
 @with_json
 @with_debug
 def bench_burn_in(device: str, minutes: float, memory: str | None, as_json: bool, debug: bool) -> None:
@@ -409,7 +414,7 @@ def _limits(
     nvme: Path | None,
     nvme_limit: str | None,
     nvme_writes_per_day: str | None,
-    audit_memory: str,
+    audit_memory: str | None,
 ) -> Limits:
     def size(option: str, text: str | None) -> int | None:
         return None if text is None else parse_size(text, what=option)
@@ -420,7 +425,7 @@ def _limits(
         nvme=nvme,
         nvme_bytes=size("--nvme-limit", nvme_limit),
         nvme_writes_per_day_bytes=size("--nvme-writes-per-day", nvme_writes_per_day),
-        aside_bytes=parse_size(audit_memory, what="--audit-memory"),
+        audit_bytes=default_audit_bytes() if audit_memory is None else parse_size(audit_memory, what="--audit-memory"),
     )
 
 
@@ -433,7 +438,7 @@ def _question(
     nvme: Path | None,
     nvme_limit: str | None,
     nvme_writes_per_day: str | None,
-    audit_memory: str,
+    audit_memory: str | None,
     mode: str,
     sequence_length: int | None,
     threads: int | None,

@@ -64,6 +64,8 @@ class AuditOrder(Message):
     """The gradient that went back; likewise."""
     prefix: Annotated[int, Field(ge=1, le=MAX_PREFIX)] | None = None
     """Look at so many tokens of every sequence, and forward only: they depend on nothing that comes after them."""
+    is_fresh: bool = False
+    """Get the weights anew before: what they were found to say of somebody may be their own fault."""
 
 
 class SketchOrder(Message):
@@ -146,6 +148,8 @@ class SumOrder(Message):
     stage: StageId
     seed: _Seed
     works: Annotated[tuple[Work, ...], Field(min_length=1, max_length=MAX_WORKS)]
+    is_fresh: bool = False
+    """As in `AuditOrder`."""
 
 
 class ShareOrder(Message):

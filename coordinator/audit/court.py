@@ -34,7 +34,8 @@ from protocol.ids import PeerId, StageId
 from protocol.sketch import distance
 
 PATIENCE_S = 45.0
-SUM_PATIENCE_S = 300.0
+SLOW_PATIENCE_S = 300.0
+"""For contributions, and for watchers, which may be CPUs and may have to get weights anew."""
 
 
 class Finding(StrEnum):
@@ -94,8 +95,8 @@ class Case:
     """The case of which this is the second opinion."""
     contribution: Contributed | None = None
     """What is looked at if it is not one microbatch but a sum of them."""
-    has_bytes: bool = False
-    """The auditor sees what was sent itself: as a second witness, or as a watcher."""
+    is_watcher: bool = False
+    """The auditor is the organiser's own."""
     prefix: int | None = None
     """Of so many tokens only, and forward only."""
     orders: dict[int, tuple[PeerId, Order]] = field(default_factory=dict)
@@ -103,8 +104,19 @@ class Case:
     sketches: dict[int, bytes] = field(default_factory=dict)
 
     @property
+    def has_bytes(self) -> bool:
+        """Tell whether the auditor sees what was sent itself: as a second witness, or as a watcher."""
+        return self.is_watcher or self.first is not None
+
+    @property
+    def is_fresh(self) -> bool:
+        """Tell whether it looks a second time itself: then with weights that it gets anew."""
+        return self.first is not None and self.first.auditor == self.auditor
+
+    @property
     def patience_s(self) -> float:
-        return PATIENCE_S if self.contribution is None else SUM_PATIENCE_S
+        is_slow = self.is_watcher or self.contribution is not None
+        return SLOW_PATIENCE_S if is_slow else PATIENCE_S
 
     @property
     def unanswered(self) -> dict[int, PeerId]:
@@ -153,11 +165,11 @@ class Court:
             opened_s=now_s,
             first=first,
             contribution=contribution,
-            has_bytes=is_watcher or first is not None,
+            is_watcher=is_watcher,
             prefix=prefix if first is None else first.prefix,
         )
         if contribution is not None:
-            self._ask(case, auditor, self._sum_order(carry, seed, contribution))
+            self._ask(case, auditor, self._sum_order(case, contribution))
             return case
         self._ask(case, auditor, self._audit_order(case))
         for holder, digest, is_gradient in (
@@ -225,9 +237,11 @@ class Court:
             outputs=_payload(carry.downstream, carry.outputs) if case.has_bytes else None,
             returned=_payload(carry.upstream, carry.returned) if case.has_bytes and is_whole else None,
             prefix=case.prefix,
+            is_fresh=case.is_fresh,
         )
 
-    def _sum_order(self, carry: Carry, seed: bytes, contribution: Contributed) -> SumOrder:
+    def _sum_order(self, case: Case, contribution: Contributed) -> SumOrder:
+        carry = case.carry
         works = (
             Work(
                 number=each.number,
@@ -243,8 +257,9 @@ class Court:
             num_stages=carry.num_stages,
             version=carry.version,
             stage=contribution.stage,
-            seed=seed,
+            seed=case.seed,
             works=tuple(works),
+            is_fresh=case.is_fresh,
         )
 
     def _ask(self, case: Case, peer: PeerId, order: Order) -> None:

@@ -1,4 +1,4 @@
-"""Who cannot be audited and should not go on like that: what is kept out of sight, and what goes against everybody. Pure.
+"""Who should not go on like that: what is kept out of sight of audits, and what goes against everybody. Pure.
 
 Owns: what is counted of everybody for that, and the words for it. Must not know: what follows (`office.py`), the
 database.
@@ -20,6 +20,9 @@ SILENT = "it hands in no receipts for its work, so that nobody can look at it"
 MUTE = "it does not say what it gives into averages"
 CONTRARY = "what it gives into averages goes against what all others give, again and again"
 UNSTEADY = "it says of most of its work that nobody can do it again"
+
+EXCUSED_S = 1200.0
+"""After an appeal: what is counted then is older, or may be."""
 
 Counts = Mapping[PeerId, tuple[int, int]]
 """Of everybody how much there was, and how much of that is what is looked for."""
@@ -51,6 +54,7 @@ class Lookout:
             CONTRARY: Evasion(least=LEAST_AVERAGES),
             UNSTEADY: Evasion(least=LEAST_HOPS),
         }
+        self._excused_s: dict[PeerId, float] = {}
 
     def look(
         self,
@@ -75,13 +79,16 @@ class Lookout:
             CONTRARY: sums.against(),
             UNSTEADY: unsteady,
         }
+        excused = {peer for peer, until_s in self._excused_s.items() if now_s < until_s}
         for why, evasion in self._evasions.items():
-            for peer, is_proven in evasion.look(seen[why], now_s=now_s).items():
+            counts = {peer: each for peer, each in seen[why].items() if peer not in excused}
+            for peer, is_proven in evasion.look(counts, now_s=now_s).items():
                 found.append(Sighting(peer=peer, why=why, is_proven=is_proven))
         return found
 
-    def forget(self, peer: PeerId) -> None:
-        """What was held against a peer was taken back."""
+    def forget(self, peer: PeerId, *, now_s: float) -> None:
+        """What was held against a peer was taken back: nothing is, for a while."""
+        self._excused_s[peer] = now_s + EXCUSED_S
         for evasion in self._evasions.values():
             evasion.forget(peer)
 

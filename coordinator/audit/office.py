@@ -14,9 +14,8 @@ import hmac
 import itertools
 import random
 import secrets
-from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Collection, Mapping, Sequence
 
 import structlog
 
@@ -26,6 +25,7 @@ from coordinator.audit.court import Case, Contributed, Court, Finding, Verdict
 from coordinator.audit.lookout import Lookout
 from coordinator.audit.policy import Sanction, Standing, State
 from coordinator.audit.shares import Blame, Disputes, ShareCases
+from coordinator.audit.soundness import Soundness
 from coordinator.audit.sums import GIVE_UP_S, Sums
 from coordinator.audit.tolerance import tolerance_of
 from coordinator.audit.vouchers import Vouchers
@@ -47,6 +47,7 @@ from protocol.audits import (
     ShareReport,
     contribution_seed,
 )
+from protocol.encoding import FP16_BLOCK
 from protocol.errors import StorageError
 from protocol.ids import Lineage, PeerId, RoundId, StageId
 from protocol.manifest import AveragingMode, Manifest
@@ -59,6 +60,8 @@ MAX_ROUNDS = 32  # of which receipts are looked through for work to draw; what i
 MAX_AHEAD = 4  # rounds that receipts may be ahead of the commits that we know
 MAX_PER_ROUND = 20  # of one peer's microbatches in one round
 MAX_WAITING, MAX_SUMS_WAITING = 4, 2  # audits of microbatches and of contributions that wait at one auditor
+MAX_LEFT = 32  # microbatches that were drawn while nobody had time: the newest are looked at when somebody has
+MAX_AT_WATCHER = 1  # it may be slow, and what waits too long is no use
 RINGER_RATE = 1 / 8  # of audits: somebody else does the same once more, so that who answers at random is noticed
 PRUNE_EVERY_S = 600.0
 LOOK_EVERY_S = 30.0
@@ -70,7 +73,6 @@ MAX_AGAIN = 8  # microbatches that are looked at again when somebody was struck
 PREFIX, WHOLE_RATE = 32, 1 / 4
 """Tokens of every sequence that a watcher looks at, on a CPU as it may be; and how often it does all of them."""
 BOOKED_S = 10.0  # before it is looked at, work may have been booked for so long
-SOUND_AFTER = 4  # audits of a watcher that found nothing since it accused somebody
 SPOILT = "what it gave into an average, or made of what others gave, is not what it says"
 
 
@@ -101,15 +103,13 @@ class AuditOffice:
         self._shares = ShareCases(next_order=self._next_order)
         self._disputes = Disputes()
         self._may_overlap = manifest.averaging.overlap
-        self._own = registry.watchers
-        self._own_valid = Counter[PeerId]()
-        """How often each watcher has found nothing wrong, in this process."""
-        self._accused: dict[tuple[PeerId, PeerId], int] = {}
-        """How often it had when it first found somebody wrong."""
+        self._prefix = _prefix_of(manifest)
+        self._soundness = Soundness()
         self._added_up_s: dict[PeerId, float] = {}
         """Until when what everybody gave into averages is what it says. Unix seconds; of this process only."""
         self._began_s = clock.wall()
         self._drawn: defaultdict[tuple[RoundId, PeerId], int] = defaultdict(int)
+        self._left: deque[Carry] = deque(maxlen=MAX_LEFT)
         self._verdicts: list[Verdict] = []
         self._pruned_s = float("-inf")
         self._newest: dict[PeerId, PeerId] = {}
@@ -160,9 +160,10 @@ class AuditOffice:
         self._rounds.clear()
         self._touched.clear()
         self._drawn.clear()
+        self._left.clear()
         self._verdicts.clear()
         self._sums, self._newest_round = Sums(is_mean=self._is_local), None
-        self._lookout.complaints = Complaints()
+        self._lookout.complaints, self._soundness = Complaints(), Soundness()
         self._quiet_until_s = self._clock.monotonic() + QUIET_S
 
     # -- what is heard ----------------------------------------------------------------------------------
@@ -240,6 +241,9 @@ class AuditOffice:
 
     def _draw(self, *, now_s: float) -> None:
         hosts = {peer.peer: peer.stages for peer in self._registry.live()}
+        for carry in [self._left.pop() for _ in range(len(self._left))]:
+            if not self._open(carry, _new_seed()):
+                self._left.appendleft(carry)
         touched, self._touched = self._touched, set()
         for round_id in sorted(touched & self._rounds.keys()):
             for carry in sorted(self._rounds[round_id].fresh(hosts), key=self._lot):
@@ -247,10 +251,11 @@ class AuditOffice:
                 chance = policy.rate(self.standing(carry.peer), now_s=now_s)
                 if drawn >= MAX_PER_ROUND or self._lot(carry) >= chance:
                     continue
-                if self._open(carry, _new_seed()):
-                    self._drawn[round_id, carry.peer] = drawn + 1
-                    if self._chance.random() < RINGER_RATE:
-                        self._open(carry, _new_seed(), without=self._auditors_of(carry))
+                self._drawn[round_id, carry.peer] = drawn + 1
+                if not self._open(carry, _new_seed()):
+                    self._left.append(carry)
+                elif self._chance.random() < RINGER_RATE:
+                    self._open(carry, _new_seed(), without=self._auditors_of(carry))
 
     async def _look_around(self, *, now_s: float) -> None:
         """Look who does work of which nothing can be looked at, or sends nothing that could be work."""
@@ -265,7 +270,8 @@ class AuditOffice:
         for each in self._lookout.look(live, handed_in, unsteady, self._sums, now_s=monotonic_s):
             log.warning("audit.sighted", peer=each.peer, why=each.why)
             if each.is_proven:
-                since_s = policy.kept_until(self.standing(each.peer), is_sum=each.is_of_averages, own=self._own)
+                own, standing = self._registry.watchers, self.standing(each.peer)
+                since_s = policy.kept_until(standing, is_sum=each.is_of_averages, own=own)
                 await self._strike(each.peer, each.why, now_s=now_s, since_s=since_s)
             else:
                 await self._suspect([each.peer], now_s=now_s)
@@ -314,74 +320,73 @@ class AuditOffice:
         first: Case | None = None,
     ) -> bool:
         """Have somebody recompute it, or the contribution that it is a part of, if there is anybody who can."""
-        has_time = partial(self._has_time, is_sum=contribution is not None, is_urgent=first is not None)
-        auditor = self._auditor(carry, without, has_time) or self._watcher(carry, without, has_time, first)
+        is_sum = contribution is not None
+        auditor = None if first is not None and first.is_watcher else self._auditor(carry, without, is_sum, first)
         if auditor is None:
-            return False
-        is_watcher = auditor in self._own
-        is_part = is_watcher and carry.downstream is not None and self._chance.random() >= WHOLE_RATE
-        self._court.open(
-            carry,
-            auditor,
-            seed,
-            now_s=self._clock.monotonic(),
-            contribution=contribution,
-            first=first,
-            is_watcher=is_watcher,
-            prefix=PREFIX if is_part and contribution is None else None,
-        )
+            return self._open_at_watcher(carry, seed, without, contribution, first)
+        self._court.open(carry, auditor, seed, now_s=self._clock.monotonic(), contribution=contribution, first=first)
         return True
 
-    def _has_time(self, peer: PeerId, *, is_sum: bool, is_urgent: bool) -> bool:
-        """Tell whether a peer may be given another audit. Of one kind it has a few, so that both are done."""
-        return is_urgent or self._court.load(peer, is_sum=is_sum) < (MAX_SUMS_WAITING if is_sum else MAX_WAITING)
-
-    def _auditor(self, carry: Carry, without: Collection[PeerId], has_time: Callable[[PeerId], bool]) -> PeerId | None:
+    def _auditor(self, carry: Carry, without: Collection[PeerId], is_sum: bool, first: Case | None) -> PeerId | None:
         """Choose who recomputes somebody's work: one who can, has time, and is trusted if there is one."""
         concerned = {self._who(key) for key in (carry.peer, *carry.neighbours, *without)}
+        limit = MAX_SUMS_WAITING if is_sum else MAX_WAITING  # of each kind a few, so that both are done
         free = [
             peer.peer
             for peer in self._registry.live()
             if peer.peer not in concerned
             and set(carry.stages) <= {replica.stage for replica in peer.replicas if replica.ready}
-            and has_time(peer.peer)
+            and (first is not None or self._court.load(peer.peer, is_sum=is_sum) < limit)  # a second opinion is urgent
         ]
         now_s = self._clock.wall()
         trusted = [peer for peer in free if policy.state_of(self.standing(peer), now_s=now_s) is State.TRUSTED]
         return self._chance.choice(trusted or free) if free else None
 
-    def _watcher(
+    def _open_at_watcher(
         self,
         carry: Carry,
+        seed: bytes,
         without: Collection[PeerId],
-        has_time: Callable[[PeerId], bool],
+        contribution: Contributed | None,
         first: Case | None,
-    ) -> PeerId | None:
-        """Choose one of the organiser's watchers, for stages of which too few others have a replica.
+    ) -> bool:
+        """Have one of the organiser's watchers recompute it: too few others have a replica.
 
-        As a second opinion the same one may be asked again: it recomputes from bytes that the audited has signed for.
+        As a second opinion the same one may be asked again, with weights that it gets anew. A contribution it looks at
+        only as that: all of a round's microbatches would keep it from everything else.
         """
-        if self._may_overlap and carry.version is None:  # it does not know when who took which version
-            return None
+        if (self._may_overlap and carry.version is None) or (contribution is not None and first is None):
+            return False  # it does not know when who took which version
         able = [
             peer.peer
             for peer in self._registry.watching()
             if peer.peer not in carry.neighbours
             and set(carry.stages) <= {replica.stage for replica in peer.replicas if replica.ready}
-            and has_time(peer.peer)
+            and (first is not None or self._court.load(peer.peer, is_sum=False) < MAX_AT_WATCHER)
         ]
         others = [peer for peer in able if peer not in without]
         free = others or (able if first is not None else [])
-        return self._chance.choice(free) if free else None
+        if not free:
+            return False
+        is_whole = carry.downstream is None or self._chance.random() < WHOLE_RATE
+        self._court.open(
+            carry,
+            self._chance.choice(free),
+            seed,
+            now_s=self._clock.monotonic(),
+            contribution=contribution,
+            first=first,
+            is_watcher=True,
+            prefix=None if is_whole or first is not None else self._prefix,
+        )
+        return True
 
-    def _is_own_word(self, case: Case) -> bool:
-        """Tell whether both witnesses of a case are one watcher."""
-        return case.first is not None and case.auditor in self._own and case.first.auditor == case.auditor
-
-    def _is_sound(self, watcher: PeerId, accused: PeerId) -> bool:
-        """Tell whether a watcher has found enough right since it first accused a peer: else it may itself be broken."""
-        valid = self._own_valid[watcher]
-        return valid - self._accused.setdefault((watcher, accused), valid) >= SOUND_AFTER
+    def _is_believed(self, case: Case, peer: PeerId) -> bool:
+        """Tell whether two witnesses are enough for a sentence: one watcher is both only if it is sound."""
+        if case.first is None or not case.is_watcher or case.first.auditor != case.auditor:
+            return True
+        stage = StageId(case.carry.first_stage)
+        return self._soundness.accuse(case.auditor, peer, stage, now_s=self._clock.monotonic())
 
     async def _act(self, verdict: Verdict, *, now_s: float) -> None:
         case, peer = verdict.case, verdict.case.carry.peer
@@ -390,11 +395,12 @@ class AuditOffice:
         # what is found right says nothing of what was booked since it was drawn: that may be of the same round
         age_s = self._clock.monotonic() - (case.first or case).opened_s
         auditor, vouchers = self._who(case.auditor), set[PeerId]() if is_sum else self._vouchers.of(case.carry)
-        if auditor in self._own:
-            self._own_valid[auditor] += verdict.finding is Finding.VALID
+        own = self._registry.watchers
+        if case.is_watcher and verdict.finding is Finding.VALID:
+            self._soundness.note_valid(auditor, StageId(case.carry.first_stage))
         if verdict.finding is Finding.CONFIRMED:
             # no more than that: a neighbour told them what was sent, and may have told the others something else
-            await self._suspect(vouchers - set(self._own), now_s=now_s)
+            await self._suspect(vouchers - own, now_s=now_s)
         is_out = standing.out_until_s > now_s
         if is_out and not (verdict.finding is Finding.DIFFERS and vouchers):
             # it has had its sentence for what was found at the same time
@@ -412,16 +418,16 @@ class AuditOffice:
             if has_second or is_out:  # it will settle that
                 after, sanction = standing, None
             await self._keep(verdict, now_s, after, sanction)
-        elif verdict.finding is Finding.CONFIRMED and self._is_own_word(case) and not self._is_sound(auditor, peer):
+        elif verdict.finding is Finding.CONFIRMED and not self._is_believed(case, peer):
             await self._keep(verdict, now_s, policy.suspected(standing, now_s=now_s))
         elif verdict.finding is Finding.CONFIRMED:
-            kept_s = policy.kept_until(standing, is_sum=is_sum, own=self._own)
+            kept_s = policy.kept_until(standing, is_sum=is_sum, own=own)
             wrong_s = now_s - age_s - BOOKED_S  # what was found right since then, while a second one looked, is no use
             await self._keep(verdict, now_s, *policy.struck(standing, now_s=now_s), since_s=min(kept_s, wrong_s))
             self._look_again(peer)
         elif verdict.finding is Finding.CLEARED:
             await self._keep(verdict, now_s, policy.passed(standing, auditor, now_s=now_s - age_s, is_sum=is_sum))
-            for liar in set(verdict.liars) - set(self._own):
+            for liar in sorted({*verdict.liars} - own):
                 after, sanction = policy.doubted(self.standing(liar), auditor, now_s=now_s)
                 await self._keep(None, now_s, after, sanction)
         elif case.first is not None:  # the second opinion has come to nothing: the first one stands alone
@@ -482,7 +488,7 @@ class AuditOffice:
         """
         if since_s is None:
             is_sum = verdict is not None and verdict.case.contribution is not None
-            since_s = policy.kept_until(self.standing(standing.peer), is_sum=is_sum, own=self._own)
+            since_s = policy.kept_until(self.standing(standing.peer), is_sum=is_sum, own=self._registry.watchers)
         gone_s = max(0.0, since_s)
 
         def write(db: Connection) -> None:
@@ -519,7 +525,8 @@ class AuditOffice:
         for standing in await self._database.run(write):
             self._standings[standing.peer] = policy.pardoned(standing)
             self._sums.forget(standing.peer)
-            self._lookout.forget(standing.peer)
+            self._lookout.forget(standing.peer, now_s=self._clock.monotonic())
+            self._soundness.forget(standing.peer)
             await self._journal.event("peer.pardoned", standing.peer, "back on probation: all of its work is looked at")
 
     def _auditors_of(self, carry: Carry) -> tuple[PeerId, ...]:
@@ -533,6 +540,13 @@ class AuditOffice:
     def _next_order(self) -> int:
         self._order += 1
         return self._order
+
+
+def _prefix_of(manifest: Manifest) -> int | None:
+    """Return of how many tokens a watcher may look; None if a codec's blocks would run across their end."""
+    width, length = manifest.model.config["hidden_size"], manifest.batch.sequence_length
+    fits = not (PREFIX * width % FP16_BLOCK or length * width % FP16_BLOCK)  # the blocks of all others divide it
+    return PREFIX if fits and length > PREFIX else None
 
 
 def _new_seed() -> bytes:

@@ -8,7 +8,8 @@ depends on the sum, so nobody can give one thing into the average and sketch ano
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+import itertools
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -21,7 +22,7 @@ from protocol.sketch import directions, distance, scaled, summed
 
 MAX_COMMITS = 256
 MAX_AHEAD = 4  # averages of which one may speak before anybody has reported the commit
-MAX_REMEMBERED = 64  # averages, of which it is remembered who said nothing
+MAX_REMEMBERED = 64  # averages of each stage, of which it is remembered who said nothing
 GATHER_S = 3.0  # all members report with their next beat
 GIVE_UP_S = 20.0
 LEAST_MEMBERS = 3  # of two that point apart nobody knows which is wrong
@@ -71,8 +72,8 @@ class Sums:
         self._is_mean = is_mean
         self._gathering: OrderedDict[Lineage, _Gathering] = OrderedDict()
         self._done: OrderedDict[Lineage, None] = OrderedDict()
-        self._taking_part: deque[dict[PeerId, bool]] = deque(maxlen=MAX_REMEMBERED)
-        self._against: deque[dict[PeerId, bool]] = deque(maxlen=MAX_REMEMBERED)
+        self._taking_part: defaultdict[StageId, deque[dict[PeerId, bool]]] = defaultdict(_remembered)
+        self._against: defaultdict[StageId, deque[dict[PeerId, bool]]] = defaultdict(_remembered)
 
     def hear_commit(self, commit: Commit, lineage: Lineage, *, now_s: float) -> None:
         """Take who was summed."""
@@ -105,28 +106,28 @@ class Sums:
                 continue
             weighty = {each.peer for each in commit.contributors if each.weight}
             if 2 * len(weighty & gathering.said.keys()) > len(weighty):  # or else somebody may have made it up
-                self._taking_part.append({peer: peer not in gathering.said for peer in weighty})
+                self._taking_part[commit.stage].append({peer: peer not in gathering.said for peer in weighty})
             record = _record(commit, lineage, gathering.said, is_mean=self._is_mean)
             if record is not None:
                 found.append(record)
                 if self._is_mean and len(record.contributions) >= LEAST_MEMBERS:
-                    self._against.append(_goes_against(record))
+                    self._against[record.stage].append(goes_against(record))
         return found
 
     def silence(self) -> dict[PeerId, tuple[int, int]]:
         """Return in how many of the latest averages peers counted, and of how many they say nothing."""
-        return _counted(self._taking_part)
+        return _counted(itertools.chain(*self._taking_part.values()))
 
     def against(self) -> dict[PeerId, tuple[int, int]]:
         """Return how many of the latest mean drifts peers have given to, and how often against all others.
 
         Sums of gradients are no such thing: their noise is larger than what they have in common.
         """
-        return _counted(self._against)
+        return _counted(itertools.chain(*self._against.values()))
 
     def forget(self, peer: PeerId) -> None:
         """What it said or did not say of earlier averages is no more held against it."""
-        for each in (*self._taking_part, *self._against):
+        for each in itertools.chain(*self._taking_part.values(), *self._against.values()):
             each.pop(peer, None)
 
     def _of(self, lineage: Lineage, now_s: float, *, opened_by: PeerId | None = None) -> _Gathering:
@@ -146,9 +147,18 @@ def _counted(seen: Iterable[Mapping[PeerId, bool]]) -> dict[PeerId, tuple[int, i
     return found
 
 
-def _goes_against(record: Record) -> dict[PeerId, bool]:
+def goes_against(record: Record) -> dict[PeerId, bool]:
+    """Tell of everybody whether it goes against all others; nobody does unless most of them agree among themselves."""
     sketches = {peer: sketch for peer, (_, sketch) in record.contributions.items()}
-    return {peer: cosine <= AGAINST for peer, cosine in zip(sketches, directions(list(sketches.values())), strict=True)}
+    cosines = zip(sketches, directions(list(sketches.values())), strict=True)
+    against = {peer for peer, cosine in cosines if cosine <= AGAINST}
+    others = [sketch for peer, sketch in sketches.items() if peer not in against]
+    is_clear = 2 * len(others) > len(sketches) and min(directions(others)) > 0
+    return {peer: is_clear and peer in against for peer in sketches}
+
+
+def _remembered() -> deque[dict[PeerId, bool]]:
+    return deque(maxlen=MAX_REMEMBERED)
 
 
 def _record(

@@ -74,7 +74,7 @@ class Restorer:
     async def is_outdated(self, version: Version) -> bool:
         """Tell whether the newest checkpoint is ahead of a state: no charter will ever name that state."""
         try:
-            snapshot = await self._newest_checkpoint()
+            snapshot = await newest_checkpoint(self._blobs, self._coordinator, self._stage)
         except (TransientError, PeerFault) as error:
             log.debug("checkpoint.unanswered", error=error.one_line())
             return False
@@ -96,7 +96,7 @@ class Restorer:
         return self._engine.engines[self._stage]
 
     async def _from_scratch(self, allow_initial: bool) -> Place:
-        snapshot = await self._newest_checkpoint()
+        snapshot = await newest_checkpoint(self._blobs, self._coordinator, self._stage)
         # What was followed half-way is newer than any initial weights. What was on our own disk may be none of the
         # stage's, and what is left of an attempt to load it is nobody's: hence this is asked before.
         is_ahead = self._stage_engine.version != 0 and self._sync.own_standing() is None
@@ -106,8 +106,7 @@ class Restorer:
             if own is not None:
                 return own
         if snapshot is not None:
-            folder = f"checkpoint/{snapshot.round}"
-            return await self._sync.from_checkpoint(snapshot, source=self._coordinator, folder=folder)
+            return await self._sync.from_checkpoint(snapshot, source=self._coordinator, folder=folder_of(snapshot))
         if not allow_initial or is_ahead:
             raise UnreachableError(f"there is no checkpoint of stage {self._stage} to start from yet.")
         await self._sync.start_over()
@@ -125,18 +124,6 @@ class Restorer:
             log.warning("restore.paused", stage=self._stage, reason=str(error)[:200])
             raise UnreachableError("this machine needs a pause before it can load a state.") from None
 
-    async def _newest_checkpoint(self) -> Snapshot | None:
-        """Ask the coordinator which checkpoint is the newest; None if it has none.
-
-        Raises `UnreachableError` if it does not answer: initial weights would then be a guess.
-        """
-        try:
-            data = await self._blobs.fetch(self._coordinator, NEWEST, max_bytes=MAX_RECORD_BYTES)
-        except MissingBlobError as error:
-            log.debug("checkpoint.none", error=error.one_line())
-            return None
-        return _read_record(data, self._stage)
-
     async def _keep_initial(self) -> None:
         """Serve the initial state as a snapshot, so that a late joiner finds the start of the log."""
         await self._compute.run(
@@ -148,6 +135,24 @@ class Restorer:
             ),
             priority=Priority.CONTROL,
         )
+
+
+async def newest_checkpoint(blobs: Blobs, coordinator: PeerId, stage: StageId) -> Snapshot | None:
+    """Ask the coordinator which checkpoint of a stage is the newest; None if it has none.
+
+    Raises `UnreachableError` if it does not answer: initial weights would then be a guess.
+    """
+    try:
+        data = await blobs.fetch(coordinator, NEWEST, max_bytes=MAX_RECORD_BYTES)
+    except MissingBlobError as error:
+        log.debug("checkpoint.none", error=error.one_line())
+        return None
+    return _read_record(data, stage)
+
+
+def folder_of(checkpoint: Snapshot) -> str:
+    """Return the blob folder under which the coordinator serves a checkpoint."""
+    return f"checkpoint/{checkpoint.round}"
 
 
 def _read_record(data: bytes, stage: StageId) -> Snapshot:

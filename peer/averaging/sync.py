@@ -129,10 +129,12 @@ class StageSync:
         init_seed: int = 0,
         resumed: Standing | None = None,
         before_step: Callable[[Commit, Update], None] = lambda commit, update: None,
+        is_replica: bool = True,
     ) -> None:
         """`check_history` raises `PeerFault` unless commits follow a charter by the rules of the round machine.
 
-        `before_step` is called in the compute thread before the engine goes to the next version.
+        `before_step` is called in the compute thread before the engine goes to the next version. Who is no replica
+        only goes on from its own state, as no round will show whether a member's snapshot was theirs, and logs nothing.
 
         The first commit is believed if the charter is not what it follows. `resumed` says where the engine's state
         stands if it was found on this peer's own disk.
@@ -148,7 +150,7 @@ class StageSync:
         self._coordinator = coordinator
         self._schedule = schedule
         self._init_seed = init_seed
-        self._before_step = before_step
+        self._before_step, self._is_replica = before_step, is_replica
         self._forgets = False
         self._held = None if resumed is None else (resumed, engine.changes)
         # the number of changes after which the engine held the initial weights; whatever changes it makes it another
@@ -175,7 +177,9 @@ class StageSync:
         if forgets:
             self._held = None
         # everybody is asked to vouch for what was on our own disk before anybody's snapshot is fetched
-        ways = [self._start_from] if self.own_standing() is None else [self._start_from_resumed, self._start_from]
+        ways = [self._start_from] if self._is_replica else []
+        if self.own_standing() is not None:
+            ways.insert(0, self._start_from_resumed)
         for start, source in itertools.product(ways, peers):
             answer, charter = answers[source]
             try:
@@ -190,10 +194,6 @@ class StageSync:
             return None
         standing, changes = self._held
         return standing if (self._engine.changes, self._engine.version) == (changes, standing.version) else None
-
-    def forget_own(self) -> None:
-        """Take it for unknown where the engine stands: what is followed next begins with a snapshot."""
-        self._held = None
 
     def hold(self, standing: Standing) -> None:
         """Take note of where the engine stands now, until something else changes it."""
@@ -312,7 +312,8 @@ class StageSync:
         await self.absorb(commit, update)
         if own is not None and own.lineage == commit.parent:
             self.hold(standing_after(commit, next_lineage(commit.parent, signed.payload)))
-        await self.keep(commit, signed, update)
+        if self._is_replica:
+            await self.keep(commit, signed, update)
 
     async def _ask(self, sources: Iterable[PeerId]) -> dict[PeerId, tuple[StateAnswer, Charter]]:
         """Ask everybody at the same time; keep the answers that have a charter which the coordinator has signed."""

@@ -151,7 +151,7 @@ def _chunks(num_bytes: int) -> Iterator[int]:
 
 def _fill(chunk: Tensor, number: int, pattern: int | None) -> None:
     if pattern is None:
-        start = number * (CHUNK_BYTES // 4)  # up to 8 GiB every word is another
+        start = number * (CHUNK_BYTES // 4) % (1 << 30)  # within 4 GiB every word is another
         torch.arange(start, start + len(chunk), dtype=torch.int32, device=chunk.device, out=chunk)
     else:
         chunk.fill_(pattern)

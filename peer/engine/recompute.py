@@ -68,6 +68,10 @@ class Recomputer:
         engine = self._engines[stage]
         self._past.keep(stage, engine.version, num_elements=engine.num_elements, copy=engine.shared_weights)
 
+    def forget(self, stage: StageId) -> None:
+        """Drop what was kept of a stage."""
+        self._past.forget(stage)
+
     def recompute(
         self,
         places: Sequence[tuple[StageId, Version]],

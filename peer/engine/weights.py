@@ -46,5 +46,10 @@ class PastWeights:
         """Return a version's weights, if they are still here."""
         return self._kept.get((stage, version))
 
+    def forget(self, stage: StageId) -> None:
+        """Drop all versions of a stage: they are of a lineage that did not go on, or may be wrong."""
+        for key in [key for key in self._kept if key[0] == stage]:
+            self._drop(key)
+
     def _drop(self, key: tuple[StageId, Version]) -> None:
         self._num_bytes -= sum(len(block) * FLOAT_BYTES for block in self._kept.pop(key))

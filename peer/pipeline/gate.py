@@ -80,6 +80,12 @@ class Gate:
         """Return the version with which a hosted stage began a round, if that was lately."""
         return self._began.get((stage, round_id))
 
+    def forget(self, stage: StageId) -> None:
+        """Take nothing for known of a stage's rounds any more."""
+        self._stages.pop(stage, None)
+        for key in [key for key in self._began if key[0] == stage]:
+            del self._began[key]
+
     def opening(self, stage: StageId) -> Opening | None:
         """Return a hosted stage's newest opening, which may be over."""
         return self._stages.get(stage)

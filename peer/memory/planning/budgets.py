@@ -24,6 +24,7 @@ RESERVE_BYTES = 1 << 30
 """Left alone by default: the process itself, and what others on this machine will want."""
 RESERVE_SHARE = 0.1
 """Left alone besides, of what is free."""
+AUDIT_BYTES = 1 << 30
 DISK_MARGIN_BYTES = 1 << 29  # as much as `store_folder.py` insists on
 
 _UNLIMITED_BYTES = 1 << 60  # version 1 of cgroups writes "no limit" as a very large number
@@ -52,8 +53,8 @@ class Limits:
     nvme: Path | None = None
     nvme_bytes: int | None = None
     nvme_writes_per_day_bytes: int | None = None
-    aside_bytes: int = 0
-    """Host memory that is for something else (audits): what is not said above is less by that."""
+    audit_bytes: int = 0
+    """Host memory that audits take besides: what is not said above is less by that."""
 
 
 def default_budgets(
@@ -62,17 +63,16 @@ def default_budgets(
     free_device_bytes: int | None,
     device_bytes: int | None = None,
     host_bytes: int | None = None,
-    aside_bytes: int = 0,
+    audit_bytes: int = 0,
 ) -> Budgets:
     """Fill in what the user did not say (None): most of what is free. No NVMe: that is the user's to offer.
 
-    `aside_bytes` of it stay aside, but no more than a quarter: a small machine should train rather than look at others.
+    `audit_bytes` of the host's are for audits.
 
     Without a card (`free_device_bytes` None) the device is a part of the host's memory: all of it, unless the user
     says otherwise.
     """
-    usable_bytes = max(0, int((free_host_bytes - RESERVE_BYTES) * (1 - RESERVE_SHARE)))
-    usable_bytes -= min(aside_bytes, usable_bytes // 4)
+    usable_bytes = max(0, _usable(free_host_bytes) - audit_bytes)
     if device_bytes is None and free_device_bytes is not None:
         device_bytes = int(free_device_bytes * (1 - RESERVE_SHARE))  # an allocator's gaps
     elif device_bytes is None:
@@ -81,6 +81,15 @@ def default_budgets(
         in_use_bytes = device_bytes if free_device_bytes is None else 0
         host_bytes = max(0, usable_bytes - in_use_bytes)
     return Budgets(device_bytes=device_bytes, host_bytes=host_bytes)
+
+
+def default_audit_bytes() -> int:
+    """Return what audits may take if the user has not said: a small machine should train rather than look at others."""
+    return min(AUDIT_BYTES, _usable(free_host_bytes()) // 4)
+
+
+def _usable(free_bytes: int) -> int:
+    return max(0, int((free_bytes - RESERVE_BYTES) * (1 - RESERVE_SHARE)))
 
 
 def check_limits(limits: Limits) -> None:
@@ -107,7 +116,7 @@ def budgets_here(limits: Limits, *, free_device_bytes: int | None, store: Path |
         free_device_bytes=free_device_bytes,
         device_bytes=limits.device_bytes,
         host_bytes=limits.host_bytes,
-        aside_bytes=limits.aside_bytes,
+        audit_bytes=limits.audit_bytes,
     )
     if limits.nvme is None:
         return budgets

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from coordinator.audit.sums import GATHER_S, GIVE_UP_S, MAX_AHEAD, MAX_COMMITS, Record, Sums
+from coordinator.audit.sums import (
+    GATHER_S,
+    GIVE_UP_S,
+    MAX_AHEAD,
+    MAX_COMMITS,
+    MAX_REMEMBERED,
+    Record,
+    Sums,
+    goes_against,
+)
 from protocol.audits import ContributionReport, contribution_seed
 from protocol.ids import Lineage, PeerId, StageId, digest
 from protocol.rounds.messages import Commit, Contribution
@@ -171,3 +181,51 @@ def test_shards_are_seen_wherever_the_difference_is() -> None:
     other[5] += 1000
     other[65_536 + 5] -= 1000
     assert distance(shards(long), shards(other)) > 0.5
+
+
+def record(stage: int, **signs: int) -> Record:
+    """Return drifts that have a direction in common, and each one of its own, times these signs."""
+    drifts = {PeerId(name): shards((tensor("common") + tensor(name)) * sign) for name, sign in signs.items()}
+    return Record(
+        stage=StageId(stage),
+        round=committed().round,
+        lineage=LINEAGE,
+        seed=SEED,
+        members=tuple(drifts),
+        factors=(0.25,) * len(drifts),
+        contributions={peer: (64, sketch) for peer, sketch in drifts.items()},
+        apart=0.0,
+    )
+
+
+def test_half_of_a_stage_cannot_put_out_the_other_half() -> None:
+    """Two that go the same other way, beside two honest ones. Oracle: of such a split nobody knows who is right."""
+    alike = record(0, p=1, q=1, r=-1, s=-1)
+    drifts = dict(alike.contributions)
+    drifts[PeerId("s")] = drifts[PeerId("r")]
+    alike = replace(alike, contributions=drifts)
+    assert not any(goes_against(alike).values())
+    assert goes_against(record(0, p=1, q=1, r=-1)) == {"p": False, "q": False, "r": True}
+    assert goes_against(record(0, p=1, q=1, r=1, s=1)) == dict.fromkeys("pqrs", False)
+
+
+def test_every_stage_is_remembered_for_itself() -> None:
+    """However many stages there are. Oracle: what was told of one of them."""
+    sums = Sums(is_mean=True)
+    for stage in range(20):
+        for number in range(2 * MAX_REMEMBERED):
+            lineage = Lineage(digest(f"{stage} {number}".encode()))
+            if contribution_seed(lineage) is None:
+                continue
+            made = committed().model_copy(update={"stage": StageId(stage)})
+            sums.hear_commit(made, lineage, now_s=0.0)
+            for who in (A, B):
+                report = ContributionReport(
+                    stage=StageId(stage), round=made.round, lineage=lineage, own=shards(given(who)), total=shards(TOTAL)
+                )
+                sums.hear(who.peer, report, now_s=0.0)
+            sums.due(now_s=GIVE_UP_S)
+    count, silent = sums.silence()[C.peer]
+    assert count == silent > 10 * MAX_REMEMBERED
+    sums.forget(C.peer)
+    assert C.peer not in sums.silence()

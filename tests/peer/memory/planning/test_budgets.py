@@ -18,6 +18,7 @@ from peer.memory.planning.budgets import (
     Limits,
     budgets_here,
     check_limits,
+    default_audit_bytes,
     default_budgets,
     free_host_bytes,
     total_host_bytes,
@@ -52,15 +53,17 @@ def test_a_budget_is_of_a_tier() -> None:
 # -- what the volunteer allows -------------------------------------------------------------------------
 
 
-def test_what_audits_may_take_is_left_free_but_no_more_than_a_quarter() -> None:
-    """Oracle: the same machine with so much less, and one that is so small that it would have nothing left."""
-    kept = default_budgets(free_host_bytes=32 * GIB, free_device_bytes=None, aside_bytes=2 * GIB)
-    assert kept.device_bytes == default_budgets(free_host_bytes=32 * GIB, free_device_bytes=None).device_bytes - 2 * GIB
-    card = default_budgets(free_host_bytes=32 * GIB, free_device_bytes=10 * GIB, aside_bytes=2 * GIB)
-    assert card.host_bytes == kept.device_bytes
-    small = default_budgets(free_host_bytes=2 * GIB, free_device_bytes=None, aside_bytes=2 * GIB)
-    whole = default_budgets(free_host_bytes=2 * GIB, free_device_bytes=None)
-    assert small.device_bytes == pytest.approx(0.75 * whole.device_bytes, rel=1e-6)
+def test_what_audits_may_take_is_left_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the same machine with so much less; and by default no more than a quarter of a small one."""
+    whole = default_budgets(free_host_bytes=32 * GIB, free_device_bytes=None).device_bytes
+    kept = default_budgets(free_host_bytes=32 * GIB, free_device_bytes=None, audit_bytes=2 * GIB)
+    assert kept.device_bytes == whole - 2 * GIB
+    card = default_budgets(free_host_bytes=32 * GIB, free_device_bytes=10 * GIB, audit_bytes=2 * GIB)
+    assert card.host_bytes == whole - 2 * GIB
+    assert default_budgets(free_host_bytes=2 * GIB, free_device_bytes=None, audit_bytes=2 * GIB).device_bytes == 0
+    for free_bytes, expected in ((32 * GIB, GIB), (2 * GIB, int(0.9 * GIB) // 4), (GIB // 2, 0)):
+        monkeypatch.setattr(budgets, "free_host_bytes", lambda free_bytes=free_bytes: free_bytes)
+        assert default_audit_bytes() == expected
 
 
 @pytest.mark.parametrize("limits", [Limits(nvme_bytes=GIB), Limits(nvme_writes_per_day_bytes=GIB)])
