@@ -12,6 +12,7 @@ import pytest
 
 from coordinator.store import audits, credits
 from protocol.ids import PeerId
+from tests.e2e.processes import run_to_end
 from tests.e2e.swarm import Swarm
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.long]
@@ -68,6 +69,30 @@ def test_who_cheats_alone_at_its_stage_is_put_out_by_the_watcher(tmp_path: Path,
         assert findings["fir"]["confirmed"] >= 1
         assert set(findings["ash"]) <= {"valid", "nothing"}, findings
         assert balances.get("fir", credits.Balance()).held_tokens == 0
+
+
+def test_when_the_run_goes_back_the_watcher_does_so_too_and_nobody_is_struck(tmp_path: Path, corpus: Path) -> None:
+    """The same rounds and versions come again, with other weights. Oracle: audits after that, and what they found."""
+    settings = (*SETTINGS, "keeping.checkpoint_every=4", "keeping.checkpoints_kept=50")
+    with Swarm(tmp_path, corpus=corpus, rounds=10_000, stages=2, settings=settings) as swarm:
+        key = swarm.watcher_key("owl")
+        swarm.start_coordinator("--start-peers", "2", "--watcher", key)
+        swarm.start_watcher("owl")
+        for stage, name in enumerate(("ash", "elm")):
+            swarm.start_peer(name, "--stage", str(stage))
+
+        def valid() -> int:
+            return min(_findings(swarm)[0].get(name, {}).get("valid", 0) for name in ("ash", "elm"))
+
+        swarm.wait("audits of both", lambda: valid() >= 3, timeout_s=150.0)
+        oldest = min(int(each.name.split("-")[1]) for each in (swarm.directory / "checkpoints").glob("round-*"))
+        flags = ["rollback", str(swarm.directory), "--to", str(oldest)]
+        run_to_end("coordinator", flags, name="rollback", folder=swarm.folder, timeout_s=30.0)
+        swarm.wait("the run to go back", lambda: swarm.peers["elm"].events("stage.goes_back"), timeout_s=60.0)
+        before = valid()
+        swarm.wait("audits of what came after", lambda: valid() >= before + 5, timeout_s=240.0)
+        for name, found in _findings(swarm)[0].items():
+            assert set(found) <= {"valid", "nothing"}, (name, found)
 
 
 def test_a_key_that_the_organiser_has_not_named_may_not_watch(tmp_path: Path, corpus: Path) -> None:
