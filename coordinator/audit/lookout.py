@@ -37,11 +37,6 @@ class Sighting:
     is_proven: bool
     """It has gone on for long enough."""
 
-    @property
-    def is_of_averages(self) -> bool:
-        """Its microbatches may all be right: that says nothing of what it did with them."""
-        return self.why in (MUTE, CONTRARY)
-
 
 class Lookout:
     """Watches what everybody shows of its work."""

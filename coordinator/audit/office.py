@@ -22,11 +22,11 @@ import structlog
 from coordinator.audit import policy
 from coordinator.audit.complaints import Complaints
 from coordinator.audit.court import Case, Contributed, Court, Finding, Verdict
-from coordinator.audit.lookout import Lookout
+from coordinator.audit.lookout import NONSENSE, Lookout
 from coordinator.audit.policy import Sanction, Standing, State
 from coordinator.audit.shares import Blame, Disputes, ShareCases
 from coordinator.audit.soundness import Soundness
-from coordinator.audit.sums import GIVE_UP_S, Sums
+from coordinator.audit.sums import Sums
 from coordinator.audit.tolerance import tolerance_of
 from coordinator.audit.vouchers import Vouchers
 from coordinator.carries import Carry, RoundHops
@@ -72,7 +72,6 @@ KEEP_S = 7 * 86400.0
 MAX_AGAIN = 8  # microbatches that are looked at again when somebody was struck
 PREFIX, WHOLE_RATE = 32, 1 / 4
 """Tokens of every sequence that a watcher looks at, on a CPU as it may be; and how often it does all of them."""
-BOOKED_S = 10.0  # before it is looked at, work may have been booked for so long
 SPOILT = "what it gave into an average, or made of what others gave, is not what it says"
 
 
@@ -105,9 +104,6 @@ class AuditOffice:
         self._may_overlap = manifest.averaging.overlap
         self._prefix = _prefix_of(manifest)
         self._soundness = Soundness()
-        self._added_up_s: dict[PeerId, float] = {}
-        """Until when what everybody gave into averages is what it says. Unix seconds; of this process only."""
-        self._began_s = clock.wall()
         self._drawn: defaultdict[tuple[RoundId, PeerId], int] = defaultdict(int)
         self._left: deque[Carry] = deque(maxlen=MAX_LEFT)
         self._verdicts: list[Verdict] = []
@@ -270,9 +266,7 @@ class AuditOffice:
         for each in self._lookout.look(live, handed_in, unsteady, self._sums, now_s=monotonic_s):
             log.warning("audit.sighted", peer=each.peer, why=each.why)
             if each.is_proven:
-                own, standing = self._registry.watchers, self.standing(each.peer)
-                since_s = policy.kept_until(standing, is_sum=each.is_of_averages, own=own)
-                await self._strike(each.peer, each.why, now_s=now_s, since_s=since_s)
+                await self._strike(each.peer, each.why, now_s=now_s)
             else:
                 await self._suspect([each.peer], now_s=now_s)
 
@@ -291,9 +285,7 @@ class AuditOffice:
         for record in self._sums.due(now_s=self._clock.monotonic()):
             hops = self._rounds.get(record.round)
             works = [] if hops is None else [carry for carry in hops.all(hosts) if record.stage in carry.stages]
-            if record.adds_up:  # its auditors only know what it says that it gave
-                self._added_up_s |= dict.fromkeys(map(self._who, record.contributions), now_s - GIVE_UP_S)
-            else:
+            if not record.adds_up:
                 log.warning("audit.sum", stage=record.stage, round=record.round, apart=record.apart)
                 if len(record.members) <= MAX_SHARES:
                     self._shares.open(record, now_s=self._clock.monotonic())
@@ -421,9 +413,8 @@ class AuditOffice:
         elif verdict.finding is Finding.CONFIRMED and not self._is_believed(case, peer):
             await self._keep(verdict, now_s, policy.suspected(standing, now_s=now_s))
         elif verdict.finding is Finding.CONFIRMED:
-            kept_s = policy.kept_until(standing, is_sum=is_sum, own=own)
-            wrong_s = now_s - age_s - BOOKED_S  # what was found right since then, while a second one looked, is no use
-            await self._keep(verdict, now_s, *policy.struck(standing, now_s=now_s), since_s=min(kept_s, wrong_s))
+            after, sanction = policy.struck(standing, now_s=now_s, is_sum=is_sum, own=own)
+            await self._keep(verdict, now_s, after, sanction)
             self._look_again(peer)
         elif verdict.finding is Finding.CLEARED:
             await self._keep(verdict, now_s, policy.passed(standing, auditor, now_s=now_s - age_s, is_sum=is_sum))
@@ -456,16 +447,16 @@ class AuditOffice:
         }
         for peer in sorted(liars):
             self._disputes.forget(peer)
-            await self._strike(peer, SPOILT, now_s=now_s, since_s=self._added_up_s.get(peer, self._began_s))
+            await self._strike(peer, SPOILT, now_s=now_s)
         # of what is left one lies in every pair; and who did not answer may only have lost what it was sent
         left = {peer for pair in pairs if not liars & set(pair) for peer in pair}
         await self._suspect(left | {self._who(peer) for peer in blame.evasive}, now_s=now_s)
 
-    async def _strike(self, peer: PeerId, why: str, *, now_s: float, since_s: float | None = None) -> None:
+    async def _strike(self, peer: PeerId, why: str, *, now_s: float) -> None:
         """Put a peer out for another reason than a case, if it is not out already."""
         standing = self.standing(peer)
         if standing.out_until_s <= now_s:
-            await self._keep(None, now_s, *policy.struck(standing, now_s=now_s, why=why), since_s=since_s)
+            await self._keep(None, now_s, *policy.struck(standing, now_s=now_s, why=why, is_broken=why == NONSENSE))
 
     async def _suspect(self, peers: Collection[PeerId], *, now_s: float) -> None:
         """Have all of some peers' work looked at for a while."""
@@ -474,22 +465,9 @@ class AuditOffice:
                 await self._keep(None, now_s, policy.suspected(standing, now_s=now_s))
 
     async def _keep(
-        self,
-        verdict: Verdict | None,
-        now_s: float,
-        standing: Standing,
-        sanction: Sanction | None = None,
-        *,
-        since_s: float | None = None,
+        self, verdict: Verdict | None, now_s: float, standing: Standing, sanction: Sanction | None = None
     ) -> None:
-        """Keep a finding, a standing and what follows from it, all or nothing.
-
-        With a sanction go the credits since `since_s`, or since its auditors vouch for it no more.
-        """
-        if since_s is None:
-            is_sum = verdict is not None and verdict.case.contribution is not None
-            since_s = policy.kept_until(self.standing(standing.peer), is_sum=is_sum, own=self._registry.watchers)
-        gone_s = max(0.0, since_s)
+        """Keep a finding, a standing and what follows from it, all or nothing."""
 
         def write(db: Connection) -> None:
             if verdict is not None:
@@ -500,7 +478,7 @@ class AuditOffice:
                 reason = f"{sanction.state.value}: {sanction.reason}"
                 bans.add_milder_ban(db, BanRow(peer=standing.peer, since_s=now_s, until_s=until_s, reason=reason))
                 for key in (standing.peer, *successors.predecessors(db, standing.peer)):
-                    credits.revoke(db, key, reason=reason, at_s=now_s, since_s=gone_s)
+                    credits.revoke(db, key, reason=reason, at_s=now_s, since_s=sanction.gone_since_s)
 
         await self._database.run(write)
         self._standings[standing.peer] = standing

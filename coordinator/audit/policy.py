@@ -78,6 +78,8 @@ class Sanction:
     state: State
     hours: float
     reason: str
+    gone_since_s: float = 0.0
+    """What was earned since then and is still held is taken back; all of it from a liar."""
 
 
 def state_of(standing: Standing, *, now_s: float) -> State:
@@ -114,7 +116,7 @@ def passed(standing: Standing, auditor: PeerId, *, now_s: float, is_sum: bool = 
 
 
 def kept_until(standing: Standing, *, is_sum: bool = False, own: Collection[PeerId] = ()) -> float:
-    """Return until when its credits stay if it is struck now.
+    """Return until when its credits stay if it turns out to be broken now.
 
     For that two auditors have to vouch, as one may lie; or one of the organiser's `own`.
     """
@@ -138,20 +140,27 @@ def suspected(standing: Standing, *, now_s: float) -> Standing:
 
 
 def struck(
-    standing: Standing, *, now_s: float, why: str = "two others recomputed its work and found it wrong"
+    standing: Standing,
+    *,
+    now_s: float,
+    why: str = "two others recomputed its work and found it wrong",
+    is_broken: bool = True,
+    is_sum: bool = False,
+    own: Collection[PeerId] = (),
 ) -> tuple[Standing, Sanction]:
-    """Two witnesses agree that it did wrong.
+    """Two witnesses agree that it did wrong, which may be because it `is_broken`.
 
     Once, after a long time of doing right, is what a card does that is too hot: it gets an hour to cool down, and loses
     nothing but what it did wrong. Whoever does it again is taken for a liar.
     """
     fresh = replace(standing, valid=0, audited=standing.audited + 1, accusers=frozenset(), doubted_s=now_s)
-    if standing.valid >= PROVEN and not standing.strikes and not _recent(standing.faults, now_s):
+    if is_broken and standing.valid >= PROVEN and not standing.strikes and not _recent(standing.faults, now_s):
         sanction = Sanction(
             State.HARDWARE_FAULT,
             HOURS[0],
             "its results were wrong once, after many that were right; check its temperature, memory and overclocking "
             "(peer bench burn-in)",
+            max(0.0, kept_until(standing, is_sum=is_sum, own=own)),
         )
         fresh = replace(fresh, faults=(*standing.faults, now_s))
     else:

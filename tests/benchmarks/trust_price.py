@@ -115,5 +115,7 @@ def _with(samples: Sequence[Sample], values: Sequence[float]) -> tuple[Sample, .
 
 def _bytes_sent(netns: str) -> int:
     argv = ["ip", "-n", netns, "-json", "-stats", "link", "show", "home"]
-    (link,) = json.loads(subprocess.run(argv, check=True, capture_output=True, timeout=30).stdout)
-    return int(link["stats64"]["tx"]["bytes"])
+    found = json.loads(subprocess.run(argv, check=True, capture_output=True, timeout=30).stdout)
+    return sum(
+        int(link["stats64"]["tx"]["bytes"]) for link in found if link
+    )  # some versions list links of others, empty
