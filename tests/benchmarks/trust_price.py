@@ -1,7 +1,7 @@
 """What honest peers pay for being looked at: the rows `clean_throughput`, `clean_bytes`, and both of newcomers.
 
 A whole swarm of real processes, in network namespaces of their own: two stages of three replicas, which train the
-`bench` preset's model on the same cores. The reference is the same swarm without defences: nobody keeps payloads,
+`demo` preset's model on the same cores. The reference is the same swarm without defences: nobody keeps payloads,
 signs receipts or sketches contributions, and nobody is audited. *Steady* means that the coordinator takes everybody for
 one whose last 10,000 audits found nothing; newcomers are looked at in everything they do, as far as others have time.
 
@@ -27,12 +27,11 @@ from tests.e2e.swarm import Swarm
 
 ROWS = ("clean_throughput", "clean_bytes", "newcomers_throughput", "newcomers_bytes")
 PROVEN = 10_000
-ROUNDS, QUICK_ROUNDS, WARM_ROUNDS = 12, 6, 2
+ROUNDS, QUICK_ROUNDS, WARM_ROUNDS = 30, 12, 3
 NAMES = ("ash", "elm", "fir", "oak", "yew", "box")
 STAGES = 2
 SETTINGS = (
-    "batch.sequences_per_microbatch=1",
-    "batch.microbatches_per_round=12",
+    "batch.microbatches_per_round=24",
     "batch.heldout_sequences=8",
     "batch.eval_every=1000",
     "keeping.checkpoint_every=1000",
@@ -71,7 +70,7 @@ def rows(options: Options) -> Iterator[Row]:
                 warmup=0,
             )
             in_bytes = Pairs(_with(pairs.ours, sizes[False]), _with(pairs.reference, sizes[True]))
-            note = f"2 stages of 3 replicas, {rounds - WARM_ROUNDS} rounds of 12 microbatches each time"
+            note = f"2 stages of 3 replicas, {rounds - WARM_ROUNDS} rounds of 24 microbatches each time"
             bars = (">= 0.95", "<= 1.06") if is_proven else (None, None)
             yield compare(f"{prefix}_throughput", pairs, unit="tokens/s", bar=bars[0], note=note)
             yield compare(f"{prefix}_bytes", in_bytes, unit="MB a round", bar=bars[1], note=note)
@@ -87,7 +86,7 @@ def train(folder: Path, *, is_bare: bool, is_proven: bool, rounds: int) -> Price
             rounds=rounds + 1,
             stages=STAGES,
             settings=SETTINGS,
-            preset="bench",
+            preset="demo",
             places=net.places,
             log_level="info",
         ) as swarm,
