@@ -299,7 +299,9 @@ class InflatedTokens(Cheat):
 class NotANumber(Cheat):
     """Sends NaN."""
 
-    note = "refused by who gets it, and the task goes to somebody else; not put out for that"
+    note = (
+        "refused by who gets it, and the task goes to somebody else; put out once most of a neighbouring stage say so"
+    )
 
     def sends_on(self, task: Task, source: Source, honest: bytes) -> bytes:
         return b"\xff" * len(honest)
