@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from protocol.errors import ConfigError, SwarmError
 from protocol.ids import PeerId
@@ -34,14 +34,22 @@ def _peer_id(text: str) -> PeerId:
     return PeerId(text)
 
 
+def _listed(value: object) -> object:
+    """From the environment several come as one text, with commas between them."""
+    return tuple(each.strip() for each in value.split(",") if each.strip()) if isinstance(value, str) else value
+
+
+_Listed = NoDecode, BeforeValidator(_listed)
+
+
 class CoordinatorSettings(BaseSettings):
     """One coordinator's settings. Build it with `read_settings`, so that mistakes become a `ConfigError`."""
 
     model_config = SettingsConfigDict(env_prefix="SWARM_", frozen=True, extra="forbid")
 
-    host_maddrs: tuple[str, ...] = ()
+    host_maddrs: Annotated[tuple[str, ...], *_Listed] = ()
     """Where to listen. Empty: the port of the last start on all interfaces, else any free one."""
-    announce_maddrs: tuple[str, ...] = ()
+    announce_maddrs: Annotated[tuple[str, ...], *_Listed] = ()
     """What others should dial, if it differs (port forwarding, DNS)."""
     http: str | None = None
     """`HOST:PORT` at which the status is served over HTTP; nowhere by default."""
@@ -61,7 +69,7 @@ class CoordinatorSettings(BaseSettings):
     """How long what a peer has earned can be taken back before it is its own."""
     auto_rollback: bool = False
     """Go back to the last checkpoint before a jump of the held-out loss without being asked."""
-    watchers: tuple[Annotated[PeerId, AfterValidator(_peer_id)], ...] = ()
+    watchers: Annotated[tuple[Annotated[PeerId, AfterValidator(_peer_id)], ...], *_Listed] = ()
     """Keys of the organiser's own, whose word about others' work is the coordinator's (`peer watch`)."""
     tick_s: Annotated[float, Field(gt=0, le=60)] = 0.5
 
@@ -75,4 +83,5 @@ def read_settings(**flags: Any) -> CoordinatorSettings:
         first = error.errors(include_url=False, include_input=False)[0]
         name = str(first["loc"][0]) if first["loc"] else "settings"
         flag = FLAGS.get(name, "--" + name.replace("_", "-"))
-        raise ConfigError(f"{flag}: {first['msg']}.", hint=f"It can also come from SWARM_{name.upper()}.") from None
+        problem = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{flag}: {problem}.", hint=f"It can also come from SWARM_{name.upper()}.") from None

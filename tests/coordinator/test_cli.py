@@ -134,6 +134,16 @@ def test_an_environment_variable_is_read_and_a_flag_wins(monkeypatch: pytest.Mon
         read_settings()
 
 
+def test_several_come_from_the_environment_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    from coordinator.settings import read_settings
+
+    monkeypatch.setenv("SWARM_HOST_MADDRS", "/ip4/127.0.0.1/tcp/1, /ip4/127.0.0.1/tcp/2,")
+    assert read_settings().host_maddrs == ("/ip4/127.0.0.1/tcp/1", "/ip4/127.0.0.1/tcp/2")
+    monkeypatch.setenv("SWARM_WATCHERS", "owl")
+    with pytest.raises(ConfigError, match=r"^--watcher: 'owl' is no peer id"):
+        read_settings()
+
+
 def test_checkpoints_lists_the_sound_and_the_damaged(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     weights = random_weights(run.manifest)
