@@ -19,6 +19,7 @@ from peer.settings import IDENTITY_FILE, PeerSettings, default_data_dir, default
 from protocol.console import print_document, run_command, set_up_logging, with_debug, with_json
 from protocol.control import NAME_PATTERN
 from protocol.errors import ConfigError, LocalFault
+from protocol.ids import PeerId
 from protocol.invite import Invite
 from protocol.process import run_loop
 from protocol.sizes import parse_size
@@ -225,11 +226,7 @@ def create(data_dir: Path | None, as_json: bool, debug: bool) -> None:
         from peer.identity import make_identity
 
         folder = data_dir or default_data_dir()
-        me = make_identity(folder).peer_id
-        if as_json:
-            print_document("peer.identity/1", {"peer": me, "before": [], "file": str(folder / IDENTITY_FILE)})
-        else:
-            click.echo(me)
+        _print_identity(folder, make_identity(folder).peer_id, as_json=as_json)
 
     sys.exit(run_command(command, program="peer identity create", debug=debug))
 
@@ -245,15 +242,10 @@ def show(data_dir: Path | None, as_json: bool, debug: bool) -> None:
     """
 
     def command() -> None:
-        from peer.identity import load_handovers, load_identity
+        from peer.identity import load_identity
 
         folder = data_dir or default_data_dir()
-        me = load_identity(folder).peer_id
-        before = [signed.signer for signed in load_handovers(folder, me)]
-        if as_json:
-            print_document("peer.identity/1", {"peer": me, "before": before, "file": str(folder / IDENTITY_FILE)})
-        else:
-            click.echo(me)
+        _print_identity(folder, load_identity(folder).peer_id, as_json=as_json)
 
     sys.exit(run_command(command, program="peer identity show", debug=debug))
 
@@ -379,6 +371,16 @@ def bench_burn_in(device: str, minutes: float, memory: str | None, as_json: bool
 def main() -> None:
     """Entry point of the `peer` script."""
     peer(prog_name="peer")
+
+
+def _print_identity(folder: Path, me: PeerId, *, as_json: bool) -> None:
+    from peer.identity import load_handovers
+
+    before = [signed.signer for signed in load_handovers(folder, me)]
+    if as_json:
+        print_document("peer.identity/1", {"peer": me, "before": before, "file": str(folder / IDENTITY_FILE)})
+    else:
+        click.echo(me)
 
 
 def _settings(
