@@ -173,11 +173,12 @@ class Registry:
     @property
     def watchers(self) -> frozenset[PeerId]:
         """Return who has registered as one of the organiser's watchers. The same key as a replica is none."""
-        return frozenset(peer.peer for peer in self._peers.values() if peer.follows)
+        return frozenset(key for key in self._settings.watchers if key in self._peers and self._peers[key].follows)
 
     def watching(self) -> Sequence[LivePeer]:
         """Return the organiser's watchers that are here."""
-        return tuple(peer for peer in self._peers.values() if peer.presence == "live" and peer.follows)
+        named = (self._peers[key] for key in self.watchers)  # few, where there may be many peers
+        return tuple(peer for peer in named if peer.presence == "live")
 
     def suspects(self) -> frozenset[PeerId]:
         """Return whom live peers fail to reach."""

@@ -165,11 +165,6 @@ async def _pause(present: _Present, settings: PeerSettings, *, manifest: Manifes
         stages=(),
         round=None,
         num_rounds=manifest.batch.num_rounds,
-        loss=None,
-        target_tokens=0,
-        tokens_per_s=None,
-        accepted_s=None,
-        replicas=0,
     )
     showing = asyncio.create_task(show_live(lambda: line))
     try:
@@ -300,11 +295,6 @@ def _watching_line(watcher: Watcher, settings: PeerSettings, num_rounds: int) ->
         stages=watcher.stages,
         round=watcher.round,
         num_rounds=num_rounds,
-        loss=None,
-        target_tokens=0,
-        tokens_per_s=None,
-        accepted_s=None,
-        replicas=0,
         recomputed=watcher.recomputed,
     )
 

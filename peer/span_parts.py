@@ -24,8 +24,8 @@ from peer.averaging.restore import Restorer
 from peer.averaging.rules import done_task, machine_settings, round_timers
 from peer.averaging.sync import StageSync
 from peer.contributions import Contributions
-from peer.data.fetch import SwarmChunks, serve_tokens
-from peer.data.source import BatchSource, open_files
+from peer.data.fetch import open_files, serve_tokens
+from peer.data.source import BatchSource
 from peer.data.tokens import TokenFile
 from peer.engine.build import build_recomputer
 from peer.engine.schedule import learning_rate
@@ -225,9 +225,13 @@ class SpanParts:
         """Open the token files if this span reads tokens (the first and the last stage do), and fetch them."""
         if not (self._engine.is_first or self._engine.is_last):
             return
-        data = self._manifest.data
-        chunks = SwarmChunks(self._link.blobs, (data.train, data.heldout), sources=self._token_sources)
-        await open_files(self._token_files, self._manifest, folder=self._folder / "tokens", source=chunks)
+        await open_files(
+            self._token_files,
+            self._manifest,
+            folder=self._folder / "tokens",
+            blobs=self._link.blobs,
+            sources=self._token_sources,
+        )
 
     async def serve(self) -> None:
         """Answer hops, reduces, round messages and requests for history."""

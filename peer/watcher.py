@@ -26,8 +26,8 @@ from peer.averaging.rules import machine_settings
 from peer.averaging.sync import Place, StageSync
 from peer.contributions import Contributions
 from peer.coordination import Condition
-from peer.data.fetch import SwarmChunks
-from peer.data.source import BatchSource, open_files
+from peer.data.fetch import open_files
+from peer.data.source import BatchSource
 from peer.data.tokens import TokenFile
 from peer.engine.build import build_recomputer
 from peer.engine.local_checkpoint import Standing
@@ -193,12 +193,15 @@ class Watcher:
 
     async def _open_tokens(self) -> None:
         """Open the token files if tokens are read here; the coordinator may be away for a while."""
-        data = self._manifest.data
-        source = SwarmChunks(self._link.blobs, (data.train, data.heldout), sources=lambda _: (self._link.coordinator,))
-        folder = self._folder / "tokens"
         while self._engine.is_first or self._engine.is_last:
             try:
-                return await open_files(self._token_files, self._manifest, folder=folder, source=source)
+                return await open_files(
+                    self._token_files,
+                    self._manifest,
+                    folder=self._folder / "tokens",
+                    blobs=self._link.blobs,
+                    sources=lambda _: (self._link.coordinator,),
+                )
             except (TransientError, PeerFault) as error:
                 log.info("tokens.waiting", error=error.one_line())
                 await asyncio.sleep(AGAIN_AFTER_S)

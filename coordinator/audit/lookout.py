@@ -42,7 +42,7 @@ class Lookout:
     """Watches what everybody shows of its work."""
 
     def __init__(self) -> None:
-        self.complaints = Complaints()
+        self._complaints = Complaints()
         self._evasions = {
             SILENT: Evasion(least=LEAST_ROUNDS),
             MUTE: Evasion(least=LEAST_ROUNDS),
@@ -50,6 +50,14 @@ class Lookout:
             UNSTEADY: Evasion(least=LEAST_HOPS),
         }
         self._excused_s: dict[PeerId, float] = {}
+
+    def complain(self, peer: PeerId, by: PeerId, *, now_s: float) -> None:
+        """One says that another has sent nonsense."""
+        self._complaints.note(peer, by, now_s=now_s)
+
+    def start_over(self) -> None:
+        """The run goes back: what was sent with the weights of before says nothing."""
+        self._complaints = Complaints()
 
     def look(
         self,
@@ -65,8 +73,8 @@ class Lookout:
         `handed_in` are rounds with and without receipts, `unsteady` microbatches that can be done again or not.
         """
         found = []
-        for peer in self.complaints.accused(_sides(live), now_s=now_s):
-            self.complaints.forget(peer)
+        for peer in self._complaints.accused(_sides(live), now_s=now_s):
+            self._complaints.forget(peer)
             found.append(Sighting(peer=peer, why=NONSENSE, is_proven=True))
         seen = {
             SILENT: {peer: counts for peer, counts in handed_in.items() if peer in live},

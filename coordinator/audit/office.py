@@ -20,7 +20,6 @@ from collections.abc import Collection, Mapping, Sequence
 import structlog
 
 from coordinator.audit import policy
-from coordinator.audit.complaints import Complaints
 from coordinator.audit.court import Case, Contributed, Court, Finding, Verdict
 from coordinator.audit.lookout import NONSENSE, Lookout
 from coordinator.audit.policy import Sanction, Standing, State
@@ -32,7 +31,7 @@ from coordinator.audit.vouchers import Vouchers
 from coordinator.carries import Carry, RoundHops
 from coordinator.clock import Clock
 from coordinator.journal import DISK_NOTE, Journal
-from coordinator.registry import Registry
+from coordinator.registry import LivePeer, Registry
 from coordinator.store import audits, bans, credits, receipts, successors
 from coordinator.store.bans import BanRow
 from coordinator.store.database import Connection, Database
@@ -159,7 +158,8 @@ class AuditOffice:
         self._left.clear()
         self._verdicts.clear()
         self._sums, self._newest_round = Sums(is_mean=self._is_local), None
-        self._lookout.complaints, self._soundness = Complaints(), Soundness()
+        self._lookout.start_over()
+        self._soundness = Soundness()
         self._quiet_until_s = self._clock.monotonic() + QUIET_S
 
     # -- what is heard ----------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ class AuditOffice:
             self._shares.hear(peer, report)
             return
         if isinstance(report, NonsenseReport):
-            self._lookout.complaints.note(report.peer, peer, now_s=self._clock.monotonic())
+            self._lookout.complain(report.peer, peer, now_s=self._clock.monotonic())
             return
         verdict = self._court.hear(peer, report)
         if verdict is not None:
@@ -327,7 +327,7 @@ class AuditOffice:
             peer.peer
             for peer in self._registry.live()
             if peer.peer not in concerned
-            and set(carry.stages) <= {replica.stage for replica in peer.replicas if replica.ready}
+            and _has_ready(peer, carry)
             and (first is not None or self._court.load(peer.peer, is_sum=is_sum) < limit)  # a second opinion is urgent
         ]
         now_s = self._clock.wall()
@@ -353,7 +353,7 @@ class AuditOffice:
             peer.peer
             for peer in self._registry.watching()
             if peer.peer not in carry.neighbours
-            and set(carry.stages) <= {replica.stage for replica in peer.replicas if replica.ready}
+            and _has_ready(peer, carry)
             and (first is not None or self._court.load(peer.peer, is_sum=False) < MAX_AT_WATCHER)
         ]
         others = [peer for peer in able if peer not in without]
@@ -375,7 +375,7 @@ class AuditOffice:
 
     def _is_believed(self, case: Case, peer: PeerId) -> bool:
         """Tell whether two witnesses are enough for a sentence: one watcher is both only if it is sound."""
-        if case.first is None or not case.is_watcher or case.first.auditor != case.auditor:
+        if not (case.is_watcher and case.is_fresh):
             return True
         stage = StageId(case.carry.first_stage)
         return self._soundness.accuse(case.auditor, peer, stage, now_s=self._clock.monotonic())
@@ -518,6 +518,11 @@ class AuditOffice:
     def _next_order(self) -> int:
         self._order += 1
         return self._order
+
+
+def _has_ready(peer: LivePeer, carry: Carry) -> bool:
+    """Tell whether a peer has weights of all the stages that a piece of work passed."""
+    return set(carry.stages) <= {replica.stage for replica in peer.replicas if replica.ready}
 
 
 def _prefix_of(manifest: Manifest) -> int | None:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 
 import structlog
 
 from peer.data.tokens import Fetched, TokenFile
+from protocol.batches import TaskKind
 from protocol.errors import PeerFault, SwarmError, TransientError, UnreachableError
 from protocol.ids import PeerId
-from protocol.manifest import TokenFileSpec
+from protocol.manifest import Manifest, TokenFileSpec
 from protocol.transport.blobs import Blobs, Load
 
 log = structlog.get_logger()
@@ -59,6 +61,26 @@ class SwarmChunks:
             log.warning("tokens.wrong", source=peer, name=name)
             problem = PeerFault(f"{peer} sent a wrong {name}")
         raise problem
+
+
+async def open_files(
+    files: dict[TaskKind, TokenFile],
+    manifest: Manifest,
+    *,
+    folder: Path,
+    blobs: Blobs,
+    sources: Callable[[str], Iterable[PeerId]],
+) -> None:
+    """Open the run's token files in a folder, fetching what is not there, but for those that are open already.
+
+    `sources` is as for `SwarmChunks`. Raises what `TokenFile.open` does; what was opened until then stays.
+    """
+    specs = {TaskKind.TRAIN: manifest.data.train, TaskKind.EVAL: manifest.data.heldout}
+    chunks = SwarmChunks(blobs, specs.values(), sources=sources)
+    for kind, spec in specs.items():
+        if kind not in files:
+            length = manifest.batch.sequence_length
+            files[kind] = await TokenFile.open(spec, folder, sequence_length=length, source=chunks)
 
 
 def serve_tokens(name: str, files: Iterable[tuple[str, TokenFile]]) -> bytes | Load | None:

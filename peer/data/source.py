@@ -8,15 +8,14 @@ know: who else works on the task.
 from __future__ import annotations
 
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peer.data.tokens import ChunkSource, TokenFile
+from peer.data.tokens import TokenFile
 from peer.tasks import TaskId
 from protocol.batches import Microbatch, TaskKind, plan_round
 from protocol.errors import PeerFault
 from protocol.ids import RoundId
-from protocol.manifest import BatchSpec, DataSpec, Manifest
+from protocol.manifest import BatchSpec, DataSpec
 
 if TYPE_CHECKING:
     import numpy
@@ -56,16 +55,3 @@ class BatchSource:
 
     def _plan_round(self, round_id: RoundId) -> tuple[Microbatch, ...]:
         return plan_round(self._data, self._batch, round_id)
-
-
-async def open_files(
-    files: dict[TaskKind, TokenFile], manifest: Manifest, *, folder: Path, source: ChunkSource
-) -> None:
-    """Open the run's token files in a folder, fetching what is not there, but for those that are open already.
-
-    Raises what `TokenFile.open` does; what was opened until then stays.
-    """
-    for kind, spec in ((TaskKind.TRAIN, manifest.data.train), (TaskKind.EVAL, manifest.data.heldout)):
-        if kind not in files:
-            length = manifest.batch.sequence_length
-            files[kind] = await TokenFile.open(spec, folder, sequence_length=length, source=source)

@@ -79,15 +79,16 @@ def _burn_in(
     started_s = time.monotonic()
     is_cpu = device.type == "cpu"
     layer = _Layer(is_cpu=is_cpu)
+    replay = layer.on(device)
     if memory_bytes is None:
         free_bytes = free_device_bytes(str(device))
         memory_bytes = min(free_host_bytes() // 4, CPU_MEMORY_BYTES) if free_bytes is None else free_bytes // 2
     wrong_words = wrong_in_memory(device, memory_bytes)
-    first = layer.run(device)
-    from_cpu = 0.0 if is_cpu else _distance(first, layer.run(torch.device("cpu")))
+    first = layer.run(replay)
+    from_cpu = 0.0 if is_cpu else _distance(first, layer.run(layer.on(torch.device("cpu"))))
     passes, wrong, worst = 1, 0, 0.0
     while passes < 2 or time.monotonic() - started_s < seconds:
-        apart = _largest_deviation(layer.run(device), first)
+        apart = _largest_deviation(layer.run(replay), first)
         passes, wrong, worst = passes + 1, wrong + (not apart <= SAME), max(worst, apart)
         on_progress(passes, wrong)
     return BurnIn(
@@ -135,9 +136,12 @@ class _Layer:
             torch.randn(*shape, self._config["hidden_size"], generator=drawn) for _ in range(2)
         )
 
-    def run(self, device: torch.device) -> list[Tensor]:
+    def on(self, device: torch.device) -> Replay:
+        """Build the layer on a device."""
+        return Replay(self._config, num_stages=self._num_stages, stage=1, device=device)
+
+    def run(self, replay: Replay) -> list[Tensor]:
         """Return outputs, and gradients by the inputs and by the weights, in host memory, fp32."""
-        replay = Replay(self._config, num_stages=self._num_stages, stage=1, device=device)
         by_weights: list[Tensor] = []
         climb = replay.up(self._weights, [self._inputs])
         (returned,) = replay.down(climb, [self._gradient], lambda block, gradient: by_weights.append(gradient.cpu()))

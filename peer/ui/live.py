@@ -30,13 +30,13 @@ class Line:
     stages: tuple[int, ...]
     round: int | None
     num_rounds: int
-    loss: float | None
-    target_tokens: int
+    loss: float | None = None
+    target_tokens: int = 0
     """Target tokens this peer has worked on and somebody has acknowledged."""
-    tokens_per_s: float | None
-    accepted_s: float | None
+    tokens_per_s: float | None = None
+    accepted_s: float | None = None
     """When work of ours was last acknowledged, on the monotonic clock."""
-    replicas: int
+    replicas: int = 0
     drive_bytes: int | None = None
     """Written to the NVMe drive today; None if none is used."""
     recomputed: int | None = None

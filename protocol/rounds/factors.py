@@ -54,8 +54,8 @@ def clips_of(contributions: Sequence[Contribution], *, is_mean: bool) -> tuple[f
         return each.norm if is_mean else each.norm / max(each.tokens, math.sqrt(each.tokens * usual_tokens))
 
     sizes = [size(each) if each.weight else 0.0 for each in contributions]
-    limit = CLIP * statistics.median(size for size, each in zip(sizes, contributions, strict=True) if each.weight)
-    return tuple(limit / size if size > limit > 0 else 1.0 for size in sizes)
+    limit = CLIP * statistics.median(found for found, each in zip(sizes, contributions, strict=True) if each.weight)
+    return tuple(limit / found if found > limit > 0 else 1.0 for found in sizes)
 
 
 def shares_of(weights: Sequence[int]) -> tuple[float, ...]:
