@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from coordinator.audit.contributed import Contributed
 from coordinator.carries import Carry
 from protocol.audits import (
     AuditOrder,
@@ -30,7 +31,7 @@ from protocol.audits import (
     Work,
 )
 from protocol.errors import WireError
-from protocol.ids import PeerId, StageId
+from protocol.ids import PeerId
 from protocol.sketch import distance
 
 PATIENCE_S = 45.0
@@ -72,15 +73,6 @@ class Verdict:
     liars: tuple[PeerId, ...] = ()
     missing: tuple[PeerId, ...] = ()
     """Who did not bring or say what it was asked for."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contributed:
-    """What a peer says it has put into an average at one stage, and the microbatches that this is the sum of."""
-
-    stage: StageId
-    sketch: bytes
-    works: tuple[Carry, ...]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -295,7 +287,7 @@ class Court:
             return self._judge_second(case, case.first, report, apart)
         if apart is None:  # one of the two is no sketch
             return Verdict(case=case, finding=Finding.DIFFERS, outputs=2.0, returned=2.0)
-        finding = Finding.VALID if self._is_near(case, apart) else Finding.DIFFERS
+        finding = Finding.VALID if self._is_near(case, apart, _slack(case)) else Finding.DIFFERS
         return Verdict(case=case, finding=finding, outputs=apart[0], returned=apart[1])
 
     def _judge_second(self, case: Case, first: Case, report: AuditReport, apart: tuple[float, float] | None) -> Verdict:
@@ -305,7 +297,7 @@ class Court:
         between = _apart(_found(first, first.report), _found(case, report))
         agrees = between is not None and self._is_near(case, between)
         liars: tuple[PeerId, ...] = ()
-        if not self._is_near(case, apart):
+        if not self._is_near(case, apart, _slack(case)):
             # two who recompute and come to different results: one of them lies, and it may be the second
             finding = Finding.CONFIRMED if agrees else Finding.NOTHING
         else:
@@ -313,10 +305,10 @@ class Court:
             liars = (*(() if agrees else (first.auditor,)), *_false_neighbours(first, report))
         return Verdict(case=case, finding=finding, outputs=apart[0], returned=apart[1], liars=liars)
 
-    def _is_near(self, case: Case, apart: tuple[float, float]) -> bool:
+    def _is_near(self, case: Case, apart: tuple[float, float], slack: float = 0.0) -> bool:
         outputs, returned = apart
         if case.contribution is not None:
-            return outputs <= self._tolerance.contribution
+            return outputs <= self._tolerance.contribution + slack
         return outputs <= self._tolerance.outputs and returned <= self._tolerance.returned
 
 
@@ -335,14 +327,20 @@ _Pair = tuple[bytes, bytes]
 """Sketches of what went out and of what went back; empty where there is nothing. A contribution goes out."""
 
 
+def _slack(case: Case) -> float:
+    return 0.0 if case.contribution is None else case.contribution.slack
+
+
 def _found(case: Case, report: AuditReport) -> _Pair:
-    return report.outputs, report.returned if case.contribution is None else b""
+    if case.contribution is not None:
+        return case.contribution.seen(report.outputs), b""
+    return report.outputs, report.returned
 
 
 def _sent(case: Case, report: AuditReport) -> _Pair:
     """Return what the audited has sent: as it says, as the auditor has seen it, or as its neighbours say."""
     if case.contribution is not None:
-        return case.contribution.sketch, b""
+        return case.contribution.seen(case.contribution.sketch), b""
     return (report.seen_outputs, report.seen_returned) if case.has_bytes else _told(case)
 
 

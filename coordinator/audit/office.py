@@ -20,7 +20,8 @@ from collections.abc import Collection, Mapping, Sequence
 import structlog
 
 from coordinator.audit import policy
-from coordinator.audit.court import Case, Contributed, Court, Finding, Verdict
+from coordinator.audit.contributed import Contributed, contributed
+from coordinator.audit.court import Case, Court, Finding, Verdict
 from coordinator.audit.lookout import NONSENSE, Lookout
 from coordinator.audit.policy import Sanction, Standing, State
 from coordinator.audit.shares import Blame, Disputes, ShareCases
@@ -37,7 +38,6 @@ from coordinator.store.bans import BanRow
 from coordinator.store.database import Connection, Database
 from protocol.audits import (
     MAX_SHARES,
-    MAX_WORKS,
     SEED_BYTES,
     Answer,
     ContributionReport,
@@ -103,6 +103,8 @@ class AuditOffice:
         self._may_overlap = manifest.averaging.overlap
         self._prefix = _prefix_of(manifest)
         self._soundness = Soundness()
+        self._found_in_part: dict[PeerId, RoundId] = {}
+        """Whose contribution was found wrong of which some was hidden, and when first."""
         self._drawn: defaultdict[tuple[RoundId, PeerId], int] = defaultdict(int)
         self._left: deque[Carry] = deque(maxlen=MAX_LEFT)
         self._verdicts: list[Verdict] = []
@@ -160,6 +162,7 @@ class AuditOffice:
         self._sums, self._newest_round = Sums(is_mean=self._is_local), None
         self._lookout.start_over()
         self._soundness = Soundness()
+        self._found_in_part.clear()
         self._quiet_until_s = self._clock.monotonic() + QUIET_S
 
     # -- what is heard ----------------------------------------------------------------------------------
@@ -292,15 +295,12 @@ class AuditOffice:
             if self._is_local:  # what local steps come to depends on their order
                 continue
             for peer, (tokens, sketch) in record.contributions.items():
-                own = tuple(carry for carry in works if carry.peer == peer)
-                # with work that nobody vouches for, or that was done with other weights, the sum is another one
-                if sum(carry.target_tokens for carry in own) != tokens or not 0 < len(own) <= MAX_WORKS:
-                    continue
-                if len({(carry.first_stage, carry.num_stages, carry.version) for carry in own}) > 1:
+                own = (carry for carry in works if carry.peer == peer)
+                given = contributed(record.stage, tokens, sketch, own)
+                if given is None:
                     continue
                 if not record.adds_up or self._chance.random() < policy.rate(self.standing(peer), now_s=now_s):
-                    contribution = Contributed(stage=record.stage, sketch=sketch, works=own)
-                    self._open(own[0], record.seed, contribution=contribution)
+                    self._open(given.works[0], record.seed, contribution=given)
 
     def _open(
         self,
@@ -374,7 +374,14 @@ class AuditOffice:
         return True
 
     def _is_believed(self, case: Case, peer: PeerId) -> bool:
-        """Tell whether two witnesses are enough for a sentence: one watcher is both only if it is sound."""
+        """Tell whether two witnesses are enough for a sentence: one watcher is both only if it is sound.
+
+        And what is hidden of a contribution may be a microbatch like no other; but not in every round.
+        """
+        if case.contribution is not None and case.contribution.slack:
+            first = self._found_in_part.setdefault(peer, case.carry.round)
+            if first == case.carry.round:
+                return False
         if not (case.is_watcher and case.is_fresh):
             return True
         stage = StageId(case.carry.first_stage)
@@ -505,6 +512,7 @@ class AuditOffice:
             self._sums.forget(standing.peer)
             self._lookout.forget(standing.peer, now_s=self._clock.monotonic())
             self._soundness.forget(standing.peer)
+            self._found_in_part.pop(standing.peer, None)
             await self._journal.event("peer.pardoned", standing.peer, "back on probation: all of its work is looked at")
 
     def _auditors_of(self, carry: Carry) -> tuple[PeerId, ...]:

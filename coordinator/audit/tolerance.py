@@ -2,18 +2,30 @@
 
 Owns: the table. Must not know: how distances are measured (`protocol/sketch.py`).
 
-Calibrated by `python -m tests.benchmarks.trust --calibrate` on honest pairs of mixed dtypes and kernels, and frozen:
-three times the largest distance that was seen there, for the activations and for the gradients of every codec.
+Calibrated by `python -m tests.benchmarks.trust --calibrate` and frozen: the largest distances among 5,184 audits of
+honest pairs for each codec (twelve seeds, three stages, fp32 and bf16, two attention kernels each). Peers compute in
+fp32 today, so that is more than they have. Gradients have a longer tail than activations and a smaller factor: three
+times what was seen would let 3 % of noise pass. The 35,838 audits that are counted as false or not are of other seeds.
 """
 
 from __future__ import annotations
 
 from coordinator.audit.court import Tolerance
 
-_LARGEST = {"fp32": 0.010, "bf16": 0.011, "fp16": 0.010, "int8": 0.016, "int4": 0.10, "int4-turned": 0.09}
-FACTOR = 3.0
+_LARGEST = {
+    "fp32": (0.0066, 0.0182),
+    "fp16": (0.0066, 0.0166),
+    "bf16": (0.0071, 0.0172),
+    "int8": (0.0126, 0.0162),
+    "int4": (0.0648, 0.0768),
+    "int4-turned": (0.0602, 0.0706),
+}
+"""Of activations and of gradients that travel in a codec."""
+OUTPUTS_FACTOR, RETURNED_FACTOR = 3.0, 1.8
 
 
 def tolerance_of(codec: str, gradient_codec: str) -> Tolerance:
     """Return the tolerance of a run whose bodies travel in these codecs."""
-    return Tolerance(outputs=FACTOR * _LARGEST[codec], returned=FACTOR * _LARGEST[gradient_codec])
+    return Tolerance(
+        outputs=OUTPUTS_FACTOR * _LARGEST[codec][0], returned=RETURNED_FACTOR * _LARGEST[gradient_codec][1]
+    )

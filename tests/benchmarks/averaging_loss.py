@@ -6,6 +6,9 @@ exchange's reading for the sparse one, `absorb.py`), without the network in betw
 the gradients of all four replicas at every inner step, from the same initial weights and the same data in the same
 order.
 
+Rows that end in `_later` are the same 400 steps, begun from weights that one step for all had trained before: there
+a replica's own batch is no longer far too small, as it is in the first steps of any training.
+
 Owns: model, data, schedules and learning rates. How the rates of both sides were found:
 `python -m tests.benchmarks.averaging_loss --help`.
 """
@@ -20,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -38,9 +42,10 @@ from peer.engine.optimizer import OptimizerSpec
 from peer.engine.outer import OuterSpec
 from peer.engine.schedule import LearningRate
 from peer.engine.stage_engine import StageEngine
+from peer.engine.statefiles import OPTIMIZER, WEIGHTS
 from protocol.architecture import preset
 from protocol.batches import TaskKind, plan_round
-from protocol.ids import RoundId
+from protocol.ids import RoundId, Version
 from protocol.rounds.factors import shares_of
 from protocol.rounds.records import clip_scale
 from tests.benchmarks.harness import Options, Row, figure
@@ -50,6 +55,7 @@ from tests.e2e.swarm import Swarm
 REPLICAS = 4
 STEPS = 400
 WARMUP = 40
+STEPS_BEFORE = 2000  # of the rows `_later`
 INNER_STEPS = 25
 SEQUENCES, LENGTH = 4, 128  # 512 tokens per replica and step
 CLIP = 1.0
@@ -93,20 +99,49 @@ SWARM_BAR = "<= 1.02"  # its replicas take what comes, at a rate that changes on
 
 
 class Task:
-    """Model and text of one seed."""
+    """Model and text of one seed, and the weights it starts from: drawn, or trained for so many steps before."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        directory = folder / f"run-{seed}"
-        _make_run(directory, seed, stages=1, rounds=STEPS, steps_per_round=1)
-        self.seed, self._run = seed, RunDir.open(directory)
+    def __init__(self, folder: Path, seed: int, *, steps_before: int = 0) -> None:
+        directory = folder / f"run-{seed}-{steps_before}"
+        _make_run(directory, seed, stages=1, rounds=steps_before + STEPS, steps_per_round=1)
+        self.seed, self._run, self._first = seed, RunDir.open(directory), steps_before
 
     def microbatches(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        """Return inputs and labels (B, T) of all replicas for one inner step."""
-        return list(self._of_kind(RoundId(step), TaskKind.TRAIN))
+        """Return inputs and labels (B, T) of all replicas for one inner step; those before count down from -1."""
+        return list(self._of_kind(RoundId(self._first + step), TaskKind.TRAIN))
+
+    def engine(self, outer: OuterSpec | None) -> StageEngine:
+        """Return a replica at the initial weights, with an optimizer that has seen nothing."""
+        engine = _new_engine(self.seed, outer)
+        if self._first:
+            fresh = _files(engine)
+            fresh[WEIGHTS] = BytesIO(self._weights_before)
+            engine.read_state(fresh, version=Version(0))
+        return engine
 
     @cached_property
-    def heldout(self) -> list[tuple[Tensor, Tensor]]:
-        return list(self._of_kind(RoundId(STEPS), TaskKind.EVAL))
+    def start_loss(self) -> float:
+        """The held-out loss of the initial weights."""
+        with closing(self.engine(None)) as engine:
+            return self.heldout_loss(engine)
+
+    def heldout_loss(self, engine: StageEngine) -> float:
+        """Return nats per token."""
+        results = [engine.evaluate(*each) for each in self._heldout]
+        return sum(result.loss_sum for result in results) / sum(result.target_tokens for result in results)
+
+    @cached_property
+    def _heldout(self) -> list[tuple[Tensor, Tensor]]:
+        return list(self._of_kind(RoundId(self._first + STEPS), TaskKind.EVAL))
+
+    @cached_property
+    def _weights_before(self) -> bytes:
+        """The weights after the steps before: at the yardstick's rate, which does not fall."""
+        schedule = LearningRate(peak=SYNCHRONOUS.rate, warmup=WARMUP, total=self._first, final_fraction=1.0)
+        with closing(_new_engine(self.seed, None)) as engine:
+            for step in range(self._first):
+                _step_for_all(engine, self.microbatches(step - self._first), schedule.at(step))
+            return _files(engine)[WEIGHTS].getvalue()
 
     def _of_kind(self, round_id: RoundId, kind: TaskKind) -> Iterator[tuple[Tensor, Tensor]]:
         manifest = self._run.manifest
@@ -129,15 +164,15 @@ def train(task: Task, recipe: Recipe) -> float:
     schedule = LearningRate(peak=recipe.rate, warmup=WARMUP, total=STEPS, final_fraction=FINAL_FRACTION)
     with ExitStack() as stack:
         if recipe.codec is None:
-            engine = stack.enter_context(closing(_engine(task, None)))
-            _train_synchronously(engine, task, schedule)
+            engine = stack.enter_context(closing(task.engine(None)))
+            for step in range(STEPS):
+                _step_for_all(engine, task.microbatches(step), schedule.at(step))
         else:
-            engines = [stack.enter_context(closing(_engine(task, recipe.outer))) for _ in range(REPLICAS)]
+            engines = [stack.enter_context(closing(task.engine(recipe.outer))) for _ in range(REPLICAS)]
             _train_apart(engines, task, schedule, recipe)
             engine = engines[0]
             assert len({each.state_digest() for each in engines}) == 1, "replicas do not agree"
-        results = [engine.evaluate(*each) for each in task.heldout]
-    return sum(result.loss_sum for result in results) / sum(result.target_tokens for result in results)
+        return task.heldout_loss(engine)
 
 
 def train_swarm(folder: Path, seed: int, recipe: Recipe) -> float:
@@ -197,17 +232,24 @@ def _make_run(
     )
 
 
-def _engine(task: Task, outer: OuterSpec | None) -> StageEngine:
+def _new_engine(seed: int, outer: OuterSpec | None) -> StageEngine:
     spec = OptimizerSpec(name="adamw8bit")
     return StageEngine.build(
-        CONFIG, num_stages=1, stage=0, optimizer=spec, seed=task.seed, outer=outer, keep_budget_bytes=1 << 30
+        CONFIG, num_stages=1, stage=0, optimizer=spec, seed=seed, outer=outer, keep_budget_bytes=1 << 30
     )
 
 
-def _train_synchronously(engine: StageEngine, task: Task, schedule: LearningRate) -> None:
-    for step in range(STEPS):
-        results = [engine.loss_and_backward(*each) for each in task.microbatches(step)]
-        _take_step(engine, sum(result.target_tokens for result in results), schedule.at(step))
+def _files(engine: StageEngine) -> dict[str, BytesIO]:
+    files = {WEIGHTS: BytesIO(), OPTIMIZER: BytesIO()}
+    engine.write_state(files)
+    for file in files.values():
+        file.seek(0)
+    return files
+
+
+def _step_for_all(engine: StageEngine, microbatches: Sequence[tuple[Tensor, Tensor]], rate: float) -> None:
+    results = [engine.loss_and_backward(*each) for each in microbatches]
+    _take_step(engine, sum(result.target_tokens for result in results), rate)
 
 
 def _train_apart(engines: Sequence[StageEngine], task: Task, schedule: LearningRate, recipe: Recipe) -> None:
@@ -320,12 +362,14 @@ def tune() -> None:
     parser.add_argument("--outer-momentum", type=float, default=0.9)
     parser.add_argument("--inner-steps", type=int, default=INNER_STEPS)
     parser.add_argument("--overlap", action="store_true")
+    parser.add_argument("--after", type=int, default=0, help="Steps for all that were taken before.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as place:
-        task = Task(Path(place), options.seed)
+        task = Task(Path(place), options.seed, steps_before=options.after)
+        print(f"held-out loss of the initial weights {task.start_loss:.4f}", flush=True)
         for rate in options.rates:
             recipe = Recipe(
                 codec=options.codec,

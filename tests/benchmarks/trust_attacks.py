@@ -24,14 +24,15 @@ from tests.benchmarks import trust_cheats as cheats
 from tests.benchmarks.harness import Options, Row, figure
 from tests.benchmarks.trust_calibrate import bulk_audits
 from tests.benchmarks.trust_cheats import Cheat
-from tests.benchmarks.trust_model import MACHINES, STAGES, HopCodec
+from tests.benchmarks.trust_model import MACHINES, MICROBATCHES, STAGES, HopCodec
 from tests.benchmarks.trust_world import Member, Result, Setting, train
 
-QUICK_ROUNDS, ROUNDS = 24, 120
+QUICK_ROUNDS, ROUNDS, CLEAN_ROUNDS = 24, 48, 120
 SEEDS, QUICK_SEEDS = (0, 1, 2), (0,)
 CHEAT = 1  # the number of the replica that does
 SLEEP_TASKS, QUICK_SLEEP_TASKS = 2000, 30
-SLEEP_ROUNDS = 1100  # two tasks each, and what is left after the sleep
+MANY_MICROBATCHES = 24  # of a round, where a cheat hides one of its own
+SLEEP_MICROBATCHES, SLEEP_ROUNDS = 64, 149  # 16 tasks a round for each replica, and 24 rounds after the sleep
 BULK_AUDITS, QUICK_BULK_AUDITS = 30_000, 1_000
 LOSS_BAR, CREDIT_BAR = 1.02, 0.01
 
@@ -57,6 +58,7 @@ ATTACKS: dict[str, Attack] = {
     "poisoned_gradients_10": partial(cheats.PoisonedGradients, 0.1),
     "poisoned_contribution": cheats.PoisonedContribution,
     "hidden_contribution": cheats.HiddenContribution,
+    "partly_hidden_contribution": cheats.PartlyHiddenContribution,
     "lying_reducer": cheats.LyingReducer,
     "framing_reducer": cheats.FramingReducer,
     "lying_neighbour": cheats.LyingNeighbour,
@@ -102,13 +104,13 @@ def rows(options: Options) -> Iterator[Row]:
 
 def _attacks(names: Sequence[str], options: Options) -> Iterator[Row]:
     seeds = QUICK_SEEDS if options.quick else SEEDS
-    clean: dict[tuple[int, int, str], Result] = {}
+    clean: dict[tuple[int, int, str, int], Result] = {}
     worst: dict[str, Trial] = {}
     for name in names:
         attacked = []
         for seed in seeds:
             setting = setting_of(name, seed, quick=options.quick)
-            key = seed, setting.rounds, setting.mode
+            key = seed, setting.rounds, setting.mode, setting.microbatches
             if key not in clean:
                 clean[key] = train(replace(setting, cheats={}, is_defended=False))
             attacked.append((train(setting), clean[key]))
@@ -138,9 +140,12 @@ def setting_of(name: str, seed: int, *, quick: bool) -> Setting:
     else:
         place = 0 if "reducer" in name else CHEAT  # small stages have few parts to be added up: the first members do it
         made = {(stage, place): attack for stage in range(STAGES) if stage in attack().stages}
+    microbatches = MANY_MICROBATCHES if name.startswith("partly_hidden") else MICROBATCHES
+    if name.startswith("sleeper") and not quick:
+        microbatches = SLEEP_MICROBATCHES
     mode = "diloco" if name.endswith(DILOCO) else "gradient"
     machines = MACHINES[:2] if quick else MACHINES  # bf16 takes twice as long on a CPU
-    return Setting(seed=seed, rounds=rounds, mode=mode, machines=machines, cheats=made)
+    return Setting(seed=seed, rounds=rounds, mode=mode, machines=machines, cheats=made, microbatches=microbatches)
 
 
 def _row(name: str, trial: Trial, *, quick: bool) -> Row:
@@ -206,7 +211,7 @@ CLEAN_ROWS = ("clean_strikes", "clean_bans", "clean_false_audits", "clean_loss")
 def _clean(options: Options) -> Iterator[Row]:
     """Train with honest peers on mixed machines, with and without defences."""
     defended, plain = [], []
-    rounds = QUICK_ROUNDS if options.quick else ROUNDS
+    rounds = QUICK_ROUNDS if options.quick else CLEAN_ROUNDS
     for seed in QUICK_SEEDS if options.quick else SEEDS:
         for codec_name in CLEAN_CODECS:
             setting = Setting(seed=seed, rounds=rounds, machines=MACHINES, codec=codec_name)

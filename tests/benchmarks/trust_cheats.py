@@ -23,7 +23,7 @@ from protocol.audits import AuditOrder, AuditReport, ShareReport, SketchOrder, S
 from protocol.layout import BlockKind
 from protocol.receipts import Hop
 from protocol.sketch import scaled, summed
-from tests.benchmarks.trust_model import CONFIG, LENGTH, MICROBATCHES, STAGES, Source
+from tests.benchmarks.trust_model import CONFIG, LENGTH, STAGES, Source
 
 if TYPE_CHECKING:
     from tests.benchmarks.trust_world import Member, Task, World
@@ -286,7 +286,7 @@ class InflatedTokens(Cheat):
             *(
                 replace(hop, number=number)
                 for hop in served[:1]
-                for number in range(MICROBATCHES)
+                for number in range(self.world.setting.microbatches)
                 if number not in known
             ),
         ]
@@ -342,6 +342,16 @@ class HiddenContribution(PoisonedContribution):
 
     def shows(self, given: Sequence[Tensor], honest: Sequence[Tensor]) -> Sequence[Tensor]:
         return honest
+
+
+class PartlyHiddenContribution(PoisonedContribution):
+    """Turns the sign of its sum, and says nothing of one of its microbatches: so nobody can recompute all of it."""
+
+    note = "six tasks a round instead of two, of which it hides one"
+
+    def says(self, sent: list[Hop], served: list[Hop]) -> tuple[list[Hop], list[Hop]]:
+        hidden = max((hop.number for hop in (*sent, *served)), default=-1)
+        return [hop for hop in sent if hop.number != hidden], [hop for hop in served if hop.number != hidden]
 
 
 class LyingReducer(Cheat):

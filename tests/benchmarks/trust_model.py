@@ -66,7 +66,7 @@ MACHINES = (
 )
 
 
-def make_manifest(seed: int, rounds: int, *, mode: str, codec: HopCodec) -> Manifest:
+def make_manifest(seed: int, rounds: int, *, mode: str, codec: HopCodec, microbatches: int = MICROBATCHES) -> Manifest:
     """Return the manifest of a training, whose hops use a codec."""
     usual = manifest().optimizer
     return manifest(
@@ -75,7 +75,7 @@ def make_manifest(seed: int, rounds: int, *, mode: str, codec: HopCodec) -> Mani
         batch=batch_spec(
             sequence_length=LENGTH,
             sequences_per_microbatch=SEQUENCES,
-            microbatches_per_round=MICROBATCHES,
+            microbatches_per_round=microbatches,
             num_rounds=rounds,
             eval_every=100_000,
         ),

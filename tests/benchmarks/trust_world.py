@@ -121,6 +121,8 @@ class Setting:
     mode: str = "gradient"
     codec: HopCodec = "fp16"
     """Of activations and their gradients."""
+    microbatches: int = MICROBATCHES
+    """Of a round."""
     machines: Sequence[Machine] = (FP32,)
     """Replica number i of every stage has one of them in turn."""
     is_defended: bool = True
@@ -280,7 +282,16 @@ def train(setting: Setting) -> Result:
 
 
 async def _train(setting: Setting, folder: Path) -> Result:
-    run, time = make_manifest(setting.seed, setting.rounds, mode=setting.mode, codec=setting.codec), StoppedTime()
+    run, time = (
+        make_manifest(
+            setting.seed,
+            setting.rounds,
+            mode=setting.mode,
+            codec=setting.codec,
+            microbatches=setting.microbatches,
+        ),
+        StoppedTime(),
+    )
     async with open_office(folder, time=time, run=run) as office:
         world = World(setting, office)
         try:
@@ -326,7 +337,7 @@ class World:
                 member.stage, round_id=round_id, version=member.engine.version, lineage=self._lineages[member.stage]
             )
         self.carried = {key: each for key, each in self.carried.items() if key[0] >= round_id - 2}
-        paths = [self._feed(Task(round_id, number)) for number in range(MICROBATCHES)]
+        paths = [self._feed(Task(round_id, number)) for number in range(self.setting.microbatches)]
         await self._audit()
         credits = Counter((member.stage, member.peer) for path in paths for member in path)
         under = self._close(round_id, sum(bool(path) for path in paths), credits)

@@ -9,7 +9,8 @@ import itertools
 
 import pytest
 
-from coordinator.audit.court import PATIENCE_S, Case, Contributed, Court, Finding, Tolerance, Verdict
+from coordinator.audit.contributed import Contributed
+from coordinator.audit.court import PATIENCE_S, Case, Court, Finding, Tolerance, Verdict
 from protocol.audits import AuditOrder, AuditOutcome, SketchOrder
 from protocol.ids import PeerId, StageId
 from protocol.sketch import sketch
