@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 
 from coordinator.audit.contributed import Contributed
@@ -140,15 +141,15 @@ def test_who_does_not_answer_is_named_and_the_case_ends() -> None:
     assert own.orders_for(Q) == []
 
 
-def contributed(given: str) -> Contributed:
+def contributed(given: np.ndarray, slack: float) -> Contributed:
     """Return what P says it has given, where `sum` is what its microbatches come to."""
     works = tuple(carry(P, U, D, number) for number in range(3))
-    return Contributed(stage=StageId(1), sketch=sketch(tensor(given), SEED), works=works)
+    return Contributed(stage=StageId(1), sketch=sketch(given, SEED), works=works, slack=slack)
 
 
-def tried_sum(given: str, liar: PeerId | None = None) -> list[Verdict]:
+def tried_sum(given: str | np.ndarray, liar: PeerId | None = None, *, slack: float = 0.0) -> list[Verdict]:
     own, crowd = court(), people(liar=liar)
-    contribution = contributed(given)
+    contribution = contributed(tensor(given) if isinstance(given, str) else given, slack)
     first = own.open(contribution.works[0], Q, SEED, now_s=0.0, contribution=contribution)
     verdicts = [hold(own, crowd, first)]
     if verdicts[0].finding is Finding.DIFFERS:
@@ -171,6 +172,20 @@ def test_who_adds_up_wrongly_is_found_and_two_who_do_not_agree_convict_nobody() 
     _, second = tried_sum("sum", liar=Q)
     assert (second.finding, second.liars) == (Finding.CLEARED, (Q,))
     _, second = tried_sum("nonsense", liar=Q)
+    assert second.finding is Finding.NOTHING
+
+
+def test_what_is_hidden_of_a_contribution_may_make_a_difference_and_no_more() -> None:
+    """Oracle: with a slack of 1.2, half of the known sum on top is right, and the sum turned is wrong."""
+    (verdict,) = tried_sum(tensor("sum") + tensor("hidden") / 2, slack=1.2)
+    assert verdict.finding is Finding.VALID
+    first, second = tried_sum(-tensor("sum") - tensor("hidden") / 2, slack=1.2)
+    assert (first.finding, second.finding) == (Finding.DIFFERS, Finding.CONFIRMED)
+
+
+def test_slack_is_for_the_audited_and_not_for_auditors() -> None:
+    """Two auditors sketch the same microbatches. Oracle: one whose sum is another is a liar, slack or not."""
+    _, second = tried_sum("nonsense", liar=Q, slack=1.2)
     assert second.finding is Finding.NOTHING
 
 

@@ -6,7 +6,7 @@ Everything is real but tensors, the network and the time. Oracles: rows in SQLit
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -23,12 +23,13 @@ from coordinator.store import audits, bans, credits, history
 from protocol.audits import ContributionReport, NonsenseReport, ShareOrder, ShareReport, contribution_seed
 from protocol.control import BeatReply, ReceiptReport, Report
 from protocol.handover import hand_over
-from protocol.ids import RoundId, StageId
+from protocol.ids import Lineage, RoundId, StageId
 from protocol.manifest import AveragingMode, AveragingSpec
 from protocol.receipts import Hop
 from protocol.rounds.lineage import next_lineage
-from protocol.rounds.messages import Contribution, Credit
-from protocol.sketch import ShardSketch, Values, folded, scaled, summed
+from protocol.rounds.messages import Commit, Contribution, Credit
+from protocol.signing import Signed
+from protocol.sketch import ShardSketch, Values, folded, scaled, sketch, summed
 from tests.coordinator.audit.people import Person, named, tensor
 from tests.coordinator.office import (
     NO_LINEAGE,
@@ -95,10 +96,12 @@ class Crew:
             await self.beat(worker, self._window(worker, round_id, hops))
 
     async def settle(self, beats: int = 6) -> None:
-        """Let everybody answer what it is asked, until nothing is."""
+        """Let everybody who is not out answer what it is asked, until nothing is."""
         for _ in range(beats):
             await self.office.tick(1.0)
             for who in EVERYBODY:
+                if self.office.services.bans.refusal(who.peer) is not None:
+                    continue
                 reply = await self.beat(who)
                 answers = self.people[who.peer].answers(reply)
                 if answers:
@@ -341,26 +344,25 @@ async def test_whom_most_of_its_neighbours_refuse_is_put_out(tmp_path: Path) -> 
 GIVERS = (WORKER, SECOND, THIRD)
 
 
+def _recorded(under: Signed, **made: Any) -> Iterator[tuple[Commit, Lineage, bytes]]:
+    """Yield commits of stage 1 of which contributions are on record, with their seeds."""
+    for number in range(64):
+        each = commit(RUN, 1, under, parent=NO_LINEAGE, norm=float(number), **made)
+        lineage = next_lineage(each.parent, each.to_bytes())
+        seed = contribution_seed(lineage)
+        if seed is not None:
+            yield each, lineage, seed
+
+
 class Average:
     """A commit of three on record, each of which adds up a third; one makes something else of its share."""
 
     def __init__(self, *, poisoned: bool = False, which: int = 0) -> None:
         under = sign_closing(FEEDER, closing(RUN, 0))
-        made = (
-            commit(RUN, 1, under, members=GIVERS, parent=NO_LINEAGE, norm=float(number), **self._group())
-            for number in range(64)
-        )
-        recorded = (
-            (each, lineage, seed)
-            for each in made
-            if (seed := contribution_seed(lineage := next_lineage(each.parent, each.to_bytes()))) is not None
-        )
+        group = tuple(Contribution(peer=who.peer, tokens=TOKENS, weight=TOKENS) for who in GIVERS)
+        recorded = _recorded(under, members=GIVERS, contributors=group)
         self.commit, self.lineage, self.seed = next(islice(recorded, which, None))
         self.poison = tensor("poison") if poisoned else 0 * tensor("poison")
-
-    @staticmethod
-    def _group() -> dict[str, Any]:
-        return {"contributors": tuple(Contribution(peer=who.peer, tokens=TOKENS, weight=TOKENS) for who in GIVERS)}
 
     def given(self, who: Volunteer, share: int) -> bytes:
         return self._sketch(tensor(f"{who.name} to {share}"), share)
@@ -437,6 +439,27 @@ async def test_of_two_that_contradict_each_other_both_are_looked_at_closely(tmp_
             await crew.beat(who, report)
         await office.tick(1.0)
         assert [crew.state_of(who) for who in GIVERS] == [State.SUSPECT, State.SUSPECT, State.NEW]
+
+
+async def test_who_hides_a_part_of_its_work_is_put_out_once_its_sum_is_wrong_again(tmp_path: Path) -> None:
+    """It turns its sum, and of five microbatches it keeps one to itself. Oracle: standings after each round."""
+    async with open_office(tmp_path, run=RUN) as office:
+        crew, states, tokens = Crew(office), [], (NUMBERS + 1) * TOKENS
+        await crew.enter()
+        for round_id in range(2):
+            await crew.work(round_id)
+            alone = (Contribution(peer=WORKER.peer, tokens=tokens, weight=tokens),)
+            under = sign_closing(FEEDER, closing(RUN, round_id))
+            made, lineage, seed = next(_recorded(under, members=(WORKER,), contributors=alone))
+            turned = sketch(-tensor("sum"), seed)
+            report = ContributionReport(stage=StageId(1), round=made.round, lineage=lineage, own=turned, total=turned)
+            office.services.audits.hear_commit(made, lineage)
+            await crew.beat(WORKER, report)
+            await office.tick(GATHER_S + 1.0)
+            await crew.settle()
+            states.append(crew.state_of(WORKER))
+        assert states == [State.SUSPECT, State.QUARANTINED]
+        assert (await crew.findings())["worker"]["confirmed"] == 2
 
 
 async def test_when_the_run_goes_back_nobody_is_judged_by_other_weights(tmp_path: Path) -> None:
