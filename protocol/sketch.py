@@ -21,7 +21,9 @@ from protocol.ids import digest
 
 WIDTH = 256  # numbers per piece: the distance is estimated to 7 % (one standard deviation)
 MAX_PIECES = 8
-SEGMENT = 1 << 16
+SEGMENT = 1 << 14
+TURNS, MANY_TURNS = 8, 512
+"""In how many ways segments share one pattern; and of how many segments that is drawn at once."""
 MAX_SKETCH_BYTES = MAX_PIECES * WIDTH * 4
 QUIET = 0.1  # of the mean: a piece that has less than so much is measured by that, or rounding would be all of it
 
@@ -35,7 +37,8 @@ def pattern(seed: bytes, length: int) -> tuple[npt.NDArray[np.int64], Values]:
 
 
 _kept_pattern = lru_cache(maxsize=1)(pattern)
-"""Many sketches of one seed are made at a time, one for each member of an average."""
+_kept_turns = lru_cache(maxsize=1)(pattern)
+"""Many sketches of one seed are made at a time, one for each member of an average, and shard by shard."""
 
 
 def sketch(values: Values, seed: bytes, *, pieces: int = MAX_PIECES) -> bytes:
@@ -56,27 +59,39 @@ def sketch(values: Values, seed: bytes, *, pieces: int = MAX_PIECES) -> bytes:
 class ShardSketch:
     """The sketch of a stage's weights, or as many numbers, in `MAX_PIECES`: the shards go into them in turn.
 
-    Segments of a shard share one pattern, each turned and with a sign of its own, so that drawing it costs little.
+    Segments of a shard share one pattern, each turned in one of `TURNS` ways and with a sign of its own. So those that
+    are turned alike can be added up first, which is as fast as memory is, and only their sums are put into buckets.
+    What is spoilt at one and the same place of all segments, the worst that can be done without the seed, still lands
+    in as many buckets as there are ways.
     """
 
     def __init__(self, seed: bytes) -> None:
         self._seed, (self._buckets, self._signs) = seed, _kept_pattern(seed, SEGMENT)
-        self._sums = np.zeros((MAX_PIECES, WIDTH))
+        self._alike: dict[tuple[int, int], Values] = {}
+        """Sums of segments, by piece and turn."""
 
     def add(self, shard: int, values: Values, *, start: int = 0) -> None:
         """Add numbers of a shard from `start` on, at the beginning of a segment."""
         first, rest = divmod(start, SEGMENT)
         assert rest == 0, "a segment is sketched from its beginning"
         count = -(-len(values) // SEGMENT)
-        turns, flips = pattern(self._seed + shard.to_bytes(4, "big"), first + count)
+        enough = -(-(first + count) // MANY_TURNS) * MANY_TURNS
+        turns, flips = _kept_turns(self._seed + shard.to_bytes(4, "big"), enough)
         for index in range(count):
-            piece = values[index * SEGMENT : (index + 1) * SEGMENT]
-            row = np.bincount(self._buckets[: len(piece)], piece * self._signs[: len(piece)], minlength=WIDTH)
-            self._sums[shard % MAX_PIECES] += flips[first + index] * np.roll(row, turns[first + index])
+            segment = values[index * SEGMENT : (index + 1) * SEGMENT]
+            key = shard % MAX_PIECES, int(turns[first + index]) % TURNS
+            if key not in self._alike:
+                self._alike[key] = np.zeros(SEGMENT, dtype=np.float32)
+            total = self._alike[key][: len(segment)]
+            (np.add if flips[first + index] > 0 else np.subtract)(total, segment, out=total)
 
     def packed(self) -> bytes:
         """Return the sketch."""
-        return bytes(self._sums.astype("<f4").tobytes())
+        sums = np.zeros((MAX_PIECES, WIDTH))
+        for (piece, turn), total in sorted(self._alike.items()):
+            row = np.bincount(self._buckets, total * self._signs, minlength=WIDTH)
+            sums[piece] += np.roll(row, turn * (WIDTH // TURNS))
+        return bytes(sums.astype("<f4").tobytes())
 
 
 def sketch_shards(shards: Iterable[Values], seed: bytes) -> bytes:

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationErro
 
 from protocol.errors import WireError
 
-PROTOCOL_VERSION = 10
+PROTOCOL_VERSION = 11
 MAX_MESSAGE_BYTES = 256 * 1024  # the largest control message is a commit for ~1,000 members
 MAX_CHUNK_BYTES = 1024 * 1024  # bigger chunks gained nothing on loopback and delay everything else on a home link
 MAX_DEPTH = 12  # our deepest message nests 7 levels; msgpack's own limit (1,024) is far beyond any need
