@@ -67,6 +67,9 @@ class ReceiptEntry:
     max_per_round: int
 
 
+MAX_WORK_PER_ROUND, MAX_AVERAGINGS_PER_ROUND = 8, 32
+"""Of one peer: it may come back, and a round may be worked on again. Without a limit it could fill the disk."""
+
 Said = ClosingRow | CommitRow | AveragingReport | WorkReport | ReceiptEntry
 
 
@@ -207,7 +210,11 @@ def newest_commits(db: sqlite3.Connection) -> list[bytes]:
 def add_averaging(
     db: sqlite3.Connection, peer: PeerId, sequence: int, *, report: AveragingReport, received_s: float
 ) -> None:
-    """Add one member's view of one attempt to average."""
+    """Add one member's view of one attempt to average, unless it has said more than enough of that round."""
+    of = report.stage, report.round, peer
+    (count,) = db.execute("SELECT count(*) FROM averagings WHERE stage = ? AND round = ? AND peer = ?", of).fetchone()
+    if count >= MAX_AVERAGINGS_PER_ROUND:
+        return
     db.execute(
         "INSERT OR IGNORE INTO averagings VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
@@ -231,7 +238,10 @@ def add_averaging(
 
 
 def add_work(db: sqlite3.Connection, peer: PeerId, sequence: int, *, report: WorkReport) -> None:
-    """Add what one peer did in one round."""
+    """Add what one peer did in one round, unless it has said more than enough of it."""
+    (count,) = db.execute("SELECT count(*) FROM work WHERE round = ? AND peer = ?", (report.round, peer)).fetchone()
+    if count >= MAX_WORK_PER_ROUND:
+        return
     db.execute(
         "INSERT OR IGNORE INTO work VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from coordinator.store import history, tallies
+from coordinator.store.database import Connection
+from coordinator.store.history import MAX_AVERAGINGS_PER_ROUND, MAX_WORK_PER_ROUND
 from protocol.control import Report
 from protocol.errors import PeerFault
 from protocol.ids import RoundId, Version
@@ -113,6 +115,28 @@ async def test_a_report_that_is_repeated_counts_once_also_after_a_restart(tmp_pa
     async with open_office(tmp_path, time=time) as office:
         assert await report(office, A, work(0, hops=3), work(1, hops=4), work(2, hops=5)) == FIRST + 2
         assert (await counters(office)).hops == 12
+
+
+async def test_of_one_round_a_peer_can_say_only_so_much(tmp_path: Path) -> None:
+    """Or it could fill the disk. Oracle: rows; what others say, and what it says of another round, is kept.
+
+    What is not kept is acknowledged too, or it would come again.
+    """
+    async with open_office(tmp_path) as office:
+        await ready_office(office)
+        much = [work(0)] * (2 * MAX_WORK_PER_ROUND)
+        many = [averaging(0, 0, ballot=ballot) for ballot in range(1, 2 * MAX_AVERAGINGS_PER_ROUND)]
+        assert await report(office, A, *much, work(1)) == FIRST + len(much)
+        assert await report(office, A, *many, averaging(1, 0), first=100) == 100 + len(many)
+        await report(office, C, work(0), averaging(0, 0))
+
+        def kept(db: Connection) -> tuple[int, int]:
+            (works,) = db.execute("SELECT count(*) FROM work").fetchone()
+            (averagings,) = db.execute("SELECT count(*) FROM averagings").fetchone()
+            return works, averagings
+
+        found = await office.services.database.run(kept)
+        assert found == (MAX_WORK_PER_ROUND + 2, MAX_AVERAGINGS_PER_ROUND + 2)
 
 
 async def test_a_closing_that_many_report_is_one_round(tmp_path: Path) -> None:
