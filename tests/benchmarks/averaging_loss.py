@@ -87,13 +87,37 @@ class Recipe:
     overlaps: bool = False
 
 
-SYNCHRONOUS = Recipe(codec=None, rate=3e-3)
-RECIPES = {
-    "loss_int8": (Recipe(codec="int8", rate=2.5e-3), "<= 1.01"),
-    "loss_int4": (Recipe(codec="int4", rate=2.5e-3), "<= 1.015"),
-    "loss_sparse": (Recipe(codec="sparse", rate=3e-3, outer=NO_MOMENTUM), "<= 1.02"),
-}
-OVERLAPPED = CONFIRMED = "loss_int8"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """A part of a training, and the recipes for it: the yardstick's, and that of every row with its bar."""
+
+    suffix: str
+    steps_before: int
+    synchronous: Recipe
+    recipes: Mapping[str, tuple[Recipe, str]]
+
+
+BEGINNING = Phase(
+    suffix="",
+    steps_before=0,
+    synchronous=Recipe(codec=None, rate=3e-3),
+    recipes={
+        "loss_int8": (Recipe(codec="int8", rate=2.5e-3), "<= 1.01"),
+        "loss_int4": (Recipe(codec="int4", rate=2.5e-3), "<= 1.015"),
+        "loss_sparse": (Recipe(codec="sparse", rate=3e-3, outer=NO_MOMENTUM), "<= 1.02"),
+    },
+)
+LATER = Phase(
+    suffix="_later",
+    steps_before=STEPS_BEFORE,
+    synchronous=Recipe(codec=None, rate=3e-3),
+    recipes={
+        "loss_int8_later": (Recipe(codec="int8", rate=2e-3, inner_steps=30), "<= 1.01"),
+        "loss_int4_later": (Recipe(codec="int4", rate=2e-3, inner_steps=30), "<= 1.015"),
+        "loss_sparse_later": (Recipe(codec="sparse", rate=3e-3, inner_steps=30, outer=NO_MOMENTUM), "<= 1.02"),
+    },
+)
+OVERLAPPED, OVERLAP, SWARM = "loss_int8", "loss_overlap", "loss_swarm"
 OVERLAP_BAR = "<= 1.005"
 SWARM_BAR = "<= 1.02"  # its replicas take what comes, at a rate that changes once a round
 
@@ -137,7 +161,8 @@ class Task:
     @cached_property
     def _weights_before(self) -> bytes:
         """The weights after the steps before: at the yardstick's rate, which does not fall."""
-        schedule = LearningRate(peak=SYNCHRONOUS.rate, warmup=WARMUP, total=self._first, final_fraction=1.0)
+        rate = BEGINNING.synchronous.rate
+        schedule = LearningRate(peak=rate, warmup=WARMUP, total=self._first, final_fraction=1.0)
         with closing(_new_engine(self.seed, None)) as engine:
             for step in range(self._first):
                 _step_for_all(engine, self.microbatches(step - self._first), schedule.at(step))
@@ -318,39 +343,47 @@ async def _merged(contributions: Sequence[Tensor], name: str, tokens: Sequence[i
 
 def losses(folder: Path, options: Options) -> Iterator[Row]:
     """Train every recipe from every seed, and compare mean held-out losses."""
-    wanted = [row for row in RECIPES if options.wants(row)]
-    wants_overlap, wants_swarm = options.wants("loss_overlap"), options.wants("loss_swarm")
-    if not wanted and not wants_overlap and not wants_swarm:
-        return
-    recipes = {row: RECIPES[row][0] for row in wanted}
-    if wants_overlap:
-        recipes[OVERLAPPED] = RECIPES[OVERLAPPED][0]
-        recipes["loss_overlap"] = replace(recipes[OVERLAPPED], overlaps=True)
-    if wants_swarm:
-        recipes[CONFIRMED] = RECIPES[CONFIRMED][0]
-    found: dict[str, list[float]] = {}
     seeds = QUICK_SEEDS if options.quick else SEEDS
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        for seed in seeds:
-            task = Task(Path(place), seed)
-            for row, recipe in {"reference": SYNCHRONOUS, **recipes}.items():
-                found.setdefault(row, []).append(train(task, recipe))
-        if wants_swarm:
-            swarm = train_swarm(Path(place), seeds[0], recipes[CONFIRMED])
+        for phase in (BEGINNING, LATER):
+            yield from _losses_of(phase, Path(place), seeds, options)
+
+
+def _losses_of(phase: Phase, folder: Path, seeds: Sequence[int], options: Options) -> Iterator[Row]:
+    overlap, overlapped = OVERLAP + phase.suffix, OVERLAPPED + phase.suffix
+    wanted = [row for row in (*phase.recipes, overlap) if options.wants(row)]
+    wants_swarm = phase is BEGINNING and options.wants(SWARM)
+    if not wanted and not wants_swarm:
+        return
+    recipes = {row: phase.recipes[row][0] for row in wanted if row != overlap}
+    if wants_swarm or overlap in wanted:
+        recipes[overlapped] = phase.recipes[overlapped][0]
+    if overlap in wanted:
+        recipes[overlap] = replace(recipes[overlapped], overlaps=True)
+    found: dict[str, list[float]] = {}
+    starts = []
+    for seed in seeds:
+        task = Task(folder, seed, steps_before=phase.steps_before)
+        starts.append(task.start_loss)
+        for row, recipe in {"reference": phase.synchronous, **recipes}.items():
+            found.setdefault(row, []).append(train(task, recipe))
     means = {row: sum(each) / len(each) for row, each in found.items()}
-    for row, mean in means.items():
-        if row == "reference" or not (row in wanted or row == "loss_overlap"):
-            continue
-        against = OVERLAPPED if row == "loss_overlap" else "reference"
+    for row in wanted:
+        against = overlapped if row == overlap else "reference"
         note = (
-            f"{len(seeds)} seed(s): {', '.join(f'{each:.4f}' for each in found[row])} against "
-            f"{', '.join(f'{each:.4f}' for each in found[against])}; {REPLICAS} replicas, H={recipes[row].inner_steps}"
+            f"{len(seeds)} seed(s): {_listed(found[row])} against {_listed(found[against])}, from {_listed(starts)}; "
+            f"{REPLICAS} replicas, H={recipes[row].inner_steps}"
         )
-        bar = OVERLAP_BAR if row == "loss_overlap" else RECIPES[row][1]
-        yield figure(row, mean, means[against], unit="nats", bar=bar, note=note)
+        bar = OVERLAP_BAR if row == overlap else phase.recipes[row][1]
+        yield figure(row, means[row], means[against], unit="nats", bar=bar, note=note)
     if wants_swarm:
-        note = f"{SWARM_STAGES} stages of {REPLICAS} replicas as processes, against {CONFIRMED} in one process, seed 0"
-        yield figure("loss_swarm", swarm, found[CONFIRMED][0], unit="nats", bar=SWARM_BAR, note=note)
+        swarm = train_swarm(folder, seeds[0], recipes[OVERLAPPED])
+        note = f"{SWARM_STAGES} stages of {REPLICAS} replicas as processes, against {OVERLAPPED} in one process, seed 0"
+        yield figure(SWARM, swarm, found[OVERLAPPED][0], unit="nats", bar=SWARM_BAR, note=note)
+
+
+def _listed(losses: Sequence[float]) -> str:
+    return ", ".join(f"{each:.4f}" for each in losses)
 
 
 def tune() -> None:
