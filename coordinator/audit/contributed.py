@@ -1,7 +1,7 @@
 """What a peer says it has put into an average, and the microbatches that this should be the sum of. Pure.
 
 Owns: which microbatches stand for a contribution, and how far it may be from their sum. Must not know: who recomputes
-them (`office.py`), how a case is judged (`court.py`).
+them (`auditors.py`), how a case is judged (`court.py`).
 
 Some of what a peer worked on may not be vouched for from all sides: a neighbour is gone, or one of the two keeps it to
 itself. If that kept a contribution from being looked at, one microbatch a round would hide whatever somebody likes. So

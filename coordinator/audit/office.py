@@ -1,7 +1,7 @@
 """Audits as a service: draws work, hands out orders with beats, and acts on what comes back.
 
-Owns: when what is drawn, who recomputes it, and keeping findings and standings. Must not know: how a case is judged
-(`court.py`), what a standing means (`policy.py`), who carries orders to peers (`registry.py`).
+Owns: when what is drawn, and keeping findings and standings. Must not know: who recomputes it (`auditors.py`), how a
+case is judged (`court.py`), what a standing means (`policy.py`), who carries orders to peers (`registry.py`).
 
 Nothing here holds up training, and without a coordinator nobody is audited or put out: what was done meanwhile is drawn
 from only as long as peers still hold it.
@@ -20,6 +20,7 @@ from collections.abc import Collection, Mapping, Sequence
 import structlog
 
 from coordinator.audit import policy
+from coordinator.audit.auditors import Auditors
 from coordinator.audit.contributed import Contributed, contributed
 from coordinator.audit.court import Case, Court, Finding, Verdict
 from coordinator.audit.lookout import NONSENSE, Lookout
@@ -32,7 +33,7 @@ from coordinator.audit.vouchers import Vouchers
 from coordinator.carries import Carry, RoundHops
 from coordinator.clock import Clock
 from coordinator.journal import DISK_NOTE, Journal
-from coordinator.registry import LivePeer, Registry
+from coordinator.registry import Registry
 from coordinator.store import audits, bans, credits, receipts, successors
 from coordinator.store.bans import BanRow
 from coordinator.store.database import Connection, Database
@@ -46,7 +47,6 @@ from protocol.audits import (
     ShareReport,
     contribution_seed,
 )
-from protocol.encoding import FP16_BLOCK
 from protocol.errors import StorageError
 from protocol.ids import Lineage, PeerId, RoundId, StageId
 from protocol.manifest import AveragingMode, Manifest
@@ -58,9 +58,7 @@ log = structlog.get_logger()
 MAX_ROUNDS = 32  # of which receipts are looked through for work to draw; what is older nobody holds any more
 MAX_AHEAD = 4  # rounds that receipts may be ahead of the commits that we know
 MAX_PER_ROUND = 20  # of one peer's microbatches in one round
-MAX_WAITING, MAX_SUMS_WAITING = 4, 2  # audits of microbatches and of contributions that wait at one auditor
 MAX_LEFT = 32  # microbatches that were drawn while nobody had time: the newest are looked at when somebody has
-MAX_AT_WATCHER = 2  # it may be slow, and what waits too long is no use
 RINGER_RATE = 1 / 8  # of audits: somebody else does the same once more, so that who answers at random is noticed
 PRUNE_EVERY_S = 600.0
 LOOK_EVERY_S = 30.0
@@ -69,8 +67,6 @@ LATE_S, LATELY_S = 120.0, 900.0
 QUIET_S = 60.0  # after the run went back: what peers say of work before that is in by then
 KEEP_S = 7 * 86400.0
 MAX_AGAIN = 8  # microbatches that are looked at again when somebody was struck
-PREFIX, WHOLE_RATE = 32, 1 / 4
-"""Tokens of every sequence that a watcher looks at, on a CPU as it may be; and how often it does all of them."""
 SPOILT = "what it gave into an average, or made of what others gave, is not what it says"
 
 
@@ -87,6 +83,13 @@ class AuditOffice:
         self._order = int(clock.wall() * 1000)  # so that no number comes twice, whoever has answered an earlier one
         self._tolerance = tolerance_of(*manifest.averaging.hop_codecs)
         self._court = Court(self._tolerance, next_order=self._next_order)
+        self._auditors = Auditors(
+            manifest,
+            registry=registry,
+            load=lambda peer, *, is_sum: self._court.load(peer, is_sum=is_sum),
+            is_trusted=self._is_trusted,
+            chance=self._chance,
+        )
         self._quiet_until_s = float("-inf")
         self._newest_round: RoundId | None = None
         """Of the commits that we have heard of."""
@@ -100,8 +103,6 @@ class AuditOffice:
         self._vouchers = Vouchers()
         self._shares = ShareCases(next_order=self._next_order)
         self._disputes = Disputes()
-        self._may_overlap = manifest.averaging.overlap
-        self._prefix = _prefix_of(manifest)
         self._soundness = Soundness()
         self._found_in_part: dict[PeerId, RoundId] = {}
         """Whose contribution was found wrong of which some was hidden, and when first."""
@@ -213,6 +214,9 @@ class AuditOffice:
         peer = self._who(peer)
         return self._standings.get(peer) or Standing(peer=peer)
 
+    def _is_trusted(self, peer: PeerId) -> bool:
+        return policy.state_of(self.standing(peer), now_s=self._clock.wall()) is State.TRUSTED
+
     def _who(self, key: PeerId) -> PeerId:
         return self._newest.get(key, key)
 
@@ -312,64 +316,19 @@ class AuditOffice:
         first: Case | None = None,
     ) -> bool:
         """Have somebody recompute it, or the contribution that it is a part of, if there is anybody who can."""
-        is_sum = contribution is not None
-        auditor = None if first is not None and first.is_watcher else self._auditor(carry, without, is_sum, first)
-        if auditor is None:
-            return self._open_at_watcher(carry, seed, without, contribution, first)
-        self._court.open(carry, auditor, seed, now_s=self._clock.monotonic(), contribution=contribution, first=first)
-        return True
-
-    def _auditor(self, carry: Carry, without: Collection[PeerId], is_sum: bool, first: Case | None) -> PeerId | None:
-        """Choose who recomputes somebody's work: one who can, has time, and is trusted if there is one."""
         concerned = {self._who(key) for key in (carry.peer, *carry.neighbours, *without)}
-        limit = MAX_SUMS_WAITING if is_sum else MAX_WAITING  # of each kind a few, so that both are done
-        free = [
-            peer.peer
-            for peer in self._registry.live()
-            if peer.peer not in concerned
-            and _has_ready(peer, carry)
-            and (first is not None or self._court.load(peer.peer, is_sum=is_sum) < limit)  # a second opinion is urgent
-        ]
-        now_s = self._clock.wall()
-        trusted = [peer for peer in free if policy.state_of(self.standing(peer), now_s=now_s) is State.TRUSTED]
-        return self._chance.choice(trusted or free) if free else None
-
-    def _open_at_watcher(
-        self,
-        carry: Carry,
-        seed: bytes,
-        without: Collection[PeerId],
-        contribution: Contributed | None,
-        first: Case | None,
-    ) -> bool:
-        """Have one of the organiser's watchers recompute it: too few others have a replica.
-
-        As a second opinion the same one may be asked again, with weights that it gets anew. A contribution it looks at
-        only as that: all of a round's microbatches would keep it from everything else.
-        """
-        if (self._may_overlap and carry.version is None) or (contribution is not None and first is None):
-            return False  # it does not know when who took which version
-        able = [
-            peer.peer
-            for peer in self._registry.watching()
-            if peer.peer not in carry.neighbours
-            and _has_ready(peer, carry)
-            and (first is not None or self._court.load(peer.peer, is_sum=False) < MAX_AT_WATCHER)
-        ]
-        others = [peer for peer in able if peer not in without]
-        free = others or (able if first is not None else [])
-        if not free:
+        choice = self._auditors.choose(carry, without=concerned, is_sum=contribution is not None, first=first)
+        if choice is None:
             return False
-        is_whole = carry.downstream is None or self._chance.random() < WHOLE_RATE
         self._court.open(
             carry,
-            self._chance.choice(free),
+            choice.auditor,
             seed,
             now_s=self._clock.monotonic(),
             contribution=contribution,
             first=first,
-            is_watcher=True,
-            prefix=None if is_whole or first is not None else self._prefix,
+            is_watcher=choice.is_watcher,
+            prefix=choice.prefix,
         )
         return True
 
@@ -526,18 +485,6 @@ class AuditOffice:
     def _next_order(self) -> int:
         self._order += 1
         return self._order
-
-
-def _has_ready(peer: LivePeer, carry: Carry) -> bool:
-    """Tell whether a peer has weights of all the stages that a piece of work passed."""
-    return set(carry.stages) <= {replica.stage for replica in peer.replicas if replica.ready}
-
-
-def _prefix_of(manifest: Manifest) -> int | None:
-    """Return of how many tokens a watcher may look; None if a codec's blocks would run across their end."""
-    width, length = manifest.model.config["hidden_size"], manifest.batch.sequence_length
-    fits = not (PREFIX * width % FP16_BLOCK or length * width % FP16_BLOCK)  # the blocks of all others divide it
-    return PREFIX if fits and length > PREFIX else None
 
 
 def _new_seed() -> bytes:

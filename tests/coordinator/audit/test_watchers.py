@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.audit import office as audit_office
+from coordinator.audit import auditors
 from coordinator.audit.policy import State, state_of
 from coordinator.settings import read_settings
 from coordinator.store import audits, bans
@@ -207,8 +207,8 @@ async def test_a_peer_that_lies_about_others_is_doubted_by_its_word(tmp_path: Pa
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 async def test_how_much_it_looks_at(tmp_path: Path, rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last stage has nothing that goes out: it is always done whole."""
-    monkeypatch.setattr(audit_office, "WHOLE_RATE", rate)
-    monkeypatch.setattr(audit_office, "PREFIX", 16)
+    monkeypatch.setattr(auditors, "WHOLE_RATE", rate)
+    monkeypatch.setattr(auditors, "PREFIX", 16)
     async with open_office(tmp_path, run=RUN, watchers=(OWL.peer,)) as office:
         crew = Crew(office)
         await crew.enter()
@@ -219,7 +219,7 @@ async def test_how_much_it_looks_at(tmp_path: Path, rate: float, monkeypatch: py
         seen = set()
         for round_id in range(6, 20):
             orders = (await crew.beat(OWL)).audits
-            assert 0 < len(orders) <= audit_office.MAX_AT_WATCHER  # it may be slow
+            assert 0 < len(orders) <= auditors.MAX_AT_WATCHER  # it may be slow
             assert all(order.prefix == expected[order.first_stage] for order in orders)
             seen |= {order.first_stage for order in orders}
             await crew.beat(OWL, *map(crew.people[OWL.peer].answer, orders))
