@@ -96,6 +96,15 @@ def _carry(round_id: RoundId, num_stages: int, inward: Hop | None, onward: Hop |
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What one peer itself says of its work at a stage in one round."""
+
+    tokens: int
+    contradicted_by: frozenset[PeerId]
+    """At the other ends of hops of which only this peer tells so."""
+
+
 class RoundHops:
     """What was said of one round so far."""
 
@@ -109,6 +118,22 @@ class RoundHops:
         """Take what somebody has said."""
         self._sent.update(window.sent_hops())
         self._served.update(window.served_hops())
+
+    def told_by(self, peer: PeerId, stage: StageId) -> Told:
+        """Return of how much work at a stage a peer tells itself, each number once, and who does not tell the same."""
+        served = {hop for hop in self._served if hop.callee == peer}
+        sent = {hop for hop in self._sent if hop.caller == peer}
+        inward = {hop for hop in served if hop.first_stage <= stage < hop.end_stage}
+        passed_on = {(hop.number, hop.end_stage) for hop in inward}
+        came_in = {(hop.number, hop.end_stage) for hop in served}
+        fed = {hop for hop in sent if stage < hop.first_stage and (hop.number, hop.first_stage) not in came_in}
+        onward = {hop for hop in sent if (hop.number, hop.first_stage) in passed_on}
+        return Told(
+            tokens=sum({hop.number: hop.target_tokens for hop in inward | fed}.values()),
+            contradicted_by=frozenset(
+                (*(hop.caller for hop in inward - self._sent), *(hop.callee for hop in (fed | onward) - self._served))
+            ),
+        )
 
     def fresh(self, hosts: Mapping[PeerId, Collection[StageId]]) -> list[Carry]:
         """Return what is told from all sides now, was not before, and can be recomputed.

@@ -66,10 +66,11 @@ class Contributions:
         used, num_members = codec(update.codec), len(commit.contributors)
         if not used.is_dense:  # nobody adds anything up for others
             return
+        hands = num_members if num_members <= MAX_SHARES else 1  # of more nobody asks share by share
         own = map(engine.contribution_shard, update.shards_of(engine))
         rounds = used if update.codec in COARSE_CODECS else None
-        given = sketch_by_maker(own, seed, num_members=num_members, using=rounds)
-        totals = sketch_by_maker(update_shards(engine, update), seed, num_members=num_members)
+        given = sketch_by_maker(own, seed, num_members=hands, using=rounds)
+        totals = sketch_by_maker(update_shards(engine, update), seed, num_members=hands)
         self._report(
             ContributionReport(
                 stage=stage, round=commit.round, lineage=lineage, own=summed(given), total=summed(totals)

@@ -36,9 +36,9 @@ def pattern(seed: bytes, length: int) -> tuple[npt.NDArray[np.int64], Values]:
     return (raw % WIDTH).astype(np.int64), np.where(raw >> np.uint64(63), np.float32(1), np.float32(-1))
 
 
+# many sketches of one seed are made at a time, one for each member of an average, and shard by shard
 _kept_pattern = lru_cache(maxsize=1)(pattern)
 _kept_turns = lru_cache(maxsize=1)(pattern)
-"""Many sketches of one seed are made at a time, one for each member of an average, and shard by shard."""
 
 
 def sketch(values: Values, seed: bytes, *, pieces: int = MAX_PIECES) -> bytes:
@@ -61,8 +61,8 @@ class ShardSketch:
 
     Segments of a shard share one pattern, each turned in one of `TURNS` ways and with a sign of its own. So those that
     are turned alike can be added up first, which is as fast as memory is, and only their sums are put into buckets.
-    What is spoilt at one and the same place of all segments, the worst that can be done without the seed, still lands
-    in as many buckets as there are ways.
+    What is spoilt at one and the same place of many segments, the worst that can be done without the seed, still lands
+    in as many buckets as there are ways. Up to 4 MiB of such sums are held.
     """
 
     def __init__(self, seed: bytes) -> None:

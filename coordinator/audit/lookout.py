@@ -20,6 +20,10 @@ SILENT = "it hands in no receipts for its work, so that nobody can look at it"
 MUTE = "it does not say what it gives into averages"
 CONTRARY = "what it gives into averages goes against what all others give, again and again"
 UNSTEADY = "it says of most of its work that nobody can do it again"
+CLAIMING = "it claims more work than it is credited with, again and again"
+UNTOLD = "it gives more into averages than it tells of, again and again"
+ALONE = (SILENT, UNTOLD)
+"""Nobody else sees anything of what begins and ends at one and the same peer: it has nothing to tell then."""
 
 EXCUSED_S = 1200.0
 """After an appeal: what is counted then is older, or may be."""
@@ -41,13 +45,16 @@ class Sighting:
 class Lookout:
     """Watches what everybody shows of its work."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, num_stages: int) -> None:
+        self._ends = {StageId(0), StageId(num_stages - 1)}
         self._complaints = Complaints()
         self._evasions = {
             SILENT: Evasion(least=LEAST_ROUNDS),
             MUTE: Evasion(least=LEAST_ROUNDS),
             CONTRARY: Evasion(least=LEAST_AVERAGES),
             UNSTEADY: Evasion(least=LEAST_HOPS),
+            CLAIMING: Evasion(least=LEAST_AVERAGES),
+            UNTOLD: Evasion(least=LEAST_AVERAGES),
         }
         self._excused_s: dict[PeerId, float] = {}
 
@@ -73,7 +80,7 @@ class Lookout:
         `handed_in` are rounds with and without receipts, `unsteady` microbatches that can be done again or not.
         """
         found = []
-        for peer in self._complaints.accused(_sides(live), now_s=now_s):
+        for peer in self._complaints.accused(sides_of(live), now_s=now_s):
             self._complaints.forget(peer)
             found.append(Sighting(peer=peer, why=NONSENSE, is_proven=True))
         seen = {
@@ -81,10 +88,14 @@ class Lookout:
             MUTE: sums.silence(),
             CONTRARY: sums.against(),
             UNSTEADY: unsteady,
+            CLAIMING: sums.claiming(),
+            UNTOLD: sums.untold(),
         }
+        alone = {peer for peer, stages in live.items() if self._ends <= {*stages}}
         excused = {peer for peer, until_s in self._excused_s.items() if now_s < until_s}
         for why, evasion in self._evasions.items():
-            counts = {peer: each for peer, each in seen[why].items() if peer not in excused}
+            passed_over = excused | alone if why in ALONE else excused
+            counts = {peer: each for peer, each in seen[why].items() if peer not in passed_over}
             for peer, is_proven in evasion.look(counts, now_s=now_s).items():
                 found.append(Sighting(peer=peer, why=why, is_proven=is_proven))
         return found
@@ -96,7 +107,7 @@ class Lookout:
             evasion.forget(peer)
 
 
-def _sides(live: Mapping[PeerId, Collection[StageId]]) -> dict[PeerId, tuple[list[PeerId], list[PeerId]]]:
+def sides_of(live: Mapping[PeerId, Collection[StageId]]) -> dict[PeerId, tuple[list[PeerId], list[PeerId]]]:
     """Return for everybody who has the stages before its own, and who those behind."""
     return {
         peer: (

@@ -23,11 +23,11 @@ from coordinator.audit import policy
 from coordinator.audit.auditors import Auditors
 from coordinator.audit.contributed import Contributed, contributed
 from coordinator.audit.court import Case, Court, Finding, Verdict
-from coordinator.audit.lookout import NONSENSE, Lookout
+from coordinator.audit.lookout import NONSENSE, Lookout, sides_of
 from coordinator.audit.policy import Sanction, Standing, State
 from coordinator.audit.shares import Blame, Disputes, ShareCases
 from coordinator.audit.soundness import Soundness
-from coordinator.audit.sums import Sums
+from coordinator.audit.sums import Record, Sums
 from coordinator.audit.tolerance import tolerance_of
 from coordinator.audit.vouchers import Vouchers
 from coordinator.carries import Carry, RoundHops
@@ -98,14 +98,14 @@ class AuditOffice:
         self._touched: set[RoundId] = set()
         self._is_local = manifest.averaging.mode is AveragingMode.DILOCO
         self._sums = Sums(is_mean=self._is_local)
-        self._lookout = Lookout()
+        self._lookout = Lookout(num_stages=self._num_stages)
         self._look_at_s = float("-inf")
         self._vouchers = Vouchers()
         self._shares = ShareCases(next_order=self._next_order)
         self._disputes = Disputes()
         self._soundness = Soundness()
-        self._found_in_part: dict[PeerId, RoundId] = {}
-        """Whose contribution was found wrong of which some was hidden, and when first."""
+        self._odd: dict[PeerId, tuple[RoundId, float]] = {}
+        """Whose contribution was found wrong of which some was hidden by nobody else: of which round, and when."""
         self._drawn: defaultdict[tuple[RoundId, PeerId], int] = defaultdict(int)
         self._left: deque[Carry] = deque(maxlen=MAX_LEFT)
         self._verdicts: list[Verdict] = []
@@ -138,6 +138,10 @@ class AuditOffice:
         for key in known:
             del self._standings[key]
         self._newest.update((key, peer) for key in before)
+        for key in before:
+            self._disputes.succeed(key, peer)
+            if key in self._odd:
+                self._odd[peer] = self._odd.pop(key)
 
         def write(db: Connection) -> None:
             for each in changed.values():
@@ -163,7 +167,7 @@ class AuditOffice:
         self._sums, self._newest_round = Sums(is_mean=self._is_local), None
         self._lookout.start_over()
         self._soundness = Soundness()
-        self._found_in_part.clear()
+        self._odd.clear()
         self._quiet_until_s = self._clock.monotonic() + QUIET_S
 
     # -- what is heard ----------------------------------------------------------------------------------
@@ -291,20 +295,27 @@ class AuditOffice:
         hosts = {peer.peer: peer.stages for peer in self._registry.live()}
         for record in self._sums.due(now_s=self._clock.monotonic()):
             hops = self._rounds.get(record.round)
-            works = [] if hops is None else [carry for carry in hops.all(hosts) if record.stage in carry.stages]
             if not record.adds_up:
                 log.warning("audit.sum", stage=record.stage, round=record.round, apart=record.apart)
                 if len(record.members) <= MAX_SHARES:
                     self._shares.open(record, now_s=self._clock.monotonic())
-            if self._is_local:  # what local steps come to depends on their order
+            # what local steps come to depends on their order
+            if hops is not None and not self._is_local:
+                self._draw_contributions(record, hops, hosts, now_s=now_s)
+
+    def _draw_contributions(
+        self, record: Record, hops: RoundHops, hosts: Mapping[PeerId, Collection[StageId]], *, now_s: float
+    ) -> None:
+        works, untold = [carry for carry in hops.all(hosts) if record.stage in carry.stages], {}
+        for peer, given in record.contributions.items():
+            told = hops.told_by(peer, record.stage)
+            untold[peer] = told.tokens < given.tokens
+            known = contributed(record.stage, given, told, (carry for carry in works if carry.peer == peer))
+            if known is None:
                 continue
-            for peer, (tokens, sketch) in record.contributions.items():
-                own = (carry for carry in works if carry.peer == peer)
-                given = contributed(record.stage, tokens, sketch, own)
-                if given is None:
-                    continue
-                if not record.adds_up or self._chance.random() < policy.rate(self.standing(peer), now_s=now_s):
-                    self._open(given.works[0], record.seed, contribution=given)
+            if not record.adds_up or self._chance.random() < policy.rate(self.standing(peer), now_s=now_s):
+                self._open(known.works[0], record.seed, contribution=known)
+        self._sums.note_untold(record.stage, untold)
 
     def _open(
         self,
@@ -333,14 +344,7 @@ class AuditOffice:
         return True
 
     def _is_believed(self, case: Case, peer: PeerId) -> bool:
-        """Tell whether two witnesses are enough for a sentence: one watcher is both only if it is sound.
-
-        And what is hidden of a contribution may be a microbatch like no other; but not in every round.
-        """
-        if case.contribution is not None and case.contribution.slack:
-            first = self._found_in_part.setdefault(peer, case.carry.round)
-            if first == case.carry.round:
-                return False
+        """Tell whether two witnesses are enough for a sentence: one watcher is both only if it is sound."""
         if not (case.is_watcher and case.is_fresh):
             return True
         stage = StageId(case.carry.first_stage)
@@ -372,10 +376,13 @@ class AuditOffice:
                 case.carry, case.seed, without=(case.auditor, *vouchers), contribution=case.contribution, first=case
             )
             log.info("audit.differs", peer=peer, round=case.carry.round, number=case.carry.number, second=has_second)
-            after, sanction = policy.doubted(standing, auditor, now_s=now_s)
+            after, sanction = _doubted(case, standing, auditor, now_s=now_s)
             if has_second or is_out:  # it will settle that
                 after, sanction = standing, None
             await self._keep(verdict, now_s, after, sanction)
+        elif verdict.finding is Finding.CONFIRMED and case.contribution is not None and case.contribution.slack:
+            await self._keep(verdict, now_s, policy.suspected(standing, now_s=now_s))
+            await self._act_on_hidden(case.contribution, case.carry, now_s=now_s)
         elif verdict.finding is Finding.CONFIRMED and not self._is_believed(case, peer):
             await self._keep(verdict, now_s, policy.suspected(standing, now_s=now_s))
         elif verdict.finding is Finding.CONFIRMED:
@@ -388,7 +395,7 @@ class AuditOffice:
                 after, sanction = policy.doubted(self.standing(liar), auditor, now_s=now_s)
                 await self._keep(None, now_s, after, sanction)
         elif case.first is not None:  # the second opinion has come to nothing: the first one stands alone
-            after, sanction = policy.doubted(standing, self._who(case.first.auditor), now_s=now_s)
+            after, sanction = _doubted(case, standing, self._who(case.first.auditor), now_s=now_s)
             await self._keep(verdict, now_s, after, sanction)
         else:
             await self._database.run(audits.add_audit, _row(verdict, now_s))
@@ -397,6 +404,33 @@ class AuditOffice:
         """Have others recompute what was found right of a peer that does wrong."""
         for carry in self._vouchers.newest(peer, MAX_AGAIN):
             self._open(carry, _new_seed(), without=(*self._vouchers.of(carry), *self._auditors_of(carry)))
+
+    async def _act_on_hidden(self, contribution: Contributed, carry: Carry, *, now_s: float) -> None:
+        """Somebody's contribution is not what is known of it: by its doing, or by that of whoever hides the rest.
+
+        A neighbour may have sent something odd, which an honest peer has passed into its sum, and be silent about it.
+        So this is a dispute, in which both are suspects; unless nobody else hides anything, and it happens again.
+        """
+        peer, others = self._who(carry.peer), {self._who(each) for each in contribution.contradicted_by}
+        await self._suspect(others, now_s=now_s)
+        for other in others:
+            self._disputes.note(peer, other, now_s=now_s)
+        sides = sides_of({each.peer: each.stages for each in self._registry.live()})
+        liars = {
+            each
+            for each in (peer, *others)
+            for side in sides.get(each, ())
+            if self._disputes.is_liar(each, members=[each, *map(self._who, side)], now_s=now_s)
+        }
+        if not others:
+            before, at_s = self._odd.get(peer, (carry.round, now_s))
+            if before != carry.round and now_s - at_s < policy.DOUBT_S:
+                liars.add(peer)
+            self._odd[peer] = carry.round, now_s
+        for liar in sorted(liars):
+            self._disputes.forget(liar)
+            self._odd.pop(liar, None)
+            await self._strike(liar, SPOILT, now_s=now_s)
 
     async def _act_on_shares(self, blame: Blame, *, now_s: float) -> None:
         """Follow what was said of an average that does not add up."""
@@ -471,7 +505,7 @@ class AuditOffice:
             self._sums.forget(standing.peer)
             self._lookout.forget(standing.peer, now_s=self._clock.monotonic())
             self._soundness.forget(standing.peer)
-            self._found_in_part.pop(standing.peer, None)
+            self._odd.pop(standing.peer, None)
             await self._journal.event("peer.pardoned", standing.peer, "back on probation: all of its work is looked at")
 
     def _auditors_of(self, carry: Carry) -> tuple[PeerId, ...]:
@@ -485,6 +519,13 @@ class AuditOffice:
     def _next_order(self) -> int:
         self._order += 1
         return self._order
+
+
+def _doubted(case: Case, standing: Standing, accuser: PeerId, *, now_s: float) -> tuple[Standing, Sanction | None]:
+    """Return where somebody stands of whom one witness alone says that it did wrong."""
+    if case.contribution is not None and case.contribution.slack:  # and be it right, it may be a neighbour's doing
+        return policy.suspected(standing, now_s=now_s), None
+    return policy.doubted(standing, accuser, now_s=now_s)
 
 
 def _new_seed() -> bytes:

@@ -67,6 +67,12 @@ class Disputes:
         found = known.keys() & set(members)
         return len(members) >= LEAST_JUDGED and len(found) > (len(members) - 1) // 2
 
+    def succeed(self, before: PeerId, peer: PeerId) -> None:
+        """One goes by another key now."""
+        for other, at_s in self._last_s.pop(before, {}).items():
+            self._last_s[other].pop(before, None)
+            self.note(peer, other, now_s=at_s)
+
     def forget(self, peer: PeerId) -> None:
         """It has been judged: what others said of it and it of them is settled."""
         for other in self._last_s.pop(peer, {}):
@@ -121,7 +127,7 @@ def blame_of(record: Record, reports: Mapping[PeerId, ShareReport]) -> Blame:
     proven = {
         peer
         for peer, report in full.items()
-        if not _agree(folded(record.contributions[peer][1]), summed(report.given), rounding)
+        if not _agree(folded(record.contributions[peer].sketch), summed(report.given), rounding)
     }
     totals = [_most_common([report.totals[share] for report in full.values()], rounding) for share in range(size)]
     disputes = []

@@ -29,9 +29,27 @@ LEAST_MEMBERS = 3  # of two that point apart nobody knows which is wrong
 AGAINST = -0.2
 """Whose drift has such a cosine with all others', or a lower one, goes another way. In the attack table's model honest
 ones have -0.05 to 0.84, and those whose sign is turned -0.90 to -0.34 (docs/decisions/0025)."""
+CLAIMED_AT_MOST = 1.05
+"""Times what a member is credited with."""
 ROUNDING = 0.05
 COARSE_ROUNDING = {"int4": 0.25}
 """How far a sum may be from its parts: the codec rounds every one of them, and the sum."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a member says it has given."""
+
+    tokens: int
+    """As it claims."""
+    weight: int
+    """Tokens that it counts for: no more than it is credited with."""
+    sketch: bytes
+
+    @property
+    def claims_more(self) -> bool:
+        """Tell whether it claims clearly more than it is credited with: now and then a retry leads to that."""
+        return self.tokens > CLAIMED_AT_MOST * self.weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +63,8 @@ class Record:
     members: tuple[PeerId, ...]
     """In the order in which they were summed, with the factor of each."""
     factors: tuple[float, ...]
-    contributions: Mapping[PeerId, tuple[int, bytes]]
-    """Tokens by the commit, and the sketch that it says, of everybody who counts."""
+    contributions: Mapping[PeerId, Given]
+    """Of everybody who counts."""
     apart: float
     rounding: float = ROUNDING
     """How far apart honest words may be, by the codec."""
@@ -74,6 +92,8 @@ class Sums:
         self._done: OrderedDict[Lineage, None] = OrderedDict()
         self._taking_part: defaultdict[StageId, deque[dict[PeerId, bool]]] = defaultdict(_remembered)
         self._against: defaultdict[StageId, deque[dict[PeerId, bool]]] = defaultdict(_remembered)
+        self._claiming: defaultdict[StageId, deque[dict[PeerId, bool]]] = defaultdict(_remembered)
+        self._untold: defaultdict[StageId, deque[dict[PeerId, bool]]] = defaultdict(_remembered)
 
     def hear_commit(self, commit: Commit, lineage: Lineage, *, now_s: float) -> None:
         """Take who was summed."""
@@ -110,6 +130,8 @@ class Sums:
             record = _record(commit, lineage, gathering.said, is_mean=self._is_mean)
             if record is not None:
                 found.append(record)
+                claiming = {peer: each.claims_more for peer, each in record.contributions.items()}
+                self._claiming[record.stage].append(claiming)
                 if self._is_mean and len(record.contributions) >= LEAST_MEMBERS:
                     self._against[record.stage].append(goes_against(record))
         return found
@@ -125,10 +147,23 @@ class Sums:
         """
         return _counted(itertools.chain(*self._against.values()))
 
+    def claiming(self) -> dict[PeerId, tuple[int, int]]:
+        """Return to how many of the latest averages peers have given, and how often with more than is credited."""
+        return _counted(itertools.chain(*self._claiming.values()))
+
+    def untold(self) -> dict[PeerId, tuple[int, int]]:
+        """Return to how many of the latest averages peers have given, and how often more than they tell of."""
+        return _counted(itertools.chain(*self._untold.values()))
+
+    def note_untold(self, stage: StageId, untold: dict[PeerId, bool]) -> None:
+        """Take who tells of less work than it has given."""
+        self._untold[stage].append(untold)
+
     def forget(self, peer: PeerId) -> None:
         """What it said or did not say of earlier averages is no more held against it."""
-        for each in itertools.chain(*self._taking_part.values(), *self._against.values()):
-            each.pop(peer, None)
+        for noted in (self._taking_part, self._against, self._claiming, self._untold):
+            for each in itertools.chain(*noted.values()):
+                each.pop(peer, None)
 
     def _of(self, lineage: Lineage, now_s: float, *, opened_by: PeerId | None = None) -> _Gathering:
         if lineage not in self._gathering:
@@ -149,7 +184,7 @@ def _counted(seen: Iterable[Mapping[PeerId, bool]]) -> dict[PeerId, tuple[int, i
 
 def goes_against(record: Record) -> dict[PeerId, bool]:
     """Tell of everybody whether it goes against all others; nobody does unless most of them agree among themselves."""
-    sketches = {peer: sketch for peer, (_, sketch) in record.contributions.items()}
+    sketches = {peer: each.sketch for peer, each in record.contributions.items()}
     cosines = zip(sketches, directions(list(sketches.values())), strict=True)
     against = {peer for peer, cosine in cosines if cosine <= AGAINST}
     others = [sketch for peer, sketch in sketches.items() if peer not in against]
@@ -186,7 +221,9 @@ def _record(
         seed=seed,
         members=tuple(each.peer for each in commit.contributors),
         factors=factors,
-        contributions={peer: (each.tokens, said[peer].own) for peer, each in members.items()},
+        contributions={
+            peer: Given(tokens=each.tokens, weight=each.weight, sketch=said[peer].own) for peer, each in members.items()
+        },
         apart=apart,
         rounding=COARSE_ROUNDING.get(commit.codec, ROUNDING),
     )

@@ -4,8 +4,8 @@ Owns: the table. Must not know: how distances are measured (`protocol/sketch.py`
 
 Calibrated by `python -m tests.benchmarks.trust --calibrate` and frozen: the largest distances among 5,184 audits of
 honest pairs for each codec (twelve seeds, three stages, fp32 and bf16, two attention kernels each). Peers compute in
-fp32 today, so that is more than they have. Gradients have a longer tail than activations and a smaller factor: three
-times what was seen would let 3 % of noise pass. The 35,838 audits that are counted as false or not are of other seeds.
+fp32 today, so that is more than they have. Gradients have a longer tail than activations, and a smaller factor: with
+three times what was seen, 5 % of noise would pass, and as it is 3 % are on the edge.
 """
 
 from __future__ import annotations

@@ -19,6 +19,8 @@ from protocol.ids import Digest, Lineage, PeerId, RoundId, StageId, Version
 
 MAX_TIPS = 16  # of a stage whose envelopes are kept: more branches than a swarm can be torn into by accident
 
+MAX_WORK_PER_ROUND, MAX_AVERAGINGS_PER_ROUND = 8, 32
+"""Of one peer, and of averages also of one stage: it may come back, and a round may be worked on again."""
 KEPT_EVENTS = 100_000  # some 20 MB; a swarm of a hundred that is restarted daily makes as many in a year
 
 
@@ -66,9 +68,6 @@ class ReceiptEntry:
     row: ReceiptRow
     max_per_round: int
 
-
-MAX_WORK_PER_ROUND, MAX_AVERAGINGS_PER_ROUND = 8, 32
-"""Of one peer: it may come back, and a round may be worked on again. Without a limit it could fill the disk."""
 
 Said = ClosingRow | CommitRow | AveragingReport | WorkReport | ReceiptEntry
 

@@ -345,13 +345,17 @@ class HiddenContribution(PoisonedContribution):
 
 
 class PartlyHiddenContribution(PoisonedContribution):
-    """Turns the sign of its sum, and says nothing of one of its microbatches: so nobody can recompute all of it."""
+    """Turns the sign of its sum, and tells other bytes of one of its microbatches: so nobody can recompute it all."""
 
     note = "six tasks a round instead of two, of which it hides one"
 
     def says(self, sent: list[Hop], served: list[Hop]) -> tuple[list[Hop], list[Hop]]:
         hidden = max((hop.number for hop in (*sent, *served)), default=-1)
-        return [hop for hop in sent if hop.number != hidden], [hop for hop in served if hop.number != hidden]
+        told = [
+            [replace(hop, given=hop.returned) if hop.number == hidden else hop for hop in hops]
+            for hops in (sent, served)
+        ]
+        return told[0], told[1]
 
 
 class LyingReducer(Cheat):

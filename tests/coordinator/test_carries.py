@@ -58,6 +58,22 @@ def test_a_path_of_three_is_three_pieces_of_work_and_each_comes_once() -> None:
     assert hops.fresh(HOSTS) == []
 
 
+def test_what_a_peer_tells_itself_is_known_with_who_contradicts_it() -> None:
+    """B works on three numbers: one all tell alike, one of which C says nothing, one of which A tells other bytes."""
+    given, passed = [hop(A, B, 1, number=n) for n in range(3)], [hop(B, C, 2, number=n) for n in range(3)]
+    other = hop(A, B, 1, number=2, data=" other")
+    hops = told(
+        windows(A, sent=[given[0], given[1], other]),
+        windows(B, served=given, sent=passed),
+        windows(C, served=[passed[0], passed[2]]),
+    )
+    assert [hops.told_by(who.peer, StageId(stage)).tokens for stage, who in enumerate((A, B, C))] == [192, 192, 128]
+    assert hops.told_by(B.peer, StageId(1)).contradicted_by == {A.peer, C.peer}
+    assert hops.told_by(A.peer, StageId(0)).contradicted_by == {B.peer}
+    assert hops.told_by(C.peer, StageId(2)).contradicted_by == frozenset()
+    assert hops.told_by(B.peer, StageId(0)).tokens == hops.told_by(C.peer, StageId(1)).tokens == 0
+
+
 def test_what_comes_later_completes_what_was_there() -> None:
     hops = told(windows(A, sent=[AB]), windows(C, served=[BC]))
     assert hops.fresh(HOSTS) == []

@@ -300,8 +300,9 @@ async def test_a_restart_remembers_who_was_let_in_and_what_they_reported(tmp_pat
         assert kept.heard
 
 
-async def test_a_full_disk_costs_an_acknowledgement_not_a_beat(tmp_path: Path) -> None:
+async def test_a_full_disk_costs_an_acknowledgement_not_a_beat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: SQLite's page limit stands in for the disk; the report is taken once there is room again."""
+    monkeypatch.setattr(history, "MAX_WORK_PER_ROUND", 1000)
     async with open_office(tmp_path) as office:
         database = office.services.database
         await office.join(A)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from coordinator.audit.shares import PATIENCE_S, REMEMBER_S, Blame, Disputes, ShareCases, blame_of
-from coordinator.audit.sums import Record
+from coordinator.audit.sums import Given, Record
 from protocol.audits import ShareReport
 from protocol.ids import Lineage, PeerId, RoundId, StageId, digest
 from protocol.sketch import WIDTH, ShardSketch, Values, folded, summed
@@ -59,7 +59,9 @@ class Average:
         )
 
     def record(self) -> Record:
-        own = {peer: (64, summed(sketched(given(peer, share), share) for share in range(4))) for peer in MEMBERS}
+        own = {
+            peer: Given(64, 64, summed(sketched(given(peer, share), share) for share in range(4))) for peer in MEMBERS
+        }
         return Record(
             stage=StageId(1),
             round=RoundId(3),

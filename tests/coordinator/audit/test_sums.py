@@ -14,6 +14,7 @@ from coordinator.audit.sums import (
     MAX_AHEAD,
     MAX_COMMITS,
     MAX_REMEMBERED,
+    Given,
     Record,
     Sums,
     goes_against,
@@ -90,6 +91,20 @@ def test_whose_drift_goes_against_all_others_is_noticed() -> None:
     assert drifting(turned="b", members=2) == drifting(turned="b", is_mean=False) == {}
 
 
+@pytest.mark.parametrize("weight", [64, 62, 40])
+def test_who_claims_more_than_it_is_credited_with_is_noted(weight: int) -> None:
+    """Oracle: a retry may count twice now and then; half as much again is no retry. C counts for a quarter."""
+    sums, made = Sums(), committed()
+    less = made.contributors[0].model_copy(update={"weight": weight})
+    sums.hear_commit(made.model_copy(update={"contributors": (less, *made.contributors[1:])}), LINEAGE, now_s=0.0)
+    for who in MEMBERS:
+        say(sums, who, shards(given(who)))
+    sums.due(now_s=GATHER_S)
+    assert sums.claiming() == {A.peer: (1, int(weight == 40)), B.peer: (1, 0), C.peer: (1, 1)}
+    sums.forget(A.peer)
+    assert A.peer not in sums.claiming()
+
+
 def gathered(*, silent: PeerId | None = None, **lies: bytes) -> list[Record]:
     sums = Sums()
     sums.hear_commit(committed(), LINEAGE, now_s=0.0)
@@ -103,7 +118,7 @@ def test_honest_contributions_add_up() -> None:
     (record,) = gathered()
     assert record.adds_up
     assert record.apart < 1e-5
-    assert {peer: tokens for peer, (tokens, _) in record.contributions.items()} == {who.peer: 64 for who in MEMBERS}
+    assert {peer: each.tokens for peer, each in record.contributions.items()} == {who.peer: 64 for who in MEMBERS}
 
 
 def test_who_sketches_something_else_than_it_gave_is_noticed() -> None:
@@ -193,7 +208,7 @@ def record(stage: int, **signs: int) -> Record:
         seed=SEED,
         members=tuple(drifts),
         factors=(0.25,) * len(drifts),
-        contributions={peer: (64, sketch) for peer, sketch in drifts.items()},
+        contributions={peer: Given(64, 64, sketch) for peer, sketch in drifts.items()},
         apart=0.0,
     )
 
