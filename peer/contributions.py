@@ -52,12 +52,31 @@ class Contributions:
         """`report` is called from the compute thread."""
         self._me, self._engines, self._recomputer, self._gate, self._report = me, engines, recomputer, gate, report
         self._kept: OrderedDict[tuple[StageId, Lineage], Shares] = OrderedDict()
+        self._replaced: set[StageId] = set()
+        """Stages whose contribution to the next step is not there any more."""
 
     def before_step(self, stage: StageId, commit: Commit, update: Update) -> None:
         """Keep the weights that a commit is about to change; if contributions to it are on record, sketch ours."""
+        is_gone = stage in self._replaced
+        self._replaced.discard(stage)
         if self._gate.opening(stage) is None:  # we are catching up: nothing was worked on here with these weights
             return
         self._recomputer.keep(stage)
+        if not is_gone:
+            self._take_down(stage, commit, update)
+
+    def before_replaced(self, stage: StageId, commit: Commit | None, update: Update | None) -> None:
+        """Sketch our contribution now, if a new one is about to take its place before the step that it is for.
+
+        Without the commit and its bytes nobody knows with which seed, and nothing is ever said of it.
+        """
+        if not self._engines[stage].holds:  # a drift stays until the step
+            return
+        if commit is not None and update is not None and self._gate.opening(stage) is not None:
+            self._take_down(stage, commit, update)
+        self._replaced.add(stage)
+
+    def _take_down(self, stage: StageId, commit: Commit, update: Update) -> None:
         engine, lineage = self._engines[stage], next_lineage(commit.parent, commit.to_bytes())
         seed = contribution_seed(lineage)
         is_ours = any(each.peer == self._me and each.tokens for each in commit.contributors)

@@ -367,6 +367,7 @@ class SpanParts:
             init_seed=self._manifest.model.init_seed,
             resumed=self._engine.resumed.get(stage),
             before_step=partial(self._contributions.before_step, stage),
+            before_replaced=partial(self._contributions.before_replaced, stage),
         )
 
     def _make_driver(self, stage: StageId, machine: Settings) -> StageDriver:

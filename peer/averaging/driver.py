@@ -234,9 +234,9 @@ class StageDriver:
                 self._send(to, message)
             case events.OpenRound():
                 await self._open_round(action)
-            case events.Freeze(closing, signed, replaces):
+            case events.Freeze(closing, signed, replaces, following):
                 self._reports.add(ClosingReport(closing=signed))
-                self._freeze(closing, replaces=replaces)
+                self._freeze(closing, replaces=replaces, following=following)
             case events.Shut():
                 self._gate.freeze(self.stage)
             case events.StartReduce():
@@ -277,17 +277,22 @@ class StageDriver:
             self._gate.open(self.stage, round_id=action.round, version=action.version, lineage=action.lineage)
         log.info("round.open", stage=self.stage, round=action.round, version=action.version, peers=len(action.members))
 
-    def _freeze(self, closing: Closing, *, replaces: bool) -> None:
+    def _freeze(self, closing: Closing, *, replaces: bool, following: Commit | None) -> None:
         """Stop adding to the sum, in the thread that adds; tell the machine afterwards what the sum stands for.
 
         The microbatch at hand may take longer than others have patience, so the machine goes on answering meanwhile.
         """
         self._gate.freeze(self.stage)
         self._hooks.on_freeze(closing)
+        update = None if following is None else self._staged.get(following.digest)
+
+        def freeze() -> int:
+            if replaces:
+                self._sync.before_replaced(following, update)
+            return self._engine.freeze(self.stage, replaces=replaces)
+
         # queued at once: nothing that comes after this in the compute thread may come before it
-        freezing = self._compute.submit(
-            lambda: self._engine.freeze(self.stage, replaces=replaces), priority=Priority.CONTROL
-        )
+        freezing = self._compute.submit(freeze, priority=Priority.CONTROL)
         self._late_round = closing.round if replaces else None
 
         async def tell() -> None:

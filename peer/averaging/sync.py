@@ -129,12 +129,15 @@ class StageSync:
         init_seed: int = 0,
         resumed: Standing | None = None,
         before_step: Callable[[Commit, Update], None] = lambda commit, update: None,
+        before_replaced: Callable[[Commit | None, Update | None], None] = lambda commit, update: None,
         is_replica: bool = True,
     ) -> None:
         """`check_history` raises `PeerFault` unless commits follow a charter by the rules of the round machine.
 
-        `before_step` is called in the compute thread before the engine goes to the next version. Who is no replica
-        only goes on from its own state, as no round will show whether a member's snapshot was theirs, and logs nothing.
+        `before_step` is called in the compute thread before the engine goes to the next version, `before_replaced`
+        before a new contribution takes the place of the one that this step is of, if one does before that. Who is no
+        replica only goes on from its own state, as no round will show whether a member's snapshot was theirs, and logs
+        nothing.
 
         The first commit is believed if the charter is not what it follows. `resumed` says where the engine's state
         stands if it was found on this peer's own disk.
@@ -150,7 +153,7 @@ class StageSync:
         self._coordinator = coordinator
         self._schedule = schedule
         self._init_seed = init_seed
-        self._before_step, self._is_replica = before_step, is_replica
+        self._before_step, self.before_replaced, self._is_replica = before_step, before_replaced, is_replica
         self._forgets = False
         self._held = None if resumed is None else (resumed, engine.changes)
         # the number of changes after which the engine held the initial weights; whatever changes it makes it another

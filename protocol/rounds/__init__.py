@@ -29,7 +29,7 @@ for the same stage and peer, also within one process: promises are kept in memor
     Resync(charter, sources)           Synced, as often as it takes; replaces everything that is in flight
     NewLineage                         -  (same state, new name: label snapshots with it)
     OpenRound(round, version, fresh)   -  (take and feed tasks; `fresh`: accumulator to zero, else keep what is frozen)
-    Freeze(closing, replaces)          Frozen(round, tokens), when nothing is added any more
+    Freeze(closing, replaces, following)   Frozen(round, tokens), when nothing is added any more
     Shut(round)                        -  (let no more tasks in; Freeze comes later)
     StartReduce(group)                 ReduceDone(digest, norm of the sum) | ReduceFailed(reason, suspect)
     AbortReduce(group_id)              -

@@ -214,6 +214,8 @@ class Freeze:
     closing: Closing
     signed: Signed
     replaces: bool = False
+    following: Commit | None = None
+    """The commit that is about to be applied, if its bytes are staged."""
 
 
 @dataclass(frozen=True, slots=True)

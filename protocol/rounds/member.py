@@ -493,7 +493,8 @@ class Member:
         slot.freezing = heard.closing.round
         if self.clock is not None and self.clock.round <= heard.closing.round:
             self.clock.is_closed = True
-        freeze = Freeze(heard.closing, heard.signed, replaces=not slot.applied)
+        following = None if self._late is None or self._late.apply is None else self._late.apply.commit
+        freeze = Freeze(heard.closing, heard.signed, replaces=not slot.applied, following=following)
         return [freeze, *self.conduct_if_due(now_s)]
 
     def _average(self, now_s: float) -> list[Step]:

@@ -22,6 +22,32 @@ SETTINGS = ("batch.microbatches_per_round=24", "batch.heldout_sequences=32", "ba
 RECOMPUTED = "two others recomputed its work and found it wrong"
 
 
+def _findings(swarm: Swarm) -> dict[str, dict[str, int]]:
+    with swarm.database() as db:
+        names = {PeerId(peer): name for peer, name in db.execute("SELECT peer, name FROM peers")}
+        return {names[peer]: found for peer, found in audits.count_findings(db).items()}
+
+
+def test_who_averages_while_it_computes_is_found_right(tmp_path: Path, corpus: Path) -> None:
+    """When a step is taken the next contribution is there already. Oracle: audits of all, and that all sums add up."""
+    names = ("ash", "elm", "oak", "fir", "yew", "box")
+    with Swarm(
+        tmp_path, corpus=corpus, rounds=10_000, stages=2, settings=(*SETTINGS, "averaging.overlap=true")
+    ) as swarm:
+        swarm.start_coordinator("--start-peers", "6")
+        for number, name in enumerate(names):
+            swarm.start_peer(name, "--stage", str(number % 2))
+        swarm.wait(
+            "twenty audits of each",
+            lambda: all(_findings(swarm).get(name, {}).get("valid", 0) >= 20 for name in names),
+            timeout_s=240.0,
+        )
+        assert all(set(found) <= {"valid", "nothing"} for found in _findings(swarm).values()), _findings(swarm)
+        assert swarm.coordinator is not None
+        assert swarm.coordinator.events("audit.sum") == []
+        assert {peer["state"] for peer in swarm.status()["peers"]}.isdisjoint({"suspect", "quarantined", "banned"})
+
+
 @pytest.mark.parametrize(
     ("oddity", "why"),
     [("flips:1.0", RECOMPUTED), ("spoils:1.0", RECOMPUTED), ("hides:1.0", SPOILT), ("twists:1.0", SPOILT)],
@@ -39,9 +65,9 @@ def test_who_cheats_is_put_out_and_nobody_else(tmp_path: Path, corpus: Path, odd
         assert why in cheat.story()
         version = swarm.version(0)
         swarm.wait_version(version + 5, timeout_s=60.0)
+        findings = _findings(swarm)
         with swarm.database() as db:
             names = {PeerId(peer): name for peer, name in db.execute("SELECT peer, name FROM peers")}
-            findings = {names[peer]: found for peer, found in audits.count_findings(db).items()}
             balances = {names[peer]: found for peer, found in credits.balances(db).items()}
         assert (findings["fir"].get("confirmed", 0) >= 1) is (why == RECOMPUTED)
         for name in ("ash", "elm", "oak"):

@@ -6,6 +6,7 @@ The engine is played; update bytes, what was taken and commits are real.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -43,11 +44,12 @@ class Engine:
     shards = tuple(SimpleNamespace(num_elements=length) for length in LENGTHS)
     has_contribution = True
 
-    def __init__(self, *, is_local: bool = False) -> None:
+    def __init__(self, *, is_local: bool = False, holds: bool = False) -> None:
         self.anchored = object() if is_local else None
+        self.holds, self.whose = holds, 1
 
     def contribution_shard(self, number: int) -> Tensor:
-        return shards(1)[number]
+        return shards(self.whose)[number]
 
 
 def commits(name: str = "fp32", members: tuple[PeerId, ...] = EVERYBODY) -> Iterator[Commit]:
@@ -114,6 +116,24 @@ def test_what_was_given_is_said_as_a_whole_and_share_by_share(name: str, is_loca
     assert distance(answer.totals[1], summed(answer.taken)) < (0.2 if name == "int4" else 0.02)
     for giver in (0, 2):
         assert distance(answer.given[1], answer.taken[giver]) > 0.5
+
+
+@pytest.mark.parametrize("is_staged", [True, False])
+def test_what_the_next_round_replaces_is_sketched_before_or_never(is_staged: bool) -> None:
+    """With overlap the next gradient takes its place before the step. Oracle: a sketch of what was given, or none."""
+    engine = Engine(holds=True)
+    case = Case(engine)
+    (made, _, seed), (later, _, _) = islice(recorded(), 2)
+    if is_staged:
+        case.contributions.before_replaced(STAGE, made, update("fp32"))
+    else:
+        case.contributions.before_replaced(STAGE, None, None)
+    engine.whose = 2
+    case.contributions.before_step(STAGE, made, update("fp32"))
+    given = sketch_shards([shard.numpy() for shard in shards(1)], seed)
+    assert [distance(given, report.own) < 1e-5 for report in case.reports] == [True] * is_staged
+    case.contributions.before_step(STAGE, later, update("fp32"))
+    assert len(case.reports) == 1 + is_staged, "the next one may be a step that nothing was frozen before"
 
 
 def test_only_commits_on_record_are_looked_at_and_weights_are_kept_with_all() -> None:

@@ -88,6 +88,9 @@ class Sync:
         self.asked: list[tuple[PeerId, ...]] = []
         self.log: list[str] = []
 
+    def before_replaced(self, commit: Any, update: Update | None) -> None:
+        self.log.append(f"replaced, followed by {None if commit is None or update is None else commit.version}")
+
     async def fetch_update(self, commit: Any, sources: Any) -> Update:
         self.asked.append(tuple(sources))
         if commit.version == self._missing:
@@ -562,6 +565,20 @@ async def test_what_is_frozen_before_the_step_is_measured_after_it(how: str) -> 
         await until(lambda: sum(isinstance(event, events.Applied) for event in case.machine.seen) == 2)
         norms = [event.norm for event in case.machine.seen if isinstance(event, events.Frozen | events.Applied)]
         assert norms == [0.0, 6.0, 7.0], "until the next round is frozen: the machine may have missed the first"
+
+
+@pytest.mark.parametrize("is_staged", [True, False])
+async def test_who_looks_at_contributions_hears_before_one_is_replaced(is_staged: bool) -> None:
+    """Oracle: the order of what happens, and the commit whose bytes are here."""
+    case, target = Case(), step(6)
+    case.is_open = True
+    if is_staged:
+        case.driver._stage_update(target.commit.digest, Update("fp32", b"sum", (1,)))
+    closing = cast(Any, SimpleNamespace(round=RoundId(6)))
+    async with running(case):
+        await case.perform(events.Freeze(closing, SIGNED, replaces=True, following=target.commit))
+        await until(lambda: case.machine.has_seen(events.Frozen))
+    assert case.log[:2] == [f"replaced, followed by {6 if is_staged else None}", "frozen"]
 
 
 def test_norms_are_compared_where_they_are_of_the_same() -> None:
