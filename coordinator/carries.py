@@ -135,12 +135,13 @@ class RoundHops:
             ),
         )
 
-    def fresh(self, hosts: Mapping[PeerId, Collection[StageId]]) -> list[Carry]:
-        """Return what is told from all sides now, was not before, and can be recomputed.
+    def fresh(self, hosts: Mapping[PeerId, Collection[StageId]], *, is_rough: bool = False) -> list[Carry]:
+        """Return what is told from all sides now, was not before, and can be recomputed, with `is_rough` by about.
 
         `hosts` says who has which stages: whoever begins a microbatch has the first one.
         """
-        fresh = [carry for carry in self.all(hosts) if carry.key not in self._seen]
+        found = self.told(hosts) if is_rough else self.all(hosts)
+        fresh = list({carry.key: carry for carry in found if carry.key not in self._seen}.values())
         self._seen.update(carry.key for carry in fresh)
         return fresh
 

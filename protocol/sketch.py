@@ -136,6 +136,17 @@ def distance(ours: bytes, theirs: bytes) -> float:
     return float(np.max(np.divide(apart, scale, out=np.where(apart > 0, np.inf, 0.0), where=scale > 0)))
 
 
+def whole_distance(ours: bytes, theirs: bytes) -> float:
+    """Estimate the relative L2 distance of two tensors as a whole. Else as `distance`."""
+    mine, other = _rows(ours), _rows(theirs)
+    if mine.shape != other.shape:
+        raise WireError(f"a sketch of {len(other)} pieces where {len(mine)} were expected")
+    if not (np.isfinite(mine).all() and np.isfinite(other).all()):
+        return math.inf
+    size, apart = float(np.linalg.norm(mine)), float(np.linalg.norm(mine - other))
+    return apart / size if size > 0 else math.inf if apart > 0 else 0.0
+
+
 def directions(sketches: Sequence[bytes]) -> list[float]:
     """Estimate the cosine of each of some tensors and the sum of all others, every one with a norm of 1.
 

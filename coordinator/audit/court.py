@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from coordinator.audit.contributed import Contributed
+from coordinator.audit.drifts import FLAGRANT, Drifts
 from coordinator.carries import Carry
 from protocol.audits import (
     AuditOrder,
@@ -31,8 +32,8 @@ from protocol.audits import (
     Work,
 )
 from protocol.errors import WireError
-from protocol.ids import PeerId
-from protocol.sketch import distance
+from protocol.ids import PeerId, StageId
+from protocol.sketch import distance, whole_distance
 
 PATIENCE_S = 45.0
 SLOW_PATIENCE_S = 300.0
@@ -73,6 +74,8 @@ class Verdict:
     liars: tuple[PeerId, ...] = ()
     missing: tuple[PeerId, ...] = ()
     """Who did not bring or say what it was asked for."""
+    is_flagrant: bool = False
+    """Of what was done with local steps: it is several times too far off."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -106,6 +109,11 @@ class Case:
         return self.first is not None and self.first.auditor == self.auditor
 
     @property
+    def is_rough(self) -> bool:
+        """Tell whether it was done with weights that only the audited has, near to those that it is done again with."""
+        return self.contribution is None and not self.carry.is_repeatable
+
+    @property
     def patience_s(self) -> float:
         is_slow = self.is_watcher or self.contribution is not None
         return SLOW_PATIENCE_S if is_slow else PATIENCE_S
@@ -123,8 +131,8 @@ class Case:
 class Court:
     """All cases that are open. In memory: a coordinator that is started again forgets them, and draws others."""
 
-    def __init__(self, tolerance: Tolerance, *, next_order: Callable[[], int]) -> None:
-        self._tolerance, self._next_order = tolerance, next_order
+    def __init__(self, tolerance: Tolerance, *, next_order: Callable[[], int], drifts: Drifts | None = None) -> None:
+        self._tolerance, self._next_order, self._drifts = tolerance, next_order, drifts or Drifts()
         self._cases: dict[int, Case] = {}
         """By the numbers of their orders."""
         self._waiting: defaultdict[PeerId, dict[int, Order]] = defaultdict(dict)
@@ -282,30 +290,43 @@ class Court:
         silent = tuple(case.orders[number][0] for number, sketch in case.sketches.items() if not sketch)
         if silent:
             return Verdict(case=case, finding=Finding.NOTHING, missing=silent)
-        apart = _apart(_sent(case, report), _found(case, report))
+        apart = _apart(_sent(case, report), _found(case, report), is_whole=case.is_rough)
         if case.first is not None:
             return self._judge_second(case, case.first, report, apart)
         if apart is None:  # one of the two is no sketch
             return Verdict(case=case, finding=Finding.DIFFERS, outputs=2.0, returned=2.0)
-        finding = Finding.VALID if self._is_near(case, apart, _slack(case)) else Finding.DIFFERS
+        if case.is_rough:
+            self._drifts.note(StageId(case.carry.first_stage), case.carry.peer, apart)
+        finding = Finding.VALID if self._is_right(case, apart) else Finding.DIFFERS
         return Verdict(case=case, finding=finding, outputs=apart[0], returned=apart[1])
 
     def _judge_second(self, case: Case, first: Case, report: AuditReport, apart: tuple[float, float] | None) -> Verdict:
         assert first.report is not None
         if apart is None:
             return Verdict(case=case, finding=Finding.NOTHING)
-        between = _apart(_found(first, first.report), _found(case, report))
+        between = _apart(_found(first, first.report), _found(case, report), is_whole=case.is_rough)
         agrees = between is not None and self._is_near(case, between)
         liars: tuple[PeerId, ...] = ()
-        if not self._is_near(case, apart, _slack(case)):
+        if not self._is_right(case, apart):
             # two who recompute and come to different results: one of them lies, and it may be the second
             finding = Finding.CONFIRMED if agrees else Finding.NOTHING
         else:
             finding = Finding.CLEARED
             liars = (*(() if agrees else (first.auditor,)), *_false_neighbours(first, report))
-        return Verdict(case=case, finding=finding, outputs=apart[0], returned=apart[1], liars=liars)
+        is_flagrant = case.is_rough and self._drifts.is_beyond(case.carry.first_stage, apart, factor=FLAGRANT)
+        return Verdict(
+            case=case, finding=finding, outputs=apart[0], returned=apart[1], liars=liars, is_flagrant=is_flagrant
+        )
+
+    def _is_right(self, case: Case, apart: tuple[float, float]) -> bool:
+        """Tell whether the audited may have sent that."""
+        if case.is_rough:
+            return not self._drifts.is_beyond(StageId(case.carry.first_stage), apart)
+        slack = 0.0 if case.contribution is None else case.contribution.slack
+        return self._is_near(case, apart, slack)
 
     def _is_near(self, case: Case, apart: tuple[float, float], slack: float = 0.0) -> bool:
+        """Tell whether that may be two machines of which both do what they should."""
         outputs, returned = apart
         if case.contribution is not None:
             return outputs <= self._tolerance.contribution + slack
@@ -325,10 +346,6 @@ def _is_complete(case: Case, report: AuditReport) -> bool:
 
 _Pair = tuple[bytes, bytes]
 """Sketches of what went out and of what went back; empty where there is nothing. A contribution goes out."""
-
-
-def _slack(case: Case) -> float:
-    return 0.0 if case.contribution is None else case.contribution.slack
 
 
 def _found(case: Case, report: AuditReport) -> _Pair:
@@ -365,11 +382,12 @@ def _false_neighbours(first: Case, report: AuditReport) -> tuple[PeerId, ...]:
     return tuple(holder for holder, told, seen in said if holder is not None and not _same(told, seen))
 
 
-def _apart(sent: _Pair, found: _Pair) -> tuple[float, float] | None:
-    """Return how far two pairs are apart; None if one of them is no sketch."""
+def _apart(sent: _Pair, found: _Pair, *, is_whole: bool = False) -> tuple[float, float] | None:
+    """Return how far two pairs are apart, piece by piece or as a whole; None if one of them is no sketch."""
+    measure = whole_distance if is_whole else distance
     try:
         outputs, returned = (
-            0.0 if not one and not other else distance(other, one) for one, other in zip(sent, found, strict=True)
+            0.0 if not one and not other else measure(other, one) for one, other in zip(sent, found, strict=True)
         )
     except WireError:
         return None

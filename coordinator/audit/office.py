@@ -23,6 +23,7 @@ from coordinator.audit import policy
 from coordinator.audit.auditors import Auditors
 from coordinator.audit.contributed import Contributed, contributed
 from coordinator.audit.court import Case, Court, Finding, Verdict
+from coordinator.audit.drifts import FLAGRANT_SCORE, Drifts, FarOff
 from coordinator.audit.lookout import NONSENSE, Lookout, sides_of
 from coordinator.audit.policy import Sanction, Standing, State
 from coordinator.audit.shares import Blame, Disputes, ShareCases
@@ -67,6 +68,7 @@ LATE_S, LATELY_S = 120.0, 900.0
 QUIET_S = 60.0  # after the run went back: what peers say of work before that is in by then
 KEEP_S = 7 * 86400.0
 MAX_AGAIN = 8  # microbatches that are looked at again when somebody was struck
+FAR_OFF = "two others recomputed its work, and found it further off than local steps can make it, again and again"
 SPOILT = "what it gave into an average, or made of what others gave, is not what it says"
 
 
@@ -81,8 +83,9 @@ class AuditOffice:
         self._secret = secrets.token_bytes(32)
         self._chance = random.Random(self._secret)
         self._order = int(clock.wall() * 1000)  # so that no number comes twice, whoever has answered an earlier one
+        self._drifts = Drifts()
         self._tolerance = tolerance_of(*manifest.averaging.hop_codecs)
-        self._court = Court(self._tolerance, next_order=self._next_order)
+        self._court = Court(self._tolerance, next_order=self._next_order, drifts=self._drifts)
         self._auditors = Auditors(
             manifest,
             registry=registry,
@@ -106,6 +109,7 @@ class AuditOffice:
         self._soundness = Soundness()
         self._odd: dict[PeerId, tuple[RoundId, float]] = {}
         """Whose contribution was found wrong of which some was hidden by nobody else: of which round, and when."""
+        self._far_off = FarOff()
         self._drawn: defaultdict[tuple[RoundId, PeerId], int] = defaultdict(int)
         self._left: deque[Carry] = deque(maxlen=MAX_LEFT)
         self._verdicts: list[Verdict] = []
@@ -140,6 +144,7 @@ class AuditOffice:
         self._newest.update((key, peer) for key in before)
         for key in before:
             self._disputes.succeed(key, peer)
+            self._far_off.succeed(key, peer)
             if key in self._odd:
                 self._odd[peer] = self._odd.pop(key)
 
@@ -157,7 +162,8 @@ class AuditOffice:
 
         Nobody may be judged for the work of the one by those of the other, so for a while nothing is drawn at all.
         """
-        self._court, self._vouchers = Court(self._tolerance, next_order=self._next_order), Vouchers()
+        self._drifts, self._vouchers = Drifts(), Vouchers()
+        self._court = Court(self._tolerance, next_order=self._next_order, drifts=self._drifts)
         self._shares = ShareCases(next_order=self._next_order)
         self._rounds.clear()
         self._touched.clear()
@@ -168,6 +174,7 @@ class AuditOffice:
         self._lookout.start_over()
         self._soundness = Soundness()
         self._odd.clear()
+        self._far_off = FarOff()
         self._quiet_until_s = self._clock.monotonic() + QUIET_S
 
     # -- what is heard ----------------------------------------------------------------------------------
@@ -253,7 +260,7 @@ class AuditOffice:
                 self._left.appendleft(carry)
         touched, self._touched = self._touched, set()
         for round_id in sorted(touched & self._rounds.keys()):
-            for carry in sorted(self._rounds[round_id].fresh(hosts), key=self._lot):
+            for carry in sorted(self._rounds[round_id].fresh(hosts, is_rough=self._is_local), key=self._lot):
                 drawn = self._drawn[round_id, carry.peer]
                 chance = policy.rate(self.standing(carry.peer), now_s=now_s)
                 if drawn >= MAX_PER_ROUND or self._lot(carry) >= chance:
@@ -360,7 +367,7 @@ class AuditOffice:
         own = self._registry.watchers
         if case.is_watcher and verdict.finding is Finding.VALID:
             self._soundness.note_valid(auditor, StageId(case.carry.first_stage))
-        if verdict.finding is Finding.CONFIRMED:
+        if verdict.finding is Finding.CONFIRMED and not case.is_rough:
             # no more than that: a neighbour told them what was sent, and may have told the others something else
             await self._suspect(vouchers - own, now_s=now_s)
         is_out = standing.out_until_s > now_s
@@ -370,6 +377,8 @@ class AuditOffice:
         elif verdict.finding is Finding.VALID:
             if not is_sum:
                 self._vouchers.note(case.carry, auditor)
+            if case.is_rough:
+                self._far_off.note(standing.peer, case.carry.round, 0.0)
             await self._keep(verdict, now_s, policy.passed(standing, auditor, now_s=now_s - age_s, is_sum=is_sum))
         elif verdict.finding is Finding.DIFFERS:
             has_second = self._open(
@@ -383,6 +392,13 @@ class AuditOffice:
         elif verdict.finding is Finding.CONFIRMED and case.contribution is not None and case.contribution.slack:
             await self._keep(verdict, now_s, policy.suspected(standing, now_s=now_s))
             await self._act_on_hidden(case.contribution, case.carry, now_s=now_s)
+        elif verdict.finding is Finding.CONFIRMED and case.is_rough:
+            await self._keep(verdict, now_s, policy.suspected(standing, now_s=now_s))
+            score = FLAGRANT_SCORE if verdict.is_flagrant else 1.0
+            if self._far_off.note(standing.peer, case.carry.round, score):
+                self._far_off.forget(standing.peer)
+                await self._strike(standing.peer, FAR_OFF, now_s=now_s)
+                self._look_again(peer)
         elif verdict.finding is Finding.CONFIRMED and not self._is_believed(case, peer):
             await self._keep(verdict, now_s, policy.suspected(standing, now_s=now_s))
         elif verdict.finding is Finding.CONFIRMED:
@@ -422,15 +438,19 @@ class AuditOffice:
             for side in sides.get(each, ())
             if self._disputes.is_liar(each, members=[each, *map(self._who, side)], now_s=now_s)
         }
-        if not others:
-            before, at_s = self._odd.get(peer, (carry.round, now_s))
-            if before != carry.round and now_s - at_s < policy.DOUBT_S:
-                liars.add(peer)
-            self._odd[peer] = carry.round, now_s
+        if not others and self._is_odd_again(peer, carry.round, now_s=now_s):
+            liars.add(peer)
         for liar in sorted(liars):
             self._disputes.forget(liar)
-            self._odd.pop(liar, None)
             await self._strike(liar, SPOILT, now_s=now_s)
+
+    def _is_odd_again(self, peer: PeerId, round_id: RoundId, *, now_s: float) -> bool:
+        """Tell whether the same was found of another round within the hour: once may be chance."""
+        before, at_s = self._odd.pop(peer, (round_id, now_s))
+        if before != round_id and now_s - at_s < policy.DOUBT_S:
+            return True
+        self._odd[peer] = round_id, now_s
+        return False
 
     async def _act_on_shares(self, blame: Blame, *, now_s: float) -> None:
         """Follow what was said of an average that does not add up."""
@@ -506,6 +526,7 @@ class AuditOffice:
             self._lookout.forget(standing.peer, now_s=self._clock.monotonic())
             self._soundness.forget(standing.peer)
             self._odd.pop(standing.peer, None)
+            self._far_off.forget(standing.peer)
             await self._journal.event("peer.pardoned", standing.peer, "back on probation: all of its work is looked at")
 
     def _auditors_of(self, carry: Carry) -> tuple[PeerId, ...]:
@@ -523,7 +544,7 @@ class AuditOffice:
 
 def _doubted(case: Case, standing: Standing, accuser: PeerId, *, now_s: float) -> tuple[Standing, Sanction | None]:
     """Return where somebody stands of whom one witness alone says that it did wrong."""
-    if case.contribution is not None and case.contribution.slack:  # and be it right, it may be a neighbour's doing
+    if case.is_rough or (case.contribution is not None and case.contribution.slack):  # it may be nobody's fault
         return policy.suspected(standing, now_s=now_s), None
     return policy.doubted(standing, accuser, now_s=now_s)
 
