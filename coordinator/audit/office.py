@@ -392,6 +392,8 @@ class AuditOffice:
         elif verdict.finding is Finding.CONFIRMED and case.contribution is not None and case.contribution.slack:
             await self._keep(verdict, now_s, policy.suspected(standing, now_s=now_s))
             await self._act_on_hidden(case.contribution, case.carry, now_s=now_s)
+        elif verdict.finding is Finding.CONFIRMED and not self._is_believed(case, peer):
+            await self._keep(verdict, now_s, policy.suspected(standing, now_s=now_s))
         elif verdict.finding is Finding.CONFIRMED and case.is_rough:
             await self._keep(verdict, now_s, policy.suspected(standing, now_s=now_s))
             score = FLAGRANT_SCORE if verdict.is_flagrant else 1.0
@@ -399,8 +401,6 @@ class AuditOffice:
                 self._far_off.forget(standing.peer)
                 await self._strike(standing.peer, FAR_OFF, now_s=now_s)
                 self._look_again(peer)
-        elif verdict.finding is Finding.CONFIRMED and not self._is_believed(case, peer):
-            await self._keep(verdict, now_s, policy.suspected(standing, now_s=now_s))
         elif verdict.finding is Finding.CONFIRMED:
             after, sanction = policy.struck(standing, now_s=now_s, is_sum=is_sum, own=own)
             await self._keep(verdict, now_s, after, sanction)

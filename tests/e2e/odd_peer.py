@@ -4,6 +4,7 @@
     python -m tests.e2e.odd_peer protocol:99 join INVITE ...   it speaks another version of the protocol
     python -m tests.e2e.odd_peer slow:0.5 join INVITE ...      each microbatch takes half a second more, one way
     python -m tests.e2e.odd_peer flips:0.5 join INVITE ...     half of what it sends on or back has the opposite sign
+    python -m tests.e2e.odd_peer wakes:6 join INVITE ...       from this version on all of it has
     python -m tests.e2e.odd_peer spoils:1.0 join INVITE ...   its sums for averages are turned, times this
     python -m tests.e2e.odd_peer hides:1.0 join INVITE ...    so are they, and it sketches what it should have given
     python -m tests.e2e.odd_peer bare: join INVITE ...        it keeps and says nothing that is only for audits
@@ -44,6 +45,8 @@ def main() -> None:
         _dawdle(float(value))
     elif oddity == "flips":
         _flip(float(value))
+    elif oddity == "wakes":
+        _flip(1.0, since=int(value))
     elif oddity == "spoils":
         _spoil(float(value))
     elif oddity == "hides":
@@ -76,12 +79,13 @@ def _dawdle(seconds: float) -> None:
         setattr(SpanEngine, name, _delayed(getattr(SpanEngine, name), seconds))
 
 
-def _flip(share: float) -> None:
+def _flip(share: float, *, since: int = 0) -> None:
     """Cheat with activations and gradients, and sign for them as for honest ones."""
     honest, chance = SpanEngine._encode, random.Random(0)
 
     def encode(self: SpanEngine, hidden_BTD: Any, *, using: Any) -> bytes:
-        return honest(self, -hidden_BTD if chance.random() < share else hidden_BTD, using=using)
+        is_awake = min(engine.version for engine in self.engines.values()) >= since
+        return honest(self, -hidden_BTD if is_awake and chance.random() < share else hidden_BTD, using=using)
 
     SpanEngine._encode = encode  # type: ignore[method-assign]
 
@@ -117,6 +121,7 @@ def _twist(size: float) -> None:
 def _bare() -> None:
     Payloads.keep = lambda self, digest, data: None  # type: ignore[method-assign]
     Contributions.before_step = lambda self, stage, commit, update: None  # type: ignore[method-assign]
+    Contributions.before_replaced = lambda self, stage, commit, update: None  # type: ignore[method-assign]
     ReceiptBook.close = lambda self, round_id: ()  # type: ignore[method-assign, assignment, return-value]
 
 
