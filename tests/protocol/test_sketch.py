@@ -25,6 +25,7 @@ from protocol.sketch import (
     sketch,
     sketch_shards,
     summed,
+    whole_distance,
 )
 
 SEED = b"s" * 32
@@ -65,6 +66,20 @@ def test_who_does_not_know_the_seed_cannot_hide_in_its_null_space() -> None:
     one_piece = {"pieces": 1}
     assert distance(sketch(x, SEED, **one_piece), sketch(hidden, SEED, **one_piece)) < 1e-4
     assert distance(sketch(x, b"t" * 32, **one_piece), sketch(hidden, b"t" * 32, **one_piece)) > 0.5
+
+
+def test_the_distance_of_a_whole_is_not_that_of_its_worst_piece() -> None:
+    """Oracle: the exact distance in fp64."""
+    x, y = values(1), values(1)
+    y[:8192] *= -1  # the first of eight pieces
+    ours, theirs = sketch(x, SEED), sketch(y, SEED)
+    assert distance(ours, theirs) == pytest.approx(2)
+    assert whole_distance(ours, theirs) == pytest.approx(2 / np.sqrt(8), rel=0.1)
+    nothing, broken = sketch(0 * x, SEED), sketch(x * np.float32("nan"), SEED)
+    assert whole_distance(nothing, nothing) == 0
+    assert whole_distance(nothing, ours) == whole_distance(ours, broken) == math.inf
+    with pytest.raises(WireError):
+        whole_distance(ours, sketch(x, SEED, pieces=1))
 
 
 def test_directions_are_about_the_exact_ones_whatever_the_scale() -> None:

@@ -54,6 +54,8 @@ class Person:
     covers: bool = False
     """As an auditor it finds right whatever was sent."""
     outcome: AuditOutcome = AuditOutcome.DONE
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)
+    """What was sent if it has no name of its own."""
 
     def answers(self, reply: BeatReply) -> list[AuditReport | SketchReport]:
         """Answer all that a beat has brought."""
@@ -65,11 +67,11 @@ class Person:
             return AuditReport(order=order.order, outcome=self.outcome, outputs=self._sketch("sum", order.seed))
         if isinstance(order, SketchOrder):
             what = "dx" if order.is_gradient else "y"
-            return SketchReport(order=order.order, sketch=self._sketch(self.sent.get(what, what), order.seed))
+            return SketchReport(order=order.order, sketch=self._seen(what, order.seed))
         if self.outcome is not AuditOutcome.DONE:
             return AuditReport(order=order.order, outcome=self.outcome)
         seen = {
-            what: b"" if part is None else sketch(tensor(self.sent.get(what, what)), order.seed)
+            what: b"" if part is None else sketch(self._tensor(what), order.seed)
             for what, part in (("y", order.outputs), ("dx", order.returned))
         }
         return AuditReport(
@@ -80,6 +82,14 @@ class Person:
             seen_outputs=seen["y"],
             seen_returned=seen["dx"],
         )
+
+    def _tensor(self, what: str) -> np.ndarray:
+        """Return what was sent."""
+        return self.tensors[what] if what in self.tensors else tensor(self.sent.get(what, what))
+
+    def _seen(self, what: str, seed: bytes) -> bytes:
+        """Sketch what was sent, as a neighbour."""
+        return self._sketch(self.sent.get(what, what), seed) if self.lies else sketch(self._tensor(what), seed)
 
     def _found(self, name: str) -> str:
         return self.sent.get(name, name) if self.covers else name

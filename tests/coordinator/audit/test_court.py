@@ -6,6 +6,7 @@ Oracle: who does lie. Tensors are told apart by name: everybody honest sketches 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -187,6 +188,31 @@ def test_slack_is_for_the_audited_and_not_for_auditors() -> None:
     """Two auditors sketch the same microbatches. Oracle: one whose sum is another is a liar, slack or not."""
     _, second = tried_sum("nonsense", liar=Q, slack=1.2)
     assert second.finding is Finding.NOTHING
+
+
+@pytest.mark.parametrize(
+    ("sent", "findings"),
+    [("a drift", ["valid"]), ("nonsense", ["valid"]), ("turned", ["differs", "confirmed"])],
+)
+def test_what_was_done_with_weights_of_its_own_is_looked_at_by_about(sent: str, findings: list[str]) -> None:
+    """Nobody else's distances are known yet, so only what is further off than nonsense is wrong. Oracle: distances."""
+    made = {
+        "a drift": tensor("y") + tensor("of its own") / 3,
+        "nonsense": tensor("other"),
+        "turned": -tensor("y"),
+    }[sent]
+    own, work = court(), replace(carry(P, U, D), is_repeatable=False)
+    crowd = people()
+    for person in crowd.values():
+        person.tensors = {"y": made}
+    first = own.open(work, Q, SEED, now_s=0.0)
+    assert first.is_rough
+    verdicts = [hold(own, crowd, first)]
+    if verdicts[0].finding is Finding.DIFFERS:
+        verdicts.append(hold(own, crowd, own.open(work, R, SEED, now_s=1.0, first=first)))
+    assert [verdict.finding for verdict in verdicts] == findings
+    exact = float(np.linalg.norm(made - tensor("y")) / np.linalg.norm(tensor("y")))
+    assert verdicts[-1].outputs == pytest.approx(exact, rel=0.1)
 
 
 def test_only_who_was_asked_can_answer_and_only_once() -> None:
