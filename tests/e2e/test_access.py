@@ -69,6 +69,7 @@ def test_a_single_use_invite_lets_one_peer_in_until_it_is_revoked(tmp_path: Path
         assert_refused(swarm.start_peer("oak"), "was revoked")
 
 
+@pytest.mark.long
 def test_a_cloned_key_is_frozen_until_it_is_rotated(tmp_path: Path, corpus: Path) -> None:
     """Oracle also: a peer beside them trains on, and one that is only restarted stays in."""
     with Swarm(tmp_path, corpus=corpus, rounds=10_000, stages=1, settings=SETTINGS) as swarm:

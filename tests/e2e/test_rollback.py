@@ -36,6 +36,7 @@ def rounds(swarm: Swarm) -> list[int]:
     return [row["round"] for row in listed]
 
 
+@pytest.mark.long
 def test_a_run_goes_back_while_it_trains_and_goes_on_from_there(tmp_path: Path, corpus: Path) -> None:
     """Two stages, two replicas each. Oracle also: nobody ends, and everybody comes along."""
     with Swarm(tmp_path, corpus=corpus, rounds=10_000, stages=2, settings=SETTINGS) as swarm:
