@@ -110,11 +110,11 @@ BEGINNING = Phase(
 LATER = Phase(
     suffix="_later",
     steps_before=STEPS_BEFORE,
-    synchronous=Recipe(codec=None, rate=3e-3),
+    synchronous=Recipe(codec=None, rate=2e-3),
     recipes={
-        "loss_int8_later": (Recipe(codec="int8", rate=2e-3, inner_steps=30), "<= 1.01"),
-        "loss_int4_later": (Recipe(codec="int4", rate=2e-3, inner_steps=30), "<= 1.015"),
-        "loss_sparse_later": (Recipe(codec="sparse", rate=3e-3, inner_steps=30, outer=NO_MOMENTUM), "<= 1.02"),
+        "loss_int8_later": (Recipe(codec="int8", rate=1.5e-3, inner_steps=30), "<= 1.01"),
+        "loss_int4_later": (Recipe(codec="int4", rate=1.5e-3, inner_steps=30), "<= 1.015"),
+        "loss_sparse_later": (Recipe(codec="sparse", rate=2e-3, inner_steps=30, outer=NO_MOMENTUM), "<= 1.02"),
     },
 )
 OVERLAPPED, OVERLAP, SWARM = "loss_int8", "loss_overlap", "loss_swarm"
