@@ -102,7 +102,7 @@ class Told:
 
     tokens: int
     contradicted_by: frozenset[PeerId]
-    """At the other ends of hops of which only this peer tells so."""
+    """At the other ends of hops of which only one of the two tells so."""
 
 
 class RoundHops:
@@ -124,21 +124,20 @@ class RoundHops:
         served = {hop for hop in self._served if hop.callee == peer}
         sent = {hop for hop in self._sent if hop.caller == peer}
         inward = {hop for hop in served if hop.first_stage <= stage < hop.end_stage}
-        passed_on = {(hop.number, hop.end_stage) for hop in inward}
         came_in = {(hop.number, hop.end_stage) for hop in served}
         fed = {hop for hop in sent if stage < hop.first_stage and (hop.number, hop.first_stage) not in came_in}
-        onward = {hop for hop in sent if (hop.number, hop.first_stage) in passed_on}
+        callers = {hop.caller for hop in served ^ {hop for hop in self._sent if hop.callee == peer}}
+        callees = {hop.callee for hop in sent ^ {hop for hop in self._served if hop.caller == peer}}
         return Told(
             tokens=sum({hop.number: hop.target_tokens for hop in inward | fed}.values()),
-            contradicted_by=frozenset(
-                (*(hop.caller for hop in inward - self._sent), *(hop.callee for hop in (fed | onward) - self._served))
-            ),
+            contradicted_by=frozenset(callers | callees),
         )
 
     def fresh(self, hosts: Mapping[PeerId, Collection[StageId]], *, is_rough: bool = False) -> list[Carry]:
-        """Return what is told from all sides now, was not before, and can be recomputed, with `is_rough` by about.
+        """Return what is told from all sides now, was not before, and can be recomputed.
 
-        `hosts` says who has which stages: whoever begins a microbatch has the first one.
+        That is exactly, or with `is_rough` approximately. `hosts` says who has which stages: whoever begins a
+        microbatch has the first one.
         """
         found = self.told(hosts) if is_rough else self.all(hosts)
         fresh = list({carry.key: carry for carry in found if carry.key not in self._seen}.values())

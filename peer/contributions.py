@@ -68,7 +68,7 @@ class Contributions:
     def before_replaced(self, stage: StageId, commit: Commit | None, update: Update | None) -> None:
         """Sketch our contribution now, if a new one is about to take its place before the step that it is for.
 
-        Without the commit and its bytes nobody knows with which seed, and nothing is ever said of it.
+        Without the commit and its bytes nothing is ever said of it.
         """
         if not self._engines[stage].holds:  # a drift stays until the step
             return

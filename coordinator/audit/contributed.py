@@ -12,21 +12,24 @@ sqrt(hidden / known) times the sum of the others; twice as much is let pass.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from coordinator.audit.sums import Given
 from coordinator.carries import Carry, Told
 from protocol.audits import MAX_WORKS
-from protocol.ids import PeerId, StageId, Version
+from protocol.ids import PeerId, RoundId, StageId, Version
 from protocol.sketch import folded
 
 MAX_HIDDEN = 0.35
 """Of the tokens: more than one of three neighbours can hide."""
+LATELY_S, LEAST_ROUNDS, MAX_REMEMBERED = 3600.0, 3, 16
 SPREAD = 2.0
 """So many times what is usual the norm of the hidden sum may be."""
+MAX_LIARS, MAX_PEERS = 3, 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,14 +49,57 @@ class Contributed:
         return folded(sketch) if self.slack else sketch
 
 
+class Wrongs:
+    """Contributions with a hidden part that were found wrong, and who may have caused that besides their givers.
+
+    A neighbour can send something odd, which an honest peer passes into its sum, and hide that hop: it is in all of
+    such findings then, or one of a few that lie together is. Whoever hides its own work has it with one neighbour after
+    the other.
+    """
+
+    def __init__(self) -> None:
+        self._found: OrderedDict[PeerId, deque[tuple[float, RoundId, frozenset[PeerId]]]] = OrderedDict()
+
+    def note(self, peer: PeerId, round_id: RoundId, others: frozenset[PeerId], *, now_s: float) -> None:
+        """Take a finding, and who is in contradiction with the peer in that round."""
+        self._found.setdefault(peer, deque(maxlen=MAX_REMEMBERED)).append((now_s, round_id, others))
+        self._found.move_to_end(peer)
+        while len(self._found) > MAX_PEERS:
+            self._found.popitem(last=False)
+
+    def is_liar(self, peer: PeerId, *, num_neighbours: int, now_s: float) -> bool:
+        """Tell whether more others than may lie would have to, half of the smaller neighbouring stage at most.
+
+        What is hidden without a contradiction somebody may have caused who is not known: it does not count.
+        """
+        found = self._found.get(peer, ())
+        lately = {round_id: others for at_s, round_id, others in found if others and now_s - at_s < LATELY_S}
+        if len(lately) < LEAST_ROUNDS:
+            return False
+        accused = set().union(*lately.values())
+        return not any(
+            all(others & set(few) for others in lately.values())
+            for few in itertools.combinations(
+                sorted(accused), min(max(1, num_neighbours // 2), len(accused), MAX_LIARS)
+            )
+        )
+
+    def forget(self, peer: PeerId) -> None:
+        """It has been judged, or that was taken back."""
+        self._found.pop(peer, None)
+
+    def succeed(self, before: PeerId, peer: PeerId) -> None:
+        """One goes by another key now."""
+        if before in self._found:
+            self._found[peer] = self._found.pop(before)
+
+
 def contributed(stage: StageId, given: Given, told: Told, works: Iterable[Carry]) -> Contributed | None:
     """Return what of a contribution can be looked at; None if that is too little.
 
     `told` is what the peer itself says of its work at the stage in that round, `works` what all sides say alike. Done
     with other weights than most it counts as hidden; so does what is beyond `MAX_WORKS` microbatches.
     """
-    if given.claims_more or told.tokens < given.tokens:  # held against it elsewhere, if it goes on
-        return None
     alike: defaultdict[tuple[int, int, Version | None], list[Carry]] = defaultdict(list)
     for carry in works:
         alike[carry.first_stage, carry.num_stages, carry.version].append(carry)
@@ -61,7 +107,7 @@ def contributed(stage: StageId, given: Given, told: Told, works: Iterable[Carry]
     known = tuple(most[:MAX_WORKS])
     known_tokens = sum(carry.target_tokens for carry in known)
     hidden = max(abs(given.tokens - known_tokens), told.tokens - known_tokens)
-    if not known_tokens or hidden > MAX_HIDDEN * given.tokens:
+    if not known_tokens or hidden > MAX_HIDDEN * given.tokens:  # held against it elsewhere, if it is by its own word
         return None
     return Contributed(
         stage=stage,

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from coordinator.audit.contributed import Contributed
-from coordinator.audit.drifts import FLAGRANT, Drifts
+from coordinator.audit.drifts import FLAGRANT, Drifts, Far
 from coordinator.carries import Carry
 from protocol.audits import (
     AuditOrder,
@@ -32,7 +32,7 @@ from protocol.audits import (
     Work,
 )
 from protocol.errors import WireError
-from protocol.ids import PeerId, StageId
+from protocol.ids import PeerId
 from protocol.sketch import distance, whole_distance
 
 PATIENCE_S = 45.0
@@ -110,7 +110,7 @@ class Case:
 
     @property
     def is_rough(self) -> bool:
-        """Tell whether it was done with weights that only the audited has, near to those that it is done again with."""
+        """Tell whether it is recomputed with the anchor's weights, as nobody but the audited has its own."""
         return self.contribution is None and not self.carry.is_repeatable
 
     @property
@@ -296,7 +296,7 @@ class Court:
         if apart is None:  # one of the two is no sketch
             return Verdict(case=case, finding=Finding.DIFFERS, outputs=2.0, returned=2.0)
         if case.is_rough:
-            self._drifts.note(StageId(case.carry.first_stage), case.carry.peer, apart)
+            self._drifts.note(case.carry.stages, case.carry.peer, _far(case, apart))
         finding = Finding.VALID if self._is_right(case, apart) else Finding.DIFFERS
         return Verdict(case=case, finding=finding, outputs=apart[0], returned=apart[1])
 
@@ -313,7 +313,7 @@ class Court:
         else:
             finding = Finding.CLEARED
             liars = (*(() if agrees else (first.auditor,)), *_false_neighbours(first, report))
-        is_flagrant = case.is_rough and self._drifts.is_beyond(case.carry.first_stage, apart, factor=FLAGRANT)
+        is_flagrant = case.is_rough and self._drifts.is_beyond(case.carry.stages, _far(case, apart), factor=FLAGRANT)
         return Verdict(
             case=case, finding=finding, outputs=apart[0], returned=apart[1], liars=liars, is_flagrant=is_flagrant
         )
@@ -321,7 +321,7 @@ class Court:
     def _is_right(self, case: Case, apart: tuple[float, float]) -> bool:
         """Tell whether the audited may have sent that."""
         if case.is_rough:
-            return not self._drifts.is_beyond(StageId(case.carry.first_stage), apart)
+            return not self._drifts.is_beyond(case.carry.stages, _far(case, apart))
         slack = 0.0 if case.contribution is None else case.contribution.slack
         return self._is_near(case, apart, slack)
 
@@ -392,6 +392,12 @@ def _apart(sent: _Pair, found: _Pair, *, is_whole: bool = False) -> tuple[float,
     except WireError:
         return None
     return outputs, returned
+
+
+def _far(case: Case, apart: tuple[float, float]) -> Far:
+    """Return distances of what there is: activations that went on, a gradient that went back."""
+    has_returned = case.carry.upstream is not None and case.prefix is None
+    return apart[0] if case.carry.downstream is not None else None, apart[1] if has_returned else None
 
 
 def _same(told: bytes, seen: bytes) -> bool:

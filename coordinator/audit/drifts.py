@@ -11,8 +11,9 @@ chance, so it takes several. Of attacks that leaves the gross ones: turned signs
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections import defaultdict, deque
+from collections import OrderedDict, defaultdict, deque
 
 from protocol.ids import PeerId, RoundId, StageId
 
@@ -20,61 +21,66 @@ LEAST, MOST = 0.6, 1.8
 """Limits of the limit: relative distances. Zeros are 1 away from anything, a turned sign 2."""
 USUAL, SPREAD = 0.9, 2.5
 """What part of a peer's audits are as near as is usual, and how many times that is the limit."""
+WIDE = 1.4
+"""Times what is usual is let pass in any case: a run that diverges is nobody's fault."""
 LEAST_PEERS, LEAST_AUDITS = 3, 8
 MAX_REMEMBERED = 32  # audits of each peer: the learning rate changes, and with it what is usual
-MAX_PEERS = 256  # of each stage
+MAX_PEERS = 256  # that passed the same stages
 
 FLAGRANT = 3.0  # times the limit
 LATELY, TOO_MUCH, FLAGRANT_SCORE = 16, 3.0, 1.5
-"""Audits of a peer that are looked back at, and the score at which it is too much: 1 for each that was too far off.
+"""Audits of a peer that are looked back at, and the score at which it is too much: 1 for each that was too far off. Of
+some 1,100 audits of honest peers one was (two stages of three replicas, the smallest preset)."""
 
-Of some 1,100 audits of honest peers one was (two stages of three replicas, the smallest preset): that three of sixteen
-are by chance has odds of one in a million.
-"""
+Far = tuple[float | None, float | None]
+"""How far activations and gradients of one microbatch are from the anchor's; None where nothing goes on, or back."""
+Key = tuple[RoundId, int, PeerId, StageId]
+"""Of a piece of work (`Carry.key`)."""
+MAX_KNOWN = 4096
 
 
 class Drifts:
-    """Distances of everybody's work at each stage."""
+    """Distances of everybody's work, by the stages that it passed."""
 
     def __init__(self) -> None:
-        self._seen: defaultdict[StageId, defaultdict[PeerId, deque[tuple[float, float]]]] = defaultdict(
-            lambda: defaultdict(lambda: deque(maxlen=MAX_REMEMBERED))
-        )
+        self._seen: defaultdict[tuple[StageId, ...], OrderedDict[PeerId, deque[Far]]] = defaultdict(OrderedDict)
 
-    def note(self, stage: StageId, peer: PeerId, apart: tuple[float, float]) -> None:
-        """Take how far activations and gradients of one microbatch were from the anchor's."""
-        seen = self._seen[stage]
-        seen[peer].append(apart)
+    def note(self, stages: tuple[StageId, ...], peer: PeerId, far: Far) -> None:
+        """Take how far one microbatch was."""
+        seen = self._seen[stages]
+        seen.setdefault(peer, deque(maxlen=MAX_REMEMBERED)).append(far)
         while len(seen) > MAX_PEERS:
-            seen.pop(next(iter(seen)))
+            seen.popitem(last=False)
 
-    def limits(self, stage: StageId) -> tuple[float, float]:
-        """Return how far activations and gradients may be. Until a few peers are known, only nonsense is too far."""
-        known = [list(each) for each in self._seen[stage].values() if len(each) >= LEAST_AUDITS]
-        if len(known) < LEAST_PEERS:
-            return MOST, MOST
-        outputs, returned = (
-            statistics.median(_usual([apart[index] for apart in each]) for each in known) for index in range(2)
-        )
+    def limits(self, stages: tuple[StageId, ...]) -> tuple[float, float]:
+        """Return how far activations and gradients may be: as far as they like until a few peers are known."""
+        outputs, returned = ([[far[side] for far in each] for each in self._seen[stages].values()] for side in range(2))
         return _limit(outputs), _limit(returned)
 
-    def is_beyond(self, stage: StageId, apart: tuple[float, float], *, factor: float = 1.0) -> bool:
+    def is_beyond(self, stages: tuple[StageId, ...], far: Far, *, factor: float = 1.0) -> bool:
         """Tell whether that is too far, or so many times too far."""
-        return any(far > factor * limit for far, limit in zip(apart, self.limits(stage), strict=True))
+        return any(
+            each is not None and each > factor * limit for each, limit in zip(far, self.limits(stages), strict=True)
+        )
 
 
 class FarOff:
     """How often everybody's work was further off than it may be."""
 
     def __init__(self) -> None:
-        self._scores: defaultdict[PeerId, deque[tuple[RoundId, float]]] = defaultdict(lambda: deque(maxlen=LATELY))
+        self._scores: OrderedDict[PeerId, OrderedDict[Key, float]] = OrderedDict()
 
-    def note(self, peer: PeerId, round_id: RoundId, score: float) -> bool:
-        """Take an audit and what it counts against a peer; tell whether that is too much by now."""
-        scores = self._scores[peer]
-        scores.append((round_id, score))
-        against = [each for each in scores if each[1]]
-        return len({each[0] for each in against}) > 1 and sum(each[1] for each in against) >= TOO_MUCH
+    def note(self, peer: PeerId, work: Key, score: float) -> bool:
+        """Take an audit of a piece of work, which counts once, and its score; tell whether that is too much by now."""
+        scores = self._scores.setdefault(peer, OrderedDict())
+        self._scores.move_to_end(peer)
+        scores[work] = max(score, scores.get(work, 0.0))
+        while len(scores) > LATELY:
+            scores.popitem(last=False)
+        while len(self._scores) > MAX_KNOWN:
+            self._scores.popitem(last=False)
+        against = {key: each for key, each in scores.items() if each}
+        return len({key[0] for key in against}) > 1 and sum(against.values()) >= TOO_MUCH
 
     def forget(self, peer: PeerId) -> None:
         """It has been judged, or that was taken back."""
@@ -83,12 +89,13 @@ class FarOff:
     def succeed(self, before: PeerId, peer: PeerId) -> None:
         """One goes by another key now."""
         if before in self._scores:
-            self._scores[peer].extend(self._scores.pop(before))
+            self._scores[peer] = self._scores.pop(before)
 
 
-def _usual(distances: list[float]) -> float:
-    return sorted(distances)[int(USUAL * len(distances))]
-
-
-def _limit(usual: float) -> float:
-    return min(MOST, max(LEAST, SPREAD * usual))
+def _limit(by_peer: list[list[float | None]]) -> float:
+    told = [[far for far in each if far is not None] for each in by_peer]
+    known = [sorted(each) for each in told if len(each) >= LEAST_AUDITS]
+    if len(known) < LEAST_PEERS:
+        return math.inf
+    usual = statistics.median(each[int(USUAL * len(each))] for each in known)
+    return max(LEAST, min(SPREAD * usual, MOST), WIDE * usual)

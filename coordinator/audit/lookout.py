@@ -62,6 +62,10 @@ class Lookout:
         """One says that another has sent nonsense."""
         self._complaints.note(peer, by, now_s=now_s)
 
+    def is_alone(self, stages: Collection[StageId]) -> bool:
+        """Tell whether who hosts these needs nobody else for a microbatch."""
+        return self._ends <= {*stages}
+
     def start_over(self) -> None:
         """The run goes back: what was sent with the weights of before says nothing."""
         self._complaints = Complaints()
@@ -91,7 +95,7 @@ class Lookout:
             CLAIMING: sums.claiming(),
             UNTOLD: sums.untold(),
         }
-        alone = {peer for peer, stages in live.items() if self._ends <= {*stages}}
+        alone = {peer for peer, stages in live.items() if self.is_alone(stages)}
         excused = {peer for peer, until_s in self._excused_s.items() if now_s < until_s}
         for why, evasion in self._evasions.items():
             passed_over = excused | alone if why in ALONE else excused

@@ -16,19 +16,20 @@ import random
 import secrets
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import structlog
 
 from coordinator.audit import policy
 from coordinator.audit.auditors import Auditors
-from coordinator.audit.contributed import Contributed, contributed
+from coordinator.audit.contributed import MAX_HIDDEN, Contributed, Wrongs, contributed
 from coordinator.audit.court import Case, Court, Finding, Verdict
 from coordinator.audit.drifts import FLAGRANT_SCORE, Drifts, FarOff
 from coordinator.audit.lookout import NONSENSE, Lookout, sides_of
 from coordinator.audit.policy import Sanction, Standing, State
 from coordinator.audit.shares import Blame, Disputes, ShareCases
 from coordinator.audit.soundness import Soundness
-from coordinator.audit.sums import Record, Sums
+from coordinator.audit.sums import Given, Record, Sums
 from coordinator.audit.tolerance import tolerance_of
 from coordinator.audit.vouchers import Vouchers
 from coordinator.carries import Carry, RoundHops
@@ -65,11 +66,22 @@ PRUNE_EVERY_S = 600.0
 LOOK_EVERY_S = 30.0
 LATE_S, LATELY_S = 120.0, 900.0
 """What a peer has to say of a round is in by then; what is older counts no more."""
+TELL_S = 45.0  # receipts are signed after the step, which may take long, and come with a beat
 QUIET_S = 60.0  # after the run went back: what peers say of work before that is in by then
 KEEP_S = 7 * 86400.0
 MAX_AGAIN = 8  # microbatches that are looked at again when somebody was struck
 FAR_OFF = "two others recomputed its work, and found it further off than local steps can make it, again and again"
 SPOILT = "what it gave into an average, or made of what others gave, is not what it says"
+
+
+@dataclass(frozen=True, slots=True)
+class _Unread:
+    """An average whose contributions wait for what their givers tell of their work."""
+
+    record: Record
+    since_s: float
+    left: dict[PeerId, Given]
+    untold: dict[PeerId, bool] = field(default_factory=dict)
 
 
 class AuditOffice:
@@ -107,8 +119,8 @@ class AuditOffice:
         self._shares = ShareCases(next_order=self._next_order)
         self._disputes = Disputes()
         self._soundness = Soundness()
-        self._odd: dict[PeerId, tuple[RoundId, float]] = {}
-        """Whose contribution was found wrong of which some was hidden by nobody else: of which round, and when."""
+        self._unread: list[_Unread] = []
+        self._wrongs = Wrongs()
         self._far_off = FarOff()
         self._drawn: defaultdict[tuple[RoundId, PeerId], int] = defaultdict(int)
         self._left: deque[Carry] = deque(maxlen=MAX_LEFT)
@@ -145,8 +157,7 @@ class AuditOffice:
         for key in before:
             self._disputes.succeed(key, peer)
             self._far_off.succeed(key, peer)
-            if key in self._odd:
-                self._odd[peer] = self._odd.pop(key)
+            self._wrongs.succeed(key, peer)
 
         def write(db: Connection) -> None:
             for each in changed.values():
@@ -173,7 +184,8 @@ class AuditOffice:
         self._sums, self._newest_round = Sums(is_mean=self._is_local), None
         self._lookout.start_over()
         self._soundness = Soundness()
-        self._odd.clear()
+        self._unread.clear()
+        self._wrongs = Wrongs()
         self._far_off = FarOff()
         self._quiet_until_s = self._clock.monotonic() + QUIET_S
 
@@ -250,16 +262,16 @@ class AuditOffice:
                 await self._database.run(audits.prune_audits, before_s=now_s - KEEP_S)
         except StorageError as error:  # what was found is lost; who does wrong is found again
             self._journal.note(DISK_NOTE, str(error))
-        self._draw(now_s=now_s)
-        self._draw_sums(now_s=now_s)
+        touched, self._touched = self._touched, set()
+        self._draw(touched, now_s=now_s)
+        self._draw_sums(touched, now_s=now_s)
 
-    def _draw(self, *, now_s: float) -> None:
+    def _draw(self, touched: Collection[RoundId], *, now_s: float) -> None:
         hosts = {peer.peer: peer.stages for peer in self._registry.live()}
         for carry in [self._left.pop() for _ in range(len(self._left))]:
             if not self._open(carry, _new_seed()):
                 self._left.appendleft(carry)
-        touched, self._touched = self._touched, set()
-        for round_id in sorted(touched & self._rounds.keys()):
+        for round_id in sorted(self._rounds.keys() & touched):
             for carry in sorted(self._rounds[round_id].fresh(hosts, is_rough=self._is_local), key=self._lot):
                 drawn = self._drawn[round_id, carry.peer]
                 chance = policy.rate(self.standing(carry.peer), now_s=now_s)
@@ -297,32 +309,47 @@ class AuditOffice:
                 counts[carry.peer] = known + 1, unsteady + (not carry.is_repeatable)
         return counts
 
-    def _draw_sums(self, *, now_s: float) -> None:
+    def _draw_sums(self, touched: Collection[RoundId], *, now_s: float) -> None:
         """Have contributions recomputed: now and then, and all of them if they do not add up to what came out."""
-        hosts = {peer.peer: peer.stages for peer in self._registry.live()}
-        for record in self._sums.due(now_s=self._clock.monotonic()):
-            hops = self._rounds.get(record.round)
+        monotonic_s = self._clock.monotonic()
+        for record in self._sums.due(now_s=monotonic_s):
             if not record.adds_up:
                 log.warning("audit.sum", stage=record.stage, round=record.round, apart=record.apart)
                 if len(record.members) <= MAX_SHARES:
-                    self._shares.open(record, now_s=self._clock.monotonic())
-            # what local steps come to depends on their order
-            if hops is not None and not self._is_local:
-                self._draw_contributions(record, hops, hosts, now_s=now_s)
+                    self._shares.open(record, now_s=monotonic_s)
+            if not self._is_local:  # what local steps come to depends on their order
+                self._unread.append(_Unread(record, monotonic_s, dict(record.contributions)))
+        hosts = {peer.peer: peer.stages for peer in self._registry.live()}
+        for unread in self._unread:
+            is_late = monotonic_s - unread.since_s >= TELL_S
+            if is_late or unread.record.round in touched or unread.since_s == monotonic_s:
+                self._draw_contributions(unread, hosts, is_late=is_late, now_s=now_s)
+        done = [unread for unread in self._unread if not unread.left]
+        self._unread = [unread for unread in self._unread if unread.left][-MAX_ROUNDS * self._num_stages :]
+        for unread in done:
+            self._sums.note_untold(unread.record.stage, unread.untold)
 
     def _draw_contributions(
-        self, record: Record, hops: RoundHops, hosts: Mapping[PeerId, Collection[StageId]], *, now_s: float
+        self, unread: _Unread, hosts: Mapping[PeerId, Collection[StageId]], *, is_late: bool, now_s: float
     ) -> None:
-        works, untold = [carry for carry in hops.all(hosts) if record.stage in carry.stages], {}
-        for peer, given in record.contributions.items():
+        """Draw from contributions to one average whose givers have told what they worked on, or will not any more."""
+        record, hops = unread.record, self._rounds.get(unread.record.round)
+        if hops is None:
+            unread.left.clear()
+            return
+        works = [carry for carry in hops.all(hosts) if record.stage in carry.stages]
+        for peer, given in list(unread.left.items()):
             told = hops.told_by(peer, record.stage)
-            untold[peer] = told.tokens < given.tokens
+            if told.tokens < given.tokens and not is_late:
+                continue
+            del unread.left[peer]
+            if told.tokens and not self._lookout.is_alone(hosts.get(peer, ())):  # who tells nothing at all is silent
+                unread.untold[peer] = told.tokens < (1 - MAX_HIDDEN) * given.tokens
             known = contributed(record.stage, given, told, (carry for carry in works if carry.peer == peer))
             if known is None:
                 continue
             if not record.adds_up or self._chance.random() < policy.rate(self.standing(peer), now_s=now_s):
                 self._open(known.works[0], record.seed, contribution=known)
-        self._sums.note_untold(record.stage, untold)
 
     def _open(
         self,
@@ -378,7 +405,7 @@ class AuditOffice:
             if not is_sum:
                 self._vouchers.note(case.carry, auditor)
             if case.is_rough:
-                self._far_off.note(standing.peer, case.carry.round, 0.0)
+                self._far_off.note(standing.peer, case.carry.key, 0.0)
             await self._keep(verdict, now_s, policy.passed(standing, auditor, now_s=now_s - age_s, is_sum=is_sum))
         elif verdict.finding is Finding.DIFFERS:
             has_second = self._open(
@@ -397,7 +424,7 @@ class AuditOffice:
         elif verdict.finding is Finding.CONFIRMED and case.is_rough:
             await self._keep(verdict, now_s, policy.suspected(standing, now_s=now_s))
             score = FLAGRANT_SCORE if verdict.is_flagrant else 1.0
-            if self._far_off.note(standing.peer, case.carry.round, score):
+            if self._far_off.note(standing.peer, case.carry.key, score):
                 self._far_off.forget(standing.peer)
                 await self._strike(standing.peer, FAR_OFF, now_s=now_s)
                 self._look_again(peer)
@@ -424,33 +451,16 @@ class AuditOffice:
     async def _act_on_hidden(self, contribution: Contributed, carry: Carry, *, now_s: float) -> None:
         """Somebody's contribution is not what is known of it: by its doing, or by that of whoever hides the rest.
 
-        A neighbour may have sent something odd, which an honest peer has passed into its sum, and be silent about it.
-        So this is a dispute, in which both are suspects; unless nobody else hides anything, and it happens again.
+        All of them are suspects. It is struck if others could not have done all that was found of it lately.
         """
-        peer, others = self._who(carry.peer), {self._who(each) for each in contribution.contradicted_by}
+        peer, others = self._who(carry.peer), frozenset(self._who(each) for each in contribution.contradicted_by)
         await self._suspect(others, now_s=now_s)
-        for other in others:
-            self._disputes.note(peer, other, now_s=now_s)
-        sides = sides_of({each.peer: each.stages for each in self._registry.live()})
-        liars = {
-            each
-            for each in (peer, *others)
-            for side in sides.get(each, ())
-            if self._disputes.is_liar(each, members=[each, *map(self._who, side)], now_s=now_s)
-        }
-        if not others and self._is_odd_again(peer, carry.round, now_s=now_s):
-            liars.add(peer)
-        for liar in sorted(liars):
-            self._disputes.forget(liar)
-            await self._strike(liar, SPOILT, now_s=now_s)
-
-    def _is_odd_again(self, peer: PeerId, round_id: RoundId, *, now_s: float) -> bool:
-        """Tell whether the same was found of another round within the hour: once may be chance."""
-        before, at_s = self._odd.pop(peer, (round_id, now_s))
-        if before != round_id and now_s - at_s < policy.DOUBT_S:
-            return True
-        self._odd[peer] = round_id, now_s
-        return False
+        self._wrongs.note(peer, carry.round, others, now_s=now_s)
+        sides = sides_of({each.peer: each.stages for each in self._registry.live()}).get(carry.peer, ())
+        num_neighbours = min((len(side) for side in sides if side), default=1)
+        if self._wrongs.is_liar(peer, num_neighbours=num_neighbours, now_s=now_s):
+            self._wrongs.forget(peer)
+            await self._strike(peer, SPOILT, now_s=now_s)
 
     async def _act_on_shares(self, blame: Blame, *, now_s: float) -> None:
         """Follow what was said of an average that does not add up."""
@@ -525,7 +535,7 @@ class AuditOffice:
             self._sums.forget(standing.peer)
             self._lookout.forget(standing.peer, now_s=self._clock.monotonic())
             self._soundness.forget(standing.peer)
-            self._odd.pop(standing.peer, None)
+            self._wrongs.forget(standing.peer)
             self._far_off.forget(standing.peer)
             await self._journal.event("peer.pardoned", standing.peer, "back on probation: all of its work is looked at")
 

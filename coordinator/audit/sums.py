@@ -29,8 +29,8 @@ LEAST_MEMBERS = 3  # of two that point apart nobody knows which is wrong
 AGAINST = -0.2
 """Whose drift has such a cosine with all others', or a lower one, goes another way. In the attack table's model honest
 ones have -0.05 to 0.84, and those whose sign is turned -0.90 to -0.34 (docs/decisions/0025)."""
-CLAIMED_AT_MOST = 1.05
-"""Times what a member is credited with."""
+CLAIMED_AT_MOST = 1.5
+"""Times what a member is credited with: up to that the rest counts as hidden (`contributed.py`)."""
 ROUNDING = 0.05
 COARSE_ROUNDING = {"int4": 0.25}
 """How far a sum may be from its parts: the codec rounds every one of them, and the sum."""
@@ -48,7 +48,7 @@ class Given:
 
     @property
     def claims_more(self) -> bool:
-        """Tell whether it claims clearly more than it is credited with: now and then a retry leads to that."""
+        """Tell whether it claims far more than it is credited with: some of its answers may have been lost."""
         return self.tokens > CLAIMED_AT_MOST * self.weight
 
 

@@ -495,7 +495,12 @@ class StageDriver:
         """End the round at hand if nobody has told us that it is over: its work belongs to the state that is left."""
         if self._engine.is_open(self.stage):
             self._gate.freeze(self.stage)
-            await self._compute.run(lambda: self._engine.freeze(self.stage, replaces=True), priority=Priority.CONTROL)
+
+            def freeze() -> None:
+                self._sync.before_replaced(None, None)
+                self._engine.freeze(self.stage, replaces=True)
+
+            await self._compute.run(freeze, priority=Priority.CONTROL)
 
     async def _take_step(self, commit: Commit, signed: Signed, lineage: Lineage, update: Update) -> Digest:
         """Absorb an update, log it, and tell the rest of the peer; return the digest of the new state."""

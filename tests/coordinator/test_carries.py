@@ -70,7 +70,7 @@ def test_what_a_peer_tells_itself_is_known_with_who_contradicts_it() -> None:
     assert [hops.told_by(who.peer, StageId(stage)).tokens for stage, who in enumerate((A, B, C))] == [192, 192, 128]
     assert hops.told_by(B.peer, StageId(1)).contradicted_by == {A.peer, C.peer}
     assert hops.told_by(A.peer, StageId(0)).contradicted_by == {B.peer}
-    assert hops.told_by(C.peer, StageId(2)).contradicted_by == frozenset()
+    assert hops.told_by(C.peer, StageId(2)).contradicted_by == {B.peer}, "its silence contradicts B too"
     assert hops.told_by(B.peer, StageId(0)).tokens == hops.told_by(C.peer, StageId(1)).tokens == 0
 
 

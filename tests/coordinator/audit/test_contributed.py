@@ -11,10 +11,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from coordinator.audit.contributed import SPREAD, Contributed, contributed
+from coordinator.audit.contributed import SPREAD, Contributed, Wrongs, contributed
 from coordinator.audit.sums import Given
 from coordinator.carries import Carry, Told
-from protocol.ids import PeerId, StageId, Version
+from protocol.ids import PeerId, RoundId, StageId, Version
 from protocol.sketch import folded, sketch
 from tests.coordinator.audit.people import carry, tensor
 
@@ -56,10 +56,50 @@ def test_more_than_that_is_too_much() -> None:
     assert of(4, works(7)) is None, "so is more work than was given"
 
 
-def test_slack_cannot_be_claimed() -> None:
-    """Half as much again is claimed than is credited, or than the peer itself tells of. Oracle: it is not looked at."""
-    assert of(6, works(4), weight=4) is None
-    assert of(6, works(4), told=4) is None
+def test_what_is_claimed_or_given_beyond_is_hidden_too() -> None:
+    """Oracle: the slack for two of six."""
+    for found in (of(6, works(4), weight=4), of(6, works(4), told=4)):
+        assert found is not None
+        assert found.slack == pytest.approx(SPREAD * math.sqrt(2 / 4))
+
+
+def blamed(*found: str, neighbours: int = 4, hours: float = 0.0) -> bool:
+    """Tell whether P is a liar once its sums of as many rounds were wrong, in contradiction with these."""
+    wrongs = Wrongs()
+    for round_id, others in enumerate(found):
+        wrongs.note(P, RoundId(round_id), frozenset(map(PeerId, others)), now_s=0.0)
+    return wrongs.is_liar(P, num_neighbours=neighbours, now_s=3600.0 * hours)
+
+
+def test_who_falls_out_with_one_after_the_other_is_a_liar() -> None:
+    """Oracle: whether two of four neighbours could have done it all."""
+    assert blamed("ab", "cd", "ef")
+    assert blamed("a", "b", "c")
+    assert not blamed("a", "b", "c", hours=1.1)
+    assert not blamed("a", "b", "a", "b", "a"), "two that lie together"
+    assert blamed("a", "b", "c", "d", neighbours=3)
+    assert not blamed("a", "b"), "that is too few"
+
+
+def test_a_neighbour_that_spoils_and_hides_a_microbatch_every_round_gets_nobody_struck() -> None:
+    """Whatever answers others have lost meanwhile. Oracle: it alone could have done it all."""
+    assert not blamed("a", "ab", "ac", "ad", "a", "abcd", neighbours=4)
+    assert not blamed("a", "ab", "ac", "a", neighbours=1)
+
+
+def test_what_is_hidden_without_a_contradiction_is_held_against_nobody() -> None:
+    assert not blamed(*[""] * 10)
+
+
+def test_wrong_sums_follow_a_key_and_are_forgotten_with_an_appeal() -> None:
+    wrongs, new = Wrongs(), PeerId("new")
+    for round_id, other in enumerate("ab"):
+        wrongs.note(P, RoundId(round_id), frozenset({PeerId(other)}), now_s=0.0)
+    wrongs.succeed(P, new)
+    wrongs.note(new, RoundId(2), frozenset({PeerId("c")}), now_s=0.0)
+    assert wrongs.is_liar(new, num_neighbours=2, now_s=1.0)
+    wrongs.forget(new)
+    assert not wrongs.is_liar(new, num_neighbours=2, now_s=1.0)
 
 
 @pytest.mark.parametrize(("known", "told"), [(5, 5), (4, 5)])

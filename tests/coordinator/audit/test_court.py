@@ -13,6 +13,7 @@ import pytest
 
 from coordinator.audit.contributed import Contributed
 from coordinator.audit.court import PATIENCE_S, Case, Court, Finding, Tolerance, Verdict
+from coordinator.audit.drifts import LEAST_AUDITS, Drifts
 from protocol.audits import AuditOrder, AuditOutcome, SketchOrder
 from protocol.ids import PeerId, StageId
 from protocol.sketch import sketch
@@ -22,9 +23,9 @@ P, U, D, Q, R = (PeerId(name) for name in "PUDQR")
 SEED = b"s" * 32
 
 
-def court() -> Court:
+def court(drifts: Drifts | None = None) -> Court:
     counter = itertools.count(1)
-    return Court(Tolerance(outputs=0.03, returned=0.03), next_order=lambda: next(counter))
+    return Court(Tolerance(outputs=0.03, returned=0.03), next_order=lambda: next(counter), drifts=drifts)
 
 
 def hold(own: Court, people: dict[PeerId, Person], case: Case) -> Verdict:
@@ -192,16 +193,19 @@ def test_slack_is_for_the_audited_and_not_for_auditors() -> None:
 
 @pytest.mark.parametrize(
     ("sent", "findings"),
-    [("a drift", ["valid"]), ("nonsense", ["valid"]), ("turned", ["differs", "confirmed"])],
+    [("a drift", ["valid"]), ("nonsense", ["differs", "confirmed"]), ("turned", ["differs", "confirmed"])],
 )
 def test_what_was_done_with_weights_of_its_own_is_looked_at_by_about(sent: str, findings: list[str]) -> None:
-    """Nobody else's distances are known yet, so only what is further off than nonsense is wrong. Oracle: distances."""
+    """Others of the stage are a tenth off. Oracle: distances in fp64; a third is near enough, other work is not."""
     made = {
         "a drift": tensor("y") + tensor("of its own") / 3,
         "nonsense": tensor("other"),
         "turned": -tensor("y"),
     }[sent]
-    own, work = court(), replace(carry(P, U, D), is_repeatable=False)
+    drifts, work = Drifts(), replace(carry(P, U, D), is_repeatable=False)
+    for peer, _ in itertools.product((Q, R, U), range(LEAST_AUDITS)):
+        drifts.note(work.stages, peer, (0.1, 0.1))
+    own = court(drifts)
     crowd = people()
     for person in crowd.values():
         person.tensors = {"y": made}

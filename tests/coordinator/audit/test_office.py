@@ -442,35 +442,34 @@ async def test_of_two_that_contradict_each_other_both_are_looked_at_closely(tmp_
         assert [crew.state_of(who) for who in GIVERS] == [State.SUSPECT, State.SUSPECT, State.NEW]
 
 
-@pytest.mark.parametrize("how", ["unsteady", "silent neighbour", "unsteady once"])
+@pytest.mark.parametrize("how", ["unsteady", "silent neighbour"])
 async def test_a_wrong_sum_of_which_a_part_is_hidden(tmp_path: Path, how: str) -> None:
     """Of four microbatches one cannot be looked at, and the worker's sum is the others' turned.
 
-    If it says so itself, of two rounds, it is put out. If a neighbour tells nothing of it, that may have sent something
-    odd: both are suspects. Oracle: standings after each round.
+    A neighbour may have sent something odd and hide that: all who could have done it are suspects, and nobody is
+    struck. Oracle: standings after each round.
     """
     async with open_office(tmp_path, run=RUN) as office:
         crew, states, tokens = Crew(office), [], NUMBERS * TOKENS
         await crew.enter()
         for round_id in range(2):
             hops = [hop(n, FEEDER.peer, WORKER.peer, given=named("x"), returned=named("dx")) for n in range(NUMBERS)]
-            if how.startswith("unsteady"):
+            if how == "unsteady":
                 hops[-1] = replace(hops[-1], local_step=1)
             heard = hops[:-1] if how == "silent neighbour" else hops
             under = sign_closing(FEEDER, closing(RUN, round_id))
             await crew.beat(FEEDER, closing_report(under), crew._window(FEEDER, round_id, heard))
             alone = (Contribution(peer=WORKER.peer, tokens=tokens, weight=tokens),)
             made, lineage, seed = next(_recorded(under, members=(WORKER,), contributors=alone))
-            turned = sketch(tensor("sum") * (1 if how == "unsteady once" and round_id else -1), seed)
+            turned = sketch(-tensor("sum"), seed)
             given = ContributionReport(stage=StageId(1), round=made.round, lineage=lineage, own=turned, total=turned)
             office.services.audits.hear_commit(made, lineage)
             await crew.beat(WORKER, crew._window(WORKER, round_id, hops), given)
             await office.tick(GATHER_S + 1.0)
             await crew.settle()
             states.append((crew.state_of(WORKER), crew.state_of(FEEDER)))
-    worker = State.QUARANTINED if how == "unsteady" else State.SUSPECT
     feeder = State.SUSPECT if how == "silent neighbour" else State.NEW
-    assert states == [(State.SUSPECT, feeder), (worker, feeder)]
+    assert states == [(State.SUSPECT, feeder)] * 2
 
 
 async def test_when_the_run_goes_back_nobody_is_judged_by_other_weights(tmp_path: Path) -> None:

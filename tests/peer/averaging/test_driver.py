@@ -581,6 +581,16 @@ async def test_who_looks_at_contributions_hears_before_one_is_replaced(is_staged
     assert case.log[:2] == [f"replaced, followed by {6 if is_staged else None}", "frozen"]
 
 
+async def test_a_round_that_ends_without_a_freeze_replaces_its_contribution_as_well() -> None:
+    """Two commits come at once. Oracle: the order of what happens; nobody knows any more what was given."""
+    case = Case()
+    case.is_open = True
+    async with running(case):
+        await case.perform(events.Replay((step(6), step(7)), ()))
+        await until(lambda: case.machine.has_seen(events.Applied))
+    assert case.log[:3] == ["replaced, followed by None", "frozen", "absorbed 6"]
+
+
 def test_norms_are_compared_where_they_are_of_the_same() -> None:
     """Of two nobody can be unusual. Oracle: the group that the reduce gets."""
     case = Case()
