@@ -57,15 +57,16 @@ def test_who_averages_while_it_computes_is_found_right(tmp_path: Path, corpus: P
 @pytest.mark.parametrize(
     ("oddity", "why", "mode"),
     [
-        ("flips:1.0", RECOMPUTED, ()),
-        ("spoils:1.0", RECOMPUTED, ()),
-        ("hides:1.0", SPOILT, ()),
-        ("twists:1.0", SPOILT, ()),
-        ("wakes:3", FAR_OFF, (*DILOCO, "averaging.overlap=true")),
+        ("flips:1.0", (RECOMPUTED,), ()),
+        ("spoils:1.0", (RECOMPUTED,), ()),
+        ("hides:1.0", (SPOILT,), ()),
+        ("twists:1.0", (SPOILT,), ()),
+        # mostly by about, unless it happens to stand where all stand
+        ("wakes:3", (FAR_OFF, RECOMPUTED), (*DILOCO, "averaging.overlap=true")),
     ],
 )
 def test_who_cheats_is_put_out_and_nobody_else(
-    tmp_path: Path, corpus: Path, oddity: str, why: str, mode: tuple[str, ...]
+    tmp_path: Path, corpus: Path, oddity: str, why: tuple[str, ...], mode: tuple[str, ...]
 ) -> None:
     """With activations and gradients that it sends on, with what it adds to averages, or makes of them."""
     with Swarm(tmp_path, corpus=corpus, rounds=10_000, stages=2, settings=(*SETTINGS, *mode)) as swarm:
@@ -76,14 +77,14 @@ def test_who_cheats_is_put_out_and_nobody_else(
         cheat = swarm.start_peer("fir", "--stage", "1", oddity=oddity)
         cheat.is_expected_to_end = True
         assert cheat.wait_end(timeout_s=240.0) == 4, cheat.story()
-        assert why in cheat.story()
+        assert any(each in cheat.story() for each in why)
         version = swarm.version(0)
         swarm.wait_version(version + 5, timeout_s=60.0)
         findings = _findings(swarm)
         with swarm.database() as db:
             names = {PeerId(peer): name for peer, name in db.execute("SELECT peer, name FROM peers")}
             balances = {names[peer]: found for peer, found in credits.balances(db).items()}
-        assert (findings["fir"].get("confirmed", 0) >= 1) is (why != SPOILT)
+        assert (findings["fir"].get("confirmed", 0) >= 1) is (SPOILT not in why)
         usual = {"valid", "nothing", "cleared"} | ({"differs", "confirmed"} if mode else set())
         for name in ("ash", "elm", "oak"):
             assert set(findings.get(name, {})) <= usual, findings
