@@ -40,6 +40,10 @@ SLOW_PATIENCE_S = 300.0
 """For contributions, and for watchers, which may be CPUs and may have to get weights anew."""
 
 
+GREY = 2.0
+"""Times the tolerance: up to that it may be chance, once."""
+
+
 class Finding(StrEnum):
     """What a case comes to."""
 
@@ -75,7 +79,7 @@ class Verdict:
     missing: tuple[PeerId, ...] = ()
     """Who did not bring or say what it was asked for."""
     is_flagrant: bool = False
-    """Of what was done with local steps: it is several times too far off."""
+    """Wrong by so much that no honest machine is ever: else it may be a microbatch like no other."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -313,10 +317,19 @@ class Court:
         else:
             finding = Finding.CLEARED
             liars = (*(() if agrees else (first.auditor,)), *_false_neighbours(first, report))
-        is_flagrant = case.is_rough and self._drifts.is_beyond(case.carry.stages, _far(case, apart), factor=FLAGRANT)
         return Verdict(
-            case=case, finding=finding, outputs=apart[0], returned=apart[1], liars=liars, is_flagrant=is_flagrant
+            case=case,
+            finding=finding,
+            outputs=apart[0],
+            returned=apart[1],
+            liars=liars,
+            is_flagrant=self._is_flagrant(case, apart),
         )
+
+    def _is_flagrant(self, case: Case, apart: tuple[float, float]) -> bool:
+        if case.is_rough:
+            return self._drifts.is_beyond(case.carry.stages, _far(case, apart), factor=FLAGRANT)
+        return not self._is_near(case, (apart[0] / GREY, apart[1] / GREY))
 
     def _is_right(self, case: Case, apart: tuple[float, float]) -> bool:
         """Tell whether the audited may have sent that."""

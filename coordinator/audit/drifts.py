@@ -65,7 +65,7 @@ class Drifts:
 
 
 class FarOff:
-    """How often everybody's work was further off than it may be."""
+    """How often everybody's work was further off than it may be, with local steps or without."""
 
     def __init__(self) -> None:
         self._scores: OrderedDict[PeerId, OrderedDict[Key, float]] = OrderedDict()

@@ -70,7 +70,7 @@ TELL_S = 45.0  # receipts are signed after the step, which may take long, and co
 QUIET_S = 60.0  # after the run went back: what peers say of work before that is in by then
 KEEP_S = 7 * 86400.0
 MAX_AGAIN = 8  # microbatches that are looked at again when somebody was struck
-FAR_OFF = "two others recomputed its work, and found it further off than local steps can make it, again and again"
+OFF = "two others recomputed its work, and found it further off than honest work is, again and again"
 SPOILT = "what it gave into an average, or made of what others gave, is not what it says"
 
 
@@ -394,7 +394,7 @@ class AuditOffice:
         own = self._registry.watchers
         if case.is_watcher and verdict.finding is Finding.VALID:
             self._soundness.note_valid(auditor, StageId(case.carry.first_stage))
-        if verdict.finding is Finding.CONFIRMED and not case.is_rough:
+        if verdict.finding is Finding.CONFIRMED and verdict.is_flagrant and not case.is_rough:
             # no more than that: a neighbour told them what was sent, and may have told the others something else
             await self._suspect(vouchers - own, now_s=now_s)
         is_out = standing.out_until_s > now_s
@@ -404,8 +404,7 @@ class AuditOffice:
         elif verdict.finding is Finding.VALID:
             if not is_sum:
                 self._vouchers.note(case.carry, auditor)
-            if case.is_rough:
-                self._far_off.note(standing.peer, case.carry.key, 0.0)
+            self._far_off.note(standing.peer, case.carry.key, 0.0)
             await self._keep(verdict, now_s, policy.passed(standing, auditor, now_s=now_s - age_s, is_sum=is_sum))
         elif verdict.finding is Finding.DIFFERS:
             has_second = self._open(
@@ -421,12 +420,12 @@ class AuditOffice:
             await self._act_on_hidden(case.contribution, case.carry, now_s=now_s)
         elif verdict.finding is Finding.CONFIRMED and not self._is_believed(case, peer):
             await self._keep(verdict, now_s, policy.suspected(standing, now_s=now_s))
-        elif verdict.finding is Finding.CONFIRMED and case.is_rough:
+        elif verdict.finding is Finding.CONFIRMED and (case.is_rough or not verdict.is_flagrant):
             await self._keep(verdict, now_s, policy.suspected(standing, now_s=now_s))
             score = FLAGRANT_SCORE if verdict.is_flagrant else 1.0
             if self._far_off.note(standing.peer, case.carry.key, score):
                 self._far_off.forget(standing.peer)
-                await self._strike(standing.peer, FAR_OFF, now_s=now_s)
+                await self._strike(standing.peer, OFF, now_s=now_s)
                 self._look_again(peer)
         elif verdict.finding is Finding.CONFIRMED:
             after, sanction = policy.struck(standing, now_s=now_s, is_sum=is_sum, own=own)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.audit.office import FAR_OFF, SPOILT
+from coordinator.audit.office import OFF, SPOILT
 from coordinator.store import audits, credits
 from protocol.ids import PeerId
 from tests.e2e.swarm import Swarm
@@ -62,7 +62,7 @@ def test_who_averages_while_it_computes_is_found_right(tmp_path: Path, corpus: P
         ("hides:1.0", (SPOILT,), ()),
         ("twists:1.0", (SPOILT,), ()),
         # mostly by about, unless it happens to stand where all stand
-        ("wakes:3", (FAR_OFF, RECOMPUTED), (*DILOCO, "averaging.overlap=true")),
+        ("wakes:3", (OFF, RECOMPUTED), (*DILOCO, "averaging.overlap=true")),
     ],
 )
 def test_who_cheats_is_put_out_and_nobody_else(

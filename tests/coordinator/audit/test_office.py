@@ -13,10 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from coordinator.audit.lookout import CONTRARY, NONSENSE
-from coordinator.audit.office import MAX_PER_ROUND, QUIET_S, SPOILT
+from coordinator.audit.office import MAX_PER_ROUND, OFF, QUIET_S, SPOILT
 from coordinator.audit.policy import State, state_of
 from coordinator.audit.sums import GATHER_S
 from coordinator.store import audits, bans, credits, history
@@ -169,6 +170,24 @@ async def test_who_sends_nonsense_is_put_out_by_two_witnesses_and_loses_what_it_
         assert (await office.services.database.run(credits.balances))[WORKER.peer].held_tokens == NUMBERS * TOKENS
         await office.tick(6.0)
         assert (await office.services.database.run(credits.balances))[WORKER.peer].held_tokens == NUMBERS * TOKENS
+
+
+async def test_work_that_is_a_little_off_is_put_out_once_it_is_so_in_another_round(tmp_path: Path) -> None:
+    """Up to twice the tolerance it may be a microbatch like no other. Oracle: standings and credits."""
+    async with open_office(tmp_path, run=RUN) as office:
+        crew, states = Crew(office), []
+        await crew.enter()
+        for person in crew.people.values():
+            person.tensors = {"dx": tensor("dx") + np.float32(0.045) * tensor("noise")}
+        for round_id in range(2):
+            await crew.work(round_id)
+            await crew.settle()
+            states.append(crew.state_of(WORKER))
+            held = (await office.services.database.run(credits.balances))[WORKER.peer].held_tokens
+            assert (held > 0) is (round_id == 0)
+        assert states == [State.SUSPECT, State.QUARANTINED]
+        (row,) = await office.services.database.run(lambda db: bans.load_bans(db, now_s=office.services.clock.wall()))
+        assert OFF in row.reason
 
 
 async def test_a_lying_auditor_is_doubted_and_the_honest_worker_is_not_touched(tmp_path: Path) -> None:
