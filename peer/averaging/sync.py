@@ -362,6 +362,8 @@ class StageSync:
                 lineage = next_lineage(lineage, signed.payload)
                 version, round_id = commit.version, RoundId(commit.round + 1)
                 commits.append(signed)
+        if version < answer.version:
+            raise UnreachableError(f"{source} does not have what followed version {version} of stage {self._stage}.")
         return Place(charter=signed_charter, commits=tuple(commits), round=round_id, version=version, lineage=lineage)
 
     async def _commit_before(self, source: PeerId, lineage: Lineage, version: Version) -> Signed:
