@@ -17,6 +17,9 @@ from protocol.receipts import Hop, Window
 
 FIRST_STAGE = StageId(0)
 
+WorkKey = tuple[RoundId, int, PeerId, StageId]
+"""Round, number, peer and first stage of a piece of work."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Carry:
@@ -42,7 +45,7 @@ class Carry:
     """Whether it was done with the weights of a version, and not with some that nobody else has."""
 
     @property
-    def key(self) -> tuple[RoundId, int, PeerId, StageId]:
+    def key(self) -> WorkKey:
         return self.round, self.number, self.peer, self.first_stage
 
     @property
@@ -112,7 +115,7 @@ class RoundHops:
         self._round, self._num_stages = round_id, num_stages
         self._sent: set[Hop] = set()
         self._served: set[Hop] = set()
-        self._seen: set[tuple[RoundId, int, PeerId, StageId]] = set()
+        self._seen: set[WorkKey] = set()
 
     def add(self, window: Window) -> None:
         """Take what somebody has said."""

@@ -125,9 +125,7 @@ def distance(ours: bytes, theirs: bytes) -> float:
 
     Not finite values are infinitely far from anything. Raises `WireError` if the sketches do not fit each other.
     """
-    mine, other = _rows(ours), _rows(theirs)
-    if mine.shape != other.shape:
-        raise WireError(f"a sketch of {len(other)} pieces where {len(mine)} were expected")
+    mine, other = _alike(ours, theirs)
     if not (np.isfinite(mine).all() and np.isfinite(other).all()):
         return math.inf
     norms = np.linalg.norm(mine, axis=1)
@@ -138,9 +136,7 @@ def distance(ours: bytes, theirs: bytes) -> float:
 
 def whole_distance(ours: bytes, theirs: bytes) -> float:
     """Estimate the relative L2 distance of two tensors as a whole. Else as `distance`."""
-    mine, other = _rows(ours), _rows(theirs)
-    if mine.shape != other.shape:
-        raise WireError(f"a sketch of {len(other)} pieces where {len(mine)} were expected")
+    mine, other = _alike(ours, theirs)
     if not (np.isfinite(mine).all() and np.isfinite(other).all()):
         return math.inf
     size, apart = float(np.linalg.norm(mine)), float(np.linalg.norm(mine - other))
@@ -165,6 +161,13 @@ def directions(sketches: Sequence[bytes]) -> list[float]:
     along = np.einsum("ij,ij->i", units, others)
     found = np.divide(along, lengths, out=np.zeros_like(along), where=lengths > 0)
     return [float(each) for each in np.where(norms[:, 0] > 0, found, -1.0)]
+
+
+def _alike(ours: bytes, theirs: bytes) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    mine, other = _rows(ours), _rows(theirs)
+    if mine.shape != other.shape:
+        raise WireError(f"a sketch of {len(other)} pieces where {len(mine)} were expected")
+    return mine, other
 
 
 def _rows(packed: bytes) -> npt.NDArray[np.float64]:

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import OrderedDict, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
+from coordinator.audit.by_peer import ByPeer
 from coordinator.audit.sums import Given
 from coordinator.carries import Carry, Told
 from protocol.audits import MAX_WORKS
@@ -29,7 +31,7 @@ MAX_HIDDEN = 0.35
 LATELY_S, LEAST_ROUNDS, MAX_REMEMBERED = 3600.0, 3, 16
 SPREAD = 2.0
 """So many times what is usual the norm of the hidden sum may be."""
-MAX_LIARS, MAX_PEERS = 3, 4096
+MAX_LIARS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +51,11 @@ class Contributed:
         return folded(sketch) if self.slack else sketch
 
 
-class Wrongs:
+_Wrong = tuple[float, RoundId, frozenset[PeerId]]
+"""When, of which round, and who was in contradiction with the peer."""
+
+
+class Wrongs(ByPeer[deque[_Wrong]]):
     """Contributions with a hidden part that were found wrong, and who may have caused that besides their givers.
 
     A neighbour can send something odd, which an honest peer passes into its sum, and hide that hop: it is in all of
@@ -58,40 +64,27 @@ class Wrongs:
     """
 
     def __init__(self) -> None:
-        self._found: OrderedDict[PeerId, deque[tuple[float, RoundId, frozenset[PeerId]]]] = OrderedDict()
+        super().__init__(partial(deque, maxlen=MAX_REMEMBERED))
 
     def note(self, peer: PeerId, round_id: RoundId, others: frozenset[PeerId], *, now_s: float) -> None:
         """Take a finding, and who is in contradiction with the peer in that round."""
-        self._found.setdefault(peer, deque(maxlen=MAX_REMEMBERED)).append((now_s, round_id, others))
-        self._found.move_to_end(peer)
-        while len(self._found) > MAX_PEERS:
-            self._found.popitem(last=False)
+        self.of(peer).append((now_s, round_id, others))
 
     def is_liar(self, peer: PeerId, *, num_neighbours: int, now_s: float) -> bool:
         """Tell whether more others than may lie would have to, half of the smaller neighbouring stage at most.
 
         What is hidden without a contradiction somebody may have caused who is not known: it does not count.
         """
-        found = self._found.get(peer, ())
-        lately = {round_id: others for at_s, round_id, others in found if others and now_s - at_s < LATELY_S}
+        found = {round_id: others for at_s, round_id, others in self.of(peer) if now_s - at_s < LATELY_S}
+        lately = [others for others in found.values() if others]
         if len(lately) < LEAST_ROUNDS:
             return False
-        accused = set().union(*lately.values())
+        accused = frozenset().union(*lately)
+        num_liars = min(max(1, num_neighbours // 2), len(accused), MAX_LIARS)
         return not any(
-            all(others & set(few) for others in lately.values())
-            for few in itertools.combinations(
-                sorted(accused), min(max(1, num_neighbours // 2), len(accused), MAX_LIARS)
-            )
+            all(others.intersection(few) for others in lately)
+            for few in itertools.combinations(sorted(accused), num_liars)
         )
-
-    def forget(self, peer: PeerId) -> None:
-        """It has been judged, or that was taken back."""
-        self._found.pop(peer, None)
-
-    def succeed(self, before: PeerId, peer: PeerId) -> None:
-        """One goes by another key now."""
-        if before in self._found:
-            self._found[peer] = self._found.pop(before)
 
 
 def contributed(stage: StageId, given: Given, told: Told, works: Iterable[Carry]) -> Contributed | None:

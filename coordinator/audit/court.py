@@ -118,6 +118,11 @@ class Case:
         return self.contribution is None and not self.carry.is_repeatable
 
     @property
+    def slack(self) -> float:
+        """How far a contribution may be from what is known of it."""
+        return 0.0 if self.contribution is None else self.contribution.slack
+
+    @property
     def patience_s(self) -> float:
         is_slow = self.is_watcher or self.contribution is not None
         return SLOW_PATIENCE_S if is_slow else PATIENCE_S
@@ -335,8 +340,7 @@ class Court:
         """Tell whether the audited may have sent that."""
         if case.is_rough:
             return not self._drifts.is_beyond(case.carry.stages, _far(case, apart))
-        slack = 0.0 if case.contribution is None else case.contribution.slack
-        return self._is_near(case, apart, slack)
+        return self._is_near(case, apart, case.slack)
 
     def _is_near(self, case: Case, apart: tuple[float, float], slack: float = 0.0) -> bool:
         """Tell whether that may be two machines of which both do what they should."""

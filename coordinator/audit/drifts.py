@@ -15,7 +15,9 @@ import math
 import statistics
 from collections import OrderedDict, defaultdict, deque
 
-from protocol.ids import PeerId, RoundId, StageId
+from coordinator.audit.by_peer import ByPeer
+from coordinator.carries import WorkKey
+from protocol.ids import PeerId, StageId
 
 LEAST, MOST = 0.6, 1.8
 """Limits of the limit: relative distances. Zeros are 1 away from anything, a turned sign 2."""
@@ -34,9 +36,6 @@ some 1,100 audits of honest peers one was (two stages of three replicas, the sma
 
 Far = tuple[float | None, float | None]
 """How far activations and gradients of one microbatch are from the anchor's; None where nothing goes on, or back."""
-Key = tuple[RoundId, int, PeerId, StageId]
-"""Of a piece of work (`Carry.key`)."""
-MAX_KNOWN = 4096
 
 
 class Drifts:
@@ -64,32 +63,20 @@ class Drifts:
         )
 
 
-class FarOff:
+class FarOff(ByPeer[OrderedDict[WorkKey, float]]):
     """How often everybody's work was further off than it may be, with local steps or without."""
 
     def __init__(self) -> None:
-        self._scores: OrderedDict[PeerId, OrderedDict[Key, float]] = OrderedDict()
+        super().__init__(OrderedDict)
 
-    def note(self, peer: PeerId, work: Key, score: float) -> bool:
+    def note(self, peer: PeerId, work: WorkKey, score: float) -> bool:
         """Take an audit of a piece of work, which counts once, and its score; tell whether that is too much by now."""
-        scores = self._scores.setdefault(peer, OrderedDict())
-        self._scores.move_to_end(peer)
+        scores = self.of(peer)
         scores[work] = max(score, scores.get(work, 0.0))
         while len(scores) > LATELY:
             scores.popitem(last=False)
-        while len(self._scores) > MAX_KNOWN:
-            self._scores.popitem(last=False)
         against = {key: each for key, each in scores.items() if each}
         return len({key[0] for key in against}) > 1 and sum(against.values()) >= TOO_MUCH
-
-    def forget(self, peer: PeerId) -> None:
-        """It has been judged, or that was taken back."""
-        self._scores.pop(peer, None)
-
-    def succeed(self, before: PeerId, peer: PeerId) -> None:
-        """One goes by another key now."""
-        if before in self._scores:
-            self._scores[peer] = self._scores.pop(before)
 
 
 def _limit(by_peer: list[list[float | None]]) -> float:

@@ -337,12 +337,11 @@ class AuditOffice:
         if hops is None:
             unread.left.clear()
             return
-        works = [carry for carry in hops.all(hosts) if record.stage in carry.stages]
-        for peer, given in list(unread.left.items()):
-            told = hops.told_by(peer, record.stage)
-            if told.tokens < given.tokens and not is_late:
-                continue
-            del unread.left[peer]
+        said = {peer: hops.told_by(peer, record.stage) for peer in unread.left}
+        ready = {peer: told for peer, told in said.items() if is_late or told.tokens >= unread.left[peer].tokens}
+        works = [carry for carry in hops.all(hosts) if record.stage in carry.stages] if ready else []
+        for peer, told in ready.items():
+            given = unread.left.pop(peer)
             if told.tokens and not self._lookout.is_alone(hosts.get(peer, ())):  # who tells nothing at all is silent
                 unread.untold[peer] = told.tokens < (1 - MAX_HIDDEN) * given.tokens
             known = contributed(record.stage, given, told, (carry for carry in works if carry.peer == peer))
@@ -415,7 +414,7 @@ class AuditOffice:
             if has_second or is_out:  # it will settle that
                 after, sanction = standing, None
             await self._keep(verdict, now_s, after, sanction)
-        elif verdict.finding is Finding.CONFIRMED and case.contribution is not None and case.contribution.slack:
+        elif verdict.finding is Finding.CONFIRMED and case.contribution is not None and case.slack:
             await self._keep(verdict, now_s, policy.suspected(standing, now_s=now_s))
             await self._act_on_hidden(case.contribution, case.carry, now_s=now_s)
         elif verdict.finding is Finding.CONFIRMED and not self._is_believed(case, peer):
@@ -553,7 +552,7 @@ class AuditOffice:
 
 def _doubted(case: Case, standing: Standing, accuser: PeerId, *, now_s: float) -> tuple[Standing, Sanction | None]:
     """Return where somebody stands of whom one witness alone says that it did wrong."""
-    if case.is_rough or (case.contribution is not None and case.contribution.slack):  # it may be nobody's fault
+    if case.is_rough or case.slack:  # it may be nobody's fault
         return policy.suspected(standing, now_s=now_s), None
     return policy.doubted(standing, accuser, now_s=now_s)
 

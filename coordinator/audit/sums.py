@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from protocol.audits import ContributionReport, contribution_seed
 from protocol.errors import WireError
@@ -90,10 +91,7 @@ class Sums:
         self._is_mean = is_mean
         self._gathering: OrderedDict[Lineage, _Gathering] = OrderedDict()
         self._done: OrderedDict[Lineage, None] = OrderedDict()
-        self._taking_part: defaultdict[StageId, deque[dict[PeerId, bool]]] = defaultdict(_remembered)
-        self._against: defaultdict[StageId, deque[dict[PeerId, bool]]] = defaultdict(_remembered)
-        self._claiming: defaultdict[StageId, deque[dict[PeerId, bool]]] = defaultdict(_remembered)
-        self._untold: defaultdict[StageId, deque[dict[PeerId, bool]]] = defaultdict(_remembered)
+        self._silent, self._against, self._claiming, self._untold = (_Noted() for _ in range(4))
 
     def hear_commit(self, commit: Commit, lineage: Lineage, *, now_s: float) -> None:
         """Take who was summed."""
@@ -126,44 +124,43 @@ class Sums:
                 continue
             weighty = {each.peer for each in commit.contributors if each.weight}
             if 2 * len(weighty & gathering.said.keys()) > len(weighty):  # or else somebody may have made it up
-                self._taking_part[commit.stage].append({peer: peer not in gathering.said for peer in weighty})
+                self._silent.note(commit.stage, {peer: peer not in gathering.said for peer in weighty})
             record = _record(commit, lineage, gathering.said, is_mean=self._is_mean)
             if record is not None:
                 found.append(record)
                 claiming = {peer: each.claims_more for peer, each in record.contributions.items()}
-                self._claiming[record.stage].append(claiming)
+                self._claiming.note(record.stage, claiming)
                 if self._is_mean and len(record.contributions) >= LEAST_MEMBERS:
-                    self._against[record.stage].append(goes_against(record))
+                    self._against.note(record.stage, goes_against(record))
         return found
 
     def silence(self) -> dict[PeerId, tuple[int, int]]:
         """Return in how many of the latest averages peers counted, and of how many they say nothing."""
-        return _counted(itertools.chain(*self._taking_part.values()))
+        return self._silent.counts()
 
     def against(self) -> dict[PeerId, tuple[int, int]]:
         """Return how many of the latest mean drifts peers have given to, and how often against all others.
 
         Sums of gradients are no such thing: their noise is larger than what they have in common.
         """
-        return _counted(itertools.chain(*self._against.values()))
+        return self._against.counts()
 
     def claiming(self) -> dict[PeerId, tuple[int, int]]:
         """Return to how many of the latest averages peers have given, and how often with more than is credited."""
-        return _counted(itertools.chain(*self._claiming.values()))
+        return self._claiming.counts()
 
     def untold(self) -> dict[PeerId, tuple[int, int]]:
         """Return to how many of the latest averages peers have given, and how often more than they tell of."""
-        return _counted(itertools.chain(*self._untold.values()))
+        return self._untold.counts()
 
     def note_untold(self, stage: StageId, untold: dict[PeerId, bool]) -> None:
         """Take who tells of less work than it has given."""
-        self._untold[stage].append(untold)
+        self._untold.note(stage, untold)
 
     def forget(self, peer: PeerId) -> None:
         """What it said or did not say of earlier averages is no more held against it."""
-        for noted in (self._taking_part, self._against, self._claiming, self._untold):
-            for each in itertools.chain(*noted.values()):
-                each.pop(peer, None)
+        for noted in (self._silent, self._against, self._claiming, self._untold):
+            noted.forget(peer)
 
     def _of(self, lineage: Lineage, now_s: float, *, opened_by: PeerId | None = None) -> _Gathering:
         if lineage not in self._gathering:
@@ -173,13 +170,27 @@ class Sums:
         return self._gathering[lineage]
 
 
-def _counted(seen: Iterable[Mapping[PeerId, bool]]) -> dict[PeerId, tuple[int, int]]:
-    found: dict[PeerId, tuple[int, int]] = {}
-    for each in seen:
-        for peer, is_noted in each.items():
-            count, noted = found.get(peer, (0, 0))
-            found[peer] = count + 1, noted + is_noted
-    return found
+class _Noted:
+    """Of the latest averages of each stage, of whom something was noted."""
+
+    def __init__(self) -> None:
+        self._seen: defaultdict[StageId, deque[dict[PeerId, bool]]] = defaultdict(partial(deque, maxlen=MAX_REMEMBERED))
+
+    def note(self, stage: StageId, noted: dict[PeerId, bool]) -> None:
+        self._seen[stage].append(noted)
+
+    def counts(self) -> dict[PeerId, tuple[int, int]]:
+        """Return of how many averages peers were part, and of how many it was noted."""
+        found: dict[PeerId, tuple[int, int]] = {}
+        for each in itertools.chain(*self._seen.values()):
+            for peer, is_noted in each.items():
+                count, noted = found.get(peer, (0, 0))
+                found[peer] = count + 1, noted + is_noted
+        return found
+
+    def forget(self, peer: PeerId) -> None:
+        for each in itertools.chain(*self._seen.values()):
+            each.pop(peer, None)
 
 
 def goes_against(record: Record) -> dict[PeerId, bool]:
@@ -190,10 +201,6 @@ def goes_against(record: Record) -> dict[PeerId, bool]:
     others = [sketch for peer, sketch in sketches.items() if peer not in against]
     is_clear = 2 * len(others) > len(sketches) and min(directions(others)) > 0
     return {peer: is_clear and peer in against for peer in sketches}
-
-
-def _remembered() -> deque[dict[PeerId, bool]]:
-    return deque(maxlen=MAX_REMEMBERED)
 
 
 def _record(

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from coordinator.carries import Carry
-from protocol.ids import PeerId, RoundId, StageId
+from coordinator.carries import Carry, WorkKey
+from protocol.ids import PeerId
 
 MAX_WORKS = 4096  # microbatches; of older ones nobody has the inputs any more
 
@@ -24,7 +24,7 @@ class Vouchers:
     """Microbatches that were found right."""
 
     def __init__(self) -> None:
-        self._works: OrderedDict[tuple[RoundId, int, PeerId, StageId], _Work] = OrderedDict()
+        self._works: OrderedDict[WorkKey, _Work] = OrderedDict()
 
     def note(self, carry: Carry, auditor: PeerId) -> None:
         """An auditor has found nothing."""

@@ -285,14 +285,10 @@ class StageDriver:
         self._gate.freeze(self.stage)
         self._hooks.on_freeze(closing)
         update = None if following is None else self._staged.get(following.digest)
-
-        def freeze() -> int:
-            if replaces:
-                self._sync.before_replaced(following, update)
-            return self._engine.freeze(self.stage, replaces=replaces)
-
         # queued at once: nothing that comes after this in the compute thread may come before it
-        freezing = self._compute.submit(freeze, priority=Priority.CONTROL)
+        freezing = self._compute.submit(
+            lambda: self._end_adding(following, update, replaces=replaces), priority=Priority.CONTROL
+        )
         self._late_round = closing.round if replaces else None
 
         async def tell() -> None:
@@ -495,12 +491,16 @@ class StageDriver:
         """End the round at hand if nobody has told us that it is over: its work belongs to the state that is left."""
         if self._engine.is_open(self.stage):
             self._gate.freeze(self.stage)
+            await self._compute.run(lambda: self._end_adding(None, None, replaces=True), priority=Priority.CONTROL)
 
-            def freeze() -> None:
-                self._sync.before_replaced(None, None)
-                self._engine.freeze(self.stage, replaces=True)
+    def _end_adding(self, following: Commit | None, update: Update | None, *, replaces: bool) -> int:
+        """Make what was added up our contribution, in the compute thread; return its tokens.
 
-            await self._compute.run(freeze, priority=Priority.CONTROL)
+        If it takes the place of the one before, that is the one which the commit `following` is of.
+        """
+        if replaces:
+            self._sync.before_replaced(following, update)
+        return self._engine.freeze(self.stage, replaces=replaces)
 
     async def _take_step(self, commit: Commit, signed: Signed, lineage: Lineage, update: Update) -> Digest:
         """Absorb an update, log it, and tell the rest of the peer; return the digest of the new state."""

@@ -282,17 +282,10 @@ def train(setting: Setting) -> Result:
 
 
 async def _train(setting: Setting, folder: Path) -> Result:
-    run, time = (
-        make_manifest(
-            setting.seed,
-            setting.rounds,
-            mode=setting.mode,
-            codec=setting.codec,
-            microbatches=setting.microbatches,
-        ),
-        StoppedTime(),
+    run = make_manifest(
+        setting.seed, setting.rounds, mode=setting.mode, codec=setting.codec, microbatches=setting.microbatches
     )
-    async with open_office(folder, time=time, run=run) as office:
+    async with open_office(folder, time=StoppedTime(), run=run) as office:
         world = World(setting, office)
         try:
             await world.begin()

@@ -14,11 +14,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from coordinator.monitor.local import status_of_directory
 from coordinator.rundir import RunDir
-from coordinator.store import tallies
+from coordinator.store import audits, credits, tallies
 from coordinator.store.database import DATABASE_FILE, open_readonly
 from peer.identity import make_identity
 from protocol.ids import PeerId
@@ -221,6 +221,24 @@ class Swarm:
         with self.database() as db:
             return tallies.counters(db)
 
+    def findings(self) -> dict[str, dict[str, int]]:
+        """Return how many audits of each peer, by its name, came to what."""
+        with self.database() as db:
+            return _by_name(db, audits.count_findings(db))
+
+    def balances(self) -> dict[str, credits.Balance]:
+        """Return each peer's credits, by its name."""
+        with self.database() as db:
+            return _by_name(db, credits.balances(db))
+
     def run_dir(self) -> RunDir:
         """Return the run directory, opened."""
         return RunDir.open(self.directory)
+
+
+_Told = TypeVar("_Told")
+
+
+def _by_name(db: sqlite3.Connection, told: Mapping[PeerId, _Told]) -> dict[str, _Told]:
+    names = {PeerId(peer): name for peer, name in db.execute("SELECT peer, name FROM peers")}
+    return {names[peer]: each for peer, each in told.items()}

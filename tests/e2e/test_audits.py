@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.audit.office import OFF, SPOILT
-from coordinator.store import audits, credits
-from protocol.ids import PeerId
+from coordinator.store import credits
 from tests.e2e.swarm import Swarm
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.long]
@@ -21,12 +20,6 @@ DILOCO = ("averaging.mode=diloco",)
 
 
 RECOMPUTED = "two others recomputed its work and found it wrong"
-
-
-def _findings(swarm: Swarm) -> dict[str, dict[str, int]]:
-    with swarm.database() as db:
-        names = {PeerId(peer): name for peer, name in db.execute("SELECT peer, name FROM peers")}
-        return {names[peer]: found for peer, found in audits.count_findings(db).items()}
 
 
 @pytest.mark.parametrize("mode", [(), DILOCO], ids=["gradient", "diloco"])
@@ -43,12 +36,12 @@ def test_who_averages_while_it_computes_is_found_right(tmp_path: Path, corpus: P
             swarm.start_peer(name, "--stage", str(number % 2))
         swarm.wait(
             "twenty audits of each",
-            lambda: all(_findings(swarm).get(name, {}).get("valid", 0) >= 20 for name in names),
+            lambda: all(swarm.findings().get(name, {}).get("valid", 0) >= 20 for name in names),
             timeout_s=240.0,
         )
         # far off with local steps may be by chance once, which has no consequence
         usual = {"valid", "nothing"} | ({"differs", "confirmed", "cleared"} if mode else set())
-        assert all(set(found) <= usual for found in _findings(swarm).values()), _findings(swarm)
+        assert all(set(found) <= usual for found in swarm.findings().values()), swarm.findings()
         assert swarm.coordinator is not None
         assert swarm.coordinator.events("audit.sum") == []
         assert {peer["state"] for peer in swarm.status()["peers"]}.isdisjoint({"quarantined", "banned"})
@@ -80,10 +73,7 @@ def test_who_cheats_is_put_out_and_nobody_else(
         assert any(each in cheat.story() for each in why)
         version = swarm.version(0)
         swarm.wait_version(version + 5, timeout_s=60.0)
-        findings = _findings(swarm)
-        with swarm.database() as db:
-            names = {PeerId(peer): name for peer, name in db.execute("SELECT peer, name FROM peers")}
-            balances = {names[peer]: found for peer, found in credits.balances(db).items()}
+        findings, balances = swarm.findings(), swarm.balances()
         assert (findings["fir"].get("confirmed", 0) >= 1) is (SPOILT not in why)
         usual = {"valid", "nothing", "cleared"} | ({"differs", "confirmed"} if mode else set())
         for name in ("ash", "elm", "oak"):

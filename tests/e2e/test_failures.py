@@ -199,10 +199,10 @@ def _kill_stage_1(life: Life) -> None:
 def _check_restored(life: Life) -> None:
     """Oracle: one new charter, of that stage alone, and a loss that does not start again from the top."""
     life.swarm.wait("stage 1 at work", lambda: life.members(1), timeout_s=PATIENCE_S)
-    life.wait_rounds(4, stage=1)
+    life.wait_rounds(8, stage=1)  # in the first ones it learns again what the other stage has gone on with
     assert life.generations() == [life.founded[0], life.founded[1] + 1]
     losses = [tally.loss for tally in life.swarm.rounds() if tally.loss is not None]
-    assert max(losses[-3:]) < losses[0] - 0.7
+    assert max(losses[-3:]) < losses[0] - 1.0
     life.check_ledger()
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.store import audits, credits
-from protocol.ids import PeerId
+from coordinator.store import credits
 from tests.e2e.processes import run_to_end
 from tests.e2e.swarm import Swarm
 
@@ -19,15 +18,6 @@ pytestmark = [pytest.mark.timeout(400), pytest.mark.long]
 
 SETTINGS = ("batch.microbatches_per_round=12", "batch.heldout_sequences=32", "batch.eval_every=1000")
 DILOCO = ("averaging.mode=diloco", "averaging.microbatches_per_step=2")
-
-
-def _findings(swarm: Swarm) -> tuple[dict[str, dict[str, int]], dict[str, credits.Balance]]:
-    with swarm.database() as db:
-        names = {PeerId(peer): name for peer, name in db.execute("SELECT peer, name FROM peers")}
-        return (
-            {names[peer]: found for peer, found in audits.count_findings(db).items()},
-            {names[peer]: found for peer, found in credits.balances(db).items()},
-        )
 
 
 @pytest.mark.parametrize("mode", [(), DILOCO], ids=["gradient", "diloco"])
@@ -40,11 +30,11 @@ def test_stages_of_one_replica_are_looked_at_and_earn(tmp_path: Path, corpus: Pa
             swarm.start_peer(name, "--stage", str(stage))
 
         def are_found_right() -> bool:
-            findings, _ = _findings(swarm)
+            findings = swarm.findings()
             return all(findings.get(name, {}).get("valid", 0) >= 20 for name in ("ash", "elm"))
 
         swarm.wait("twenty audits of each", are_found_right, timeout_s=200.0)
-        findings, balances = _findings(swarm)
+        findings, balances = swarm.findings(), swarm.balances()
         for name in ("ash", "elm"):
             assert set(findings[name]) <= {"valid", "nothing"}, findings
             assert balances[name].held_tokens > 0
@@ -65,7 +55,7 @@ def test_who_cheats_alone_at_its_stage_is_put_out_by_the_watcher(tmp_path: Path,
         cheat.is_expected_to_end = True
         assert cheat.wait_end(timeout_s=240.0) == 4, cheat.story()
         assert "two others recomputed its work" in cheat.story()
-        findings, balances = _findings(swarm)
+        findings, balances = swarm.findings(), swarm.balances()
         assert findings["fir"]["confirmed"] >= 1
         assert set(findings["ash"]) <= {"valid", "nothing"}, findings
         assert balances.get("fir", credits.Balance()).held_tokens == 0
@@ -82,7 +72,7 @@ def test_when_the_run_goes_back_the_watcher_does_so_too_and_nobody_is_struck(tmp
             swarm.start_peer(name, "--stage", str(stage))
 
         def valid() -> int:
-            return min(_findings(swarm)[0].get(name, {}).get("valid", 0) for name in ("ash", "elm"))
+            return min(swarm.findings().get(name, {}).get("valid", 0) for name in ("ash", "elm"))
 
         swarm.wait("audits of both", lambda: valid() >= 3, timeout_s=150.0)
         oldest = min(int(each.name.split("-")[1]) for each in (swarm.directory / "checkpoints").glob("round-*"))
@@ -91,7 +81,7 @@ def test_when_the_run_goes_back_the_watcher_does_so_too_and_nobody_is_struck(tmp
         swarm.wait("the run to go back", lambda: swarm.peers["elm"].events("stage.goes_back"), timeout_s=60.0)
         before = valid()
         swarm.wait("audits of what came after", lambda: valid() >= before + 5, timeout_s=240.0)
-        for name, found in _findings(swarm)[0].items():
+        for name, found in swarm.findings().items():
             assert set(found) <= {"valid", "nothing"}, (name, found)
 
 

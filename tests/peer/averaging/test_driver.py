@@ -581,16 +581,6 @@ async def test_who_looks_at_contributions_hears_before_one_is_replaced(is_staged
     assert case.log[:2] == [f"replaced, followed by {6 if is_staged else None}", "frozen"]
 
 
-async def test_a_round_that_ends_without_a_freeze_replaces_its_contribution_as_well() -> None:
-    """Two commits come at once. Oracle: the order of what happens; nobody knows any more what was given."""
-    case = Case()
-    case.is_open = True
-    async with running(case):
-        await case.perform(events.Replay((step(6), step(7)), ()))
-        await until(lambda: case.machine.has_seen(events.Applied))
-    assert case.log[:3] == ["replaced, followed by None", "frozen", "absorbed 6"]
-
-
 def test_norms_are_compared_where_they_are_of_the_same() -> None:
     """Of two nobody can be unusual. Oracle: the group that the reduce gets."""
     case = Case()
@@ -617,7 +607,10 @@ async def test_a_replay_goes_on_where_the_last_attempt_ended() -> None:
 
 
 async def test_a_replay_ends_a_round_of_which_nobody_has_told_us_that_it_is_over() -> None:
-    """Local steps of an open round would be taken for what follows the replayed commits."""
+    """Local steps of an open round would be taken for what follows the replayed commits.
+
+    And its sum takes the place of the contribution before: nobody knows any more what was given.
+    """
     case = Case()
     case.is_open = True
     async with running(case):
@@ -628,6 +621,7 @@ async def test_a_replay_ends_a_round_of_which_nobody_has_told_us_that_it_is_over
             "absorbed 6",
             "absorbed 7",
         ]
+        assert case.log[:3] == ["replaced, followed by None", "frozen", "absorbed 6"]
 
 
 async def test_a_replay_of_what_is_there_already_is_answered() -> None:
