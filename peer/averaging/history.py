@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import mmap
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -28,6 +29,7 @@ from protocol.ids import Digest, Lineage, RoundId, StageId, Version
 from protocol.signing import Signed
 
 SNAPSHOTS_KEPT = 2  # the newest may be in the middle of being written or fetched by others; one more is safe
+UPDATES_KEPT_S = 30.0  # at least, however short the rounds are: who looks twice a second, or was just told, follows
 
 
 def kept_snapshots(run_folder: Path) -> tuple[Snapshot, ...]:
@@ -49,9 +51,9 @@ def file_digest(path: Path) -> Digest:
 class History:
     """The snapshots and updates of one stage in one folder."""
 
-    def __init__(self, folder: Path, *, stage: StageId) -> None:
+    def __init__(self, folder: Path, *, stage: StageId, updates_kept_s: float = UPDATES_KEPT_S) -> None:
         self.folder = folder
-        self._stage = stage
+        self._stage, self._updates_kept_s = stage, updates_kept_s
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -219,7 +221,7 @@ class History:
             raise
 
     def _prune(self) -> None:
-        """Drop old snapshots, updates that none of the kept ones needs, and commits before the oldest one's own."""
+        """Drop old snapshots, older updates that none of the kept ones needs, and commits before the oldest one's."""
         versions = sorted((int(path.stem[1:]) for path in self.folder.glob("v*.json")), reverse=True)
         for version in versions[SNAPSHOTS_KEPT:]:
             self._snapshot_path(Version(version)).unlink(missing_ok=True)
@@ -227,8 +229,14 @@ class History:
                 self._part_path(Version(version), part).unlink(missing_ok=True)
         oldest = versions[:SNAPSHOTS_KEPT][-1]
         for path in self.folder.glob("u*"):
-            if int(path.name[1:9]) < oldest - path.name.endswith(".commit"):
+            if int(path.name[1:9]) < oldest - path.name.endswith(".commit") and self._is_old(path):
                 path.unlink(missing_ok=True)
+
+    def _is_old(self, update: Path) -> bool:
+        try:
+            return time.time() - update.stat().st_mtime >= self._updates_kept_s
+        except OSError:  # it is gone
+            return False
 
 
 class HashingFile:

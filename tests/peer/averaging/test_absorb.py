@@ -188,7 +188,7 @@ def test_a_flipped_byte_on_disk_is_never_loaded(tmp_path: Path) -> None:
 
 def test_old_snapshots_and_the_updates_before_them_are_pruned(tmp_path: Path) -> None:
     """Oracle: the number of snapshots kept, and that the log reaches back to the oldest of them."""
-    history = History(tmp_path / "stage-0", stage=STAGE)
+    history = History(tmp_path / "stage-0", stage=STAGE, updates_kept_s=0.0)
     span = SpanEngine({STAGE: engine()}, codec=codec("fp32"), hidden_size=64, num_stages=2, microbatch=MICROBATCH)
     for version in range(4):
         snap(history, span, version)

@@ -5,12 +5,14 @@ Oracles: the bytes that were saved; damage done to the files by hand.
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
-from peer.averaging.history import SNAPSHOTS_KEPT, HashingFile, History, kept_snapshots
+from peer.averaging.history import SNAPSHOTS_KEPT, UPDATES_KEPT_S, HashingFile, History, kept_snapshots
 from protocol.control import STATE_PARTS, Snapshot
 from protocol.errors import StorageError
 from protocol.ids import Lineage, RoundId, StageId, Version, digest
@@ -23,7 +25,7 @@ COMMIT = Signed(payload=b"a commit", signer=SigningKey.generate().peer_id, signa
 
 @pytest.fixture
 def history(tmp_path: Path) -> History:
-    return History(tmp_path / "stage-3", stage=STAGE)
+    return History(tmp_path / "stage-3", stage=STAGE, updates_kept_s=0.0)
 
 
 def contents(part: str, version: int) -> bytes:
@@ -150,6 +152,22 @@ def test_old_snapshots_and_what_only_they_need_are_dropped(tmp_path: Path, histo
     assert history.resolve("update", Version(kept[0] - 1), "") is None
     assert history.commit_of(Version(kept[0] - 1)) == COMMIT  # says who the members of the oldest one were
     assert history.commit_of(Version(kept[0] - 2)) is None
+
+
+def test_what_was_kept_lately_stays_though_no_snapshot_needs_it(tmp_path: Path) -> None:
+    """Else nobody could follow short rounds who looks twice a second."""
+    history = History(tmp_path / "stage-3", stage=STAGE)
+    for version in range(6):
+        save(history, version)
+        history.append(Version(version), b"update", COMMIT)
+    for name in ("u00000000.bin", "u00000000.commit"):
+        os.utime(history.folder / name, (0, time.time() - UPDATES_KEPT_S))
+    save(history, 6)
+    assert len(versions(history)) == SNAPSHOTS_KEPT
+    assert history.resolve("update", Version(1), "") is not None
+    assert history.commit_of(Version(1)) == COMMIT
+    assert history.resolve("update", Version(0), "") is None
+    assert history.commit_of(Version(0)) is None
 
 
 def test_adopting_an_older_state_forgets_the_future_that_was_given_up(history: History) -> None:

@@ -357,7 +357,7 @@ class Case:
         self.engine = build()
         for one in data[:own]:
             train(self.engine, one)
-        self.history = History(folder, stage=STAGE)
+        self.history = History(folder, stage=STAGE, updates_kept_s=0.0)
         for version, signed in self.line.log.items():
             self.history.append(Version(version), data[version], signed)
         self.word: StateAnswer | SwarmError = self.line.answer(MOST)
