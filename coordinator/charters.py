@@ -91,7 +91,7 @@ class CharterOffice:
     async def answer_state(self, caller: PeerId, request: StateRequest) -> StateAnswer:
         """Tell a peer that has nobody else to ask where a stage stands: its newest charter, and what followed it."""
         newest = self._newest.get(request.stage)
-        is_lost = request.standing is not None and self._ledger.is_given_up(request.standing)
+        is_lost = request.standing is not None and self._ledger.has_given_up(request.standing)
         if newest is None:
             return StateAnswer(charter=None, commit=None, version=Version(0), lineage=Lineage(bytes(32)), snapshots=())
         version, lineage, commit = newest.charter.version, root_lineage(newest.signed), None
@@ -156,7 +156,7 @@ class CharterOffice:
         for peer in self._registry.live():
             for state in peer.replicas:
                 is_named = peer.peer in seats and (state.stage, state.version) == (founding.stage, founding.version)
-                if is_named and self._ledger.is_given_up(state.lineage):
+                if is_named and self._ledger.has_given_up(state.lineage):
                     yield state.lineage
 
     def _sign(self, founding: Founding) -> Issued:
@@ -238,13 +238,13 @@ class CharterOffice:
         )
 
     def _replica(self, peer: LivePeer, state: StageState) -> Replica:
-        seat, is_lost = Seat(peer=peer.peer, session=peer.session), self._ledger.is_given_up(state.lineage)
+        seat, is_lost = Seat(peer=peer.peer, session=peer.session), self._ledger.is_given_up(state)
         return Replica(
             seat=seat,
             stage=state.stage,
             round=state.round,
             version=state.version,
-            ready=state.ready and not self._ledger.is_gone(state.lineage),
+            ready=state.ready and not self._ledger.is_gone(state),
             acting=not is_lost and (self._is_freshly_seated(seat, state.stage) or self._is_member(seat, state)),
             is_lost=is_lost,
             state_digest=state.state_digest,

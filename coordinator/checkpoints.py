@@ -37,6 +37,7 @@ INCOMING = "incoming"
 NOTE = "checkpoint"
 POLL_S = 0.5
 RETRY_S = 5.0
+MAX_WAITS = 30  # for reports, which come with the beats
 MAX_ASKED = 64
 
 AskSnapshots = Callable[[PeerId, StageId], Awaitable[tuple[Snapshot, ...]]]
@@ -108,7 +109,6 @@ class Collector:
         finally:
             await asyncio.to_thread(shutil.rmtree, self._run.path / INCOMING, ignore_errors=True)
         self._journal.clear(NOTE)
-        self.take(checkpoint)
         await self._write_down(checkpoint, seconds=self._clock.monotonic() - started_s)
         return True
 
@@ -139,6 +139,7 @@ class Collector:
         agreements = self._offers.agreements(round_id)
         await self._tell_dissent(round_id, agreements)
         stages = [await self._fetch_stage(round_id, agreements[stage]) for stage in sorted(agreements)]
+        await self._wait_certain(stages)
         self._check_goes_on(stages)
         checkpoint = await asyncio.to_thread(self._run.write_checkpoint, round_id, stages)
         try:
@@ -146,12 +147,26 @@ class Collector:
         except UnreachableError:
             await asyncio.to_thread(self._run.checkpoints.set_aside_after, RoundId(round_id - 1))
             raise
+        self.take(checkpoint)  # at once: if the run goes back now, it is to another
         return checkpoint
 
     def _check_goes_on(self, stages: Iterable[StageFiles]) -> None:
         """Raise `UnreachableError` for what was given up meanwhile: a torn swarm was settled, or the run goes back."""
-        if any(self._ledger.is_given_up(stage.lineage) for stage in stages):
+        if any(self._ledger.is_given_up(stage) for stage in stages):
             raise UnreachableError("it is of a state that does not go on.")
+
+    async def _wait_certain(self, stages: Iterable[StageFiles]) -> None:
+        """Wait for reports of what led to files, if they might be of a state that does not go on.
+
+        Raises `UnreachableError` if none comes.
+        """
+        for stage in stages:
+            for _ in range(MAX_WAITS):
+                if await self._ledger.is_certain(stage):
+                    break
+                await asyncio.sleep(POLL_S)
+            else:
+                raise UnreachableError(f"nobody reports what led to stage {stage.stage}'s state.")
 
     async def _fetch_stage(self, round_id: RoundId, agreement: Agreement) -> StageFiles:
         snapshot = agreement.snapshot

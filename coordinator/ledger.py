@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Protocol
 
 import structlog
 
@@ -50,6 +51,19 @@ MAX_LINEAGES = 4096  # whose seats are remembered: the newest of every stage are
 Seating = frozenset[tuple[PeerId, int]]
 
 
+class Place(Protocol):
+    """Where somebody's state stands, or a snapshot of one."""
+
+    @property
+    def stage(self) -> StageId: ...
+
+    @property
+    def version(self) -> Version: ...
+
+    @property
+    def lineage(self) -> Lineage: ...
+
+
 class Ledger:
     """Stores reports, and knows who sits where in the lineages that it has seen."""
 
@@ -65,6 +79,7 @@ class Ledger:
         self._given_up: set[Lineage] = set()
         self._gone: set[Lineage] = set()
         """What of that is not gone on from in any case: the run has gone back to a checkpoint before it."""
+        self._barriers: dict[StageId, tree.Barrier] = {}
         self.on_receipts: Callable[[Window], None] = lambda window: None
         """Hears of receipts that are believed to be their sender's; the audit office puts itself here."""
         self.on_commit: Callable[[Commit, Lineage], None] = lambda commit, lineage: None
@@ -76,6 +91,7 @@ class Ledger:
         """Take over the newest commits. Call once, before serving, when the charters are known."""
         self._given_up = set(await self._database.run(tree.given_up))
         self._gone = set(await self._database.run(tree.gone))
+        self._barriers = dict(await self._database.run(tree.barriers))
         await self._load_tips()
 
     def newest_commit(self, stage: StageId) -> tuple[Signed, Commit] | None:
@@ -91,13 +107,21 @@ class Ledger:
         ]
         return min(known, key=_newest_first, default=None)
 
-    def is_given_up(self, lineage: Lineage) -> bool:
-        """Tell whether a state is of the half of a torn swarm that does not go on, as far as that was reported."""
+    def has_given_up(self, lineage: Lineage) -> bool:
+        """Tell whether a lineage is of the half of a torn swarm that does not go on, or gone, as far as we know it."""
         return lineage in self._given_up
 
-    def is_gone(self, lineage: Lineage) -> bool:
+    def is_given_up(self, place: Place) -> bool:
+        """Tell whether a state is of a lineage that was given up, or so far on that it must be, reported or not."""
+        return place.lineage in self._given_up or self._is_beyond_barrier(place)
+
+    def is_gone(self, place: Place) -> bool:
         """Tell whether a state was given up although nobody stands anywhere else."""
-        return lineage in self._gone
+        return place.lineage in self._gone or self._is_beyond_barrier(place)
+
+    async def is_certain(self, place: Place) -> bool:
+        """Tell whether we know that a state goes on, if its stage has ever gone back: laggards look like anybody."""
+        return place.stage not in self._barriers or place.lineage in await self.known(place.stage, [place.lineage])
 
     async def go_back(self, at: Mapping[StageId, Version]) -> int:
         """Give up for good what leads beyond these versions, whenever it is heard of. Raises `StorageError`.
@@ -107,6 +131,7 @@ class Ledger:
         marked = await self._database.run(tree.go_back, at, at_s=self._clock.wall())
         self._given_up.update(marked)
         self._gone.update(marked)
+        self._barriers = dict(await self._database.run(tree.barriers))
         await self._load_tips()
         return len(marked)
 
@@ -184,6 +209,13 @@ class Ledger:
         self._seats.move_to_end(lineage)
         while len(self._seats) > MAX_LINEAGES:
             self._seats.popitem(last=False)
+
+    def _is_beyond_barrier(self, place: Place) -> bool:
+        """Tell whether a state is further than where its stage has gone back to, and was not founded on since."""
+        barrier, charter = self._barriers.get(place.stage), self._charters.get(place.stage)
+        if barrier is None or charter is None or charter.generation > barrier.generation:
+            return False
+        return place.version > barrier.version
 
     # -- what is believed -------------------------------------------------------------------------------
 

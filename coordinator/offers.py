@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from protocol.control import Snapshot
-from protocol.ids import Lineage, PeerId, RoundId, StageId
+from protocol.ids import PeerId, RoundId, StageId
 
 REMEMBERED = 2  # of each peer and stage: that is how many a peer keeps
 Parts = frozenset[str]
@@ -61,10 +61,10 @@ class Offers:
         self._denied.add((peer, stage, round_id))
         self._offers.get((peer, stage), {}).pop(round_id, None)
 
-    def drop(self, is_given_up: Callable[[Lineage], bool]) -> None:
+    def drop(self, is_given_up: Callable[[Snapshot], bool]) -> None:
         """Forget offers of states that do not go on."""
         for known in self._offers.values():
-            for round_id in [each for each, snapshot in known.items() if is_given_up(snapshot.lineage)]:
+            for round_id in [each for each, snapshot in known.items() if is_given_up(snapshot)]:
                 del known[round_id]
 
     def newest_complete(self, *, after: int) -> RoundId | None:

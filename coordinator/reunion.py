@@ -82,9 +82,9 @@ class Reunion:
         """
         found = []
         for state in peer.replicas:
-            is_gone = self._ledger.is_gone(state.lineage)
+            is_gone = self._ledger.is_gone(state)
             sources = () if is_gone else self._sources(state.stage)
-            if is_gone or (sources and self._ledger.is_given_up(state.lineage)):
+            if is_gone or (sources and self._ledger.is_given_up(state)):
                 found.append(GivenUp(stage=state.stage, lineage=state.lineage, members=sources))
         return tuple(found)
 
@@ -163,7 +163,7 @@ class Reunion:
                     peer.peer
                     for peer, state in self._members()
                     if state.stage == stage
-                    and not self._ledger.is_given_up(state.lineage)
+                    and not self._ledger.is_given_up(state)
                     and self._ledger.is_seated(peer.peer, peer.session, state.lineage)
                 ),
                 MAX_SOURCES,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import structlog
 
 from peer.link import Link
-from peer.reports import PER_BEAT, ReportQueue
+from peer.reports import ReportQueue
 from peer.settings import PeerSettings
 from protocol.control import (
     Beat,
@@ -192,8 +192,9 @@ async def keep_beating(
 ) -> None:
     """Beat until cancelled. A coordinator that is away is tried again, one that has forgotten us is told once more.
 
-    One that was away for long is told in quick beats what has piled up: at the usual pace, fast rounds would bring
-    reports as fast as they are handed in.
+    What does not fit into a beat follows in quick ones, if it was taken, until nothing is left of what waited: at the
+    usual pace, fast rounds would bring reports as fast as they are handed in, and what led to where we stand would
+    always be among those that wait.
 
     Raises `RefusedError` if it does not want us any more.
     """
@@ -201,6 +202,7 @@ async def keep_beating(
     while True:
         now = condition()
         hosting = tuple(state.stage for state in now.stages) or registration.welcome.stages
+        waiting, has_room = len(reports), len(reports) == len(reports.oldest())
         try:
             if registration.is_due:
                 await registration.renew(hosting=hosting)
@@ -215,8 +217,8 @@ async def keep_beating(
                 log.info("coordinator.back")
             was_reachable = True
             on_reply(reply)
-        has_backlog = was_reachable and len(reports) > PER_BEAT
-        await asyncio.sleep(CATCH_UP_S if has_backlog else BEAT_S)
+        was_taken = was_reachable and len(reports) < waiting
+        await asyncio.sleep(CATCH_UP_S if was_taken and not has_room else BEAT_S)
 
 
 async def _beat_or_renew(

@@ -131,6 +131,20 @@ def go_back(db: sqlite3.Connection, at: Mapping[StageId, Version], *, at_s: floa
     return marked
 
 
+@dataclass(frozen=True, slots=True)
+class Barrier:
+    """Where a stage has gone back to, and under which charter."""
+
+    generation: int
+    version: Version
+
+
+def barriers(db: sqlite3.Connection) -> list[tuple[StageId, Barrier]]:
+    """Return where stages have gone back to last."""
+    found = db.execute("SELECT stage, generation, version FROM barriers")
+    return [(stage, Barrier(generation, version)) for stage, generation, version in found]
+
+
 def gone_since_s(db: sqlite3.Connection, stage: StageId, generation: int, version: Version) -> float | None:
     """Return since when a commit of this kind is gone; None if it is not."""
     query = "SELECT since_s FROM barriers WHERE stage = ? AND generation >= ? AND version < ?"

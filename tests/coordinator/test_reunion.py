@@ -47,6 +47,8 @@ class Half:
     lineages: dict[int, Lineage]
     version: int
     rival: Lineage | None = None
+    generation: int = 1
+    """Of the charter that it follows."""
     sequences: dict[PeerId, int] = field(default_factory=dict)
 
     async def train(self, rounds: int, *, tasks: int | None = None) -> None:
@@ -60,7 +62,7 @@ class Half:
         reports: list[Report] = [closing_report(under)]
         for stage in STAGES:
             message = commit(self.office.manifest, stage, under, members=self.members, parent=self.lineages[stage])
-            signed = sign_commit(self.members[0], message)
+            signed = sign_commit(self.members[0], message.model_copy(update={"generation": self.generation}))
             self.lineages[stage] = lineage_of(signed)
             reports.append(commit_report(signed))
         self.version += 1

@@ -5,15 +5,21 @@ The office is real but for network and time; two peers host both stages.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from coordinator import checkpoints
 from coordinator.rollback import WISH, Wish
 from coordinator.rundir import RunDir
 from coordinator.store import history, peers, tree
-from protocol.ids import PeerId, RoundId, StageId, Version
+from protocol.ids import Lineage, PeerId, RoundId, StageId, Version
 from protocol.rounds.messages import Charter
 from tests.coordinator.office import Office, Volunteer, open_office, state
 from tests.coordinator.runs import random_weights, stage_files
+from tests.coordinator.test_checkpoints import FakePeers, make_collector
 from tests.coordinator.test_reunion import STAGES, Half
 
 A, B = Volunteer("a"), Volunteer("b")
@@ -115,6 +121,69 @@ async def test_what_was_not_reported_when_the_run_went_back_is_gone_as_well(tmp_
         assert [(each.stage, each.members) for each in reply.given_up] == [(stage, ()) for stage in STAGES]
         gone = await office.services.database.run(tree.gone)
         assert len(gone) == 2 * (2 + 2)
+
+
+async def test_who_is_further_than_was_reported_hears_of_it_all_the_same(tmp_path: Path) -> None:
+    """With short rounds what led to where somebody stands is always still on its way. Oracle: replies to beats."""
+    async with open_office(tmp_path) as office:
+        half = await trained(office, tmp_path)
+        await wish(office, 2)
+        await half.make_round()
+        reply = await half.beat()
+        assert {(each.stage, each.lineage, each.members) for each in reply.given_up} == {
+            (stage, half.lineages[stage], ()) for stage in STAGES
+        }
+        await office.tick(5.0)
+        restored = [state(stage, version=Version(2), round=RoundId(2)) for stage in STAGES]
+        for _ in range(32):
+            for volunteer in (A, B):
+                await office.beat(volunteer, *restored)
+            await office.tick(1.0)
+        again = Half(office, (A, B), {stage: office.charter_lineage(stage) for stage in STAGES}, 2)
+        await again.make_round()
+        assert (await again.beat()).given_up == (), "what follows the new charter is another matter"
+
+
+async def test_what_the_run_has_gone_back_from_becomes_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has reported what led there, and it would be the newest: who restores it would be told to go back again.
+
+    Oracle: what is on disk, before new charters and after them, when a laggard still offers it.
+    """
+    monkeypatch.setattr(checkpoints, "POLL_S", 0.0)
+    async with open_office(tmp_path) as office:
+        fake = FakePeers()
+        collector = make_collector(office, fake)
+        half = await trained(office, tmp_path)
+        await collector.load()
+        office.services.rollback.on_checkpoint = collector.take
+
+        async def offer(version: int, lineages: Mapping[int, Lineage]) -> bool:
+            told = []
+            for stage in STAGES:
+                offered = fake.offer(B.peer, stage, version).model_copy(update={"lineage": lineages[stage]})
+                at = {"lineage": lineages[stage], "version": Version(version), "round": RoundId(version)}
+                told.append(state(stage, **at, snapshot=offered))
+            await office.beat(B, *told)
+            return await collector.poll()
+
+        await wish(office, 2)
+        await half.make_round()
+        assert await offer(6, half.lineages), "it is not even looked at"
+        assert office.services.run.checkpoints.rounds() == (2,)
+        restored = [state(stage, version=Version(2), round=RoundId(2)) for stage in STAGES]
+        for _ in range(32):
+            for volunteer in (A, B):
+                await office.beat(volunteer, *restored)
+            await office.tick(1.0)
+        assert not await offer(7, half.lineages)
+        assert office.services.run.checkpoints.rounds() == (2,)
+        lineages = {stage: office.charter_lineage(stage) for stage in STAGES}
+        again = replace(half, lineages=lineages, version=2, generation=2)
+        await again.train(1)
+        assert await offer(8, again.lineages)
+        assert office.services.run.checkpoints.rounds() == (8, 2)
 
 
 async def test_a_checkpoint_that_is_damaged_meanwhile_changes_nothing(tmp_path: Path) -> None:
