@@ -137,7 +137,7 @@ class Voter:
         try:
             commit = self._chain.follows_head(propose.commit)
             self._check_closing(commit)
-            check_proposal(self._settings, slot, commit, staged=slot.staged, banned=self.banned)
+            self._check(propose, commit)
         except PeerFault as error:
             return [*actions, *self._object(Trouble.FAULT, propose.ballot, str(error))]
         own = self._result
@@ -206,11 +206,20 @@ class Voter:
         if propose.ballot != slot.promised:
             return []
         try:
-            check_proposal(self._settings, slot, commit, staged=slot.staged, banned=self.banned)
+            self._check(propose, commit)
         except PeerFault as error:
             return self._object(Trouble.FAULT, propose.ballot, str(error))
         slot.vote = Vote(ballot=propose.ballot, commit=propose.commit)
         return [self._accept(propose)]
+
+    def _check(self, propose: Propose, commit: Commit) -> None:
+        """Raise `PeerFault` unless we can agree.
+
+        A commit of an earlier ballot may be final, perhaps with votes of members who did not know yet that one of its
+        seats was banned, and whom nobody can ask any more: nothing else can follow, and the next one is without it.
+        """
+        banned = self.banned if commit.ballot == propose.ballot else frozenset[PeerId]()
+        check_proposal(self._settings, self._slot, commit, staged=self._slot.staged, banned=banned)
 
     def _check_closing(self, commit: Commit) -> None:
         """Raise `PeerFault` if a commit of the ballot at hand names another closing than it was opened with.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 
 from protocol.ids import PeerId, StageId
@@ -38,6 +39,15 @@ class Leave:
 
     peer: str
     at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ban:
+    """Nobody has anything to do with it any more, from when they hear of that: each at another moment. It ends then."""
+
+    peer: str
+    at_s: float
+    heard_within_s: float = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +148,7 @@ Fault = (
     Kill
     | Restart
     | Leave
+    | Ban
     | Pause
     | Partition
     | Slow
@@ -209,6 +220,9 @@ def _begin(world: World, fault: Fault) -> None:
                 _schedule(world, Restart(peer, 1.0))
         case Leave(peer):
             processes[PeerId(peer)].drain()
+        case Ban(peer, heard_within_s=within_s):
+            for process in processes.values():
+                world.at(world.rng.uniform(0, within_s), partial(process.hear_of_ban, PeerId(peer)))
         case Pause(peer):
             processes[PeerId(peer)].pause()
         case Partition():

@@ -29,6 +29,7 @@ class Process:
         self.alive = False
         self.paused = False
         self.draining = False
+        self.banned: frozenset[PeerId] = frozenset()
         self.session = 0
         self.replicas: dict[StageId, Replica] = {}
         self.pipeline = Pipeline(self)
@@ -64,6 +65,14 @@ class Process:
         """Ask every replica to leave."""
         self.draining = True
         self.feed_all(Drain())
+
+    def hear_of_ban(self, peer: PeerId) -> None:
+        """The coordinator has told us; we end if it is about us."""
+        self.banned |= {peer}
+        if peer != self.name:
+            self.tell_roster()
+        elif self.alive:
+            self.kill()
 
     def pause(self) -> None:
         """SIGSTOP."""
@@ -132,7 +141,7 @@ class Process:
 
     def tell_roster(self) -> None:
         """What the DHT says, some seconds late."""
-        self.feed_all(RosterChanged(self.world.directory()))
+        self.feed_all(RosterChanged(self.world.directory(), self.banned))
 
     def _beat(self) -> None:
         self.seen_s = self.world.now_s

@@ -7,6 +7,7 @@ equal states, versions only grow, promises only grow, weights are what was summe
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 
@@ -16,6 +17,7 @@ from protocol.rounds.messages import CLOSING_CONTEXT, ClosingNotice, DoneReport,
 from protocol.rounds.records import draw_closing
 from protocol.rounds.voter import Voter
 from tests.sim.faults import (
+    Ban,
     BreakLink,
     CoordinatorAway,
     CutStreams,
@@ -596,3 +598,15 @@ def test_hazard_25_each_loss_has_its_own_number(seed: int) -> None:
     assert world.checks.num_lost() == 0
     assert world.checks.total("tokens_dropped") == 0
     assert world.checks.total("double_counted") == 0
+
+
+@pytest.mark.parametrize("first", range(0, 160, 40))
+def test_who_is_banned_while_a_ballot_goes_on_holds_nobody_up(first: int) -> None:
+    """Some have accepted a commit that seats it before they heard of that, and only it may know that it is final.
+
+    Oracle: four more rounds, without it.
+    """
+    for seed in range(first, first + 40):
+        ban = Ban("p05", Random(seed).uniform(1.0, 3.0))
+        world = suffer(seed, [ban], rounds=4, spans=TRIPLES, overlap=seed % 2 == 1, within_s=30.0)
+        assert "p05" not in {seat.peer for seat in commits_of(world, 1)[-1].seats}, seed

@@ -290,6 +290,15 @@ def test_bytes_that_a_commit_means_otherwise_are_not_those_at_hand(changes: dict
     assert case.slot.vote is None
 
 
+def test_a_seat_of_somebody_banned_is_objected_to_unless_that_may_be_final_already() -> None:
+    """It is in the commit's own ballot that it could still be left out."""
+    for ballot, answer in ((OLD, Decline), (NEW, Accept)):
+        case = Case(staged=StagedBytes(digest(b"sum"), 60.0, "fp32", RoundId(0)))
+        case.voter.banned = frozenset({C})
+        (message,) = sent(case.propose(ballot, commit(case.chain.head.lineage, signer=B)))
+        assert isinstance(message, answer)
+
+
 def test_another_sum_than_the_one_we_made_in_that_ballot_is_declined() -> None:
     """The steward had our result when it wrote the commit. Fetching its bytes instead would apply a lie."""
     case = Case()
