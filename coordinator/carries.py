@@ -9,6 +9,7 @@ that it has never seen.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
@@ -104,6 +105,8 @@ class Told:
     """What one peer itself says of its work at a stage in one round."""
 
     tokens: int
+    alike_tokens: int
+    """Of these done with the weights of one version, of which there are most: nothing else can be done again."""
     contradicted_by: frozenset[PeerId]
     """At the other ends of hops of which only one of the two tells so."""
 
@@ -131,8 +134,13 @@ class RoundHops:
         fed = {hop for hop in sent if stage < hop.first_stage and (hop.number, hop.first_stage) not in came_in}
         callers = {hop.caller for hop in served ^ {hop for hop in self._sent if hop.callee == peer}}
         callees = {hop.callee for hop in sent ^ {hop for hop in self._served if hop.caller == peer}}
+        alike: defaultdict[Version | None, dict[int, int]] = defaultdict(dict)
+        for hop in inward | fed:
+            if (hop.local_step if hop in inward else hop.caller_step) == 0:
+                alike[hop.version if hop in inward else None][hop.number] = hop.target_tokens
         return Told(
             tokens=sum({hop.number: hop.target_tokens for hop in inward | fed}.values()),
+            alike_tokens=max((sum(each.values()) for each in alike.values()), default=0),
             contradicted_by=frozenset(callers | callees),
         )
 

@@ -245,7 +245,8 @@ class CharterOffice:
             round=state.round,
             version=state.version,
             ready=state.ready and not self._ledger.is_gone(state),
-            acting=not is_lost and (self._is_freshly_seated(seat, state.stage) or self._is_member(seat, state)),
+            acting=not (is_lost or self._ledger.is_to_be_founded(state.stage))
+            and (self._is_freshly_seated(seat, state.stage) or self._is_member(seat, state)),
             is_lost=is_lost,
             state_digest=state.state_digest,
         )

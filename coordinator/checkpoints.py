@@ -69,7 +69,8 @@ class Collector:
         self._fetch_range = fetch_range
         self._ask_snapshots = ask_snapshots
         self._on_checkpoint = on_checkpoint
-        self._offers = Offers(num_stages=run.manifest.model.num_stages)
+        last_round = RoundId(run.manifest.batch.num_rounds)  # which only evaluates
+        self._offers = Offers(num_stages=run.manifest.model.num_stages, last_round=last_round)
         self._dissent_told: set[tuple[RoundId, StageId]] = set()
         self.newest: Checkpoint | None = None
 
@@ -139,15 +140,17 @@ class Collector:
         agreements = self._offers.agreements(round_id)
         await self._tell_dissent(round_id, agreements)
         stages = [await self._fetch_stage(round_id, agreements[stage]) for stage in sorted(agreements)]
-        await self._wait_certain(stages)
-        self._check_goes_on(stages)
-        checkpoint = await asyncio.to_thread(self._run.write_checkpoint, round_id, stages)
-        try:
-            self._check_goes_on(stages)  # that may have taken minutes
-        except UnreachableError:
-            await asyncio.to_thread(self._run.checkpoints.set_aside_after, RoundId(round_id - 1))
-            raise
-        self.take(checkpoint)  # at once: if the run goes back now, it is to another
+        for stage in stages:
+            await self._wait_certain(stage, agreements[stage.stage])
+        async with self._run.checkpoints_turn:
+            self._check_goes_on(stages)
+            checkpoint = await asyncio.to_thread(self._run.write_checkpoint, round_id, stages)
+            try:
+                self._check_goes_on(stages)  # that may have taken minutes
+            except UnreachableError:
+                await asyncio.to_thread(self._run.checkpoints.set_aside_after, RoundId(round_id - 1))
+                raise
+            self.take(checkpoint)
         return checkpoint
 
     def _check_goes_on(self, stages: Iterable[StageFiles]) -> None:
@@ -155,18 +158,19 @@ class Collector:
         if any(self._ledger.is_given_up(stage) for stage in stages):
             raise UnreachableError("it is of a state that does not go on.")
 
-    async def _wait_certain(self, stages: Iterable[StageFiles]) -> None:
+    async def _wait_certain(self, stage: StageFiles, agreement: Agreement) -> None:
         """Wait for reports of what led to files, if they might be of a state that does not go on.
 
-        Raises `UnreachableError` if none comes.
+        It is asked after they were fetched: with short rounds nobody has them any more when what led there is reported.
+        If nobody reports it the offer is forgotten, or it would keep all others waiting, and `UnreachableError` raised.
         """
-        for stage in stages:
-            for _ in range(MAX_WAITS):
-                if await self._ledger.is_certain(stage):
-                    break
-                await asyncio.sleep(POLL_S)
-            else:
-                raise UnreachableError(f"nobody reports what led to stage {stage.stage}'s state.")
+        for _ in range(MAX_WAITS):
+            if await self._ledger.is_certain(stage):
+                return
+            await asyncio.sleep(POLL_S)
+        for peer in agreement.sources:
+            self._offers.deny(peer, stage.stage, agreement.snapshot.round)
+        raise UnreachableError(f"nobody reports what led to stage {stage.stage}'s state.")
 
     async def _fetch_stage(self, round_id: RoundId, agreement: Agreement) -> StageFiles:
         snapshot = agreement.snapshot

@@ -119,8 +119,16 @@ class Ledger:
         """Tell whether a state was given up although nobody stands anywhere else."""
         return place.lineage in self._gone or self._is_beyond_barrier(place)
 
+    def is_to_be_founded(self, stage: StageId) -> bool:
+        """Tell whether the run has gone back and this stage has no charter since."""
+        barrier, charter = self._barriers.get(stage), self._charters.get(stage)
+        return barrier is not None and charter is not None and charter.generation <= barrier.generation
+
     async def is_certain(self, place: Place) -> bool:
-        """Tell whether we know that a state goes on, if its stage has ever gone back: laggards look like anybody."""
+        """Tell whether a state goes on for all we know: of a stage that has gone back, if what led there was reported.
+
+        Where the run has never gone back, what was not reported yet cannot be what it went back from.
+        """
         return place.stage not in self._barriers or place.lineage in await self.known(place.stage, [place.lineage])
 
     async def go_back(self, at: Mapping[StageId, Version]) -> int:
@@ -212,10 +220,7 @@ class Ledger:
 
     def _is_beyond_barrier(self, place: Place) -> bool:
         """Tell whether a state is further than where its stage has gone back to, and was not founded on since."""
-        barrier, charter = self._barriers.get(place.stage), self._charters.get(place.stage)
-        if barrier is None or charter is None or charter.generation > barrier.generation:
-            return False
-        return place.version > barrier.version
+        return self.is_to_be_founded(place.stage) and place.version > self._barriers[place.stage].version
 
     # -- what is believed -------------------------------------------------------------------------------
 

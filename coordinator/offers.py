@@ -4,8 +4,8 @@ Owns: remembering offers, and the vote between replicas of a stage. Must not kno
 (`checkpoints.py`) or who is trusted for what else.
 
 A checkpoint is complete at a round when every stage has a snapshot that starts it. Replicas of a stage should
-offer equal files; where they do not, the files that most of them offer win, then those of the newer version,
-then the lower digest, and the others are named.
+offer equal files of one version and lineage; where they do not, what most of them offer wins, then the newer
+version, then the lower lineage and digest, and the others are named.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ Parts = frozenset[str]
 PARTS: Parts = frozenset({"weights", "optimizer"})
 
 
+_Contents = tuple[int, bytes, tuple[tuple[str, int, bytes], ...]]
+"""What replicas have to agree about; the newer version is the lesser."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
     """What the replicas of one stage offer for one round."""
@@ -33,16 +37,22 @@ class Agreement:
 class Offers:
     """Snapshots by peer and stage, the newest ones of each."""
 
-    def __init__(self, *, num_stages: int, parts: Parts = PARTS) -> None:
+    def __init__(self, *, num_stages: int, last_round: RoundId | None = None, parts: Parts = PARTS) -> None:
         self._num_stages = num_stages
+        self._last_round = last_round
         self._parts = parts
         self._offers: dict[tuple[PeerId, StageId], dict[RoundId, Snapshot]] = {}
         self._denied: set[tuple[PeerId, StageId, RoundId]] = set()
 
     def learn(self, peer: PeerId, snapshot: Snapshot) -> None:
-        """Take an offer over. One that lacks a part, or has one twice, is no offer, nor is one that was denied."""
+        """Take an offer over, unless it cannot be one: a part is missing or there twice, or it counts wrongly.
+
+        Nor is one that was denied.
+        """
         is_whole = sorted(file.part for file in snapshot.files) == sorted(self._parts)
-        if not is_whole or (peer, snapshot.stage, snapshot.round) in self._denied:
+        is_beyond = self._last_round is not None and snapshot.round > self._last_round
+        is_denied = (peer, snapshot.stage, snapshot.round) in self._denied
+        if is_denied or is_beyond or not is_whole or not 0 <= snapshot.version <= snapshot.round:
             return
         known = self._offers.setdefault((peer, snapshot.stage), {})
         known[snapshot.round] = snapshot
@@ -93,15 +103,18 @@ class Offers:
         return {stage: self._settle(stage, round_id) for stage in stages}
 
     def _settle(self, stage: StageId, round_id: RoundId) -> Agreement:
-        by_files: dict[tuple[tuple[str, bytes], ...], list[tuple[PeerId, Snapshot]]] = {}
-        for (peer, offered), known in self._offers.items():
-            if offered == stage and round_id in known:
-                snapshot = known[round_id]
-                files = tuple(sorted((file.part, bytes(file.digest)) for file in snapshot.files))
-                by_files.setdefault(files, []).append((peer, snapshot))
-        best = min(by_files, key=lambda files: (-len(by_files[files]), -by_files[files][0][1].version, files))
+        offered: dict[_Contents, list[PeerId]] = {}
+        for (peer, at), known in self._offers.items():
+            if at == stage and round_id in known:
+                offered.setdefault(_contents(known[round_id]), []).append(peer)
+        best = min(offered, key=lambda each: (-len(offered[each]), each))
         return Agreement(
-            snapshot=by_files[best][0][1],
-            sources=tuple(sorted(peer for peer, _ in by_files[best])),
-            dissenters=tuple(sorted(peer for files in by_files if files != best for peer, _ in by_files[files])),
+            snapshot=self._offers[offered[best][0], stage][round_id],
+            sources=tuple(sorted(offered[best])),
+            dissenters=tuple(sorted(peer for each, peers in offered.items() if each != best for peer in peers)),
         )
+
+
+def _contents(snapshot: Snapshot) -> _Contents:
+    files = tuple(sorted((file.part, file.num_bytes, bytes(file.digest)) for file in snapshot.files))
+    return -snapshot.version, bytes(snapshot.lineage), files

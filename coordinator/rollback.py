@@ -69,6 +69,10 @@ class Rollback:
             self._journal.note(DISK_NOTE, str(error))
 
     async def _go_back(self, wish: Wish) -> None:
+        async with self._run.checkpoints_turn:  # or the one to go back to might be the oldest, and make room meanwhile
+            await self._go_back_to(wish)
+
+    async def _go_back_to(self, wish: Wish) -> None:
         try:
             checkpoint = await asyncio.to_thread(self._run.checkpoints.open, wish.round)
         except StorageError as error:  # it was sound when it was asked for

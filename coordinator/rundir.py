@@ -14,6 +14,7 @@ app, the exporter and the commands open it with `RunDir.open`.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,8 @@ class RunDir:
     key: SigningKey
     signed: Signed
     manifest: Manifest
+    checkpoints_turn: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False, compare=False)
+    """Is held by whoever adds checkpoints, or takes some away, for as long as it relies on what is there."""
     _indexes: dict[str, ChunkIndex] = field(default_factory=dict, repr=False)
 
     @classmethod

@@ -143,6 +143,14 @@ def whole_distance(ours: bytes, theirs: bytes) -> float:
     return apart / size if size > 0 else math.inf if apart > 0 else 0.0
 
 
+def is_sketch(packed: bytes) -> bool:
+    """Tell whether bytes are a sketch, and of numbers."""
+    try:
+        return bool(np.isfinite(_rows(packed)).all())
+    except WireError:
+        return False
+
+
 def directions(sketches: Sequence[bytes]) -> list[float]:
     """Estimate the cosine of each of some tensors and the sum of all others, every one with a norm of 1.
 

@@ -51,8 +51,8 @@ class Contributed:
         return folded(sketch) if self.slack else sketch
 
 
-_Wrong = tuple[float, RoundId, frozenset[PeerId]]
-"""When, of which round, and who was in contradiction with the peer."""
+_Wrong = tuple[float, RoundId, frozenset[PeerId], int]
+"""When, of which round, who was in contradiction with the peer, and how many neighbours it had on a side, at least."""
 
 
 class Wrongs(ByPeer[deque[_Wrong]]):
@@ -66,20 +66,25 @@ class Wrongs(ByPeer[deque[_Wrong]]):
     def __init__(self) -> None:
         super().__init__(partial(deque, maxlen=MAX_REMEMBERED))
 
-    def note(self, peer: PeerId, round_id: RoundId, others: frozenset[PeerId], *, now_s: float) -> None:
+    def note(
+        self, peer: PeerId, round_id: RoundId, others: frozenset[PeerId], *, num_neighbours: int, now_s: float
+    ) -> None:
         """Take a finding, and who is in contradiction with the peer in that round."""
-        self.of(peer).append((now_s, round_id, others))
+        self.of(peer).append((now_s, round_id, others, num_neighbours))
 
-    def is_liar(self, peer: PeerId, *, num_neighbours: int, now_s: float) -> bool:
+    def is_liar(self, peer: PeerId, *, now_s: float) -> bool:
         """Tell whether more others than may lie would have to, half of the smaller neighbouring stage at most.
+
+        That stage as it was at the largest of the findings: nobody is framed by who leaves afterwards.
 
         What is hidden without a contradiction somebody may have caused who is not known: it does not count.
         """
-        found = {round_id: others for at_s, round_id, others in self.of(peer) if now_s - at_s < LATELY_S}
+        recent = [each for each in self.of(peer) if now_s - each[0] < LATELY_S]
+        found = {round_id: others for _, round_id, others, _ in recent}
         lately = [others for others in found.values() if others]
         if len(lately) < LEAST_ROUNDS:
             return False
-        accused = frozenset().union(*lately)
+        accused, num_neighbours = frozenset().union(*lately), max(each[3] for each in recent)
         num_liars = min(max(1, num_neighbours // 2), len(accused), MAX_LIARS)
         return not any(
             all(others.intersection(few) for others in lately)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import OrderedDict, defaultdict, deque
+from collections.abc import Collection
 
 from coordinator.audit.by_peer import ByPeer
 from coordinator.carries import WorkKey
@@ -28,6 +29,7 @@ WIDE = 1.4
 LEAST_PEERS, LEAST_AUDITS = 3, 8
 MAX_REMEMBERED = 32  # audits of each peer: the learning rate changes, and with it what is usual
 MAX_PEERS = 256  # that passed the same stages
+AWAY_S = 3600.0  # who is away for longer is no measure any more: what is usual changes
 
 FLAGRANT = 3.0  # times the limit
 LATELY, TOO_MUCH, FLAGRANT_SCORE = 16, 3.0, 1.5
@@ -43,11 +45,21 @@ class Drifts:
 
     def __init__(self) -> None:
         self._seen: defaultdict[tuple[StageId, ...], OrderedDict[PeerId, deque[Far]]] = defaultdict(OrderedDict)
+        self._here_s: dict[PeerId, float] = {}
+
+    def keep_only(self, live: Collection[PeerId], *, now_s: float) -> None:
+        """Forget who has been away for long."""
+        self._here_s |= dict.fromkeys(live, now_s)
+        self._here_s = {peer: at_s for peer, at_s in self._here_s.items() if now_s - at_s <= AWAY_S}
+        for seen in self._seen.values():
+            for peer in seen.keys() - self._here_s.keys():
+                del seen[peer]
 
     def note(self, stages: tuple[StageId, ...], peer: PeerId, far: Far) -> None:
         """Take how far one microbatch was."""
         seen = self._seen[stages]
         seen.setdefault(peer, deque(maxlen=MAX_REMEMBERED)).append(far)
+        seen.move_to_end(peer)
         while len(seen) > MAX_PEERS:
             seen.popitem(last=False)
 

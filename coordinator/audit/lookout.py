@@ -21,7 +21,7 @@ MUTE = "it does not say what it gives into averages"
 CONTRARY = "what it gives into averages goes against what all others give, again and again"
 UNSTEADY = "it says of most of its work that nobody can do it again"
 CLAIMING = "it claims more work than it is credited with, again and again"
-UNTOLD = "it gives more into averages than it tells of, again and again"
+UNTOLD = "it gives more into averages than what it tells of, or lets anybody do again, again and again"
 ALONE = (SILENT, UNTOLD)
 """Nobody else sees anything of what begins and ends at one and the same peer: it has nothing to tell then."""
 

@@ -268,6 +268,7 @@ class AuditOffice:
 
     def _draw(self, touched: Collection[RoundId], *, now_s: float) -> None:
         hosts = {peer.peer: peer.stages for peer in self._registry.live()}
+        self._drifts.keep_only(hosts, now_s=self._clock.monotonic())
         for carry in [self._left.pop() for _ in range(len(self._left))]:
             if not self._open(carry, _new_seed()):
                 self._left.appendleft(carry)
@@ -343,7 +344,7 @@ class AuditOffice:
         for peer, told in ready.items():
             given = unread.left.pop(peer)
             if told.tokens and not self._lookout.is_alone(hosts.get(peer, ())):  # who tells nothing at all is silent
-                unread.untold[peer] = told.tokens < (1 - MAX_HIDDEN) * given.tokens
+                unread.untold[peer] = told.alike_tokens < (1 - MAX_HIDDEN) * given.tokens
             known = contributed(record.stage, given, told, (carry for carry in works if carry.peer == peer))
             if known is None:
                 continue
@@ -453,10 +454,10 @@ class AuditOffice:
         """
         peer, others = self._who(carry.peer), frozenset(self._who(each) for each in contribution.contradicted_by)
         await self._suspect(others, now_s=now_s)
-        self._wrongs.note(peer, carry.round, others, now_s=now_s)
         sides = sides_of({each.peer: each.stages for each in self._registry.live()}).get(carry.peer, ())
         num_neighbours = min((len(side) for side in sides if side), default=1)
-        if self._wrongs.is_liar(peer, num_neighbours=num_neighbours, now_s=now_s):
+        self._wrongs.note(peer, carry.round, others, num_neighbours=num_neighbours, now_s=now_s)
+        if self._wrongs.is_liar(peer, now_s=now_s):
             self._wrongs.forget(peer)
             await self._strike(peer, SPOILT, now_s=now_s)
 

@@ -9,7 +9,7 @@ depends on the sum, so nobody can give one thing into the average and sketch ano
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,7 @@ from protocol.errors import WireError
 from protocol.ids import Lineage, PeerId, RoundId, StageId
 from protocol.rounds.factors import factors_of
 from protocol.rounds.messages import Commit
-from protocol.sketch import directions, distance, scaled, summed
+from protocol.sketch import directions, distance, is_sketch, scaled, summed
 
 MAX_COMMITS = 256
 MAX_AHEAD = 4  # averages of which one may speak before anybody has reported the commit
@@ -99,8 +99,8 @@ class Sums:
             self._of(lineage, now_s).commit = commit
 
     def hear(self, peer: PeerId, report: ContributionReport, *, now_s: float) -> None:
-        """Take what a member says."""
-        if report.lineage in self._done:
+        """Take what a member says. What is no sketch says nothing."""
+        if report.lineage in self._done or not (is_sketch(report.own) and is_sketch(report.total)):
             return
         if report.lineage not in self._gathering:  # a lineage may be made up, and each takes a place
             of_its_own = [each for each in self._gathering.values() if each.commit is None and each.opened_by == peer]
@@ -122,6 +122,7 @@ class Sums:
                 self._done.popitem(last=False)
             if commit is None:
                 continue
+            gathering.said = _fitting(gathering.said)
             weighty = {each.peer for each in commit.contributors if each.weight}
             if 2 * len(weighty & gathering.said.keys()) > len(weighty):  # or else somebody may have made it up
                 self._silent.note(commit.stage, {peer: peer not in gathering.said for peer in weighty})
@@ -191,6 +192,13 @@ class _Noted:
     def forget(self, peer: PeerId) -> None:
         for each in itertools.chain(*self._seen.values()):
             each.pop(peer, None)
+
+
+def _fitting(said: Mapping[PeerId, ContributionReport]) -> dict[PeerId, ContributionReport]:
+    """Return what fits together: a sketch of another size than most have says nothing."""
+    sizes = Counter(len(sketch) for each in said.values() for sketch in (each.own, each.total))
+    usual = sizes.most_common(1)[0][0] if sizes else 0
+    return {peer: each for peer, each in said.items() if len(each.own) == len(each.total) == usual}
 
 
 def goes_against(record: Record) -> dict[PeerId, bool]:

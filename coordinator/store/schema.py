@@ -378,6 +378,19 @@ MIGRATIONS: tuple[str, ...] = (
         since_s REAL NOT NULL
     );
     """,
+    # A run may go back more than once, and of an earlier time there may still be something to hear.
+    """
+    ALTER TABLE barriers RENAME TO former_barriers;
+    CREATE TABLE barriers (
+        stage INTEGER NOT NULL,
+        generation INTEGER NOT NULL,    -- of this charter, or one before,
+        version INTEGER NOT NULL,       -- what leads beyond this is gone, whenever we hear of it
+        since_s REAL NOT NULL,
+        PRIMARY KEY (stage, generation)
+    ) WITHOUT ROWID;
+    INSERT INTO barriers SELECT stage, generation, version, since_s FROM former_barriers;
+    DROP TABLE former_barriers;
+    """,
 )
 
 SCHEMA_VERSION = len(MIGRATIONS)

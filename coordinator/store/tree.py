@@ -122,7 +122,9 @@ def go_back(db: sqlite3.Connection, at: Mapping[StageId, Version], *, at_s: floa
         (generation,) = db.execute(
             "SELECT coalesce(max(generation), 0) FROM charters WHERE stage = ?", (stage,)
         ).fetchone()
-        db.execute("INSERT OR REPLACE INTO barriers VALUES (?, ?, ?, ?)", (stage, generation, version, at_s))
+        covered = "DELETE FROM barriers WHERE stage = ? AND generation <= ? AND version >= ?"
+        db.execute(covered, (stage, generation, version))
+        db.execute("INSERT OR IGNORE INTO barriers VALUES (?, ?, ?, ?)", (stage, generation, version, at_s))
         query = "SELECT lineage FROM commits WHERE stage = ? AND version > ? AND NOT gone"
         lineages = [lineage for (lineage,) in db.execute(query, (stage, version)).fetchall()]
         give_up(db, lineages, at_s=at_s)
@@ -140,16 +142,16 @@ class Barrier:
 
 
 def barriers(db: sqlite3.Connection) -> list[tuple[StageId, Barrier]]:
-    """Return where stages have gone back to last."""
-    found = db.execute("SELECT stage, generation, version FROM barriers")
+    """Return where stages have gone back to, the last time last."""
+    found = db.execute("SELECT stage, generation, version FROM barriers ORDER BY generation")
     return [(stage, Barrier(generation, version)) for stage, generation, version in found]
 
 
 def gone_since_s(db: sqlite3.Connection, stage: StageId, generation: int, version: Version) -> float | None:
     """Return since when a commit of this kind is gone; None if it is not."""
-    query = "SELECT since_s FROM barriers WHERE stage = ? AND generation >= ? AND version < ?"
+    query = "SELECT min(since_s) FROM barriers WHERE stage = ? AND generation >= ? AND version < ?"
     row = db.execute(query, (stage, generation, version)).fetchone()
-    return None if row is None else float(row[0])
+    return None if row[0] is None else float(row[0])
 
 
 def mark_gone(db: sqlite3.Connection, lineages: Iterable[Lineage]) -> None:

@@ -234,7 +234,7 @@ class History:
 
     def _is_old(self, update: Path) -> bool:
         try:
-            return time.time() - update.stat().st_mtime >= self._updates_kept_s
+            return abs(time.time() - update.stat().st_mtime) >= self._updates_kept_s
         except OSError:  # it is gone
             return False
 

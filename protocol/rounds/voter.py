@@ -7,6 +7,8 @@ Must not know: who conducts, how many answers are enough, what follows a commit.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from protocol.errors import PeerFault
 from protocol.ids import Digest, PeerId, digest
 from protocol.rounds.events import (
@@ -38,11 +40,13 @@ from protocol.rounds.messages import (
     StillHere,
     Vote,
 )
+from protocol.rounds.quorum import is_quorum
 from protocol.rounds.records import check_proposal, group_id
 from protocol.rounds.settings import Settings
 from protocol.rounds.slot import Slot, StagedBytes
 
 MAX_REASON_CHARS = 200
+MAX_SHOWN = 64
 
 
 class Voter:
@@ -54,8 +58,8 @@ class Voter:
         self._chain = chain
         self._result: ReduceResult | None = None
         self._fetching: Propose | None = None
-        self._shown: tuple[Ballot, Digest] | None = None
-        """The closing that the last ping brought."""
+        self._shown: OrderedDict[Ballot, Digest] = OrderedDict()
+        """Of the latest ballots that we were asked in the closing that their ping brought."""
         self.banned: frozenset[PeerId] = frozenset()
 
     # -- from the steward --------------------------------------------------------------------------
@@ -66,7 +70,9 @@ class Voter:
         if refusal:
             return refusal
         actions = self._promise(ping.ballot, now_s)
-        self._shown = ping.ballot, digest(ping.closing.payload)
+        self._shown[ping.ballot] = digest(ping.closing.payload)
+        while len(self._shown) > MAX_SHOWN:
+            self._shown.popitem(last=False)
         return [*actions, self._pong()]
 
     def on_begin(self, sender: PeerId, begin: Begin, now_s: float) -> list[Step]:
@@ -136,7 +142,7 @@ class Voter:
             return [*actions, self._still_here(propose)]
         try:
             commit = self._chain.follows_head(propose.commit)
-            self._check_closing(commit)
+            self._check_ballot(propose, commit)
             self._check(propose, commit)
         except PeerFault as error:
             return [*actions, *self._object(Trouble.FAULT, propose.ballot, str(error))]
@@ -221,14 +227,25 @@ class Voter:
         banned = self.banned if commit.ballot == propose.ballot else frozenset[PeerId]()
         check_proposal(self._settings, self._slot, commit, staged=self._slot.staged, banned=banned)
 
-    def _check_closing(self, commit: Commit) -> None:
-        """Raise `PeerFault` if a commit of the ballot at hand names another closing than it was opened with.
+    def _check_ballot(self, propose: Propose, commit: Commit) -> None:
+        """Raise `PeerFault` unless a commit is of this ballot or an earlier one, and of the closing shown in that.
 
-        Or a steward could make one up, by which it counts for whatever it likes.
+        Or a steward could make a closing up, by which it counts for whatever it likes. Of a ballot that we were not
+        asked in we do not know what was shown: it should be a closing that we have heard of. Two clocks may have closed
+        the round, though, so whoever does not know what most stewards want to finish gives in.
         """
-        ballot, shown = self._shown or (None, None)
-        if ballot == commit.ballot and shown != commit.summary.closing_digest:
-            raise PeerFault("it was made under another closing than its steward has shown")
+        named, slot = commit.summary.closing_digest, self._slot
+        if propose.commit.signer != commit.ballot.steward:
+            raise PeerFault("its signer is not the steward of its ballot")
+        if commit.ballot.outranks(propose.ballot):
+            raise PeerFault("it is of a later ballot than the one that it is proposed in")
+        if commit.ballot in self._shown or commit.ballot == propose.ballot:
+            if self._shown.get(commit.ballot, named) != named:
+                raise PeerFault("it was made under another closing than its steward has shown")
+            return
+        heard = {*self._shown.values(), *(digest(each.signed.payload) for each in slot.closings.values())}
+        if named not in heard and not is_quorum(slot.objected, slot.order, break_tie=True):
+            raise PeerFault("it is of a ballot and a closing that we have not heard of")
 
     # -- helpers -----------------------------------------------------------------------------------
 

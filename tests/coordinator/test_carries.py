@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from coordinator.carries import RoundHops
 from protocol.ids import RoundId, RunId, StageId, Version
@@ -72,6 +73,24 @@ def test_what_a_peer_tells_itself_is_known_with_who_contradicts_it() -> None:
     assert hops.told_by(A.peer, StageId(0)).contradicted_by == {B.peer}
     assert hops.told_by(C.peer, StageId(2)).contradicted_by == {B.peer}, "its silence contradicts B too"
     assert hops.told_by(B.peer, StageId(0)).tokens == hops.told_by(C.peer, StageId(1)).tokens == 0
+
+
+def test_work_that_nobody_can_do_again_is_told_and_not_alike() -> None:
+    """By the word of who has done it: with weights of its own, or of another version than most."""
+    hops = told(
+        windows(
+            B,
+            served=[
+                hop(A, B, 1, number=0),
+                hop(A, B, 1, number=1),
+                replace(hop(A, B, 1, number=2), local_step=1),
+                replace(hop(A, B, 1, number=3), version=Version(7)),
+                replace(hop(A, B, 1, number=4), caller_step=1),
+            ],
+        )
+    )
+    found = hops.told_by(B.peer, StageId(1))
+    assert (found.tokens, found.alike_tokens) == (5 * 64, 3 * 64)
 
 
 def test_what_comes_later_completes_what_was_there() -> None:

@@ -22,9 +22,10 @@ from coordinator.serving import Shelf
 from coordinator.store import history
 from protocol.control import Snapshot, StateFile
 from protocol.errors import StorageError, UnreachableError
-from protocol.ids import Lineage, PeerId, RoundId, StageId, digest
+from protocol.ids import Lineage, PeerId, RoundId, StageId, Version, digest
 from tests.coordinator.office import Office, Volunteer, open_office, snapshot, state
 from tests.coordinator.runs import make_run
+from tests.protocol.manifests import batch_spec, manifest
 
 A, B, C, D = (Volunteer(name) for name in "abcd")
 PARTS = ("weights", "optimizer")
@@ -115,6 +116,26 @@ def test_between_equals_the_newer_version_then_the_lower_digest_decides() -> Non
     assert known.agreements(RoundId(5))[StageId(0)].sources == (B.peer,)
     pair = [(A, fake.offer(A.peer, 0, 5, seed=1)), (B, fake.offer(B.peer, 0, 5, seed=2))]
     assert offers(*pair).agreements(RoundId(5)) == offers(*reversed(pair)).agreements(RoundId(5))
+
+
+def test_files_under_another_lineage_or_version_are_another_offer() -> None:
+    """Whoever comes first, or says that its version is newer, would name the checkpoint after itself."""
+    fake = FakePeers()
+    offered = fake.offer(B.peer, 0, 5)
+    for changes in ({"lineage": Lineage(b"x" * 32)}, {"version": Version(4)}):
+        known = offers((A, offered.model_copy(update=changes)), (B, offered), (C, offered))
+        known.learn(D.peer, fake.offer(D.peer, 1, 5))
+        agreement = known.agreements(RoundId(5))[StageId(0)]
+        assert (agreement.snapshot, agreement.sources) == (offered, tuple(sorted((B.peer, C.peer))))
+        assert agreement.dissenters == (A.peer,)
+
+
+@pytest.mark.parametrize(("round_id", "version"), [(5, 6), (5, 1 << 40), (9, 5)])
+def test_what_cannot_be_a_snapshot_of_the_run_is_no_offer(round_id: int, version: int) -> None:
+    """More updates than rounds, or a round that there is not."""
+    fake, known = FakePeers(), Offers(num_stages=1, last_round=RoundId(8))
+    known.learn(A.peer, fake.offer(A.peer, 0, round_id, version=version))
+    assert known.newest_complete(after=-1) is None
 
 
 def test_half_a_snapshot_is_no_offer() -> None:
@@ -225,7 +246,8 @@ async def test_a_full_disk_is_a_storage_error(tmp_path: Path) -> None:
 async def collecting(folder: Path) -> AsyncIterator[tuple[Office, FakePeers, Collector]]:
     """Open an office with two stages and a collector that fetches from fake peers."""
     fake = FakePeers()
-    async with open_office(folder) as office:
+    run = manifest(batch=batch_spec(num_rounds=100))
+    async with open_office(folder, run=run) as office:
         collector = make_collector(office, fake)
         await collector.load()
         yield office, fake, collector

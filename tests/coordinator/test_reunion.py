@@ -50,6 +50,7 @@ class Half:
     generation: int = 1
     """Of the charter that it follows."""
     sequences: dict[PeerId, int] = field(default_factory=dict)
+    past: dict[tuple[int, int], Lineage] = field(default_factory=dict)
 
     async def train(self, rounds: int, *, tasks: int | None = None) -> None:
         """Commit some rounds of both stages, with so many of a round's microbatches (all by default)."""
@@ -66,7 +67,12 @@ class Half:
             self.lineages[stage] = lineage_of(signed)
             reports.append(commit_report(signed))
         self.version += 1
+        self.past |= {(self.version, stage): lineage for stage, lineage in self.lineages.items()}
         return reports
+
+    def at(self, version: int, stage: int) -> Lineage:
+        """Return where it stood at a version."""
+        return self.past[version, stage]
 
     async def report(self, reports: Sequence[Report]) -> None:
         """Let all members report the same."""

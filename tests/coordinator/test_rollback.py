@@ -5,6 +5,7 @@ The office is real but for network and time; two peers host both stages.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,10 @@ from coordinator import checkpoints
 from coordinator.rollback import WISH, Wish
 from coordinator.rundir import RunDir
 from coordinator.store import history, peers, tree
+from protocol.control import StageState
 from protocol.ids import Lineage, PeerId, RoundId, StageId, Version
 from protocol.rounds.messages import Charter
-from tests.coordinator.office import Office, Volunteer, open_office, state
+from tests.coordinator.office import NO_LINEAGE, Office, Volunteer, open_office, state
 from tests.coordinator.runs import random_weights, stage_files
 from tests.coordinator.test_checkpoints import FakePeers, make_collector
 from tests.coordinator.test_reunion import STAGES, Half
@@ -54,6 +56,17 @@ async def wish(office: Office, round_number: int) -> None:
 async def events(office: Office, kind: str) -> list[str]:
     found = await office.services.database.run(lambda db: history.last_events(db, limit=100))
     return [each.detail for each in found if each.kind == kind]
+
+
+async def founded_anew(office: Office, half: Half) -> Half:
+    """Let everybody restore the checkpoint of round 2, until its stages are founded on that."""
+    restored = [state(stage, version=Version(2), round=RoundId(2)) for stage in STAGES]
+    for _ in range(32):  # a charter is not replaced before its members can have heard of it
+        for volunteer in (A, B):
+            await office.beat(volunteer, *restored)
+        await office.tick(1.0)
+    lineages = {stage: office.charter_lineage(stage) for stage in STAGES}
+    return replace(half, lineages=lineages, version=2, generation=2, sequences=half.sequences)
 
 
 def charters(office: Office) -> list[tuple[int, int, int, list[PeerId]]]:
@@ -134,12 +147,7 @@ async def test_who_is_further_than_was_reported_hears_of_it_all_the_same(tmp_pat
             (stage, half.lineages[stage], ()) for stage in STAGES
         }
         await office.tick(5.0)
-        restored = [state(stage, version=Version(2), round=RoundId(2)) for stage in STAGES]
-        for _ in range(32):
-            for volunteer in (A, B):
-                await office.beat(volunteer, *restored)
-            await office.tick(1.0)
-        again = Half(office, (A, B), {stage: office.charter_lineage(stage) for stage in STAGES}, 2)
+        again = await founded_anew(office, half)
         await again.make_round()
         assert (await again.beat()).given_up == (), "what follows the new charter is another matter"
 
@@ -172,18 +180,110 @@ async def test_what_the_run_has_gone_back_from_becomes_no_checkpoint(
         await half.make_round()
         assert await offer(6, half.lineages), "it is not even looked at"
         assert office.services.run.checkpoints.rounds() == (2,)
-        restored = [state(stage, version=Version(2), round=RoundId(2)) for stage in STAGES]
-        for _ in range(32):
-            for volunteer in (A, B):
-                await office.beat(volunteer, *restored)
-            await office.tick(1.0)
+        again = await founded_anew(office, half)
         assert not await offer(7, half.lineages)
         assert office.services.run.checkpoints.rounds() == (2,)
-        lineages = {stage: office.charter_lineage(stage) for stage in STAGES}
-        again = replace(half, lineages=lineages, version=2, generation=2)
         await again.train(1)
         assert await offer(8, again.lineages)
         assert office.services.run.checkpoints.rounds() == (8, 2)
+
+
+async def test_what_nobody_reports_keeps_no_other_checkpoint_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that invents a lineage, in a run that has gone back once. Oracle: what is fetched, and what is on disk."""
+    monkeypatch.setattr(checkpoints, "POLL_S", 0.0)
+    async with open_office(tmp_path) as office:
+        fake = FakePeers()
+        collector = make_collector(office, fake)
+        half = await trained(office, tmp_path)
+        await collector.load()
+        office.services.rollback.on_checkpoint = collector.take
+        await wish(office, 2)
+        again = await founded_anew(office, half)
+        await again.train(1)
+        told: dict[str, list[StageState]] = {}
+        for who, lineages in ((A, dict.fromkeys(STAGES, Lineage(b"x" * 32))), (B, again.lineages)):
+            round_id = 8 if who is A else 7
+            told[who.name] = [
+                state(
+                    stage,
+                    version=Version(3),
+                    round=RoundId(round_id),
+                    lineage=lineages[stage],
+                    snapshot=fake.offer(who.peer, stage, round_id, version=3).model_copy(
+                        update={"lineage": lineages[stage]}
+                    ),
+                )
+                for stage in STAGES
+            ]
+            await office.beat(who, *told[who.name])
+        assert not await collector.poll()
+        fetched = len(fake.asked)
+        for _ in range(3):
+            for who in (A, B):
+                await office.beat(who, *told[who.name])
+            await collector.poll()
+        assert office.services.run.checkpoints.rounds() == (7, 2)
+        assert not any(peer == A.peer for peer, *_ in fake.asked[fetched:]), "it is fetched once"
+
+
+async def test_the_oldest_checkpoint_does_not_make_room_while_the_run_goes_back_to_it(tmp_path: Path) -> None:
+    """A new one is written at the same moment. Oracle: what is on disk."""
+    async with open_office(tmp_path) as office:
+        half = await trained(office, tmp_path)
+        folder = office.services.run.checkpoints
+        await half.train(2)
+        async with office.services.run.checkpoints_turn:  # the collector writes
+            made = Wish(round=RoundId(2), reason="")
+            await office.services.database.run(peers.put_setting, WISH, made.to_json())
+            going_back = asyncio.create_task(office.services.rollback.tick())
+            await asyncio.sleep(0.2)
+            assert folder.rounds() == (4, 2)
+        await going_back
+        assert folder.rounds() == (2,)
+
+
+async def test_what_was_given_up_first_stays_so_when_the_run_goes_back_again(tmp_path: Path) -> None:
+    """To a newer checkpoint, of the second attempt. Oracle: what is told of work of the first one, reported then."""
+    async with open_office(tmp_path) as office:
+        half = await trained(office, tmp_path)
+        await wish(office, 2)
+        unreported = [await half.make_round() for _ in range(2)]
+        again = await founded_anew(office, half)
+        await again.train(2)
+        add_checkpoint(office.services.run, tmp_path / "again", 4, again)
+        await again.train(2)
+        await wish(office, 4)
+        again = replace(again, version=4)
+        late = replace(half, sequences=again.sequences)
+        for reports in unreported:
+            await late.report(reports)
+        assert all(office.services.ledger.has_given_up(lineage) for lineage in half.lineages.values())
+
+
+async def test_all_stages_are_founded_anew_also_one_that_was_no_further_than_the_checkpoint(tmp_path: Path) -> None:
+    """Its next update would be given up, and it would start over then, with all stages of its peers."""
+    async with open_office(tmp_path) as office:
+        half = await trained(office, tmp_path)
+        await wish(office, 4)
+        for _ in range(32):
+            for who in (A, B):
+                await office.beat(
+                    who,
+                    *(
+                        state(
+                            stage,
+                            version=Version(4),
+                            round=RoundId(4),
+                            members=0 if stage else 2,
+                            lineage=NO_LINEAGE if stage else half.at(4, stage),
+                        )
+                        for stage in STAGES
+                    ),
+                )
+            await office.tick(1.0)
+        assert [generation for generation, *_ in charters(office)] == [2, 2]
 
 
 async def test_a_checkpoint_that_is_damaged_meanwhile_changes_nothing(tmp_path: Path) -> None:

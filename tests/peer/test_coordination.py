@@ -206,14 +206,19 @@ async def test_a_silent_coordinator_is_asked_again() -> None:
 async def test_what_has_piled_up_while_the_coordinator_was_away_is_handed_in_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Oracle: beats that each take what one holds; at the usual pace, which is an hour here, there would be one."""
+    """Also while more comes in. Oracle: beats that each take what one holds; at the usual pace, which is an hour here,
+    there would be one.
+    """
     monkeypatch.setattr(coordination, "BEAT_S", 3600.0)
     monkeypatch.setattr(coordination, "CATCH_UP_S", 0.0)
     coordinator, reports = Coordinator(), ReportQueue()
+    report = ClosingReport(closing=Signed(payload=b"", signer=ME.peer_id, signature=bytes(64)))
     for _ in range(3 * PER_BEAT + 1):
-        reports.add(ClosingReport(closing=Signed(payload=b"", signer=ME.peer_id, signature=bytes(64))))
+        reports.add(report)
 
     def acknowledge(message: Beat) -> BeatReply:
+        for _ in range(8):
+            reports.add(report)
         return REPLY.model_copy(update={"acknowledged": message.reports[-1].sequence})
 
     coordinator.reply = acknowledge
@@ -221,7 +226,22 @@ async def test_what_has_piled_up_while_the_coordinator_was_away_is_handed_in_at_
     await registered.enter()
     await beat_times(coordinator, 4, registered, reports=reports)
     assert coordinator.kinds == ["Register", "Beat", "Beat", "Beat", "Beat"]
-    assert len(reports) == 0, "or what led to where we stand would never be known in time"
+    assert len(reports) == 8, "what has come up during the last one"
+
+
+async def test_a_coordinator_that_takes_nothing_is_not_hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its disk may be full. Oracle: one beat in an hour."""
+    monkeypatch.setattr(coordination, "BEAT_S", 3600.0)
+    monkeypatch.setattr(coordination, "CATCH_UP_S", 0.0)
+    coordinator, reports = Coordinator(), ReportQueue()
+    for _ in range(3 * PER_BEAT):
+        reports.add(ClosingReport(closing=Signed(payload=b"", signer=ME.peer_id, signature=bytes(64))))
+    coordinator.reply = lambda message: REPLY.model_copy(update={"acknowledged": message.reports[-2].sequence})
+    registered = registration(coordinator)
+    await registered.enter()
+    await beat_times(coordinator, 1, registered, reports=reports)
+    await asyncio.sleep(0.1)
+    assert coordinator.kinds == ["Register", "Beat"]
 
 
 async def test_a_manifest_that_another_key_signed_is_not_trusted() -> None:

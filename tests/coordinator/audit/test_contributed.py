@@ -31,7 +31,8 @@ def works(count: int) -> list[Carry]:
 def of(count: int, known: list[Carry], *, told: int | None = None, weight: int | None = None) -> Contributed | None:
     """Return what can be looked at of a contribution of so many microbatches, told and credited as many, or others."""
     given = Given(count * TOKENS, (count if weight is None else weight) * TOKENS, SKETCH)
-    said = Told((count if told is None else told) * TOKENS, frozenset({D}))
+    tokens = (count if told is None else told) * TOKENS
+    said = Told(tokens, alike_tokens=tokens, contradicted_by=frozenset({D}))
     return contributed(STAGE, given, said, known)
 
 
@@ -67,8 +68,8 @@ def blamed(*found: str, neighbours: int = 4, hours: float = 0.0) -> bool:
     """Tell whether P is a liar once its sums of as many rounds were wrong, in contradiction with these."""
     wrongs = Wrongs()
     for round_id, others in enumerate(found):
-        wrongs.note(P, RoundId(round_id), frozenset(map(PeerId, others)), now_s=0.0)
-    return wrongs.is_liar(P, num_neighbours=neighbours, now_s=3600.0 * hours)
+        wrongs.note(P, RoundId(round_id), frozenset(map(PeerId, others)), num_neighbours=neighbours, now_s=0.0)
+    return wrongs.is_liar(P, now_s=3600.0 * hours)
 
 
 def test_who_falls_out_with_one_after_the_other_is_a_liar() -> None:
@@ -87,6 +88,15 @@ def test_a_neighbour_that_spoils_and_hides_a_microbatch_every_round_gets_nobody_
     assert not blamed("a", "ab", "ac", "a", neighbours=1)
 
 
+def test_nobody_is_framed_by_a_liar_that_leaves_afterwards() -> None:
+    """Two of four neighbours take turns; then there are three."""
+    wrongs = Wrongs()
+    for round_id, other in enumerate("abab"):
+        wrongs.note(P, RoundId(round_id), frozenset({PeerId(other)}), num_neighbours=4, now_s=0.0)
+    wrongs.note(P, RoundId(4), frozenset({PeerId("b")}), num_neighbours=3, now_s=0.0)
+    assert not wrongs.is_liar(P, now_s=0.0)
+
+
 def test_what_is_hidden_without_a_contradiction_is_held_against_nobody() -> None:
     assert not blamed(*[""] * 10)
 
@@ -94,12 +104,12 @@ def test_what_is_hidden_without_a_contradiction_is_held_against_nobody() -> None
 def test_wrong_sums_follow_a_key_and_are_forgotten_with_an_appeal() -> None:
     wrongs, new = Wrongs(), PeerId("new")
     for round_id, other in enumerate("ab"):
-        wrongs.note(P, RoundId(round_id), frozenset({PeerId(other)}), now_s=0.0)
+        wrongs.note(P, RoundId(round_id), frozenset({PeerId(other)}), num_neighbours=2, now_s=0.0)
     wrongs.succeed(P, new)
-    wrongs.note(new, RoundId(2), frozenset({PeerId("c")}), now_s=0.0)
-    assert wrongs.is_liar(new, num_neighbours=2, now_s=1.0)
+    wrongs.note(new, RoundId(2), frozenset({PeerId("c")}), num_neighbours=2, now_s=0.0)
+    assert wrongs.is_liar(new, now_s=1.0)
     wrongs.forget(new)
-    assert not wrongs.is_liar(new, num_neighbours=2, now_s=1.0)
+    assert not wrongs.is_liar(new, now_s=1.0)
 
 
 @pytest.mark.parametrize(("known", "told"), [(5, 5), (4, 5)])

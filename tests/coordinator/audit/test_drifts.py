@@ -10,6 +10,7 @@ import math
 import pytest
 
 from coordinator.audit.drifts import (
+    AWAY_S,
     FLAGRANT_SCORE,
     LATELY,
     LEAST,
@@ -82,6 +83,20 @@ def test_what_was_usual_long_ago_is_forgotten_and_so_are_the_first_of_many_peers
     for number in range(MAX_PEERS):
         drifts.note(STAGE, PeerId(f"new {number}"), (0.0, 0.0))
     assert drifts.limits(STAGE) == (math.inf, math.inf)
+
+
+def test_who_is_away_for_long_is_no_measure_for_those_who_are_there() -> None:
+    """They have trained on, further from the anchor than anybody was then. Oracle: limits of those alone."""
+    drifts = known(0.02, 0.02, 0.02, 0.5)
+    for peer in (PeerId("t"), PeerId("u")):
+        for _ in range(LEAST_AUDITS):
+            drifts.note(STAGE, peer, (0.5, 0.25))
+    drifts.keep_only([*PEERS, PeerId("t"), PeerId("u")], now_s=0.0)
+    there = [PEERS[3], PeerId("t"), PeerId("u")]
+    drifts.keep_only(there, now_s=AWAY_S)
+    assert drifts.limits(STAGE)[0] < 1.0, "it may come back"
+    drifts.keep_only(there, now_s=AWAY_S + 1.0)
+    assert drifts.limits(STAGE) == pytest.approx((1.25, 0.625))
 
 
 P = PEERS[0]

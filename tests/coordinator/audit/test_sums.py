@@ -177,12 +177,21 @@ def test_nothing_is_said_of_a_commit_before_all_have_spoken_or_nobody_will() -> 
     assert sums.due(now_s=2 * GIVE_UP_S) == []  # and it stays so
 
 
-@pytest.mark.parametrize(
-    "nonsense", [b"x", b"x" * 1024, b"x" * MAX_SKETCH_BYTES, np.full(2048, np.nan, "<f4").tobytes()]
-)
+def test_numbers_that_are_made_up_do_not_add_up() -> None:
+    (record,) = gathered(a=b"x" * MAX_SKETCH_BYTES)
+    assert not record.adds_up
+
+
+@pytest.mark.parametrize("nonsense", [b"x", b"x" * 1024, np.full(2048, np.nan, "<f4").tobytes()])
 def test_nonsense_harms_nobody_else(nonsense: bytes) -> None:
-    for record in gathered(a=nonsense):
-        assert not record.adds_up
+    """It says nothing, also where directions are looked at. Oracle: no record, and whom its silence is held against."""
+    for is_mean in (False, True):
+        sums = Sums(is_mean=is_mean)
+        sums.hear_commit(committed(), LINEAGE, now_s=0.0)
+        for who in MEMBERS:
+            say(sums, who, nonsense if who is A else shards(given(who)))
+        assert sums.due(now_s=GIVE_UP_S) == []
+        assert sums.silence() == {A.peer: (1, 1), B.peer: (1, 0), C.peer: (1, 0)}
 
 
 def test_shards_are_seen_wherever_the_difference_is() -> None:

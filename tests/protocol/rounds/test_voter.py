@@ -362,7 +362,7 @@ def test_a_steward_that_favours_itself_is_refused() -> None:
 
 
 def test_a_steward_cannot_hide_behind_a_closing_that_it_has_not_shown() -> None:
-    """By which nobody could check what it says. Of another ballot's commit nobody knows what its steward has shown."""
+    """By which nobody could check what it says. Nor behind another number, or somebody else's name."""
     case, lying = Case(), {"closing_digest": digest(b"a closing that nobody has seen")}
     case.ping()
     head = case.chain.head.lineage
@@ -371,10 +371,30 @@ def test_a_steward_cannot_hide_behind_a_closing_that_it_has_not_shown() -> None:
     assert isinstance(decline, Decline)
     assert decline.objection
     assert "another closing" in decline.reason
-    other = Case(staged=StagedBytes(digest(b"sum"), 60.0, "fp32", RoundId(0)))
-    other.ping(NEW)
-    (accept,) = sent(other.propose(NEW, signed=commit(head, signer=B, summary=summary)))
-    assert isinstance(accept, Accept)
+    for ballot, label, complaint in (
+        (NEW, Ballot(number=7, steward=C), "later ballot"),
+        (NEW, Ballot(number=1, steward=C), "not heard of"),
+        (NEW, OLD, "not the steward"),
+    ):
+        other = Case(staged=StagedBytes(digest(b"sum"), 60.0, "fp32", RoundId(0)))
+        other.ping(ballot)
+        (decline,) = sent(other.propose(ballot, commit(head, signer=C, ballot=label, summary=summary)))
+        assert isinstance(decline, Decline)
+        assert complaint in decline.reason
+
+
+def test_what_most_want_to_finish_is_finished_though_its_closing_was_not_heard() -> None:
+    """Two clocks have closed the round, and the first steward has died. Oracle: the answers to the next ones."""
+    case = Case(staged=StagedBytes(digest(b"sum"), 60.0, "fp32", RoundId(0)))
+    head, unheard = case.chain.head.lineage, {"closing_digest": digest(b"of the other clock")}
+    summary = Commit.from_bytes(commit(head).payload).summary.model_copy(update=unheard)
+    signed = commit(head, signer=B, summary=summary)
+    answers = []
+    for ballot in (NEW, Ballot(number=3, steward=A), Ballot(number=4, steward=C)):
+        case.ping(ballot)
+        (answer,) = sent(case.propose(ballot, signed))
+        answers.append(type(answer))
+    assert answers == [Decline, Decline, Accept]
 
 
 def test_a_member_never_gives_in_about_a_single_round() -> None:
