@@ -165,6 +165,7 @@ class Collector:
         If nobody reports it the offer is forgotten, or it would keep all others waiting, and `UnreachableError` raised.
         """
         for _ in range(MAX_WAITS):
+            self._check_goes_on([stage])
             if await self._ledger.is_certain(stage):
                 return
             await asyncio.sleep(POLL_S)

@@ -6,13 +6,15 @@ The office is real but for network and time; two peers host both stages.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from coordinator import checkpoints
+from coordinator.checkpoints import Collector
 from coordinator.rollback import WISH, Wish
 from coordinator.rundir import RunDir
 from coordinator.store import history, peers, tree
@@ -56,6 +58,29 @@ async def wish(office: Office, round_number: int) -> None:
 async def events(office: Office, kind: str) -> list[str]:
     found = await office.services.database.run(lambda db: history.last_events(db, limit=100))
     return [each.detail for each in found if each.kind == kind]
+
+
+@asynccontextmanager
+async def gone_back(folder: Path) -> AsyncIterator[tuple[Office, FakePeers, Collector, Half]]:
+    """Train six rounds, and go back to the checkpoint of round 2; with a collector that fetches from fake peers."""
+    async with open_office(folder) as office:
+        fake = FakePeers()
+        collector = make_collector(office, fake)
+        half = await trained(office, folder)
+        await collector.load()
+        office.services.rollback.on_checkpoint = collector.take
+        await wish(office, 2)
+        yield office, fake, collector, half
+
+
+def offering(fake: FakePeers, who: Volunteer, version: int, lineages: Mapping[int, Lineage]) -> list[StageState]:
+    """Return states of both stages that somebody has a snapshot of, which it serves."""
+    told = []
+    for stage in STAGES:
+        offered = fake.offer(who.peer, stage, version).model_copy(update={"lineage": lineages[stage]})
+        at = {"lineage": lineages[stage], "version": Version(version), "round": RoundId(version)}
+        told.append(state(stage, **at, snapshot=offered))
+    return told
 
 
 async def founded_anew(office: Office, half: Half) -> Half:
@@ -160,23 +185,12 @@ async def test_what_the_run_has_gone_back_from_becomes_no_checkpoint(
     Oracle: what is on disk, before new charters and after them, when a laggard still offers it.
     """
     monkeypatch.setattr(checkpoints, "POLL_S", 0.0)
-    async with open_office(tmp_path) as office:
-        fake = FakePeers()
-        collector = make_collector(office, fake)
-        half = await trained(office, tmp_path)
-        await collector.load()
-        office.services.rollback.on_checkpoint = collector.take
+    async with gone_back(tmp_path) as (office, fake, collector, half):
 
         async def offer(version: int, lineages: Mapping[int, Lineage]) -> bool:
-            told = []
-            for stage in STAGES:
-                offered = fake.offer(B.peer, stage, version).model_copy(update={"lineage": lineages[stage]})
-                at = {"lineage": lineages[stage], "version": Version(version), "round": RoundId(version)}
-                told.append(state(stage, **at, snapshot=offered))
-            await office.beat(B, *told)
+            await office.beat(B, *offering(fake, B, version, lineages))
             return await collector.poll()
 
-        await wish(office, 2)
         await half.make_round()
         assert await offer(6, half.lineages), "it is not even looked at"
         assert office.services.run.checkpoints.rounds() == (2,)
@@ -193,39 +207,40 @@ async def test_what_nobody_reports_keeps_no_other_checkpoint_waiting(
 ) -> None:
     """One that invents a lineage, in a run that has gone back once. Oracle: what is fetched, and what is on disk."""
     monkeypatch.setattr(checkpoints, "POLL_S", 0.0)
-    async with open_office(tmp_path) as office:
-        fake = FakePeers()
-        collector = make_collector(office, fake)
-        half = await trained(office, tmp_path)
-        await collector.load()
-        office.services.rollback.on_checkpoint = collector.take
-        await wish(office, 2)
+    async with gone_back(tmp_path) as (office, fake, collector, half):
         again = await founded_anew(office, half)
         await again.train(1)
-        told: dict[str, list[StageState]] = {}
-        for who, lineages in ((A, dict.fromkeys(STAGES, Lineage(b"x" * 32))), (B, again.lineages)):
-            round_id = 8 if who is A else 7
-            told[who.name] = [
-                state(
-                    stage,
-                    version=Version(3),
-                    round=RoundId(round_id),
-                    lineage=lineages[stage],
-                    snapshot=fake.offer(who.peer, stage, round_id, version=3).model_copy(
-                        update={"lineage": lineages[stage]}
-                    ),
-                )
-                for stage in STAGES
-            ]
-            await office.beat(who, *told[who.name])
+        told = (
+            (A, offering(fake, A, 8, dict.fromkeys(STAGES, Lineage(b"x" * 32)))),
+            (B, offering(fake, B, 7, again.lineages)),
+        )
+        for who, states in told:
+            await office.beat(who, *states)
         assert not await collector.poll()
         fetched = len(fake.asked)
         for _ in range(3):
-            for who in (A, B):
-                await office.beat(who, *told[who.name])
+            for who, states in told:
+                await office.beat(who, *states)
             await collector.poll()
         assert office.services.run.checkpoints.rounds() == (7, 2)
         assert not any(peer == A.peer for peer, *_ in fake.asked[fetched:]), "it is fetched once"
+
+
+async def test_a_checkpoint_waits_for_the_report_of_what_led_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a run that has gone back once. Oracle: what is on disk before the report, and after it."""
+    monkeypatch.setattr(checkpoints, "POLL_S", 0.05)
+    async with gone_back(tmp_path) as (office, fake, collector, half):
+        again = await founded_anew(office, half)
+        reports = await again.make_round()
+        await office.beat(B, *offering(fake, B, 7, again.lineages))
+        polling = asyncio.create_task(collector.poll())
+        await asyncio.sleep(0.3)
+        assert office.services.run.checkpoints.rounds() == (2,)
+        await again.report(reports)
+        assert await polling
+        assert office.services.run.checkpoints.rounds() == (7, 2)
 
 
 async def test_the_oldest_checkpoint_does_not_make_room_while_the_run_goes_back_to_it(tmp_path: Path) -> None:
