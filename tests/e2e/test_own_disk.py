@@ -42,7 +42,6 @@ def test_a_lone_replica_that_is_killed_loses_no_round(tmp_path: Path, corpus: Pa
             swarm.wait_version(reached + 5, stage=1)
             swarm.peers["back"].kill()
             states = {event["version"]: event["state"] for event in swarm.peers["back"].events("round.committed")}
-            before = swarm.rounds()
             again, resumed = _come_back(swarm, *limits)
             lives, reached = lives + 1, resumed["reached"]
             assert resumed["version"] > 0, "what lies on the drive"
@@ -54,6 +53,7 @@ def test_a_lone_replica_that_is_killed_loses_no_round(tmp_path: Path, corpus: Pa
         assert charter.state_digest.hex()[:12] == states[reached]
 
         after = swarm.rounds()
+        before = [tally for tally in after if tally.round < max(states)]  # with short rounds most was reported later
         assert not swarm.run_dir().newest_checkpoint()
         assert swarm.counters().rounds_rolled_back == 0
         first, last = fmean(_losses(before[:2])), fmean(_losses(after[-3:]))
