@@ -202,8 +202,8 @@ async def keep_beating(
     while True:
         now = condition()
         hosting = tuple(state.stage for state in now.stages) or registration.welcome.stages
-        sent = reports.oldest()
-        is_all, newest = len(sent) == len(reports), sent[-1].sequence if sent else 0
+        sent, is_behind = reports.oldest(), False
+        is_all = len(sent) == len(reports)
         try:
             if registration.is_due:
                 await registration.renew(hosting=hosting)
@@ -218,8 +218,8 @@ async def keep_beating(
                 log.info("coordinator.back")
             was_reachable = True
             on_reply(reply)
-        was_taken = was_reachable and reports.next_due > newest
-        await asyncio.sleep(CATCH_UP_S if was_taken and not is_all else BEAT_S)
+            is_behind = not is_all and reply.acknowledged >= sent[-1].sequence
+        await asyncio.sleep(CATCH_UP_S if is_behind else BEAT_S)
 
 
 async def _beat_or_renew(

@@ -63,11 +63,6 @@ class ReportQueue:
             chosen.append(report)
         return tuple(chosen)
 
-    @property
-    def next_due(self) -> int:
-        """The number of the oldest report that waits, or of the next one that will be made."""
-        return self._waiting[0][0].sequence if self._waiting else self._next
-
     def acknowledge(self, sequence: int) -> None:
         """Drop everything up to `sequence`: it is in the ledger."""
         while self._waiting and self._waiting[0][0].sequence <= sequence:

@@ -7,7 +7,7 @@ know: what it is.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
 from protocol.ids import PeerId
@@ -20,17 +20,21 @@ Memory = TypeVar("Memory")
 class ByPeer(Generic[Memory]):
     """One memory for each peer; those of whom nothing was added for longest make place."""
 
-    def __init__(self, make: Callable[[], Memory]) -> None:
-        self._make = make
+    def __init__(self, make: Callable[[], Memory], *, max_peers: int = MAX_PEERS) -> None:
+        self._make, self._max_peers = make, max_peers
         self._known: OrderedDict[PeerId, Memory] = OrderedDict()
 
     def of(self, peer: PeerId) -> Memory:
         """Return what there is of a peer, to be added to."""
         known = self._known.setdefault(peer, self._make())
         self._known.move_to_end(peer)
-        while len(self._known) > MAX_PEERS:
+        while len(self._known) > self._max_peers:
             self._known.popitem(last=False)
         return known
+
+    def known(self) -> Mapping[PeerId, Memory]:
+        """Return what there is of everybody."""
+        return self._known
 
     def forget(self, peer: PeerId) -> None:
         """It has been judged, or that was taken back."""

@@ -15,6 +15,7 @@ import math
 import statistics
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Collection
+from functools import partial
 
 from coordinator.audit.by_peer import ByPeer
 from coordinator.carries import WorkKey
@@ -44,7 +45,9 @@ class Drifts:
     """Distances of everybody's work, by the stages that it passed."""
 
     def __init__(self) -> None:
-        self._seen: defaultdict[tuple[StageId, ...], OrderedDict[PeerId, deque[Far]]] = defaultdict(OrderedDict)
+        self._seen: defaultdict[tuple[StageId, ...], ByPeer[deque[Far]]] = defaultdict(
+            lambda: ByPeer(partial(deque, maxlen=MAX_REMEMBERED), max_peers=MAX_PEERS)
+        )
         self._here_s: dict[PeerId, float] = {}
 
     def keep_only(self, live: Collection[PeerId], *, now_s: float) -> None:
@@ -52,20 +55,17 @@ class Drifts:
         self._here_s |= dict.fromkeys(live, now_s)
         self._here_s = {peer: at_s for peer, at_s in self._here_s.items() if now_s - at_s <= AWAY_S}
         for seen in self._seen.values():
-            for peer in seen.keys() - self._here_s.keys():
-                del seen[peer]
+            for peer in seen.known().keys() - self._here_s.keys():
+                seen.forget(peer)
 
     def note(self, stages: tuple[StageId, ...], peer: PeerId, far: Far) -> None:
         """Take how far one microbatch was."""
-        seen = self._seen[stages]
-        seen.setdefault(peer, deque(maxlen=MAX_REMEMBERED)).append(far)
-        seen.move_to_end(peer)
-        while len(seen) > MAX_PEERS:
-            seen.popitem(last=False)
+        self._seen[stages].of(peer).append(far)
 
     def limits(self, stages: tuple[StageId, ...]) -> tuple[float, float]:
         """Return how far activations and gradients may be: as far as they like until a few peers are known."""
-        outputs, returned = ([[far[side] for far in each] for each in self._seen[stages].values()] for side in range(2))
+        seen = self._seen[stages].known().values()
+        outputs, returned = ([[far[side] for far in each] for each in seen] for side in range(2))
         return _limit(outputs), _limit(returned)
 
     def is_beyond(self, stages: tuple[StageId, ...], far: Far, *, factor: float = 1.0) -> bool:

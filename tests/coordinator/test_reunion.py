@@ -51,6 +51,7 @@ class Half:
     """Of the charter that it follows."""
     sequences: dict[PeerId, int] = field(default_factory=dict)
     past: dict[tuple[int, int], Lineage] = field(default_factory=dict)
+    """Where it stood, by version and stage."""
 
     async def train(self, rounds: int, *, tasks: int | None = None) -> None:
         """Commit some rounds of both stages, with so many of a round's microbatches (all by default)."""
@@ -69,10 +70,6 @@ class Half:
         self.version += 1
         self.past |= {(self.version, stage): lineage for stage, lineage in self.lineages.items()}
         return reports
-
-    def at(self, version: int, stage: int) -> Lineage:
-        """Return where it stood at a version."""
-        return self.past[version, stage]
 
     async def report(self, reports: Sequence[Report]) -> None:
         """Let all members report the same."""

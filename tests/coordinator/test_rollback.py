@@ -91,7 +91,7 @@ async def founded_anew(office: Office, half: Half) -> Half:
             await office.beat(volunteer, *restored)
         await office.tick(1.0)
     lineages = {stage: office.charter_lineage(stage) for stage in STAGES}
-    return replace(half, lineages=lineages, version=2, generation=2, sequences=half.sequences)
+    return replace(half, lineages=lineages, version=2, generation=2)
 
 
 def charters(office: Office) -> list[tuple[int, int, int, list[PeerId]]]:
@@ -292,7 +292,7 @@ async def test_all_stages_are_founded_anew_also_one_that_was_no_further_than_the
                             version=Version(4),
                             round=RoundId(4),
                             members=0 if stage else 2,
-                            lineage=NO_LINEAGE if stage else half.at(4, stage),
+                            lineage=NO_LINEAGE if stage else half.past[4, stage],
                         )
                         for stage in STAGES
                     ),
